@@ -1,0 +1,74 @@
+"""Settings on the command line and in YAML."""
+
+import argparse
+import re
+import types
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic.fields import FieldInfo
+
+from lightrft.config.settings import Settings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add ``--name`` for each setting, with its default and help; those the parser has already stay its own.
+
+    A flag (``--bf16``) has its opposite (``--no-bf16``); ``None`` can be given where a setting allows it.
+    """
+    group = parser.add_argument_group("LightRFT strategy")
+    for name, field in Settings.model_fields.items():
+        option = f"--{name}"
+        if name == "extra_args" or option in parser._option_string_actions:
+            continue
+        summary = (field.description or "").replace("\n", " ").replace("%", "%%")
+        group.add_argument(option, default=field.default, help=summary, **_reading(field))
+    return parser
+
+
+def _reading(field: FieldInfo) -> dict[str, Any]:
+    """How argparse reads a setting."""
+    options = _options(field.annotation)
+    kinds = [option for option in options if option is not type(None)]
+    if kinds == [bool]:
+        return {"action": argparse.BooleanOptionalAction}
+    if get_origin(kinds[0]) is Literal:
+        parse, choices = _parser_of([str], optional=type(None) in options), list(get_args(kinds[0]))
+        return {"type": parse, "choices": [*choices, None] if type(None) in options else choices}
+    if get_origin(kinds[0]) is tuple:
+        return {"type": float, "nargs": len(get_args(kinds[0]))}
+    return {"type": _parser_of(kinds, optional=type(None) in options)}
+
+
+def _options(annotation: Any) -> list[Any]:
+    """The alternatives of a union, or the one type there is, without their constraints."""
+    if get_origin(annotation) is Annotated:
+        return _options(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return [option for member in get_args(annotation) for option in _options(member)]
+    return [annotation]
+
+
+def _parser_of(kinds: list[Any], *, optional: bool) -> Callable[[str], Any]:
+    words = {"true": True, "false": False} if bool in kinds else {}
+    kind = next((kind for kind in kinds if kind in (int, float)), str)
+
+    def parse(text: str) -> Any:
+        if optional and text.lower() in ("none", "null"):
+            return None
+        return words.get(text.lower(), text) if words else kind(text)
+
+    parse.__name__ = kind.__name__  # argparse puts it in its error message
+    return parse
+
+
+class YamlLoader(yaml.SafeLoader):
+    """YAML whose ``1e-5`` is a number, as in YAML 1.2; in YAML 1.1, PyYAML's, it is a string."""
+
+
+YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)

@@ -1,0 +1,1 @@
+"""The public methods of `StrategyBase`, by concern."""

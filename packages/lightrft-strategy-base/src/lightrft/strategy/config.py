@@ -1,0 +1,5 @@
+"""LightRFT's place for `StrategyConfig`, which lives in lightrft-config."""
+
+from lightrft.config import StrategyConfig
+
+__all__ = ["StrategyConfig"]

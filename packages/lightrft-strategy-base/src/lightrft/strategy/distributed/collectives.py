@@ -1,0 +1,264 @@
+"""all_reduce, all_gather, and the small messages by which ranks agree before they do anything costly.
+
+Every call begins with one exchange of a short message a rank, over gloo. In it travel the call's name, the
+schema of its argument, and whatever is wrong with the argument: so a mistake on one rank raises the same
+error on every rank, and no rank is left waiting in a collective that another one never entered. Then comes
+one collective for each dtype and device.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+
+from lightrft.config import ArgumentError, ArgumentTypeError, LightRFTError, StrategyError
+from lightrft.strategy.distributed.nested import Leaf, leaves, rebuild
+from lightrft.strategy.distributed.operations import Operations
+from lightrft.strategy.distributed.world import World
+
+ReduceOp = Literal["mean", "sum", "max"]
+FRAME = 1024
+"""Bytes of a message that travel in the first, and nearly always only, round."""
+ALIGNMENT = 16
+"""Bytes to which each tensor starts in the buffer that `all_gather` sends."""
+
+
+class Collectives:
+    """The collectives of one `World`. Every rank makes the same calls in the same order."""
+
+    def __init__(self, world: World, operations: Operations) -> None:
+        self._world, self._operations = world, operations
+
+    # Agreement
+
+    def exchange(self, call: str, message: Any) -> list[Any]:
+        """Every rank's ``message``, JSON values of a few hundred bytes, in rank order.
+
+        Raises `StrategyError` on every rank where the ranks are in different calls.
+        """
+        if self._world.size == 1:
+            return [message]
+        envelopes = self._exchange_json([call, message])
+        calls = [made for made, _ in envelopes]
+        if len(set(calls)) > 1:
+            made = "; ".join(f"rank {rank}: {name}" for rank, name in enumerate(calls))
+            raise StrategyError(
+                f"the ranks make different calls: {made}. Every rank must make the same calls in the same order"
+            )
+        return [message for _, message in envelopes]
+
+    def _exchange_json(self, message: Any) -> list[Any]:
+        text = json.dumps(message).encode()
+        frames = self._gather_bytes(len(text).to_bytes(8) + text[: FRAME - 8], FRAME)
+        lengths = [int.from_bytes(frame[:8]) for frame in frames]
+        if max(lengths) > FRAME - 8:
+            frames = [b"-" * 8 + frame for frame in self._gather_bytes(text, max(lengths))]
+        return [json.loads(frame[8 : 8 + length]) for frame, length in zip(frames, lengths, strict=True)]
+
+    def agree(self, call: str, value: Any) -> None:
+        """Raise `StrategyError` on every rank unless all make this ``call`` with an equal ``value``."""
+        _compare(call, self.exchange(call, value))
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        self.agree("barrier", None)
+
+    @contextmanager
+    def together(self, call: str) -> Iterator[None]:
+        """Run the body on every rank; where it raises on some, raise on all.
+
+        The ranks where the body raised raise that error, the others a `StrategyError` that quotes it. The
+        body must not contain a collective that a failing rank would leave the others waiting in.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as raised:  # noqa: BLE001 - carried to the other ranks, then raised again
+            error = raised
+        failed = None if error is None else f"{type(error).__name__}: {error}"
+        failures = self.exchange(call, failed)
+        if error is not None:
+            raise error
+        reasons = [f"rank {rank}: {reason}" for rank, reason in enumerate(failures) if reason]
+        if reasons:
+            raise StrategyError(f"{call} failed on another rank; {'; '.join(reasons)}")
+
+    # Data
+
+    def all_reduce(self, data: Any, op: ReduceOp = "mean") -> Any:
+        """Reduce every leaf of ``data`` over the ranks; see `StrategyBase.all_reduce`."""
+        found, _ = self._agreed(f"all_reduce {op}", data, lambda leaf: _check_reducible(leaf, op), first_dim=0)
+        reduced: dict[int, Any] = {}
+        for group in _grouped(found, lambda leaf: (leaf.tensor.device, _working_dtype(leaf, op))):
+            device, dtype = found[group[0]].tensor.device, _working_dtype(found[group[0]], op)
+            flat = [found[index].tensor.reshape(-1).to(dtype) for index in group]
+            buffer = torch.cat(flat) if len(flat) > 1 else flat[0].clone()
+            if self._world.size > 1:
+                kind = dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM
+                dist.all_reduce(buffer, kind, group=self._group_for(device))
+            if op == "mean":
+                buffer /= self._world.size
+            for index, values in zip(group, buffer.split([part.numel() for part in flat]), strict=True):
+                reduced[index] = _result(found[index], values, op)
+        return rebuild(data, (reduced[index] for index in range(len(found))))
+
+    def all_gather(self, data: Any) -> Any:
+        """Concatenate every leaf of ``data`` over the ranks; see `StrategyBase.all_gather`."""
+        found, messages = self._agreed("all_gather", data, lambda leaf: None, first_dim=1)
+        gathered: dict[int, torch.Tensor] = {}
+        order = _canonical(found)
+        for group in _grouped(found, lambda leaf: leaf.tensor.device):
+            rows = [[message["rows"][order.index(index)] for index in group] for message in messages]
+            parts = self._gather_leaves([found[index] for index in group], rows)
+            for position, index in enumerate(group):
+                gathered[index] = torch.cat([rank_parts[position] for rank_parts in parts])
+        return rebuild(data, (gathered[index] for index in range(len(found))))
+
+    def _agreed(
+        self, call: str, data: Any, check: Callable[[Leaf], None], first_dim: int
+    ) -> tuple[list[Leaf], list[dict[str, Any]]]:
+        """The leaves of ``data``, once all ranks are known to pass leaves of the same schema, and no errors."""
+        found: list[Leaf] = []
+        message: dict[str, Any] = {}
+        own: LightRFTError | None = None
+        try:
+            found = list(leaves(data))
+            for leaf in found:
+                check(leaf)
+            order = _canonical(found)
+            message["schema"] = [found[index].schema(first_dim) for index in order]
+            message["rows"] = [_rows(found[index]) for index in order]
+        except (ArgumentError, ArgumentTypeError) as error:
+            own = error
+            message["error"] = [type(error).__name__, str(error)]
+        messages = self.exchange(call, message)
+        errors = [(rank, *it["error"]) for rank, it in enumerate(messages) if "error" in it]
+        if errors:
+            kind = ArgumentTypeError if errors[0][1] == ArgumentTypeError.__name__ else ArgumentError
+            raise kind(f"{call.split()[0]}: " + "; ".join(f"rank {r}: {text}" for r, _, text in errors)) from own
+        _compare(call, [it["schema"] for it in messages])
+        return found, messages
+
+    # Transport
+
+    def _group_for(self, device: torch.device) -> dist.ProcessGroup | None:
+        return self._world.control if device.type == "cpu" else self._world.payload
+
+    def _gather_bytes(self, text: bytes, size: int) -> list[bytes]:
+        """Every rank's ``text``, padded with zeros to ``size`` bytes."""
+        frame = torch.frombuffer(bytearray(text.ljust(size, b"\0")), dtype=torch.uint8)
+        frames = [torch.empty_like(frame) for _ in range(self._world.size)]
+        dist.all_gather(frames, frame, group=self._world.control)
+        return [bytes(it.numpy()) for it in frames]
+
+    def _gather_leaves(self, found: Sequence[Leaf], rows: Sequence[Sequence[int]]) -> list[list[torch.Tensor]]:
+        """For each rank, each leaf with that rank's ``rows``; one collective of bytes, padded to the largest."""
+        tensors = [leaf.tensor.reshape(1) if leaf.tensor.ndim == 0 else leaf.tensor for leaf in found]
+        if self._world.size == 1:
+            return [tensors]
+        own = torch.cat([_padded_bytes(tensor) for tensor in tensors])
+        total = max(
+            sum(_aligned(_row_bytes(tensor) * count) for tensor, count in zip(tensors, counts, strict=True))
+            for counts in rows
+        )
+        frame = torch.nn.functional.pad(own, (0, total - own.numel()))
+        frames = [torch.empty_like(frame) for _ in range(self._world.size)]
+        dist.all_gather(frames, frame, group=self._group_for(frame.device))
+        return [_unpacked(frame, tensors, counts) for frame, counts in zip(frames, rows, strict=True)]
+
+
+def _compare(call: str, schemas: Sequence[Any]) -> None:
+    if any(schema != schemas[0] for schema in schemas):
+        given = "; ".join(f"rank {rank}: {_difference(schema, schemas)}" for rank, schema in enumerate(schemas))
+        raise StrategyError(f"{call}: the ranks do not agree: {given}")
+
+
+def _canonical(found: Sequence[Leaf]) -> list[int]:
+    """Indices of the leaves by name: ranks may hold the same keys in another order."""
+    return sorted(range(len(found)), key=lambda index: found[index].name)
+
+
+def _grouped(found: Sequence[Leaf], key: Callable[[Leaf], Any]) -> list[list[int]]:
+    """Indices of the leaves with equal ``key``, each group and the groups in an order that all ranks share."""
+    groups: dict[Any, list[int]] = {}
+    for index in _canonical(found):
+        groups.setdefault(key(found[index]), []).append(index)
+    return list(groups.values())
+
+
+def _rows(leaf: Leaf) -> int:
+    return leaf.tensor.shape[0] if leaf.tensor.ndim else 1
+
+
+def _check_reducible(leaf: Leaf, op: str) -> None:
+    if op not in get_args(ReduceOp):
+        raise ArgumentError(f"op={op!r} is not one of {', '.join(map(repr, get_args(ReduceOp)))}")
+    if op == "mean" and leaf.is_integer and leaf.number is None:
+        raise ArgumentTypeError(
+            f"mean of {leaf.name}, which is {leaf.tensor.dtype}, is no integer; cast it to a float first"
+        )
+    if op == "sum" and leaf.tensor.dtype is torch.bool:
+        raise ArgumentTypeError(f"sum of {leaf.name}, which is torch.bool, is no bool; cast it to an integer first")
+
+
+def _working_dtype(leaf: Leaf, op: str) -> torch.dtype:
+    """The type in which a leaf is reduced: half precision in fp32, integers in int64, numbers in 64 bits."""
+    if leaf.tensor.dtype in (torch.bfloat16, torch.float16):
+        return torch.float32
+    if leaf.is_integer:
+        return torch.float64 if op == "mean" else torch.int64
+    return leaf.tensor.dtype
+
+
+def _result(leaf: Leaf, values: torch.Tensor, op: str) -> Any:
+    """``values`` in the shape and type in which the leaf came in."""
+    if leaf.number is not None:
+        value = values.item()
+        return float(value) if op == "mean" or leaf.number is float else int(value)
+    dtype = leaf.tensor.dtype
+    if leaf.is_integer and dtype is not torch.bool and values.numel():
+        limits = torch.iinfo(dtype)
+        if values.min() < limits.min or values.max() > limits.max:
+            raise ArgumentError(f"all_reduce: {op} of {leaf.name} does not fit {dtype}; cast it to torch.int64 first")
+    return values.to(dtype).reshape(leaf.tensor.shape)
+
+
+def _difference(schema: Any, schemas: Sequence[Any]) -> str:
+    """What one rank passed, less what all ranks passed alike."""
+    if not isinstance(schema, list):
+        return repr(schema)
+    alike = [entry for entry in schema if all(entry in other for other in schemas)]
+    return ", ".join(_words(entry) for entry in schema if entry not in alike) or "nothing else"
+
+
+def _words(entry: Any) -> str:
+    if not (isinstance(entry, list) and len(entry) == 5):
+        return repr(entry)
+    name, kind, device, ndim, shape = entry
+    dims = "x".join(["n"] * (ndim - len(shape)) + [str(size) for size in shape]) or "scalar"
+    return f"{name} {kind} {dims} on {device}"
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _row_bytes(tensor: torch.Tensor) -> int:
+    return tensor.element_size() * tensor.shape[1:].numel()
+
+
+def _padded_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    flat = tensor.reshape(-1).contiguous().view(torch.uint8)
+    return torch.nn.functional.pad(flat, (0, _aligned(flat.numel()) - flat.numel()))
+
+
+def _unpacked(frame: torch.Tensor, like: Sequence[torch.Tensor], counts: Sequence[int]) -> list[torch.Tensor]:
+    parts, start = [], 0
+    for tensor, count in zip(like, counts, strict=True):
+        size = _row_bytes(tensor) * count
+        parts.append(frame[start : start + size].view(tensor.dtype).reshape(count, *tensor.shape[1:]))
+        start += _aligned(size)
+    return parts

@@ -1,0 +1,1 @@
+"""Generating from a model in training: engines, prompts and completions, and the weights in between."""

@@ -1,0 +1,212 @@
+"""Rollouts: the engine's life, the weight sync, and the way of the prompts to it and of completions back.
+
+The order of a step is the only one that can be written: wake the weights, sync, wake the KV cache, generate,
+sleep. Which engine it is, and which strategy, makes no difference here.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lightrft.config import EngineError, StrategyConfig, StrategyError
+from lightrft.strategy.distributed.collectives import Collectives
+from lightrft.strategy.distributed.world import World
+from lightrft.strategy.log import say
+from lightrft.strategy.registry import engine_class
+from lightrft.strategy.rollout.engine import Completion, EngineRequest, Prompt, RolloutEngine
+from lightrft.strategy.rollout.sampling import Sampling
+from lightrft.strategy.rollout.weights import Bucket
+
+
+class EngineStatus(Enum):
+    """Where the rollout engine is in its life."""
+
+    ABSENT = "absent"
+    AWAKE = "awake"
+    ASLEEP = "asleep"
+
+
+class Rollout:
+    """One rollout engine, or this rank's share of one."""
+
+    def __init__(self, world: World, collectives: Collectives, config: StrategyConfig) -> None:
+        self._world, self._collectives, self._config = world, collectives, config
+        self.engine: RolloutEngine | None = None
+        self._status = EngineStatus.ABSENT  # of ranks that share an engine and do not hold it
+        self._sleeps = config.enable_engine_sleep
+        self.mp_group, self.dp_group = self._make_groups()
+
+    def _make_groups(self) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+        """The ranks that share this rank's engine, and the ranks with the same place in other engines."""
+        size, share = self._world.size, self._config.engine_tp_size
+        if size % share:
+            raise StrategyError(
+                f"engine_tp_size={share} does not divide the {size} ranks; each engine takes {share} of them"
+            )
+        if self._world.control is None:
+            return None, None
+        place = self._world.rank % share
+        sharing = list(range(self._world.rank - place, self._world.rank - place + share))
+        return self._group_of(sharing), self._group_of(list(range(place, size, share)))
+
+    def _group_of(self, ranks: list[int]) -> dist.ProcessGroup | None:
+        return self._world.control if len(ranks) == self._world.size else self._world.new_group(ranks)
+
+    # Life
+
+    @property
+    def status(self) -> EngineStatus:
+        """Absent, awake or asleep; awake as soon as the weights are in place."""
+        if self.engine is None:
+            return self._status
+        return EngineStatus.AWAKE if "weights" in self.engine.awake else EngineStatus.ASLEEP
+
+    def setup(self, engine_type: str, config: StrategyConfig, skeleton: Callable[[], Any]) -> RolloutEngine | None:
+        """Build the engine; None on ranks that share one and do not hold it."""
+        self.shutdown()
+        self._sleeps = config.enable_engine_sleep
+        with self._collectives.together("setup_inference_engine"):
+            kind = engine_class(engine_type)
+            self._status = EngineStatus.AWAKE
+            if not (kind.leader_only and self._world.rank % config.engine_tp_size):
+                self.engine = kind.build(
+                    EngineRequest(
+                        config=config,
+                        device=self._world.device,
+                        rank=self._world.rank,
+                        group=self.mp_group if config.engine_tp_size > 1 else None,
+                        model_path=config.get_extra_arg("pretrain"),
+                        skeleton=skeleton(),
+                    )
+                )
+        return self.engine
+
+    def shutdown(self) -> None:
+        """End the engine, if there is one."""
+        engine, self.engine = self.engine, None
+        self._status = EngineStatus.ABSENT
+        if engine is not None:
+            engine.shutdown()
+
+    def sleep(self) -> None:
+        """Put the engine to sleep, where ``enable_engine_sleep`` allows; again is the same as once."""
+        if not self._sleeps:
+            return
+        if self.engine is not None:
+            self.engine.sleep()
+        elif self._status is EngineStatus.AWAKE:
+            self._status = EngineStatus.ASLEEP
+
+    def wake(self) -> None:
+        """Wake the engine, all of it; again is the same as once."""
+        if self.engine is not None:
+            self.engine.wake_up()
+        elif self._status is EngineStatus.ASLEEP:
+            self._status = EngineStatus.AWAKE
+
+    # Weights
+
+    def sync(self, names: Callable[[], Mapping[str, torch.Size]], stream: Callable[[], Iterator[Bucket]]) -> None:
+        """Send a whole model: ``names`` and shapes of what ``stream`` yields. Every rank calls this."""
+        if self.status is EngineStatus.ABSENT:
+            say("update_engine_weights: there is no engine, so nothing was sent; setup_inference_engine makes one")
+            return
+        with self._collectives.together("update_engine_weights"):
+            self._check_coverage(names())
+        with self._collectives.together("update_engine_weights"):
+            self._send(stream())
+
+    def _check_coverage(self, names: Mapping[str, torch.Size]) -> None:
+        """Raise, before the engine is touched, unless the stream has just what its checkpoint has."""
+        expected = None if self.engine is None else self.engine.expected_weights
+        if expected is None:
+            return
+        missing, unknown = sorted(expected.keys() - names.keys()), sorted(names.keys() - expected.keys())
+        differing = sorted(name for name in names.keys() & expected.keys() if names[name] != expected[name])
+        reasons = [
+            f"{len(found)} {words} ({', '.join(found[:3])})"
+            for found, words in [
+                (missing, "weights of the engine's checkpoint are not in the model"),
+                (unknown, "weights of the model are not in the engine's checkpoint"),
+                (differing, "have another shape there"),
+            ]
+            if found
+        ]
+        if reasons:
+            raise EngineError(
+                f"update_engine_weights: {'; '.join(reasons)}. Nothing was sent; the engine keeps its weights"
+            )
+
+    def _send(self, stream: Iterator[Bucket]) -> None:
+        if self.engine is None:
+            for _ in stream:  # a rank that holds no engine still takes part in gathering
+                pass
+            self._status = EngineStatus.AWAKE
+            return
+        self.engine.wake_up(["weights"])
+        try:
+            self.engine.update_weights(stream)
+        finally:
+            for _ in stream:  # after a failure here the other ranks are still gathering with this one
+                pass
+
+    # Prompts
+
+    def generate_local(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
+        """Complete ``prompts`` on this rank's engine, alone."""
+        self._require_engine("engine_generate_local")
+        if self.engine is None:
+            raise EngineError(
+                "engine_generate_local: this rank shares an engine that another rank holds; call gather_and_generate on all of them"
+            )
+        self.engine.wake_up()
+        return self.engine.generate(prompts, sampling)
+
+    def _require_engine(self, call: str) -> None:
+        if self.status is EngineStatus.ABSENT:
+            raise EngineError(
+                f"{call}: there is no engine; setup_inference_engine(args, engine_type, actor=actor) makes one"
+            )
+
+    def gather_and_generate(
+        self, build: Callable[[], list[Prompt]], sampling: Callable[[], Sampling], sleep: bool
+    ) -> list[Completion]:
+        """Complete each rank's own prompts, whatever their number; those of the ranks that share an engine together."""
+        with self._collectives.together("gather_and_generate"):
+            self._require_engine("gather_and_generate")
+            prompts, settings = build(), sampling()
+        with self._collectives.together("gather_and_generate"):
+            completions = self._generate_shared(prompts, settings)
+        if sleep:
+            self.sleep()
+        return completions
+
+    def _generate_shared(self, prompts: list[Prompt], sampling: Sampling) -> list[Completion]:
+        if self._config.engine_tp_size == 1:
+            return self.generate_local(prompts, sampling)
+        share = dist.get_world_size(self.mp_group)
+        gathered: list[list[Prompt]] = [[] for _ in range(share)]
+        dist.all_gather_object(gathered, prompts, group=self.mp_group)
+        everything = [prompt for rank_prompts in gathered for prompt in rank_prompts]
+        completions = self._completions_of_group(everything, sampling)
+        place = dist.get_rank(self.mp_group)
+        start = sum(len(rank_prompts) for rank_prompts in gathered[:place]) * sampling.n
+        return completions[start : start + len(prompts) * sampling.n]
+
+    def _completions_of_group(self, prompts: list[Prompt], sampling: Sampling) -> list[Completion]:
+        """The completions of all prompts of the ranks that share an engine, on each of them."""
+        if self.engine is not None and not getattr(self.engine, "leader_only", False):
+            return self.generate_local(prompts, sampling)
+        outcome: list[list[Completion] | None] = [None]
+        try:
+            if self.engine is not None:
+                outcome = [self.generate_local(prompts, sampling)]
+        finally:  # the ranks that hold no engine are waiting, also where it failed
+            leader = dist.get_global_rank(self.mp_group, 0) if self.mp_group is not None else 0
+            dist.broadcast_object_list(outcome, src=leader, group=self.mp_group)
+        if outcome[0] is None:
+            raise EngineError("gather_and_generate: the rank that holds this rank's engine failed; see its own error")
+        return outcome[0]

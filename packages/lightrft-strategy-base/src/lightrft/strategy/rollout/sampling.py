@@ -1,0 +1,174 @@
+"""How to draw completions: the settings, read from whatever a trainer holds, and the drawing itself.
+
+The draw of `draw_tokens` is inverse-CDF from a hash: with a seed it depends on the seed, the prompt and the
+sample's number alone, so a prompt gets the same completion in whatever batch, order or rank it is drawn.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+
+from lightrft.config import ArgumentError, nearest
+
+_ALIASES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "sampling_seed": "seed"}
+"""SGLang's names."""
+_NEUTRAL = {"logprobs": (None, True, False, 0), "detokenize": (True, False), "no_stop_trim": (None, True, False)}
+"""Settings of the engines that change what comes back, not what is drawn, with the values that change nothing here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How completions are drawn. Names and defaults are vLLM's, but for ``max_tokens``."""
+
+    n: int = 1
+    """Completions of each prompt."""
+    temperature: float = 1.0
+    """0 means greedy."""
+    top_p: float = 1.0
+    top_k: int = -1
+    """-1 or 0 means all."""
+    min_p: float = 0.0
+    max_tokens: int = 128
+    min_tokens: int = 0
+    """New tokens before which no end-of-sequence or stop token is drawn."""
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        ranges = [
+            ("n", self.n >= 1, ">= 1"),
+            ("temperature", self.temperature >= 0, ">= 0"),
+            ("top_p", 0 < self.top_p <= 1, "> 0 and <= 1"),
+            ("top_k", self.top_k >= -1, ">= -1"),
+            ("min_p", 0 <= self.min_p <= 1, ">= 0 and <= 1"),
+            ("max_tokens", self.max_tokens >= 1, ">= 1"),
+            ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, ">= 0 and <= max_tokens"),
+            ("repetition_penalty", self.repetition_penalty > 0, "> 0"),
+        ]
+        for name, holds, allowed in ranges:
+            if not holds:
+                raise ArgumentError(f"Sampling: {name}={getattr(self, name)!r}; allowed is {allowed}")
+
+    @classmethod
+    def of(cls, source: object) -> Self:
+        """Read a `Sampling`, a dict (vLLM's or SGLang's names), or vLLM's ``SamplingParams``.
+
+        Raises `ArgumentError` on a setting that it does not know, if it is not at its default.
+        """
+        if isinstance(source, cls):
+            return source
+        if source is None:
+            return cls()
+        given = _from_mapping(source) if isinstance(source, Mapping) else _from_object(source)
+        known = {field.name for field in dataclasses.fields(cls)}
+        for name, value in given.items():
+            if name not in known and value not in _NEUTRAL.get(name, ()):
+                likely = nearest(name, known)
+                hint = f"; did you mean {likely!r}?" if likely else ""
+                raise ArgumentError(f"Sampling: {name}={value!r} is not supported{hint}")
+        return cls(**{name: _plain(name, value) for name, value in given.items() if name in known})
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+def _from_mapping(source: Mapping[Any, Any]) -> dict[str, Any]:
+    return {_ALIASES.get(str(name), str(name)): value for name, value in source.items()}
+
+
+def _from_object(source: object) -> dict[str, Any]:
+    """Public attributes of ``source`` that differ from those of a new one of its class."""
+    try:
+        default = type(source)()
+    except TypeError as error:
+        raise ArgumentError(
+            f"Sampling: cannot read {source!r} ({type(source).__name__}); pass a Sampling or a dict"
+        ) from error
+    names = getattr(type(source), "__struct_fields__", None) or vars(source)
+    public = [name for name in names if not name.startswith("_")]
+    return _from_mapping(
+        {name: getattr(source, name) for name in public if getattr(source, name) != getattr(default, name, None)}
+    )
+
+
+def _plain(name: str, value: Any) -> Any:
+    if name in ("stop", "stop_token_ids"):
+        return (value,) if isinstance(value, str) else tuple(value or ())
+    return value
+
+
+# Drawing
+
+
+def stream_key(seed: int, prompt: Sequence[int], sample: int) -> bytes:
+    """Names the random stream of one completion."""
+    text = f"{seed}:{sample}:{','.join(map(str, prompt))}"
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def uniform(key: bytes, position: int) -> float:
+    """The number in [0, 1) at ``position`` of the stream ``key``."""
+    digest = hashlib.blake2b(position.to_bytes(8, "little"), key=key, digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) / 2**53
+
+
+def draw_tokens(logits_BV: torch.Tensor, sampling: Sampling, uniforms: Sequence[float]) -> torch.Tensor:
+    """One token for each row: the most likely where greedy, else by inverse CDF at that row's uniform number.
+
+    ``logits_BV``: (batch, vocabulary), after penalties. Returns (batch,) int64.
+    """
+    if sampling.greedy:
+        return logits_BV.argmax(dim=-1)
+    probabilities_BV = torch.softmax(logits_BV.double() / sampling.temperature, dim=-1)
+    probabilities_BV = _filtered(probabilities_BV, sampling)
+    cumulative_BV = probabilities_BV.cumsum(dim=-1)
+    marks_B1 = torch.tensor(uniforms, dtype=torch.float64, device=logits_BV.device)[:, None] * cumulative_BV[:, -1:]
+    drawn_B1 = torch.searchsorted(cumulative_BV, marks_B1, right=True)
+    return drawn_B1.clamp_(max=logits_BV.shape[-1] - 1).squeeze(1)
+
+
+def _filtered(probabilities_BV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Zero what top-k, top-p and min-p leave out; the rest is not renormalised."""
+    top_k = sampling.top_k if 0 < sampling.top_k < probabilities_BV.shape[-1] else 0
+    if sampling.min_p:
+        floor_B1 = probabilities_BV.amax(dim=-1, keepdim=True) * sampling.min_p
+        probabilities_BV = probabilities_BV.where(probabilities_BV >= floor_B1, 0.0)
+    if top_k:
+        kth_B1 = probabilities_BV.topk(top_k, dim=-1).values[:, -1:]
+        probabilities_BV = probabilities_BV.where(probabilities_BV >= kth_B1, 0.0)
+    if sampling.top_p < 1:
+        sorted_BV, order_BV = probabilities_BV.sort(dim=-1, descending=True)
+        before_BV = sorted_BV.cumsum(dim=-1) - sorted_BV
+        kept_BV = before_BV < sampling.top_p * sorted_BV.sum(dim=-1, keepdim=True)
+        probabilities_BV = probabilities_BV.where(torch.zeros_like(kept_BV).scatter(-1, order_BV, kept_BV), 0.0)
+    return probabilities_BV
+
+
+def penalized(
+    logits_BV: torch.Tensor, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]], sampling: Sampling
+) -> torch.Tensor:
+    """Apply the repetition, presence and frequency penalties of each row's prompt and output, as vLLM does."""
+    s = sampling
+    if s.repetition_penalty == 1 and s.presence_penalty == 0 and s.frequency_penalty == 0:
+        return logits_BV
+    logits_BV = logits_BV.clone()
+    for row, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+        seen = torch.tensor(sorted({*prompt, *output}), device=logits_BV.device)
+        old = logits_BV[row, seen]
+        logits_BV[row, seen] = torch.where(old > 0, old / s.repetition_penalty, old * s.repetition_penalty)
+        if output:
+            made, counts = torch.tensor(output, device=logits_BV.device).unique(return_counts=True)
+            logits_BV[row, made] -= s.presence_penalty + s.frequency_penalty * counts
+    return logits_BV

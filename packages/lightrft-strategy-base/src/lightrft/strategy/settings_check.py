@@ -1,0 +1,44 @@
+"""Refusing what the chosen strategy cannot honour: no setting is taken and then ignored.
+
+Settings of another backend are exempt; those that every strategy has, and those of the engine and of the
+trainer, are not this check's business. The rest, optional powers, a strategy lists in `Backend.honours`.
+"""
+
+import warnings
+
+from lightrft.config import ConfigError, StrategyConfig
+from lightrft.strategy.backend import Backend
+from lightrft.strategy.log import logger
+
+OPTIONAL = frozenset({"adam_offload", "grad_accum_dtype", "sp_size", "async_ckpt"})
+"""Settings of any strategy that only some can honour."""
+
+
+def unhonoured(config: StrategyConfig, backend: type[Backend]) -> list[str]:
+    """The changed settings that ``backend`` would have to ignore."""
+    return [
+        name
+        for name in config.changed()
+        if name not in backend.honours
+        and (name in OPTIONAL or (config.backend(name) is not None and config.backend(name) == backend.name))
+    ]
+
+
+def honourable(config: StrategyConfig, backend: type[Backend]) -> StrategyConfig:
+    """``config`` with what ``backend`` cannot honour put back to its default, with a warning.
+
+    Raises `ConfigError` instead where the config was built directly, and always for ``sp_size``, which
+    changes the meaning of the batch.
+    """
+    names = unhonoured(config, backend)
+    if not names:
+        return config
+    values = ", ".join(f"{name}={getattr(config, name)!r}" for name in names)
+    message = f"strategy {backend.name!r} cannot honour {values}"
+    if "sp_size" in names:
+        raise ConfigError(f"{message}: sequence parallelism is not supported yet; use sp_size=1")
+    if not config.from_script:
+        raise ConfigError(f"{message}; leave it out, or choose another strategy")
+    if logger.filter(logger.makeRecord(logger.name, 30, __file__, 0, message, (), None)):
+        warnings.warn(f"{message}; going on without", stacklevel=4)
+    return config.replace(**{name: StrategyConfig.model_fields[name].default for name in names})

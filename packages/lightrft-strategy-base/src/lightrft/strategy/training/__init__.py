@@ -1,0 +1,1 @@
+"""Models in training: preparing them, their updates, their data."""

@@ -1,0 +1,144 @@
+"""Preparing models: from what the caller built to what the backend trains.
+
+One path works everywhere: build the model, create_optimizer, build the schedule, prepare the three together.
+Where wrapping replaces parameters, the caller's own optimizer is pointed at the new ones by name. Wrapping
+first and creating the optimizer afterwards works everywhere too.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightrft.config import ArgumentError, StrategyError
+from lightrft.strategy.backend import Backend, WrapOptions
+from lightrft.strategy.distributed.operations import Operations
+from lightrft.strategy.training.modules import check_actor, guard_forward, inner_model, raise_precision, skeleton
+from lightrft.strategy.training.optimizers import check_belongs, rebind
+from lightrft.strategy.training.prepared import PreparedModel, PreparedModels
+from lightrft.strategy.training.trained_model import TrainedModel
+
+
+class Preparation:
+    """Prepares models for one backend."""
+
+    def __init__(self, backend: Backend, models: PreparedModels, operations: Operations, window: int) -> None:
+        self._backend, self._models, self._operations, self._window = backend, models, operations, window
+
+    def prepare(self, argument: Any) -> Any:
+        """One argument of `StrategyBase.prepare`, in the structure in which it came."""
+        if argument is None:
+            return None
+        if isinstance(argument, nn.Module):
+            return self.model(argument, WrapOptions(training=False))
+        if _is_training_triple(argument):
+            return self.triple(*argument)
+        if isinstance(argument, (list, tuple)):
+            return type(argument)(self.prepare(item) for item in argument)
+        raise ArgumentError(
+            f"prepare: got {argument!r} ({type(argument).__name__}); wanted a model, (model, optimizer, scheduler), a list "
+            f"of models, or None"
+        )
+
+    def triple(self, model: nn.Module | None, optimizer: Any, scheduler: Any) -> tuple[Any, Any, Any]:
+        """``(model, optimizer, scheduler)`` for training; the optimizer and the scheduler are the caller's own."""
+        if model is None:
+            return None, optimizer, scheduler
+        if optimizer is None:
+            return self.model(model, WrapOptions(training=True)), None, scheduler
+        inner = self._models.unwrap(model)
+        self._check_free(optimizer, inner)
+        check_belongs(optimizer, inner, "prepare")
+        names = {id(parameter): name for name, parameter in inner.named_parameters()}
+        wrapped = self.model(model, WrapOptions(training=True))
+        rebind(optimizer, names, inner)
+        self.bind(model, optimizer).scheduler = scheduler
+        return wrapped, optimizer, scheduler
+
+    def model(self, model: nn.Module, options: WrapOptions) -> nn.Module:
+        """Wrap ``model``; one that is wrapped already is returned as it is."""
+        found = self._models.find(model)
+        if found is not None:
+            if found.options.training != options.training:
+                raise StrategyError(
+                    f"prepare: {type(model).__name__} was prepared for "
+                    f"{'training' if found.options.training else 'inference'} already; use a copy for the other"
+                )
+            return model
+        inner = inner_model(model)
+        if options.training:
+            check_actor(model)
+            raise_precision(inner)
+        else:
+            inner.eval().requires_grad_(False)
+        copy = skeleton(inner) if options.training else None
+        with self._backend.world.remembering_environment():
+            wrapped = self._backend._wrap(inner, options)
+        self._backend.world.impose_timeout()
+        self._add(inner, wrapped, options, copy)
+        if inner is model:
+            return wrapped
+        model.model = wrapped
+        return model
+
+    def bind(self, model: nn.Module, optimizer: Optimizer) -> TrainedModel:
+        """Put a wrapped ``model`` in training with ``optimizer``, which holds its parameters as they are now."""
+        found = self._models.find(model)
+        assert found is not None
+        check_belongs(optimizer, found.module, "prepare")
+        names = {id(parameter): name for name, parameter in found.module.named_parameters()}
+        found.trained = TrainedModel(self._backend, found.module, optimizer, names, self._window)
+        with self._backend.world.remembering_environment():
+            self._backend._bind(found.trained)
+        self._backend.world.impose_timeout()
+        return found.trained
+
+    def adopt(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Take a bare model and optimizer into training as they are, for backends that replace nothing."""
+        inner = inner_model(model)
+        check_belongs(optimizer, inner, "backward")
+        if self._models.find(model) is None:
+            copy = skeleton(inner)
+            self._models.add(
+                PreparedModel(
+                    module=inner, wrapped=inner, options=WrapOptions(training=True), skeleton=copy, unguard=lambda: None
+                )
+            )
+        self.bind(model, optimizer)
+
+    def _check_free(self, optimizer: Optimizer, module: nn.Module) -> None:
+        for found in (self._models.owner(optimizer), self._models.find(module)):
+            if found is not None and found.trained is not None:
+                raise StrategyError(
+                    f"prepare: {type(found.module).__name__} is in training already with its {type(found.trained.optimizer).__name__}; "
+                    f"prepare a model and its optimizer once, and use what prepare returned"
+                )
+
+    def _add(self, module: nn.Module, wrapped: nn.Module, options: WrapOptions, copy: nn.Module | None) -> None:
+        prepared = PreparedModel(module=module, wrapped=wrapped, options=options, skeleton=copy, unguard=lambda: None)
+        prepared.unguard = guard_forward(wrapped, lambda: self._forward(prepared))
+        self._models.add(prepared)
+
+    @contextmanager
+    def _forward(self, prepared: PreparedModel) -> Iterator[None]:
+        """Around every forward of a prepared model."""
+        if prepared.offloaded:
+            raise StrategyError(
+                f"forward: {type(prepared.module).__name__} was offloaded; call reload_model before using it"
+            )
+        with self._operations.running("forward"), self._backend._forward_context(prepared.options):
+            yield
+
+
+def _is_training_triple(argument: object) -> bool:
+    """Whether this is (model, optimizer, scheduler), any of which may be None, and not a list of models."""
+    return (
+        isinstance(argument, (list, tuple))
+        and len(argument) == 3
+        and (argument[0] is None or isinstance(argument[0], nn.Module))
+        and not isinstance(argument[1], nn.Module)
+        and not isinstance(argument[2], nn.Module)
+        and (argument[0] is None or argument[1] is not None or argument[2] is None)
+    )
