@@ -89,7 +89,7 @@ class Backend(ABC):
     def _bind(self, trained: "TrainedModel") -> None:
         """The optimizer of ``trained`` is known now, and holds the parameters as `_wrap` left them."""
 
-    def _forward_context(self, options: WrapOptions) -> AbstractContextManager[object]:
+    def _forward_context(self, module: nn.Module, options: WrapOptions) -> AbstractContextManager[object]:
         """Entered around every forward of a prepared model. Default: with ``bf16``, autocast to bfloat16."""
         return torch.autocast(self.world.device.type, torch.bfloat16) if self.config.bf16 else nullcontext()
 
@@ -119,7 +119,13 @@ class Backend(ABC):
             parameter.grad = None
         return norm
 
-    # Whole parameters
+    # Parameters, at rest and whole
+
+    def _settle(self, module: nn.Module) -> None:
+        """Bring the parameters of ``module``, a prepared model, to the form in which they rest between steps.
+
+        Called before anything reads or moves them; the last forward may have left them gathered.
+        """
 
     @contextmanager
     def _gathered(self, tensors: Sequence[torch.Tensor], dtype: torch.dtype | None) -> Iterator[Sequence[torch.Tensor]]:

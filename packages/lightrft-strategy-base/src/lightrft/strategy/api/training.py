@@ -121,5 +121,6 @@ class Training(Preparing):
                 if found is None:
                     raise StrategyError(f"{call}: this strategy has not prepared the model ({type(model).__name__})")
                 if found.offloaded != offloaded:
+                    self._settle(found.module)
                     self._move_model(found.module, device)
                     found.offloaded = offloaded

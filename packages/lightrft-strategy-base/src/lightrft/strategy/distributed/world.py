@@ -4,6 +4,7 @@ A `World` is either joined (a process group: torchrun's, the caller's own, or a 
 alone (no process group at all). What it made, `close` gives back; what it found, it leaves alone.
 """
 
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
+from torch.distributed import HashStore, PrefixStore, Store, distributed_c10d, rendezvous  # type: ignore[attr-defined]
 
 from lightrft.config import ConfigError, StrategyConfig
 
@@ -95,6 +96,15 @@ class World:
             dist.destroy_process_group(group)
 
 
+def all_gather_flat(buffer: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Every rank's 1-D ``buffer``, all of one length, as the rows of one tensor."""
+    rows = buffer.new_empty(dist.get_world_size(group), buffer.numel())
+    # torch 2.13 renamed all_gather_into_tensor; 2.11 has only the old name.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(rows.view(-1), buffer, group=group)
+    return rows
+
+
 def device_of(config: StrategyConfig) -> torch.device:
     """The device that the settings, and for its index the environment, give this process."""
     if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
@@ -120,7 +130,25 @@ def _init_process_group(device: torch.device, timeout: timedelta) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     device_id = device if device.type == "cuda" else None
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+        store, rank, size = _meeting_place(timeout)
     else:
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout, device_id=device_id)
+        store, rank, size = HashStore(), 0, 1
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device_id)
+
+
+_stores: dict[tuple[str | None, str | None], tuple[Store, int, int]] = {}
+"""The store of each rendezvous of this process, by address and port; it lives as long as the process."""
+_lifetimes = itertools.count()
+
+
+def _meeting_place(timeout: timedelta) -> tuple[Store, int, int]:
+    """The store of the ordinary rendezvous, under keys of this lifetime's own, with rank and world size.
+
+    A process group leaves its addresses in the store. Under the same keys, a second one would find the
+    addresses of the first, where nobody listens any more. All ranks count their lifetimes alike.
+    """
+    place = (os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT"))
+    if place not in _stores:
+        _stores[place] = next(rendezvous("env://", timeout=timeout))
+    store, rank, size = _stores[place]
+    return PrefixStore(f"lightrft/{next(_lifetimes)}", store), rank, size

@@ -36,6 +36,7 @@ def full_parameters(
     backend: Backend, module: nn.Module, bucket_bytes: int, dtype: torch.dtype | None
 ) -> Iterator[Bucket]:
     """Yield all parameters and persistent buffers of ``module``, whole; see `StrategyBase.full_parameters`."""
+    backend._settle(module)
     tensors = saved_form.saved_tensors(module)
     sizes = {name: _whole_bytes(backend, tensor, dtype) for name, tensor in tensors.items()}
     for names in buckets_of(sizes, saved_form.units(module, tensors), bucket_bytes):
@@ -47,6 +48,7 @@ def full_parameters(
 
 def full_shapes(backend: Backend, module: nn.Module) -> dict[str, torch.Size]:
     """Names and shapes of what `full_parameters` yields. No communication."""
+    backend._settle(module)
     tensors = saved_form.saved_tensors(module)
     return saved_form.saved_shapes(module, {name: backend._full_shape(tensor) for name, tensor in tensors.items()})
 

@@ -31,6 +31,8 @@ class MovingAverages:
         if self._seen.get(id(average), 0) == source.updates:
             return
         self._seen[id(average)] = source.updates
+        self._backend._settle(source.model)
+        self._backend._settle(average)
         weights = trainable(source.model)
         targets = {shard.name: shard for shard in self._backend._shards(average)}
         unknown = [name for name in weights if name not in dict(average.named_parameters())]

@@ -128,7 +128,7 @@ class Preparation:
             raise StrategyError(
                 f"forward: {type(prepared.module).__name__} was offloaded; call reload_model before using it"
             )
-        with self._operations.running("forward"), self._backend._forward_context(prepared.options):
+        with self._operations.running("forward"), self._backend._forward_context(prepared.module, prepared.options):
             yield
 
 

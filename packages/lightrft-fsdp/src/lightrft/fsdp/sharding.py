@@ -1,0 +1,91 @@
+"""Between whole tensors and FSDP2's shards: rank 0's weights to every shard, and shards to whole tensors.
+
+FSDP2 splits dim 0 in chunks of ceil(rows / ranks), so each shard is a contiguous range of the flattened
+tensor, and ranks that share a mesh's shard dimension hold the ranges in order.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from lightrft.strategy.backend import cast
+from lightrft.strategy.distributed.world import World, all_gather_flat
+from lightrft.strategy.training.modules import broadcast
+
+
+def shard_group(tensor: DTensor) -> dist.ProcessGroup:
+    """The ranks among which ``tensor`` is split; replicas of an HSDP mesh are not among them."""
+    return tensor.device_mesh.get_group(tensor.device_mesh.ndim - 1)
+
+
+def offset_of(tensor: DTensor) -> int:
+    """Where this rank's shard begins in the flattened whole."""
+    _, starts = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return starts[0] * tensor.shape[1:].numel()
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part, 1-D, sharing memory with ``tensor``."""
+    part = tensor.detach()
+    return (part.to_local() if isinstance(part, DTensor) else part).view(-1)
+
+
+@torch.no_grad()
+def load_from_rank_0(module: nn.Module, whole: Mapping[str, torch.Tensor], world: World) -> None:
+    """Fill the shards of ``module`` and its buffers with rank 0's, a tensor at a time.
+
+    ``whole``: on rank 0 the whole tensors by name; on other ranks not read.
+    """
+    for name, parameter in module.named_parameters():
+        full = _on_device(whole[name], world) if world.rank == 0 else _empty(parameter, world)
+        if world.size > 1:
+            broadcast(full, world)
+        values, start = local(parameter), offset_of(parameter) if isinstance(parameter, DTensor) else 0
+        values.copy_(full.view(-1)[start : start + values.numel()])
+    if world.size > 1:
+        for _, buffer in module.named_buffers():
+            broadcast(buffer.data, world)
+
+
+def _on_device(tensor: torch.Tensor, world: World) -> torch.Tensor:
+    return tensor.detach().to(world.device).contiguous()
+
+
+def _empty(parameter: nn.Parameter, world: World) -> torch.Tensor:
+    return torch.empty(parameter.shape, dtype=parameter.dtype, device=world.device)
+
+
+def gather(tensors: Sequence[torch.Tensor], dtype: torch.dtype | None, device: torch.device) -> list[torch.Tensor]:
+    """The whole tensors on ``device``, floating ones in ``dtype``; one collective for each shard group and type."""
+    whole: dict[int, torch.Tensor] = {}
+    frames: dict[tuple[int, torch.dtype], list[int]] = {}
+    parts = [cast(tensor, dtype) for tensor in tensors]
+    for index, part in enumerate(parts):
+        if isinstance(part, DTensor):
+            frames.setdefault((id(shard_group(part)), part.dtype), []).append(index)
+        else:
+            whole[index] = part
+    for indices in frames.values():
+        sharded = [part for index in indices if isinstance(part := parts[index], DTensor)]
+        whole.update(zip(indices, _gather_frame(sharded, device), strict=True))
+    return [whole[index] for index in range(len(tensors))]
+
+
+def _gather_frame(shards: Sequence[DTensor], device: torch.device) -> list[torch.Tensor]:
+    group = shard_group(shards[0])
+    ranks = dist.get_world_size(group)
+    chunks = [-(-shard.shape[0] // ranks) * shard.shape[1:].numel() for shard in shards]
+    frame = torch.zeros(sum(chunks), dtype=shards[0].dtype, device=device)
+    starts = [sum(chunks[:index]) for index in range(len(chunks))]
+    for shard, start in zip(shards, starts, strict=True):
+        values = shard.to_local().reshape(-1)
+        frame[start : start + values.numel()].copy_(values)
+    rows = all_gather_flat(frame, group)
+    return [
+        rows[:, start : start + chunk].reshape(-1)[: shard.shape.numel()].view(shard.shape)
+        for shard, start, chunk in zip(shards, starts, chunks, strict=True)
+    ]
