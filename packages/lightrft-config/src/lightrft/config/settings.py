@@ -62,7 +62,7 @@ class Settings(BaseModel):
     grad_accum_dtype: GradientDtype | None = of("strategy", None)
     """Type in which gradients are reduced and accumulated; None means fp32."""
     adam_offload: bool = of("strategy", False)
-    """Keep optimizer state, and run the optimizer, in host memory."""
+    """Keep optimizer state in host memory between updates; DeepSpeed runs the optimizer there too."""
     sp_size: int = of("strategy", 1, gt=0)
     """Ranks that share one sequence (sequence parallelism)."""
     async_ckpt: bool = of("strategy", False)

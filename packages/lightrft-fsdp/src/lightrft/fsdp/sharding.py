@@ -22,6 +22,19 @@ def shard_group(tensor: DTensor) -> dist.ProcessGroup:
     return tensor.device_mesh.get_group(tensor.device_mesh.ndim - 1)
 
 
+def forget_meshes() -> None:
+    """Make torch forget the meshes of the process groups that are about to end.
+
+    It caches what DTensor operations give, mesh included, by the mesh's layout. A later mesh of the same layout
+    would get tensors that carry the old one, whose process groups are gone. The caches are per thread: this
+    clears the one in which parameters are made.
+    """
+    DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache_clear()
+    clear_native = getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", None)  # newer than torch 2.11
+    if clear_native is not None:
+        clear_native()
+
+
 def offset_of(tensor: DTensor) -> int:
     """Where this rank's shard begins in the flattened whole."""
     _, starts = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
@@ -63,27 +76,27 @@ def gather(tensors: Sequence[torch.Tensor], dtype: torch.dtype | None, device: t
     """The whole tensors on ``device``, floating ones in ``dtype``; one collective for each shard group and type."""
     whole: dict[int, torch.Tensor] = {}
     frames: dict[tuple[int, torch.dtype], list[int]] = {}
-    parts = [cast(tensor, dtype) for tensor in tensors]
-    for index, part in enumerate(parts):
-        if isinstance(part, DTensor):
-            frames.setdefault((id(shard_group(part)), part.dtype), []).append(index)
+    for index, tensor in enumerate(tensors):
+        if isinstance(tensor, DTensor):
+            sent = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+            frames.setdefault((id(shard_group(tensor)), sent), []).append(index)
         else:
-            whole[index] = part
-    for indices in frames.values():
-        sharded = [part for index in indices if isinstance(part := parts[index], DTensor)]
-        whole.update(zip(indices, _gather_frame(sharded, device), strict=True))
+            whole[index] = cast(tensor, dtype)
+    for (_, sent), indices in frames.items():
+        sharded = [tensor for index in indices if isinstance(tensor := tensors[index], DTensor)]
+        whole.update(zip(indices, _gather_frame(sharded, sent, device), strict=True))
     return [whole[index] for index in range(len(tensors))]
 
 
-def _gather_frame(shards: Sequence[DTensor], device: torch.device) -> list[torch.Tensor]:
+def _gather_frame(shards: Sequence[DTensor], dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
     group = shard_group(shards[0])
     ranks = dist.get_world_size(group)
     chunks = [-(-shard.shape[0] // ranks) * shard.shape[1:].numel() for shard in shards]
-    frame = torch.zeros(sum(chunks), dtype=shards[0].dtype, device=device)
+    frame = torch.zeros(sum(chunks), dtype=dtype, device=device)
     starts = [sum(chunks[:index]) for index in range(len(chunks))]
     for shard, start in zip(shards, starts, strict=True):
-        values = shard.to_local().reshape(-1)
-        frame[start : start + values.numel()].copy_(values)
+        values = local(shard)
+        frame[start : start + values.numel()].copy_(values)  # casts
     rows = all_gather_flat(frame, group)
     return [
         rows[:, start : start + chunk].reshape(-1)[: shard.shape.numel()].view(shard.shape)

@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -88,6 +89,7 @@ class FSDPV2Strategy(StrategyBase):
     @override
     def _teardown(self) -> None:
         self._meshes.clear()
+        sharding.forget_meshes()
 
     # A step
 
@@ -111,15 +113,13 @@ class FSDPV2Strategy(StrategyBase):
 
     @override
     def _gradient_shards(self, trained: TrainedModel) -> Sequence[GradientShards]:
-        groups: dict[int, list[torch.Tensor]] = {}
-        group_of = {}
+        found: dict[dist.ProcessGroup, list[torch.Tensor]] = {}
         for parameter in trained.parameters:
-            gradient = parameter.grad
-            assert isinstance(gradient, DTensor)
-            group = sharding.shard_group(gradient)
-            group_of[id(group)] = group
-            groups.setdefault(id(group), []).append(gradient.to_local())
-        return [GradientShards(tensors=tensors, group=group_of[key]) for key, tensors in groups.items()]
+            assert isinstance(parameter, DTensor)
+            assert isinstance(parameter.grad, DTensor)
+            # Not the gradient's: that may carry the mesh of an earlier lifetime, see sharding.forget_meshes.
+            found.setdefault(sharding.shard_group(parameter), []).append(parameter.grad.to_local())
+        return [GradientShards(tensors=tensors, group=group) for group, tensors in found.items()]
 
     # Parameters
 

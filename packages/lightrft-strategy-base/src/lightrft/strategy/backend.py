@@ -51,7 +51,7 @@ class Backend(ABC):
     """The name under which the strategy is registered."""
     honours: ClassVar[frozenset[str]] = frozenset()
     """The optional settings that this strategy does something with; see `lightrft.strategy.settings_check`."""
-    capabilities: ClassVar[frozenset[str]] = frozenset()
+    capabilities: frozenset[str] = frozenset()
     """What this strategy can do beyond the contract; see `lightrft.strategy.capabilities`."""
     adopts: ClassVar[bool] = False
     """Whether a bare model and optimizer may be used without `prepare`: only where nothing is replaced."""

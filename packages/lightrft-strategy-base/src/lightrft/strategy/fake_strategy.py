@@ -20,6 +20,7 @@ class FakeStrategy(StrategyBase):
 
     name = "fake"
     adopts = True
+    capabilities = frozenset({"adoption", "uneven_modules"})
 
     @override
     def _join(self) -> World:

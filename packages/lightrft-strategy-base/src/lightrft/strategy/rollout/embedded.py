@@ -4,12 +4,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from lightrft.config import EngineError
 from lightrft.strategy.rollout import saved_form
 from lightrft.strategy.rollout.engine import EngineRequest
 from lightrft.strategy.rollout.weights import Bucket
-from lightrft.strategy.training.modules import materialize
+from lightrft.strategy.training.modules import replace_tensors
 
 
 class EmbeddedModel:
@@ -47,8 +48,7 @@ class EmbeddedModel:
 
     def drop(self) -> None:
         """Give the weights' memory back; buffers stay."""
-        for parameter in self.module.parameters():
-            parameter.data = torch.empty_like(parameter, device="meta")
+        replace_tensors(self.module, lambda tensor: torch.empty_like(tensor, device="meta"), nn.Parameter)
 
     def move(self, device: torch.device) -> None:
         """Move what is not dropped."""
@@ -62,10 +62,11 @@ class EmbeddedModel:
         return output if isinstance(output, torch.Tensor) else output.logits
 
     def _allocate(self) -> None:
-        for parameter in self.module.parameters():
-            if parameter.is_meta:
-                dtype = self._dtype if parameter.is_floating_point() else parameter.dtype
-                parameter.data = torch.empty_like(parameter, dtype=dtype, device=self._device)
-        materialize(self.module, self._device)
-        for buffer in self.module.buffers():
-            buffer.data = buffer.data.to(self._device)
+        replace_tensors(self.module, self._filled, torch.Tensor)
+
+    def _filled(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Memory for a tensor that has none; one that has some, on the device."""
+        if not tensor.is_meta:
+            return tensor.to(self._device)
+        dtype = self._dtype if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() else tensor.dtype
+        return torch.empty_like(tensor, dtype=dtype, device=self._device)

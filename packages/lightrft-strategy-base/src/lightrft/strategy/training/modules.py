@@ -72,20 +72,26 @@ def skeleton_with_buffers(empty: nn.Module, module: nn.Module) -> nn.Module:
     return result
 
 
-def materialize(module: nn.Module, device: torch.device) -> None:
-    """Put uninitialised memory on ``device`` under whatever of ``module`` is on the meta device; ties stay."""
+def replace_tensors(module: nn.Module, make: Callable[[torch.Tensor], torch.Tensor], kind: type[torch.Tensor]) -> None:
+    """Replace each parameter and buffer of ``module`` that is a ``kind`` by what ``make`` gives; ties stay."""
     made: dict[int, torch.Tensor] = {}
     for owner in module.modules():
         for store in (owner._parameters, owner._buffers):
             for name, tensor in store.items():
-                if tensor is None or not tensor.is_meta:
+                if tensor is None or not isinstance(tensor, kind):
                     continue
                 if id(tensor) not in made:
-                    empty = torch.empty_like(tensor, device=device)
-                    made[id(tensor)] = (
-                        nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-                    )
+                    new = make(tensor)
+                    is_parameter = isinstance(tensor, nn.Parameter) and not isinstance(new, nn.Parameter)
+                    made[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
                 store[name] = made[id(tensor)]  # type: ignore[assignment]
+
+
+def materialize(module: nn.Module, device: torch.device) -> None:
+    """Put uninitialised memory on ``device`` under whatever of ``module`` is on the meta device; ties stay."""
+    replace_tensors(
+        module, lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor, torch.Tensor
+    )
 
 
 def check_materialized(module: nn.Module, world: World) -> None:

@@ -1,0 +1,1 @@
+"""The contract of LightRFT's strategies and engines, executed."""

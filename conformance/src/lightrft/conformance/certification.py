@@ -1,0 +1,204 @@
+"""A whole run: start the workers, ask the strategy what it is, judge every clause, and say how it came out."""
+
+import datetime
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import torch
+
+from lightrft.conformance.clause import Clause, Place
+from lightrft.conformance.contract import CONTRACT
+from lightrft.conformance.driver.group import WorkerGroup
+from lightrft.conformance.expectations import Expectations
+from lightrft.conformance.judge import ClauseResult, Judge, Unjudgeable
+from lightrft.conformance.profiles import PROFILES, Profile
+
+CONTRACT_VERSION = "1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is to be certified, and how."""
+
+    strategy: str
+    world: int = 1
+    device: str = "cpu"
+    profile: str = "ci"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    clauses: Sequence[str] = ()
+    seed: int = 0
+    expectations: Path | None = None
+
+    def command(self, clause: str | None = None) -> str:
+        """The command line that repeats this."""
+        parts = ["lightrft-conformance", "run", self.strategy, f"--world-size {self.world}", f"--device {self.device}"]
+        parts += [f"--set {name}={value}" for name, value in self.settings.items()]
+        parts += [f"--profile {self.profile}", f"--seed {self.seed}"]
+        return " ".join(parts + ([f"--clause {clause}"] if clause else []))
+
+
+@dataclass(kw_only=True)
+class Report:
+    """The outcome of a run."""
+
+    request: Request
+    identity: dict[str, Any]
+    results: list[ClauseResult]
+    unjudged: str = ""
+    """Why the strategy could not be judged at all; empty where it was."""
+
+    @property
+    def exit_code(self) -> int:
+        """0: every MUST holds; 1: some do not; 2: it could not be judged."""
+        if self.unjudged or any(result.verdict == "error" for result in self.results):
+            return 2
+        broken = [it for it in self.results if it.level == "MUST" and it.verdict in ("fail", "hang")]
+        return 1 if broken else 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain data."""
+        request = self.request
+        return {
+            "suite": _version_of("lightrft-conformance"),
+            "contract": CONTRACT_VERSION,
+            "strategy": {"name": request.strategy, "settings": dict(request.settings), **self.identity},
+            "environment": environment(),
+            "profile": request.profile,
+            "seed": request.seed,
+            "world_size": request.world,
+            "device": request.device,
+            "exit_code": self.exit_code,
+            "unjudged": self.unjudged,
+            "reproduce": request.command(),
+            "clauses": [{**asdict(it), "reproduce": request.command(it.id)} for it in self.results],
+        }
+
+
+def environment() -> dict[str, str]:
+    """What the run ran on."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "hypothesis": hypothesis.__version__,
+    }
+
+
+def selected(ids: Sequence[str]) -> Iterator[Clause]:
+    """The clauses with these ids, or all."""
+    for clause in CONTRACT:
+        if not ids or clause.id in ids:
+            yield clause
+
+
+class Certification:
+    """One strategy at one place, with its workers. A context manager."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.profile: Profile = PROFILES[request.profile]
+        self.identity: dict[str, Any] = {}
+        self.expectations = Expectations.read(request.expectations, request.strategy, request.settings)
+        self._group: WorkerGroup | None = None
+        self._judge: Judge | None = None
+
+    def __enter__(self) -> "Certification":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def open(self) -> None:
+        """Start the workers and ask what the strategy is. Raises `Unjudgeable` where it cannot even be made."""
+        torch.set_num_threads(1)  # as in the workers: the number of threads changes the order of sums
+        grouped = self.request.strategy != "fake"
+        self._group = WorkerGroup(self.request.world, ranks=grouped and self.request.world > 1)
+        self.identity = self._ask(self._group)
+        place = Place(
+            strategy=self.request.strategy,
+            world=self.request.world,
+            device=self.request.device,
+            settings=dict(self.request.settings),
+            capabilities=frozenset(self.identity["capabilities"]),
+            grouped=self.identity["grouped"],
+        )
+        self._judge = Judge(
+            place=place,
+            profile=self.profile,
+            seed=self.request.seed,
+            group=self._group,
+            database=".lightrft-conformance",
+        )
+
+    def _ask(self, group: WorkerGroup) -> dict[str, Any]:
+        program = {
+            "strategy": self.request.strategy,
+            "fixed": {"device": self.request.device, **self.request.settings},
+            "settings": {"train_batch_size": self.request.world, "micro_train_batch_size": 1},
+            "operations": [{"do": "identity"}],
+        }
+        reports = group.run({"program": program}, 300.0)
+        for rank, report in enumerate(reports):
+            if report.state != "answered":
+                raise Unjudgeable(f"rank {rank} {report.state}: {report.detail}")
+            if "broken" in report.answer:
+                raise Unjudgeable(f"rank {rank}: the suite failed: {report.answer['broken']}")
+            observed = report.answer["observations"][0]
+            if "error" in observed:
+                raise Unjudgeable(
+                    f"rank {rank}: the strategy cannot be made: {observed['error'][0]}: {observed['message']}"
+                )
+        return dict(reports[0].answer["observations"][0]["dict"])
+
+    def judge(self, clause: Clause) -> ClauseResult:
+        """Judge one clause, in the light of what is expected to fail."""
+        assert self._judge is not None
+        return self.expectations.applied(self._judge.judge(clause))
+
+    def close(self) -> None:
+        """End the workers."""
+        if self._group is not None:
+            self._group.close()
+            self._group = None
+
+
+def certify(request: Request, tell: Callable[[ClauseResult], None] = lambda result: None) -> Report:
+    """Judge every clause that ``request`` selects; ``tell`` hears of each as it is done."""
+    unknown = [it for it in request.clauses if it not in CONTRACT.ids]
+    if unknown:
+        return Report(request=request, identity={}, results=[], unjudged=f"there is no clause {', '.join(unknown)}")
+    with Certification(request) as certification:
+        strange = certification.expectations.unknown(CONTRACT.ids)
+        if strange:
+            return Report(request=request, identity={}, results=[], unjudged=strange)
+        try:
+            certification.open()
+        except Unjudgeable as error:
+            return Report(request=request, identity={}, results=[], unjudged=str(error))
+        results = []
+        for clause in selected(request.clauses):
+            results.append(certification.judge(clause))
+            tell(results[-1])
+        return Report(request=request, identity=certification.identity, results=results)
+
+
+def distribution_of(module: str) -> dict[str, str]:
+    """Name and version of the distribution that ``module`` came from, as far as can be known."""
+    top = module.partition(".")[0]
+    names = packages_distributions().get(top, [])
+    exact = [name for name in names if name.replace("-", "_").endswith(module.split(".")[1])] if "." in module else []
+    name = (exact or names or [""])[0]
+    return {"distribution": name, "version": _version_of(name)}
+
+
+def _version_of(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except (PackageNotFoundError, ValueError):
+        return ""

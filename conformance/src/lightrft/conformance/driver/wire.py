@@ -1,0 +1,48 @@
+"""Messages between the driver and a worker: JSON behind its length, over a socket pair."""
+
+import json
+import socket
+from typing import Any
+
+_LENGTH = 8
+
+
+class ConnectionLost(Exception):
+    """The other side closed the connection, or sent what is no message."""
+
+
+def send(connection: socket.socket, message: dict[str, Any]) -> None:
+    """Send one message; raises `ConnectionLost`."""
+    body = json.dumps(message).encode()
+    try:
+        connection.sendall(len(body).to_bytes(_LENGTH) + body)
+    except OSError as error:
+        raise ConnectionLost(str(error)) from error
+
+
+def receive(connection: socket.socket) -> dict[str, Any]:
+    """Wait for one message; raises `ConnectionLost`, and `TimeoutError` by the socket's timeout."""
+    length = int.from_bytes(_exactly(connection, _LENGTH))
+    try:
+        message = json.loads(_exactly(connection, length))
+    except ValueError as error:
+        raise ConnectionLost(f"not a message: {error}") from error
+    if not isinstance(message, dict):
+        raise ConnectionLost(f"not a message: {type(message).__name__}")
+    return message
+
+
+def _exactly(connection: socket.socket, count: int) -> bytes:
+    parts = []
+    while count:
+        try:
+            part = connection.recv(min(count, 1 << 20))
+        except TimeoutError:
+            raise
+        except OSError as error:
+            raise ConnectionLost(str(error)) from error
+        if not part:
+            raise ConnectionLost("the connection was closed")
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)

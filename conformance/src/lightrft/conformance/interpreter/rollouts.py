@@ -1,0 +1,123 @@
+"""Operations on the rollout engine."""
+
+import contextlib
+import io
+from typing import Any
+
+import torch
+
+from lightrft.conformance.interpreter.session import OPERATIONS, Session, operation
+
+
+@operation
+def engine(session: Session, kind: str = "fake", actor: str | None = None) -> str:
+    """setup_inference_engine; the engine's status afterwards."""
+    model = None if actor is None else session.models[actor].model
+    session.strategy.setup_inference_engine(None, kind, actor=model)
+    return status(session)
+
+
+@operation
+def status(session: Session) -> str:
+    """Absent, awake or asleep."""
+    return session.strategy.inference_engine_status.value
+
+
+@operation
+def sync(session: Session, model: str) -> int:
+    """update_engine_weights; the version afterwards."""
+    session.strategy.update_engine_weights(session.models[model].model)
+    return version(session)
+
+
+@operation
+def version(session: Session) -> int:
+    """The engine's weight_version, -1 where there is no engine."""
+    found = session.strategy.inference_engine
+    return -1 if found is None else found.weight_version
+
+
+@operation
+def sleep(session: Session, level: int | None = None) -> str:
+    """maybe_sleep_inference_engine, or the engine's own sleep with a level."""
+    if level is None:
+        session.strategy.maybe_sleep_inference_engine()
+    else:
+        assert session.strategy.inference_engine is not None
+        session.strategy.inference_engine.sleep(level)
+    return status(session)
+
+
+@operation
+def wake(session: Session) -> str:
+    """wakeup_inference_engine."""
+    session.strategy.wakeup_inference_engine()
+    return status(session)
+
+
+@operation
+def generate(
+    session: Session, prompts: list[list[list[int]]], sampling: dict[str, Any], stay_awake: bool = False
+) -> list[Any]:
+    """gather_and_generate of this rank's own prompts."""
+    own = prompts[session.rank % len(prompts)]
+    completions = session.strategy.gather_and_generate(sampling, all_prompt_token_ids=own, sleep_engine=not stay_awake)
+    return [_record(completion) for completion in completions]
+
+
+@operation
+def generate_raw(session: Session, **arguments: Any) -> list[Any]:
+    """gather_and_generate with whatever arguments."""
+    return [_record(completion) for completion in session.strategy.gather_and_generate(**arguments)]
+
+
+@operation
+def generate_local(session: Session, sampling: dict[str, Any], token_ids: Any = None, inputs: Any = None) -> list[Any]:
+    """engine_generate_local."""
+    return [_record(it) for it in session.strategy.engine_generate_local(sampling, token_ids, inputs)]
+
+
+@operation
+def broken_sync(session: Session, model: str, after: int) -> None:
+    """A weight stream that dies after ``after`` buckets, straight into the engine."""
+    engine = session.strategy.inference_engine
+    assert engine is not None
+    stream = session.strategy.full_parameters(session.models[model].model, 64)
+    buckets = [[(name, tensor.clone()) for name, tensor in bucket] for bucket in stream]
+
+    def dying() -> Any:
+        yield from buckets[:after]
+        raise OSError("the stream died")
+
+    engine.wake_up(["weights"])
+    engine.update_weights(dying())
+
+
+@operation
+def partial_sync(session: Session, model: str, leave_out: int) -> None:
+    """A weight stream that lacks one tensor, straight into the engine."""
+    engine = session.strategy.inference_engine
+    assert engine is not None
+    stream = session.strategy.full_parameters(session.models[model].model, 1 << 20)
+    everything = [(name, tensor.clone()) for bucket in stream for name, tensor in bucket]
+    engine.wake_up(["weights"])
+    engine.update_weights([everything[:leave_out] + everything[leave_out + 1 :]])
+
+
+def _record(completion: Any) -> dict[str, Any]:
+    return {
+        "prompt": list(completion.prompt_token_ids),
+        "tokens": list(completion.output_token_ids),
+        "logprobs": torch.tensor(completion.logprobs, dtype=torch.float64) if completion.logprobs is not None else None,
+        "reason": completion.finish_reason,
+        "version": completion.weight_version,
+    }
+
+
+@operation
+def heard(session: Session, call: str, **arguments: Any) -> str:
+    """What another operation prints."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        OPERATIONS[call](session, **arguments)
+    return printed.getvalue()

@@ -1,0 +1,85 @@
+"""One program, operation by operation."""
+
+import contextlib
+import gc
+import random
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from lightrft.config import StrategyConfig
+from lightrft.conformance.interpreter import life, preparing, rollouts, training  # noqa: F401 - they register operations
+from lightrft.conformance.interpreter.session import OPERATIONS, Session
+from lightrft.conformance.values import encode, error_record
+from lightrft.strategy import StrategyBase
+from lightrft.strategy.registry import strategy_class
+
+
+def maker(name: str, fixed: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], StrategyBase]:
+    """Makes the strategy ``name``, with the settings of the certification and those of a program."""
+
+    def make(settings: Mapping[str, Any]) -> StrategyBase:
+        merged = {**fixed, **settings}
+        if isinstance(merged.get("adam_betas"), list):
+            merged["adam_betas"] = tuple(merged["adam_betas"])
+        return strategy_class(name)(StrategyConfig(**merged))
+
+    return make
+
+
+def run_program(program: Mapping[str, Any], rank: int) -> list[Any]:
+    """The observations of ``program`` on this rank, one an operation; after an error no more are made.
+
+    An operation with ``ranks`` runs on these only, the others observe null; one that ``may_fail`` does not
+    end the program.
+    """
+    session = Session(make=maker(program["strategy"], program["fixed"]), settings=program["settings"], rank=rank)
+    if not gc.get_freeze_count():
+        gc.freeze()  # the imported libraries: walking through them takes longer than a program
+    _seed_all(program.get("seed", 0))
+    observations: list[Any] = []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for operation in program["operations"]:
+                observation = _run(session, operation)
+                observations.append(observation)
+                if isinstance(observation, dict) and "error" in observation and not operation.get("may_fail"):
+                    break
+    finally:
+        _clean_up(session)
+    return observations
+
+
+def _run(session: Session, operation: Mapping[str, Any]) -> Any:
+    arguments = {key: value for key, value in operation.items() if key not in ("do", "ranks", "may_fail")}
+    if session.rank not in operation.get("ranks", [session.rank]):
+        return None
+    function = OPERATIONS[operation["do"]]
+    try:
+        return encode(function(session, **arguments))
+    except BaseException as error:  # noqa: BLE001 - whatever the code under test raises is what is observed
+        record = error_record(error)
+        error.__traceback__ = None
+        return record
+
+
+def _clean_up(session: Session) -> None:
+    """Leave the process as it was, whatever the strategy under test did not give back."""
+    with contextlib.suppress(BaseException):
+        session.close()
+    if dist.is_initialized():
+        with contextlib.suppress(BaseException):
+            dist.destroy_process_group()
+    torch.set_default_dtype(torch.float32)
+    torch.set_grad_enabled(True)
+
+
+def _seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

@@ -1,0 +1,194 @@
+"""The small models and their data, alike in the workers and in the reference.
+
+Everything follows from a few numbers: a model from its kind and seed, a batch from its number and the rank.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+WIDTH = 6
+OUTPUTS = 3
+VOCABULARY = 17
+
+
+class Block(nn.Module):
+    """A residual layer: a norm, and a linear map of uneven size."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = hidden + torch.tanh(self.linear(self.norm(hidden)))
+        return result
+
+
+class Regressor(nn.Module):
+    """(batch, WIDTH) to (batch, OUTPUTS)."""
+
+    _no_split_modules = ["Block"]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(WIDTH), Block(WIDTH)])
+        self.head = nn.Linear(WIDTH, OUTPUTS)
+        self.register_buffer("offset", torch.linspace(-1, 1, WIDTH))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = inputs + self.offset.to(inputs.dtype)
+        for block in self.blocks:
+            hidden = block(hidden)
+        result: torch.Tensor = self.head(hidden)
+        return result
+
+
+class Frozen(Regressor):
+    """A regressor whose first block does not train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[0].requires_grad_(False)
+
+
+class Unused(Regressor):
+    """A regressor with a block that no forward reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = Block(WIDTH)
+
+
+class Wide(Regressor):
+    """A regressor with enough parameters to measure: 64 MiB in fp32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks.append(Block(WIDTH))
+        self.up = nn.Linear(WIDTH, 4096)
+        self.wide = nn.Linear(4096, 4096)
+        self.down = nn.Linear(4096, WIDTH)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = super().forward(inputs + self.down(self.wide(self.up(inputs))))
+        return result
+
+
+class Uneven(Regressor):
+    """A regressor whose second block is used only by ranks whose first input is positive."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = self.blocks[0](inputs + self.offset.to(inputs.dtype))
+        if inputs[0, 0] > 0:
+            hidden = self.blocks[1](hidden)
+        result: torch.Tensor = self.head(hidden)
+        return result
+
+
+class Checkpointed(Regressor):
+    """A regressor that computes its blocks again in backward."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = inputs + self.offset.to(inputs.dtype)
+        for block in self.blocks:
+            hidden = torch.utils.checkpoint.checkpoint(block, hidden, use_reentrant=False)
+        result: torch.Tensor = self.head(hidden)
+        return result
+
+
+class Mixer(nn.Module):
+    """A causal layer: each position sees the mean of those up to it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.linear = nn.Linear(2 * width, width)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        normal = self.norm(hidden)
+        counts = torch.arange(1, hidden.shape[1] + 1, device=hidden.device, dtype=hidden.dtype)[:, None]
+        past = normal.cumsum(dim=1) / counts
+        result: torch.Tensor = hidden + torch.tanh(self.linear(torch.cat([normal, past], dim=-1)))
+        return result
+
+
+class LanguageModel(nn.Module):
+    """(batch, length) tokens to (batch, length, VOCABULARY) logits; the embedding is tied to the head."""
+
+    _no_split_modules = ["Mixer"]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.mixers = nn.ModuleList([Mixer(WIDTH), Mixer(WIDTH)])
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden = self.embedding(tokens)
+        for mixer in self.mixers:
+            hidden = mixer(hidden)
+        result: torch.Tensor = 2 * self.head(hidden)
+        return result
+
+
+class Actor(nn.Module):
+    """LightRFT's way to hold a policy: a wrapper with ``.model``, marked as an actor."""
+
+    is_actor = True
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+
+KINDS: dict[str, type[nn.Module]] = {
+    "regressor": Regressor,
+    "frozen": Frozen,
+    "unused": Unused,
+    "uneven": Uneven,
+    "wide": Wide,
+    "checkpointed": Checkpointed,
+    "language": LanguageModel,
+}
+
+
+def build(kind: str, seed: int) -> nn.Module:
+    """A model whose weights follow from ``seed`` alone; the caller's random stream is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = KINDS[kind]()
+        for parameter in model.parameters():  # norms and biases begin at 1 and 0, which hides mistakes
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def is_language(model: nn.Module) -> bool:
+    """Whether ``model`` takes tokens."""
+    inner = model.model if isinstance(model, Actor) else model
+    return isinstance(inner, LanguageModel)
+
+
+def batch(number: int, rank: int, rows: int, language: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets of one micro-batch on one rank."""
+    generator = torch.Generator().manual_seed(1_000_003 * number + rank)
+    if language:
+        tokens = torch.randint(VOCABULARY, (rows, 8), generator=generator)
+        return tokens[:, :-1], tokens[:, 1:]
+    inputs = torch.randn(rows, WIDTH, generator=generator)
+    targets = torch.randn(rows, OUTPUTS, generator=generator)
+    inputs[0, 0] = inputs[0, 0].abs() * (1 if (number + rank) % 2 else -1)  # see Uneven
+    return inputs, targets
+
+
+def loss_of(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean squared error, or cross entropy for a language model; in fp32."""
+    outputs = model(inputs).float()
+    if targets.dtype == torch.int64:
+        return nn.functional.cross_entropy(outputs.flatten(0, 1), targets.flatten())
+    return nn.functional.mse_loss(outputs, targets)

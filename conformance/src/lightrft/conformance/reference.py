@@ -1,0 +1,240 @@
+"""The reference: the same programs on plain PyTorch, in one process, for all ranks at once.
+
+It shares no code with what it judges. It says what training must come to; how a backend gets there is the
+backend's business, but for one choice that changes rounding and is free: whether gradients are averaged over
+the ranks once, at the last micro-batch, or at each (the family).
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lightrft.conformance import models
+
+Family = Literal["once", "each"]
+FP32_MAX = torch.finfo(torch.float32).max
+POISONS = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf"), "huge": 1e30}
+
+
+@dataclass(kw_only=True)
+class ReferenceModel:
+    """One model in training."""
+
+    kind: str
+    module: nn.Module
+    world: int
+    window: int
+    max_norm: float | None
+    family: Family
+    optimizer: torch.optim.Optimizer | None = None
+    decay: float | None = None
+    pending: list[list[torch.Tensor]] = field(default_factory=list)
+    """The gradient of the window on each rank, or, by "each", one for all."""
+    micro_batches: int = 0
+    updates: int = 0
+    scheduled: int = 0
+    rate: float = 0.0
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    def train_with(self, lr: float, weight_decay: float, **more: Any) -> None:
+        """Plain AdamW; biases and norms do not decay."""
+        spared = [p for name, p in self.module.named_parameters() if p.requires_grad and _is_spared(name)]
+        others = [p for name, p in self.module.named_parameters() if p.requires_grad and not _is_spared(name)]
+        groups = [{"params": others, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, **more)
+        self.rate = lr
+
+    def backward(self, batch: int, rows: int, weight: float, poison: str | None, poisoned_rank: int) -> list[float]:
+        """Add the gradients of one batch on every rank; returns the losses."""
+        losses, gradients = [], []
+        for rank in range(self.world):
+            inputs, targets = models.batch(batch, rank, rows, isinstance(self.module, models.LanguageModel))
+            loss = weight * models.loss_of(self.module, inputs, targets)
+            if poison is not None and rank == poisoned_rank:
+                loss = loss * POISONS[poison]
+            losses.append(loss.item())
+            found = torch.autograd.grad(loss / self.window, self.parameters, allow_unused=True)
+            pairs = zip(found, self.parameters, strict=True)
+            gradients.append([torch.zeros_like(p) if g is None else g for g, p in pairs])
+        self._add(gradients)
+        return losses
+
+    def _add(self, gradients: list[list[torch.Tensor]]) -> None:
+        new = gradients if self.family == "once" else [_mean(gradients)]
+        self.pending = [_sum(old, more) for old, more in zip(self.pending, new, strict=True)] if self.pending else new
+
+    def step(self, boundary: bool | None, scheduled: bool) -> dict[str, Any]:
+        """End a micro-batch, and perhaps make the update."""
+        self.micro_batches += 1
+        if not (self.micro_batches >= self.window if boundary is None else boundary):
+            return {"applied": False, "skipped": False, "grad_norm": None}
+        gradient = [part * (self.window / self.micro_batches) for part in _mean(self.pending)]
+        self.pending, self.micro_batches = [], 0
+        squared = sum(float(part.double().pow(2).sum()) for part in gradient)
+        if not math.isfinite(squared) or squared > FP32_MAX:
+            return {"applied": False, "skipped": True, "grad_norm": math.inf}
+        norm = math.sqrt(squared)
+        self._apply(gradient, norm)
+        if scheduled:
+            self.scheduled += 1
+            self._set_rate()
+        return {"applied": True, "skipped": False, "grad_norm": norm}
+
+    def _apply(self, gradient: list[torch.Tensor], norm: float) -> None:
+        assert self.optimizer is not None
+        factor = min(1.0, self.max_norm / (norm + 1e-6)) if self.max_norm else 1.0
+        for parameter, part in zip(self.parameters, gradient, strict=True):
+            parameter.grad = part if factor == 1.0 else part * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.updates += 1
+
+    def schedule(self, decay: float) -> None:
+        """A schedule that divides the rate by 1 + decay x updates."""
+        self.decay = decay
+        self._set_rate()
+
+    def set_rate(self, lr: float) -> None:
+        """Change the rate by hand."""
+        assert self.optimizer is not None
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def _set_rate(self) -> None:
+        if self.decay is not None:
+            self.set_rate(self.rate / (1 + self.decay * self.scheduled))
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The parameters by name, tied ones once."""
+        return {name: parameter.detach().clone() for name, parameter in self.module.named_parameters()}
+
+
+def _is_spared(name: str) -> bool:
+    return name.endswith("bias") or "norm" in name
+
+
+def _sum(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [a + b for a, b in zip(left, right, strict=True)]
+
+
+def _mean(gradients: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+    total = list(gradients[0])
+    for more in gradients[1:]:
+        total = _sum(total, more)
+    return [part / len(gradients) for part in total]
+
+
+def greedy(module: nn.Module, prompt: Sequence[int], tokens: int) -> tuple[list[int], list[float]]:
+    """The most likely continuation, a token at a time, and the log-probability of each."""
+    output: list[int] = []
+    logprobs: list[float] = []
+    with torch.no_grad():
+        for _ in range(tokens):
+            logits = module(torch.tensor([[*prompt, *output]]))[0, -1].float()
+            output.append(int(logits.argmax()))
+            logprobs.append(float(logits.log_softmax(dim=-1)[output[-1]]))
+    return output, logprobs
+
+
+def score(module: nn.Module, prompt: Sequence[int], output: Sequence[int]) -> list[float]:
+    """The log-probability of each token of ``output`` after ``prompt``."""
+    with torch.no_grad():
+        logits = module(torch.tensor([[*prompt, *output]]))[0].float().log_softmax(dim=-1)
+    return [float(logits[len(prompt) - 1 + index, token]) for index, token in enumerate(output)]
+
+
+class Reference:
+    """A program, run on plain PyTorch: what each operation must be observed to give."""
+
+    def __init__(self, world: int, family: Family = "once") -> None:
+        self.world, self.family = world, family
+        self.models: dict[str, ReferenceModel] = {}
+        self.averaged: dict[str, int] = {}
+
+    def run(self, settings: dict[str, Any], operations: Sequence[dict[str, Any]]) -> list[Any]:
+        """For each operation a prediction, or None where it makes none."""
+        window = settings.get("train_batch_size", 128) // (settings.get("micro_train_batch_size", 1) * self.world)
+        max_norm = settings.get("max_norm", 1.0)
+        predictions = []
+        for operation in operations:
+            if "optimizer_of" in operation:  # an error wherever it is right
+                predictions.append(None)
+                continue
+            arguments = {key: value for key, value in operation.items() if key not in ("do", "ranks", "may_fail")}
+            handler = getattr(self, "_" + operation["do"], None)
+            if operation["do"] == "build":
+                self._build(window=window, max_norm=max_norm, **arguments)
+                predictions.append(None)
+            else:
+                predictions.append(None if handler is None else handler(**arguments))
+        return predictions
+
+    def _build(
+        self, window: int, max_norm: float | None, model: str, kind: str = "regressor", seed: int = 0, **_: Any
+    ) -> None:
+        self.models[model] = ReferenceModel(
+            kind=kind,
+            module=models.build(kind, seed),
+            world=self.world,
+            window=window,
+            max_norm=max_norm,
+            family=self.family,
+        )
+
+    def _optimizer(
+        self, model: str, lr: float = 1e-3, weight_decay: float = 0.0, by_hand: bool = False, **more: Any
+    ) -> None:
+        self.models[model].train_with(lr, weight_decay, **more)
+
+    def _schedule(self, model: str, decay: float = 0.5) -> None:
+        self.models[model].schedule(decay)
+
+    def _backward(
+        self,
+        model: str,
+        batch: int,
+        rows: int = 2,
+        weight: float = 1.0,
+        poison: str | None = None,
+        poisoned_rank: int = 0,
+        **_: Any,
+    ) -> list[float]:
+        return self.models[model].backward(batch, rows, weight, poison, poisoned_rank)
+
+    def _step(self, model: str, boundary: bool | None = None, scheduled: bool = False, **_: Any) -> dict[str, Any]:
+        return self.models[model].step(boundary, scheduled)
+
+    def _weights(self, model: str) -> dict[str, torch.Tensor]:
+        return self.models[model].weights()
+
+    def _set_rate(self, model: str, lr: float) -> None:
+        self.models[model].set_rate(lr)
+
+    def _forward(self, model: str, batch: int, rows: int = 2) -> list[torch.Tensor]:
+        found = self.models[model]
+        with torch.no_grad():
+            return [
+                found.module(models.batch(batch, rank, rows, isinstance(found.module, models.LanguageModel))[0])
+                for rank in range(self.world)
+            ]
+
+    def _average(self, model: str, into: str, beta: float) -> None:
+        source, target = self.models[model], self.models[into]
+        if self.averaged.get(into, 0) == source.updates:
+            return
+        self.averaged[into] = source.updates
+        for own, other in zip(target.module.parameters(), source.module.parameters(), strict=True):
+            if other.requires_grad:
+                own.data.mul_(beta).add_(other.data, alpha=1 - beta)
+
+    def snapshot(self, model: str) -> nn.Module:
+        """A copy of a model as it is now."""
+        return copy.deepcopy(self.models[model].module)

@@ -1,0 +1,102 @@
+"""Values that travel: tensors and errors as JSON, bit for bit, and the data of collectives from a description."""
+
+import base64
+import hashlib
+from typing import Any
+
+import torch
+
+
+def encode(value: Any) -> Any:
+    """JSON of numbers, strings, lists, dicts with any keys, and tensors."""
+    if isinstance(value, torch.Tensor):
+        plain = value.detach().cpu().contiguous()
+        body = base64.b64encode(plain.reshape(-1).view(torch.uint8).numpy().tobytes()).decode()
+        name = str(plain.dtype).removeprefix("torch.")
+        return {"tensor": name, "shape": list(plain.shape), "bytes": body, "device": value.device.type}
+    if isinstance(value, dict):
+        return {"dict": [[encode(key), encode(item)] for key, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return [encode(item) for item in value]
+    if isinstance(value, float):
+        return {"float": value.hex()}
+    return value
+
+
+def decode(value: Any) -> Any:
+    """The opposite of `encode`; tuples come back as lists."""
+    if isinstance(value, list):
+        return [decode(item) for item in value]
+    if isinstance(value, dict) and "tensor" in value:
+        dtype = getattr(torch, value["tensor"])
+        data = bytearray(base64.b64decode(value["bytes"]))
+        flat = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+        return flat.view(dtype).reshape(value["shape"])
+    if isinstance(value, dict) and "dict" in value:
+        return {decode(key): decode(item) for key, item in value["dict"]}
+    if isinstance(value, dict) and "float" in value:
+        return float.fromhex(value["float"])
+    return value
+
+
+def error_record(error: BaseException) -> dict[str, Any]:
+    """An exception as data: the names of its class and those above it, and its message."""
+    types = [f"{cls.__module__}.{cls.__qualname__}".removeprefix("builtins.") for cls in type(error).__mro__[:-1]]
+    return {"error": types, "message": str(error)}
+
+
+def digest(value: Any) -> str:
+    """A fingerprint of nested tensors and plain values, bit for bit."""
+    hasher = hashlib.blake2b(digest_size=12)
+    _feed(hasher, value)
+    return hasher.hexdigest()
+
+
+def _feed(hasher: Any, value: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        local = getattr(value, "_local_tensor", value).detach().cpu().contiguous()
+        hasher.update(f"{local.dtype}{tuple(local.shape)}".encode())
+        hasher.update(local.reshape(-1).view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            hasher.update(repr(key).encode())
+            _feed(hasher, item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _feed(hasher, item)
+    else:
+        hasher.update(repr(value).encode())
+
+
+def materialize(description: Any, rank: int, device: torch.device | str = "cpu") -> Any:
+    """The argument of a collective on ``rank``, from its description.
+
+    ``{"by_rank": [...]}`` differs between ranks, ``{"dict": [[key, description], ...]}`` is a dict,
+    ``{"tensor": dtype, "shape": [...], "seed": n}`` a tensor of its own on each rank, ``{"text": s}`` a string,
+    and anything else itself.
+    """
+    if isinstance(description, dict) and "by_rank" in description:
+        return materialize(description["by_rank"][rank % len(description["by_rank"])], rank, device)
+    if isinstance(description, dict) and "dict" in description:
+        return {key: materialize(item, rank, device) for key, item in description["dict"]}
+    if isinstance(description, dict) and "tensor" in description:
+        return _tensor(description, rank).to(device)
+    if isinstance(description, dict) and "text" in description:
+        return description["text"]
+    if isinstance(description, dict) and "per_rank" in description:
+        base, step = description["per_rank"]
+        return base + step * rank
+    return description
+
+
+def _tensor(description: dict[str, Any], rank: int) -> torch.Tensor:
+    dtype = getattr(torch, description["tensor"])
+    generator = torch.Generator().manual_seed(7919 * description["seed"] + rank)
+    shape = list(description["shape"])
+    if dtype == torch.bool:
+        return torch.rand(shape, generator=generator) < 0.5
+    if not dtype.is_floating_point:
+        low, high = (0, 40) if dtype == torch.uint8 else (-30, 30)
+        large = 2**40 if dtype == torch.int64 else 1  # beyond what fp32 holds exactly
+        return (torch.randint(low, high, shape, generator=generator) * large).to(dtype)
+    return (4 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
