@@ -1,6 +1,7 @@
 """A whole run: start the workers, ask the strategy what it is, judge every clause, and say how it came out."""
 
 import datetime
+import json
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -33,10 +34,15 @@ class Request:
     clauses: Sequence[str] = ()
     seed: int = 0
     expectations: Path | None = None
+    engine: str = ""
+    """The engine to be certified, with ``strategy`` below it; empty where the strategy is."""
 
     def command(self, clause: str | None = None) -> str:
         """The command line that repeats this."""
-        parts = ["lightrft-conformance", "run", self.strategy, f"--world-size {self.world}", f"--device {self.device}"]
+        parts = ["lightrft-conformance", "run", self.strategy]
+        if self.engine:
+            parts = ["lightrft-conformance", "run-engine", self.engine, f"--strategy {self.strategy}"]
+        parts += [f"--world-size {self.world}", f"--device {self.device}"]
         parts += [f"--set {name}={value}" for name, value in self.settings.items()]
         parts += [f"--profile {self.profile}", f"--seed {self.seed}"]
         return " ".join(parts + ([f"--clause {clause}"] if clause else []))
@@ -79,6 +85,17 @@ class Report:
         }
 
 
+def setting(text: str) -> tuple[str, Any]:
+    """``NAME=VALUE`` of a command line; the value is JSON, or a string."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"{text!r}: write NAME=VALUE")
+    try:
+        return name, json.loads(value.lower() if value in ("True", "False", "None") else value)
+    except json.JSONDecodeError:
+        return name, value
+
+
 def environment() -> dict[str, str]:
     """What the run ran on."""
     return {
@@ -90,10 +107,15 @@ def environment() -> dict[str, str]:
     }
 
 
-def selected(ids: Sequence[str]) -> Iterator[Clause]:
-    """The clauses with these ids, or all."""
+MODEL_LIBRARY_ENGINES = ("transformers", "vllm", "sglang")
+"""Engines that run models of transformers only."""
+ENGINE_CLAUSES = ("ENG-", "SYNC-", "GEN-")
+
+
+def selected(ids: Sequence[str], *, engine: bool = False) -> Iterator[Clause]:
+    """The clauses with these ids, or all; for an ``engine``, those that speak of engines."""
     for clause in CONTRACT:
-        if not ids or clause.id in ids:
+        if (not ids or clause.id in ids) and (not engine or clause.id.startswith(ENGINE_CLAUSES)):
             yield clause
 
 
@@ -104,6 +126,8 @@ class Certification:
         self.request = request
         self.profile: Profile = PROFILES[request.profile]
         self.identity: dict[str, Any] = {}
+        self.results: list[ClauseResult] = []
+        """Of the clauses judged so far."""
         self.expectations = Expectations.read(request.expectations, request.strategy, request.settings)
         self._group: WorkerGroup | None = None
         self._judge: Judge | None = None
@@ -114,12 +138,15 @@ class Certification:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def open(self) -> None:
-        """Start the workers and ask what the strategy is. Raises `Unjudgeable` where it cannot even be made."""
+    def open(self, group: WorkerGroup | None = None) -> None:
+        """Start the workers and ask what the strategy is. Raises `Unjudgeable` where it cannot even be made.
+
+        A ``group`` that is given is used, and stays its owner's.
+        """
         torch.set_num_threads(1)  # as in the workers: the number of threads changes the order of sums
-        grouped = self.request.strategy != "fake"
-        self._group = WorkerGroup(self.request.world, ranks=grouped and self.request.world > 1)
-        self.identity = self._ask(self._group)
+        if group is None:
+            group = self._group = WorkerGroup(self.request.world, ranks=self.request.world > 1)
+        self.identity = self._ask(group)
         place = Place(
             strategy=self.request.strategy,
             world=self.request.world,
@@ -127,12 +154,14 @@ class Certification:
             settings=dict(self.request.settings),
             capabilities=frozenset(self.identity["capabilities"]),
             grouped=self.identity["grouped"],
+            engine=self.request.engine or "fake",
+            language_model="llama" if self.request.engine in MODEL_LIBRARY_ENGINES else "language",
         )
         self._judge = Judge(
             place=place,
             profile=self.profile,
             seed=self.request.seed,
-            group=self._group,
+            group=group,
             database=".lightrft-conformance",
         )
 
@@ -159,7 +188,8 @@ class Certification:
     def judge(self, clause: Clause) -> ClauseResult:
         """Judge one clause, in the light of what is expected to fail."""
         assert self._judge is not None
-        return self.expectations.applied(self._judge.judge(clause))
+        self.results.append(self.expectations.applied(self._judge.judge(clause)))
+        return self.results[-1]
 
     def close(self) -> None:
         """End the workers."""
@@ -181,11 +211,9 @@ def certify(request: Request, tell: Callable[[ClauseResult], None] = lambda resu
             certification.open()
         except Unjudgeable as error:
             return Report(request=request, identity={}, results=[], unjudged=str(error))
-        results = []
-        for clause in selected(request.clauses):
-            results.append(certification.judge(clause))
-            tell(results[-1])
-        return Report(request=request, identity=certification.identity, results=results)
+        for clause in selected(request.clauses, engine=bool(request.engine)):
+            tell(certification.judge(clause))
+        return Report(request=request, identity=certification.identity, results=certification.results)
 
 
 def distribution_of(module: str) -> dict[str, str]:

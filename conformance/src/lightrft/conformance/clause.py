@@ -34,6 +34,10 @@ class Place:
     """What the strategy says that it can do beyond the contract."""
     grouped: bool = True
     """Whether ranks have a process group; FakeStrategy has none."""
+    engine: str = "fake"
+    """The rollout engine with which the clauses about rollouts are run."""
+    language_model: str = "language"
+    """The kind of language model that the engine can run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +96,9 @@ class Trial:
             raise UnexpectedError(f"rank {rank}: {failed} (operation {last}) raised {show_error(seen[last])}")
         operation = self.program.operations[index]
         if is_error(seen[index]) and not operation.get("may_fail"):
-            raise UnexpectedError(f"rank {rank}: {operation['do']} (operation {index}) raised {show_error(seen[index])}")
+            raise UnexpectedError(
+                f"rank {rank}: {operation['do']} (operation {index}) raised {show_error(seen[index])}"
+            )
         return seen[index]
 
     def last(self, do: str) -> list[Any]:

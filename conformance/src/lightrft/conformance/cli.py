@@ -2,16 +2,19 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lightrft.conformance.certification import Report, Request, certify, selected
+from lightrft.conformance.certification import Report, Request, certify, selected, setting
 from lightrft.conformance.contract import CONTRACT
 from lightrft.conformance.judge import ClauseResult
 from lightrft.conformance.profiles import PROFILES
+from lightrft.conformance.rendering import certificate, failure
+from lightrft.conformance.saboteurs.catalogue import corpus
+from lightrft.conformance.saboteurs.runner import Outcome, run_corpus
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 MARKS = {
@@ -22,16 +25,6 @@ MARKS = {
     "skip": "dim",
     "xfail": "yellow",
 }
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise typer.BadParameter(f"{text!r}: write NAME=VALUE")
-    try:
-        return name, json.loads(value.lower() if value in ("True", "False", "None") else value)
-    except json.JSONDecodeError:
-        return name, value
 
 
 @app.command()
@@ -47,12 +40,41 @@ def run(
     report: Annotated[Path | None, typer.Option(help="Write the outcome as JSON")] = None,
 ) -> None:
     """Judge a strategy by the contract. Exit 0: every MUST holds; 1: some do not; 2: it could not be judged."""
-    if profile not in PROFILES:
-        raise typer.BadParameter(f"--profile {profile}: there are {', '.join(PROFILES)}")
-    request = Request(
-        strategy=strategy, world=world_size, device=device, profile=profile, clauses=tuple(clause or ()), seed=seed,
-        settings=dict(map(_setting, set_ or [])), expectations=expected,
+    _run(
+        Request(
+            strategy=strategy, world=world_size, device=device, profile=profile, clauses=tuple(clause or ()), seed=seed,
+            settings=dict(map(setting, set_ or [])), expectations=expected,
+        ),
+        report,
     )  # fmt: skip
+
+
+@app.command()
+def run_engine(
+    engine: Annotated[str, typer.Argument(help="Registered name, or module:attribute")],
+    strategy: Annotated[str, typer.Option(help="The strategy that it generates for")] = "fake",
+    world_size: Annotated[int, typer.Option(min=1, help="Ranks")] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    profile: Annotated[str, typer.Option(help=", ".join(PROFILES))] = "ci",
+    clause: Annotated[list[str] | None, typer.Option(help="Only this clause; may be repeated")] = None,
+    seed: Annotated[int, typer.Option(help="Of the programs that are drawn")] = 0,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="A setting, NAME=VALUE; may be repeated")] = None,
+    expected: Annotated[Path | None, typer.Option(help="TOML file of expected failures")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write the outcome as JSON")] = None,
+) -> None:
+    """Judge a rollout engine by the clauses that speak of engines. Exit codes as for run."""
+    _run(
+        Request(
+            strategy=strategy, world=world_size, device=device, profile=profile, clauses=tuple(clause or ()), seed=seed,
+            settings=dict(map(setting, set_ or [])), expectations=expected, engine=engine,
+        ),
+        report,
+    )  # fmt: skip
+
+
+def _run(request: Request, report: Path | None) -> None:
+    if request.profile not in PROFILES:
+        raise typer.BadParameter(f"--profile {request.profile}: there are {', '.join(PROFILES)}")
     console = Console(soft_wrap=True)
     outcome = _with_progress(console, request)
     if report is not None:
@@ -64,11 +86,13 @@ def run(
 def _with_progress(console: Console, request: Request) -> Report:
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(request.strategy, total=len(list(selected(request.clauses))))
+        task = progress.add_task(
+            request.engine or request.strategy, total=len(list(selected(request.clauses, engine=bool(request.engine))))
+        )
 
         def tell(result: ClauseResult) -> None:
             progress.advance(task)
-            progress.update(task, description=f"{request.strategy} {result.id}")
+            progress.update(task, description=f"{request.engine or request.strategy} {result.id}")
             _show(console, request, result)
 
         return certify(request, tell)
@@ -78,25 +102,9 @@ def _show(console: Console, request: Request, result: ClauseResult) -> None:
     style = MARKS[result.verdict]
     facts = f"{result.examples} programs, {result.seconds:.1f} s" if result.examples else result.message
     console.print(f"[{style}]{result.verdict:5}[/] {result.id:8} {result.level:6} [dim]{facts}[/]", highlight=False)
-    if result.verdict not in ("fail", "hang", "error"):
-        return
-    console.print(f"      the contract: {CONTRACT[result.id].text}", highlight=False, markup=False)
-    for line in result.message.splitlines():
-        console.print(f"      {line}", style=style, highlight=False, markup=False)
-    if result.program is not None:
-        _show_program(console, result)
-    console.print(f"      to repeat: {request.command(result.id)}", highlight=False, markup=False)
-
-
-def _show_program(console: Console, result: ClauseResult) -> None:
-    assert result.program is not None
-    console.print(f"      settings: {json.dumps(result.program['settings'])}", highlight=False, markup=False)
-    for index, operation in enumerate(result.program["operations"]):
-        arguments = ", ".join(f"{key}={value}" for key, value in operation.items() if key != "do")
-        console.print(f"      {index:3} {operation['do']}({arguments})", highlight=False, markup=False)
-        for rank, seen in enumerate(result.observations or []):
-            if index < len(seen) and seen[index] != "None":
-                console.print(f"            rank {rank}: {seen[index]}", style="dim", highlight=False, markup=False)
+    if result.verdict in ("fail", "hang", "error"):
+        for line in failure(result, CONTRACT[result.id], request).splitlines():
+            console.print(f"      {line}", highlight=False, markup=False)
 
 
 def _conclude(console: Console, outcome: Report) -> None:
@@ -107,8 +115,59 @@ def _conclude(console: Console, outcome: Report) -> None:
     words = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
     seconds = sum(it.seconds for it in outcome.results)
     console.print(
-        f"{outcome.request.strategy} at world size {outcome.request.world}: {words}, in {seconds:.0f} s",
+        f"{outcome.request.engine or outcome.request.strategy} at world size {outcome.request.world}: {words}, in {seconds:.0f} s",
         highlight=False,
+    )
+
+
+@app.command(name="certificate")
+def certificate_(
+    file: Annotated[Path, typer.Argument(help="A report written by run or run-engine", exists=True, dir_okay=False)],
+) -> None:
+    """Turn a report into a certificate in Markdown, on standard output."""
+    try:
+        print(certificate(json.loads(file.read_text(encoding="utf-8"))), end="")
+    except (ValueError, KeyError, TypeError) as error:
+        raise typer.BadParameter(f"{file} is no report of lightrft-conformance: {error!r}") from error
+
+
+@app.command()
+def saboteurs(
+    profile: Annotated[str, typer.Option(help=", ".join(PROFILES))] = "ci",
+    seed: Annotated[int, typer.Option(help="Of the programs that are drawn")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from --seed on")] = 1,
+    only: Annotated[list[str] | None, typer.Option(help="Only this saboteur; may be repeated")] = None,
+) -> None:
+    """Judge the suite: every saboteur must be killed by its own clause, no control accused. Exit 0 or 1."""
+    console = Console(soft_wrap=True)
+    chosen = [it for it in corpus() if not only or it.name in only]
+    wrong = []
+    for number in range(seed, seed + seeds):
+        outcomes = run_corpus(chosen, profile, number, lambda it: _show_outcome(console, it))
+        wrong += [it for it in outcomes if not it.right]
+    covered = {it.clause for it in chosen if it.clause}
+    bare = [
+        clause.id
+        for clause in CONTRACT
+        if clause.level == "MUST" and clause.id not in covered and not clause.needs_cuda
+    ]
+    killed = sum(it.clause != "" for it in chosen) - len({it.saboteur.name for it in wrong if it.saboteur.clause})
+    console.print(
+        f"{killed} of {sum(it.clause != '' for it in chosen)} saboteurs killed, "
+        f"{len({it.saboteur.name for it in wrong if not it.saboteur.clause})} of {sum(it.clause == '' for it in chosen)} controls "
+        f"accused, profile {profile}, {seeds} seed(s); MUST clauses without a saboteur: {', '.join(bare) or 'none'}",
+        highlight=False,
+    )
+    raise typer.Exit(1 if wrong or (bare and not only) else 0)
+
+
+def _show_outcome(console: Console, outcome: Outcome) -> None:
+    it = outcome.saboteur
+    word = ("killed" if outcome.killed else "SURVIVED") if it.clause else ("ACCUSED" if outcome.killed else "at peace")
+    style = "green" if outcome.right else "bold red"
+    detail = "" if outcome.right else outcome.reason
+    console.print(
+        f"[{style}]{word:8}[/] {it.clause or 'control':8} {it.name}: {it.defect} [dim]{detail}[/]", highlight=False
     )
 
 

@@ -3,6 +3,7 @@
 Everything follows from a few numbers: a model from its kind and seed, a batch from its number and the rank.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -147,7 +148,19 @@ class Actor(nn.Module):
         return self.model(*args, **kwargs)
 
 
-KINDS: dict[str, type[nn.Module]] = {
+def llama() -> nn.Module:
+    """A tiny Llama of transformers, embeddings tied, for engines that run no other models."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+KINDS: dict[str, Callable[[], nn.Module]] = {
     "regressor": Regressor,
     "frozen": Frozen,
     "unused": Unused,
@@ -155,6 +168,7 @@ KINDS: dict[str, type[nn.Module]] = {
     "wide": Wide,
     "checkpointed": Checkpointed,
     "language": LanguageModel,
+    "llama": llama,
 }
 
 
@@ -171,7 +185,7 @@ def build(kind: str, seed: int) -> nn.Module:
 def is_language(model: nn.Module) -> bool:
     """Whether ``model`` takes tokens."""
     inner = model.model if isinstance(model, Actor) else model
-    return isinstance(inner, LanguageModel)
+    return isinstance(inner, LanguageModel) or hasattr(inner, "get_input_embeddings")
 
 
 def batch(number: int, rank: int, rows: int, language: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,9 +200,16 @@ def batch(number: int, rank: int, rows: int, language: bool) -> tuple[torch.Tens
     return inputs, targets
 
 
+def logits_of(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """The outputs of ``model``, also where it wraps them."""
+    outputs = model(inputs)
+    found: torch.Tensor = outputs if isinstance(outputs, torch.Tensor) else outputs.logits
+    return found
+
+
 def loss_of(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Mean squared error, or cross entropy for a language model; in fp32."""
-    outputs = model(inputs).float()
+    outputs = logits_of(model, inputs).float()
     if targets.dtype == torch.int64:
         return nn.functional.cross_entropy(outputs.flatten(0, 1), targets.flatten())
     return nn.functional.mse_loss(outputs, targets)

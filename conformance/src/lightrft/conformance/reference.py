@@ -56,7 +56,7 @@ class ReferenceModel:
         """Add the gradients of one batch on every rank; returns the losses."""
         losses, gradients = [], []
         for rank in range(self.world):
-            inputs, targets = models.batch(batch, rank, rows, isinstance(self.module, models.LanguageModel))
+            inputs, targets = models.batch(batch, rank, rows, models.is_language(self.module))
             loss = weight * models.loss_of(self.module, inputs, targets)
             if poison is not None and rank == poisoned_rank:
                 loss = loss * POISONS[poison]
@@ -138,7 +138,7 @@ def greedy(module: nn.Module, prompt: Sequence[int], tokens: int) -> tuple[list[
     logprobs: list[float] = []
     with torch.no_grad():
         for _ in range(tokens):
-            logits = module(torch.tensor([[*prompt, *output]]))[0, -1].float()
+            logits = models.logits_of(module, torch.tensor([[*prompt, *output]]))[0, -1].float()
             output.append(int(logits.argmax()))
             logprobs.append(float(logits.log_softmax(dim=-1)[output[-1]]))
     return output, logprobs
@@ -147,7 +147,7 @@ def greedy(module: nn.Module, prompt: Sequence[int], tokens: int) -> tuple[list[
 def score(module: nn.Module, prompt: Sequence[int], output: Sequence[int]) -> list[float]:
     """The log-probability of each token of ``output`` after ``prompt``."""
     with torch.no_grad():
-        logits = module(torch.tensor([[*prompt, *output]]))[0].float().log_softmax(dim=-1)
+        logits = models.logits_of(module, torch.tensor([[*prompt, *output]]))[0].float().log_softmax(dim=-1)
     return [float(logits[len(prompt) - 1 + index, token]) for index, token in enumerate(output)]
 
 
@@ -222,7 +222,7 @@ class Reference:
         found = self.models[model]
         with torch.no_grad():
             return [
-                found.module(models.batch(batch, rank, rows, isinstance(found.module, models.LanguageModel))[0])
+                models.logits_of(found.module, models.batch(batch, rank, rows, models.is_language(found.module))[0])
                 for rank in range(self.world)
             ]
 

@@ -91,6 +91,8 @@ def materialize(description: Any, rank: int, device: torch.device | str = "cpu")
 
 def _tensor(description: dict[str, Any], rank: int) -> torch.Tensor:
     dtype = getattr(torch, description["tensor"])
+    if "fill" in description:
+        return torch.full(description["shape"], description["fill"], dtype=dtype)
     generator = torch.Generator().manual_seed(7919 * description["seed"] + rank)
     shape = list(description["shape"])
     if dtype == torch.bool:

@@ -261,9 +261,9 @@ class LocalRank(Clause):
     def check(self, trial: Trial) -> None:
         for rank in range(trial.place.world):
             used = trial.at(rank, 3)
-            self.require(
-                used in (None, 0), f"rank {rank}: local_rank=0 was given and the device of index {used} is used"
-            )
+            said, index = used
+            fits = said == 0 and index in (None, 0)
+            self.require(fits, f"rank {rank}: local_rank=0 was given, and {said} and the device {index} are used")
 
 
 @CONTRACT.add
@@ -285,8 +285,11 @@ class Geometry(Clause):
 
     @override
     def programs(self, place: Place) -> st.SearchStrategy[Program]:
-        sizes = st.tuples(st.integers(1, 6), st.integers(1, 60)).filter(lambda it: it[1] % (it[0] * place.world))
-        return sizes.map(lambda it: self._program(place, *it))
+        # whole micro-batches, and not for every rank as many; on one rank, no whole micro-batches
+        micro, count = st.integers(2, 6), st.integers(1, 20)
+        if place.world == 1:
+            return st.builds(lambda size, n: self._program(place, size, size * n + 1), micro, count)
+        return st.builds(lambda size, n: self._program(place, size, size * (n * place.world + 1)), micro, count)
 
     @override
     def check(self, trial: Trial) -> None:

@@ -17,9 +17,9 @@ PROMPTS = [[[1, 2, 3], [4]], [[5, 6]], [], [[7, 8, 9, 10]]]
 SLEEPING = {"enable_engine_sleep": True}
 
 
-def rollout(seed: int = 1, lr: float = 0.05) -> list[Operation]:
+def rollout(place: Place, seed: int = 1, lr: float = 0.05) -> list[Operation]:
     """A language model in training, and an engine with its weights."""
-    return [*trained(kind="language", seed=seed, lr=lr), {"do": "engine", "actor": "a"}]
+    return [*trained(kind=place.language_model, seed=seed, lr=lr), {"do": "engine", "kind": place.engine, "actor": "a"}]
 
 
 def generate(prompts: Sequence[Any] = PROMPTS, **sampling: Any) -> Operation:
@@ -27,9 +27,9 @@ def generate(prompts: Sequence[Any] = PROMPTS, **sampling: Any) -> Operation:
     return {"do": "generate", "prompts": list(prompts), "sampling": {**GREEDY, **sampling}}
 
 
-def model_with(weights: dict[str, torch.Tensor]) -> torch.nn.Module:
+def model_with(place: Place, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
     """A plain language model with these weights."""
-    model = models.build("language", 0)
+    model = models.build(place.language_model, 0)
     model.load_state_dict(weights, strict=False)
     return model
 
@@ -69,7 +69,7 @@ class EngineLife(Clause):
             "sync": {"do": "sync", "model": "a"},
             "bad generate": {"do": "generate_raw", "sampling_params": GREEDY, "may_fail": True},
         }
-        operations: list[Operation] = [{"do": "status"}, *rollout(), {"do": "status"}]
+        operations: list[Operation] = [{"do": "status"}, *rollout(place), {"do": "status"}]
         for turn in turns:
             operations += [calls[turn], {"do": "status"}]
         return Program(
@@ -121,7 +121,8 @@ class UnknownEngine(Clause):
         unknown = {"do": "engine", "kind": "no-such-engine", "actor": "a", "may_fail": True}
         return [
             Program(
-                operations=(*trained(kind="language"), unknown, {"do": "status"}), settings={**FP32, **geometry(place)}
+                operations=(*trained(kind=place.language_model), unknown, {"do": "status"}),
+                settings={**FP32, **geometry(place)},
             )
         ]
 
@@ -148,7 +149,7 @@ class NoEngine(Clause):
     def witnesses(self, place: Place) -> Sequence[Program]:
         local = {"do": "generate_local", "sampling": GREEDY, "token_ids": [[1, 2]], "may_fail": True}
         operations = (
-            *trained(kind="language"),
+            *trained(kind=place.language_model),
             {**generate(), "may_fail": True},
             local,
             {"do": "heard", "call": "sync", "model": "a"},
@@ -180,7 +181,7 @@ class Rollouts(Clause):
 
     def check_greedy(self, trial: Trial, generated: int, weights: dict[str, torch.Tensor]) -> None:
         """Require the completions of operation ``generated`` to be the reference's under ``weights``."""
-        model, operation = model_with(weights), trial.program.operations[generated]
+        model, operation = model_with(trial.place, weights), trial.program.operations[generated]
         for rank in range(trial.place.world):
             own = operation["prompts"][rank % len(operation["prompts"])]
             seen = trial.at(rank, generated)
@@ -211,7 +212,14 @@ class SyncedWeights(Rollouts):
         return [self._program(place, 1), self._program(place, 1, bucket=64)]
 
     def _program(self, place: Place, seed: int, bucket: int = 1 << 20, count: int = 2) -> Program:
-        operations = (*rollout(seed), generate(), *updates(count), {"do": "sync", "model": "a"}, generate(), LOOK)
+        operations = (
+            *rollout(place, seed),
+            generate(),
+            *updates(count),
+            {"do": "sync", "model": "a"},
+            generate(),
+            LOOK,
+        )
         return Program(operations=operations, settings={**FP32, "weight_sync_bucket_bytes": bucket, **geometry(place)})
 
     @override
@@ -226,7 +234,7 @@ class SyncedWeights(Rollouts):
     @override
     def check(self, trial: Trial) -> None:
         first, second = [index for index, it in enumerate(trial.program.operations) if it["do"] == "generate"]
-        begun = models.build("language", trial.program.operations[0]["seed"]).state_dict()
+        begun = models.build(trial.place.language_model, trial.program.operations[0]["seed"]).state_dict()
         self.check_greedy(trial, first, begun)
         for rank in range(trial.place.world):
             self.check_greedy(trial, second, trial.last("weights")[rank])
@@ -244,8 +252,8 @@ class RightModel(Rollouts):
 
     def _program(self, place: Place, order: str) -> Program:
         operations = [
-            *rollout(1),
-            *trained("b", "language", seed=2, lr=0.05),
+            *rollout(place, 1),
+            *trained("b", place.language_model, seed=2, lr=0.05),
             *updates(1, model="a"),
             *updates(1, model="b"),
         ]
@@ -274,7 +282,7 @@ class Coverage(Clause):
     def witnesses(self, place: Place) -> Sequence[Program]:
         other: list[Operation] = [*trained("b", "regressor", seed=2)]
         bad = {"do": "sync", "model": "b", "may_fail": True}
-        operations = (*rollout(), *other, generate(), bad, {"do": "version"}, generate())
+        operations = (*rollout(place), *other, generate(), bad, {"do": "version"}, generate())
         return [Program(operations=operations, settings={**FP32, **geometry(place)})]
 
     @override
@@ -302,7 +310,7 @@ class Versions(Clause):
         sync = {"do": "sync", "model": "a"}
         return [
             Program(
-                operations=(*rollout(), {"do": "version"}, generate(), sync, sync, generate(), {"do": "version"}),
+                operations=(*rollout(place), {"do": "version"}, generate(), sync, sync, generate(), {"do": "version"}),
                 settings={**FP32, **geometry(place)},
             )
         ]
@@ -341,7 +349,7 @@ class Stale(Rollouts):
 
     def _program(self, place: Place, way: Sequence[Operation]) -> Program:
         operations = (
-            *rollout(),
+            *rollout(place),
             *way,
             {**generate(), "may_fail": True},
             {"do": "sync", "model": "a"},
@@ -374,7 +382,9 @@ class OwnCompletions(Rollouts):
         return [self._program(place, PROMPTS, 1), self._program(place, PROMPTS, 3)]
 
     def _program(self, place: Place, prompts: Sequence[Any], samples: int) -> Program:
-        return Program(operations=(*rollout(), {**generate(prompts, n=samples)}), settings={**FP32, **geometry(place)})
+        return Program(
+            operations=(*rollout(place), {**generate(prompts, n=samples)}), settings={**FP32, **geometry(place)}
+        )
 
     @override
     def programs(self, place: Place) -> st.SearchStrategy[Program]:
@@ -385,7 +395,7 @@ class OwnCompletions(Rollouts):
     @override
     def check(self, trial: Trial) -> None:
         operation = trial.program.operations[-1]
-        model, samples = models.build("language", 1), operation["sampling"]["n"]
+        model, samples = models.build(trial.place.language_model, 1), operation["sampling"]["n"]
         for rank, seen in enumerate(trial.last("generate")):
             own = [prompt for prompt in operation["prompts"][rank % len(operation["prompts"])] for _ in range(samples)]
             self.require(
@@ -418,7 +428,7 @@ class Repeatable(Clause):
             generate(**hot),
             generate(**hot),
         ]
-        return [Program(operations=(*rollout(), *looks), settings={**FP32, **geometry(place)})]
+        return [Program(operations=(*rollout(place), *looks), settings={**FP32, **geometry(place)})]
 
     @override
     def check(self, trial: Trial) -> None:
@@ -453,7 +463,13 @@ class EitherOr(Clause):
         both = {**call, "token_ids": [[1]], "inputs": [{"prompt": "x"}]}
         return [
             Program(
-                operations=(*rollout(), call, both, {**call, "token_ids": [[1, 2]]}, {**call, "token_ids": [3, 4]}),
+                operations=(
+                    *rollout(place),
+                    call,
+                    both,
+                    {**call, "token_ids": [[1, 2]]},
+                    {**call, "token_ids": [3, 4]},
+                ),
                 settings={**FP32, **geometry(place)},
             )
         ]
@@ -483,14 +499,14 @@ class Agreement(Clause):
     def witnesses(self, place: Place) -> Sequence[Program]:
         return [
             Program(
-                operations=(*rollout(), generate(temperature=1.2, top_p=0.9, seed=5, max_tokens=8)),
+                operations=(*rollout(place), generate(temperature=1.2, top_p=0.9, seed=5, max_tokens=8)),
                 settings={**FP32, **geometry(place)},
             )
         ]
 
     @override
     def check(self, trial: Trial) -> None:
-        model = models.build("language", 1)
+        model = models.build(trial.place.language_model, 1)
         for rank, seen in enumerate(trial.last("generate")):
             for it in seen:
                 self.require(it["logprobs"] is not None, f"rank {rank}: no log-probabilities")

@@ -210,7 +210,9 @@ class Apart(Clause):
 
     @override
     def witnesses(self, place: Place) -> Sequence[Program]:
-        return [self._program(place, [("a", None), ("b", "nan"), ("a", None), ("b", None), ("b", None), ("a", None)])]
+        turns: list[tuple[str, str | None]] = [("ab"[number % 2], None) for number in range(16)]
+        turns[4:4] = [("a", None), ("b", "nan"), ("a", None), ("b", None), ("b", None)]
+        return [self._program(place, turns)]
 
     def _program(self, place: Place, turns: Sequence[tuple[str, str | None]], max_norm: float = 0.2) -> Program:
         operations = [*trained("a", seed=1, schedule=True), *trained("b", "language", seed=2, schedule=True, lr=3e-4)]
@@ -359,7 +361,7 @@ class Schedule(Clause):
 
     @override
     def witnesses(self, place: Place) -> Sequence[Program]:
-        return [self._program(place, [True, True, True], None), self._program(place, [True, False, True], 1)]
+        return [self._program(place, [True, False, True], None), self._program(place, [True, False, True], 1)]
 
     def _program(self, place: Place, scheduled: Sequence[bool], poisoned: int | None) -> Program:
         operations = trained(schedule=True, lr=1e-3)
@@ -456,6 +458,12 @@ class UnevenModules(Clause):
     @override
     def check(self, trial: Trial) -> None:
         near(self, trial)
+        for index, _, seen in trial.each("step"):
+            expected = trial.predicted()[index]["grad_norm"]
+            self.require(
+                _close(seen[0]["grad_norm"], expected),
+                f"step {index}: gradient norm {seen[0]['grad_norm']}, wanted {expected}",
+            )
 
 
 @CONTRACT.add

@@ -203,9 +203,9 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 @operation
-def local_device(session: Session) -> int | None:
-    """The index of the device in use; None on the CPU."""
-    return session.strategy.device.index
+def local_device(session: Session) -> list[int | None]:
+    """The index of this process's device, as the strategy says it and as it is; None on the CPU."""
+    return [session.strategy.local_rank, session.strategy.device.index]
 
 
 @operation

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import os
 import random
 import warnings
 from collections.abc import Callable, Mapping
@@ -37,6 +38,7 @@ def run_program(program: Mapping[str, Any], rank: int) -> list[Any]:
     An operation with ``ranks`` runs on these only, the others observe null; one that ``may_fail`` does not
     end the program.
     """
+    environment = dict(os.environ)
     session = Session(make=maker(program["strategy"], program["fixed"]), settings=program["settings"], rank=rank)
     if not gc.get_freeze_count():
         gc.freeze()  # the imported libraries: walking through them takes longer than a program
@@ -52,6 +54,8 @@ def run_program(program: Mapping[str, Any], rank: int) -> list[Any]:
                     break
     finally:
         _clean_up(session)
+        os.environ.clear()
+        os.environ.update(environment)
     return observations
 
 

@@ -35,7 +35,7 @@ def bad_backward(session: Session, model: str, what: str, batch: int = 0) -> Non
     entry = session.models[model]
     inputs, targets = models.batch(batch, session.rank, 2, models.is_language(entry.module))
     device = session.strategy.device
-    outputs = entry.model(inputs.to(device))
+    outputs = models.logits_of(entry.model, inputs.to(device))
     loss: Any = {
         "vector": lambda: (outputs - targets.to(device)).pow(2).mean(dim=1),
         "detached": lambda: outputs.detach().mean(),
@@ -121,7 +121,7 @@ def forward(session: Session, model: str, batch: int, rows: int = 2) -> torch.Te
     entry = session.models[model]
     inputs, _ = models.batch(batch, session.rank, rows, models.is_language(entry.module))
     with torch.no_grad():
-        outputs: torch.Tensor = entry.model(inputs.to(session.strategy.device))
+        outputs = models.logits_of(entry.model, inputs.to(session.strategy.device))
     return outputs.float()
 
 

@@ -15,15 +15,15 @@ from lightrft.config.settings import Settings
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add ``--name`` for each setting, with its default and help; those the parser has already stay its own.
 
-    A flag (``--bf16``) has its opposite (``--no-bf16``); ``None`` can be given where a setting allows it.
+    Hyphens may stand for underscores. A flag (``--bf16``) has its opposite (``--no-bf16``); ``None`` can be given where a setting allows it.
     """
     group = parser.add_argument_group("LightRFT strategy")
     for name, field in Settings.model_fields.items():
-        option = f"--{name}"
-        if name == "extra_args" or option in parser._option_string_actions:
+        options = list(dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]))
+        if name == "extra_args" or any(option in parser._option_string_actions for option in options):
             continue
         summary = (field.description or "").replace("\n", " ").replace("%", "%%")
-        group.add_argument(option, default=field.default, help=summary, **_reading(field))
+        group.add_argument(*options, dest=name, default=field.default, help=summary, **_reading(field))
     return parser
 
 

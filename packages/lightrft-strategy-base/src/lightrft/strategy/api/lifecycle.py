@@ -15,6 +15,7 @@ from lightrft.strategy import log, memory
 from lightrft.strategy.backend import Backend
 from lightrft.strategy.distributed.collectives import Collectives, ReduceOp
 from lightrft.strategy.distributed.operations import Operations, Watch
+from lightrft.strategy.distributed.world import local_rank
 from lightrft.strategy.rollout.rollout import Rollout
 from lightrft.strategy.settings_check import honourable
 from lightrft.strategy.training.moving_average import MovingAverages
@@ -124,6 +125,11 @@ class Lifecycle(Backend):
     def world_size(self) -> int:
         """Number of ranks; 1 without a process group."""
         return self.world.size
+
+    @property
+    def local_rank(self) -> int:
+        """Index of this process's device on its host: the setting, else LOCAL_RANK of the environment, else 0."""
+        return local_rank(self.config)
 
     @property
     def device(self) -> torch.device:

@@ -48,7 +48,8 @@ class World:
             _init_process_group(device, timeout)
         # The caller's default group may lack gloo, and has a timeout of its own: control messages get a group.
         control = dist.group.WORLD if owns else dist.new_group(backend="gloo", timeout=timeout)
-        dist.barrier(control)  # a rank that leaves at once, say by a ConfigError, must not break up the others' connecting
+        # A rank that leaves at once, by a ConfigError say, must not break up the connecting of the others.
+        dist.all_reduce(torch.zeros(1), group=control)
         return cls(
             rank=dist.get_rank(), size=dist.get_world_size(), device=device, timeout=timeout, control=control,
             owns_default_group=owns, _found_groups=found,

@@ -30,7 +30,7 @@ class EmbeddedModel:
         self.expected: Mapping[str, torch.Size] = saved_form.saved_shapes(self.module, shapes)
 
     @property
-    def vocabulary_end_ids(self) -> frozenset[int]:
+    def end_ids(self) -> frozenset[int]:
         """End-of-sequence token ids, by the model's own configuration."""
         for holder in (getattr(self.module, "generation_config", None), getattr(self.module, "config", None)):
             found = getattr(holder, "eos_token_id", None)

@@ -62,7 +62,7 @@ class FakeEngine(EngineBase):
     def _complete(self, prompt: Prompt, sampling: Sampling, seed: int, sample: int) -> Completion:
         if not prompt.token_ids:
             raise EngineError("FakeEngine has no tokenizer: a prompt needs at least one token id")
-        ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else self._model.vocabulary_end_ids)
+        ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else self._model.end_ids)
         key = stream_key(seed, prompt.token_ids, sample)
         output: list[int] = []
         logprobs: list[float] = []

@@ -1,0 +1,98 @@
+"""Outcomes in words: a failure with its smallest program, and the certificate."""
+
+import json
+from collections import Counter
+from typing import Any
+
+from lightrft.conformance.certification import Request
+from lightrft.conformance.clause import Clause
+from lightrft.conformance.judge import ClauseResult
+
+LONGEST = 60
+"""Operations of a program that are shown."""
+
+
+def failure(result: ClauseResult, clause: Clause, request: Request) -> str:
+    """What the contract says, what was seen, in which program, on which rank, and how to see it again."""
+    lines = [f"the contract: {clause.text}", *result.message.splitlines()]
+    if result.program is not None:
+        lines.append(f"settings: {json.dumps(result.program['settings'])}")
+        lines += _program(result)
+    lines.append(f"to repeat: {request.command(result.id)}")
+    return "\n".join(lines)
+
+
+def _program(result: ClauseResult) -> list[str]:
+    assert result.program is not None
+    lines = []
+    ran = max((len(rank) for rank in result.observations or []), default=0)
+    for index, operation in enumerate(result.program["operations"]):
+        if index >= LONGEST or (ran and index >= ran):
+            lines.append(f"    ... {len(result.program['operations']) - index} more operations")
+            break
+        arguments = ", ".join(f"{key}={value}" for key, value in operation.items() if key != "do")
+        lines.append(f"{index:3} {operation['do']}({arguments})")
+        lines += _side_by_side([rank[index] if index < len(rank) else "nothing" for rank in result.observations or []])
+    return lines
+
+
+def _side_by_side(seen: list[str]) -> list[str]:
+    """What the ranks observed: once where they agree."""
+    if not seen or set(seen) == {"None"}:
+        return []
+    if len(set(seen)) == 1:
+        return [f"        {'every rank' if len(seen) > 1 else 'rank 0'}: {seen[0]}"]
+    return [f"        rank {rank}: {it}" for rank, it in enumerate(seen)]
+
+
+def certificate(report: dict[str, Any]) -> str:
+    """A report as a Markdown certificate."""
+    strategy, environment = report["strategy"], report["environment"]
+    counts = Counter((clause["level"], clause["verdict"]) for clause in report["clauses"])
+    holds = report["exit_code"] == 0
+    settings = ", ".join(f"`{name}={value}`" for name, value in strategy["settings"].items())
+    lines = [
+        f"# {'Certificate' if holds else 'No certificate'}: {strategy['name']}",
+        "",
+        _verdict(report),
+        "",
+        "| | |",
+        "|---|---|",
+        f"| class | `{strategy.get('class', '')}` |",
+        f"| distribution | {strategy.get('distribution', '')} {strategy.get('version', '')} |",
+        f"| settings | {settings or 'defaults'} |",
+        f"| capabilities | {', '.join(strategy.get('capabilities', [])) or 'none beyond the contract'} |",
+        f"| world size, device | {report['world_size']}, {report['device']} |",
+        f"| profile, seed | {report['profile']}, {report['seed']} |",
+        f"| suite, contract | {report['suite']}, {report['contract']} |",
+        f"| python, torch | {environment['python']}, {environment['torch']} |",
+        f"| date | {environment['date']} |",
+        f"| to repeat | `{report['reproduce']}` |",
+        "",
+        f"{_count(counts, 'MUST')}; {_count(counts, 'SHOULD')}.",
+        "",
+        "| clause | level | verdict | programs | remark |",
+        "|---|---|---|---:|---|",
+    ]
+    for clause in report["clauses"]:
+        remark = clause["message"].splitlines()[0].replace("|", "\\|") if clause["message"] else ""
+        lines.append(f"| {clause['id']} | {clause['level']} | {clause['verdict']} | {clause['examples']} | {remark} |")
+    return "\n".join(lines) + "\n"
+
+
+def _verdict(report: dict[str, Any]) -> str:
+    if report["unjudged"]:
+        return f"It could not be judged: {report['unjudged'].splitlines()[0]}"
+    if report["exit_code"] == 0:
+        return f"Every MUST of the contract that applies at world size {report['world_size']} holds."
+    broken = [
+        clause["id"]
+        for clause in report["clauses"]
+        if clause["level"] == "MUST" and clause["verdict"] in ("fail", "hang", "error")
+    ]
+    return f"The contract does not hold: {', '.join(broken)}."
+
+
+def _count(counts: Counter[tuple[str, str]], level: str) -> str:
+    parts = [f"{number} {verdict}" for (of, verdict), number in sorted(counts.items()) if of == level]
+    return f"{level}: {', '.join(parts) or 'none'}"

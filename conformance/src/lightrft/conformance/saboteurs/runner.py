@@ -1,0 +1,77 @@
+"""Running the corpus: each saboteur against the clause that must kill it, each control against all."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from lightrft.conformance.certification import Certification, Request
+from lightrft.conformance.contract import CONTRACT
+from lightrft.conformance.driver.group import WorkerGroup
+from lightrft.conformance.judge import ClauseResult, Unjudgeable
+from lightrft.conformance.saboteurs.catalogue import Saboteur
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of one saboteur or control."""
+
+    saboteur: Saboteur
+    killed: bool
+    """By its own clause, with the verdict expected; for a control, whether it was accused."""
+    results: Sequence[ClauseResult]
+
+    @property
+    def right(self) -> bool:
+        """A saboteur must be killed; a control must not."""
+        return self.killed == bool(self.saboteur.clause)
+
+    @property
+    def reason(self) -> str:
+        """What was seen, in a line."""
+        shown = [it for it in self.results if it.verdict not in ("pass", "skip")] or list(self.results)
+        first = shown[0]
+        return f"{first.id} {first.verdict}: {first.message.splitlines()[0] if first.message else ''}"
+
+
+def run_corpus(
+    chosen: Sequence[Saboteur], profile: str, seed: int, tell: Callable[[Outcome], None] = lambda outcome: None
+) -> list[Outcome]:
+    """Run ``chosen``; the workers of a world size are shared by all that need it."""
+    outcomes = []
+    for world in sorted({it.world for it in chosen}):
+        with WorkerGroup(world, ranks=world > 1) as group:
+            for it in (saboteur for saboteur in chosen if saboteur.world == world):
+                outcomes.append(run_one(it, group, profile, seed))
+                tell(outcomes[-1])
+    return outcomes
+
+
+def run_one(saboteur: Saboteur, group: WorkerGroup, profile: str, seed: int) -> Outcome:
+    """Judge one by its own clause, a control by all."""
+    request = Request(
+        strategy="fake" if saboteur.engine else saboteur.target,
+        engine=saboteur.target if saboteur.engine else "",
+        world=saboteur.world,
+        profile=profile,
+        settings=saboteur.settings,
+        seed=seed,
+    )
+    certification = Certification(request)
+    clauses = [CONTRACT[saboteur.clause]] if saboteur.clause else list(CONTRACT)
+    with _unjudged_is_an_error(saboteur) as failed:
+        certification.open(group)
+        results = [certification.judge(clause) for clause in clauses]
+        failed.extend(results)
+    if saboteur.clause:
+        return Outcome(saboteur=saboteur, killed=failed[0].verdict == saboteur.verdict, results=failed)
+    accused = any(it.verdict in ("fail", "hang", "error") for it in failed)
+    return Outcome(saboteur=saboteur, killed=accused, results=failed)
+
+
+@contextmanager
+def _unjudged_is_an_error(saboteur: Saboteur) -> Iterator[list[ClauseResult]]:
+    results: list[ClauseResult] = []
+    try:
+        yield results
+    except Unjudgeable as error:
+        results.append(ClauseResult(id=saboteur.clause or "-", level="MUST", verdict="error", message=str(error)))

@@ -1,0 +1,29 @@
+"""The contract as tests, one a clause; see `lightrft.conformance.plugin` for the options."""
+
+import pytest
+
+from lightrft.conformance.certification import Certification
+from lightrft.conformance.contract import CONTRACT
+from lightrft.conformance.rendering import failure
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One node a clause, in the order of the contract; none without ``--strategy``."""
+    chosen = CONTRACT.ids if metafunc.config.getoption("--strategy") else []
+    metafunc.parametrize("clause_id", chosen)
+
+
+def test_clause(clause_id: str, certification: Certification) -> None:
+    """Judge one clause."""
+    clause = CONTRACT[clause_id]
+    result = certification.judge(clause)
+    if result.verdict == "skip":
+        pytest.skip(result.message)
+    if result.verdict == "xfail":
+        pytest.xfail(result.message)
+    if result.verdict == "pass":
+        return
+    text = failure(result, clause, certification.request)
+    if clause.level == "SHOULD":
+        pytest.xfail(f"a SHOULD that does not hold: {result.message}")
+    pytest.fail(text, pytrace=False)

@@ -1,0 +1,212 @@
+"""GRPO on arithmetic questions: SmolLM2 learns to answer in the asked form, on any strategy and any engine.
+
+Group-normalised advantages, clipped ratio, k3 estimate of the divergence from the initial model (Shao et al.,
+"DeepSeekMath", 2024). The questions of a step, the completions drawn for them and the groups that are trained
+on follow from the seed alone, not from the number of ranks: so one process and two see the same run.
+
+Shapes: B sequences, T tokens of prompt and response, R tokens of response.
+"""
+
+import argparse
+import copy
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from display import Display
+from task import Question, questions, reward
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lightrft.strategy import Completion, Sampling, StrategyBase, StrategyConfig, get_strategy
+
+CLIP, KL_WEIGHT = 0.2, 0.02
+MAX_TOKENS = 14
+"""Of a response; the longest right one has 12."""
+
+
+def main() -> None:
+    args = arguments()
+    strategy = get_strategy(args)
+    with strategy, Display(args.output, args.steps, title(args, strategy), speaks=strategy.is_rank_0()) as display:
+        tokenizer = AutoTokenizer.from_pretrained(args.pretrain)
+        actor = AutoModelForCausalLM.from_pretrained(args.pretrain, dtype=torch.float32)
+        initial = strategy.prepare(copy.deepcopy(actor))
+        optimizer = strategy.create_optimizer(actor, lr=args.actor_learning_rate, betas=args.adam_betas)
+        actor, optimizer, _ = strategy.prepare((actor, optimizer, None))
+        strategy.setup_inference_engine(args, actor=actor)
+
+        training, held_out = questions()
+        deck = shuffled(training, args.seed, args.steps * args.prompts)
+        display.record(0, exact_match=exact_match(strategy, tokenizer, held_out))
+
+        for step in range(1, args.steps + 1):
+            with display.phase("rollout"):
+                asked = deck[(step - 1) * args.prompts : step * args.prompts]
+                sampling = Sampling(n=args.n_samples_per_prompt, max_tokens=MAX_TOKENS, seed=args.seed + step)
+                rollout = gather(strategy, tokenizer, ask(strategy, tokenizer, asked, sampling), asked, args)
+            with display.phase("train"):
+                facts = update(strategy, actor, initial, optimizer, chosen(rollout, args, step), args)
+            with display.phase("sync"):
+                strategy.update_engine_weights(actor)
+            last = step % args.eval_every == 0 or step == args.steps
+            accuracy = exact_match(strategy, tokenizer, held_out) if last else None
+            display.record(step, reward=rollout["rewards"].mean().item(), exact_match=accuracy, **facts)
+
+
+# Rollout
+
+
+def ask(
+    strategy: StrategyBase, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Question], sampling: Sampling
+) -> list[Completion]:
+    """The completions of this rank's share of the questions."""
+    own = asked[strategy.get_rank() :: strategy.world_size]
+    prompts = [tokenizer(question.prompt, add_special_tokens=False)["input_ids"] for question in own]
+    return strategy.gather_and_generate(sampling, all_prompt_token_ids=prompts)
+
+
+def gather(
+    strategy: StrategyBase, tokenizer: PreTrainedTokenizerBase, completions: Sequence[Completion], asked: Sequence[Question],
+    args: argparse.Namespace,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Every rank's completions on every rank, with their rewards, in the order of the questions."""
+    own = asked[strategy.get_rank() :: strategy.world_size]
+    samples = args.n_samples_per_prompt
+    texts = [tokenizer.decode(completion.output_token_ids) for completion in completions]
+    rewards = [reward(own[index // samples], text) for index, text in enumerate(texts)]
+    width = max(len(tokenizer(question.prompt, add_special_tokens=False)["input_ids"]) for question in asked)
+    rows = {
+        "place": torch.tensor(
+            [asked.index(own[index // samples]) * samples + index % samples for index in range(len(texts))]
+        ),
+        "prompts": padded([completion.prompt_token_ids for completion in completions], width, left=True),
+        "responses": padded([completion.output_token_ids for completion in completions], MAX_TOKENS),
+        "old_logprobs": padded([completion.logprobs or () for completion in completions], MAX_TOKENS, torch.float32),
+        "rewards": torch.tensor(rewards),
+    }
+    everyone = strategy.all_gather(rows)
+    order = everyone["place"].argsort()
+    return {name: rows[order] for name, rows in everyone.items()}
+
+
+def padded(
+    rows: Sequence[Sequence[float]], width: int, dtype: torch.dtype = torch.int64, *, left: bool = False
+) -> torch.Tensor:
+    """``rows`` as one tensor, filled up with -1, which is no token and no log-probability of a sample."""
+    filled = [[*[-1] * (width - len(row)), *row] if left else [*row, *[-1] * (width - len(row))] for row in rows]
+    return torch.tensor(filled, dtype=dtype).reshape(len(rows), width)
+
+
+def exact_match(strategy: StrategyBase, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Question]) -> float:
+    """The part of the questions that greedy decoding answers right, in the asked form."""
+    own = asked[strategy.get_rank() :: strategy.world_size]
+    completions = ask(strategy, tokenizer, asked, Sampling(temperature=0.0, max_tokens=MAX_TOKENS))
+    right = [
+        reward(question, tokenizer.decode(it.output_token_ids)) for question, it in zip(own, completions, strict=True)
+    ]
+    total: float = strategy.all_reduce(sum(right), "sum")
+    return total / len(asked)
+
+
+# Training
+
+
+def chosen(rollout: dict[str, torch.Tensor], args: argparse.Namespace, step: int) -> dict[str, torch.Tensor]:
+    """The sequences of this step's updates: whole groups, those whose rewards differ first, with advantages."""
+    groups = rollout["rewards"].view(-1, args.n_samples_per_prompt)
+    spread = groups.std(dim=1, keepdim=True)
+    advantages = (groups - groups.mean(dim=1, keepdim=True)) / (spread + 1e-4)
+    order = list(range(len(groups)))
+    random.Random(args.seed * 1009 + step).shuffle(order)
+    order.sort(key=lambda group: not spread[group])
+    picked = torch.tensor(order[: args.updates_per_rollout * args.train_batch_size // args.n_samples_per_prompt])
+    rows = (picked[:, None] * args.n_samples_per_prompt + torch.arange(args.n_samples_per_prompt)).flatten()
+    return {**{name: tensor[rows] for name, tensor in rollout.items()}, "advantages": advantages.flatten()[rows]}
+
+
+def update(
+    strategy: StrategyBase, actor: PreTrainedModel, initial: PreTrainedModel, optimizer: torch.optim.Optimizer,
+    batch: dict[str, torch.Tensor], args: argparse.Namespace,
+) -> dict[str, float]:  # fmt: skip
+    """The updates of one rollout; each micro-batch is this rank's share of the next sequences."""
+    divergences, norms, skipped = [], [], 0
+    size, ranks = args.micro_train_batch_size, strategy.world_size
+    for start in range(0, len(batch["rewards"]), size * ranks):
+        own = slice(start + strategy.get_rank(), start + size * ranks, ranks)
+        micro = {name: tensor[own].to(strategy.device) for name, tensor in batch.items()}
+        with torch.no_grad():
+            micro["initial_logprobs"] = response_logprobs(initial, micro)
+        loss, divergence = grpo_loss(response_logprobs(actor, micro), micro)
+        strategy.backward(loss, actor, optimizer)
+        result = strategy.optimizer_step(optimizer, actor)
+        divergences.append(divergence.item())
+        skipped += result.skipped
+        norms += [result.grad_norm] if result.applied else []
+    kl = strategy.all_reduce(sum(divergences) / len(divergences))
+    return {"kl": kl, "grad_norm": sum(norms) / max(1, len(norms)), "skipped": skipped}
+
+
+def response_logprobs(model: PreTrainedModel, micro: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Log-probability of each response token, (B, R); the head runs on the positions of the response only."""
+    tokens_BT = torch.cat([micro["prompts"], micro["responses"]], dim=1)
+    mask_BT = (tokens_BT >= 0).long()
+    logits_BRV = model(
+        tokens_BT.clamp(min=0), attention_mask=mask_BT, position_ids=(mask_BT.cumsum(dim=1) - 1).clamp(min=0),
+        use_cache=False, logits_to_keep=MAX_TOKENS + 1,
+    ).logits[:, :-1]  # fmt: skip
+    chosen_BR1 = micro["responses"].clamp(min=0)[..., None]
+    return logits_BRV.float().log_softmax(dim=-1).gather(-1, chosen_BR1).squeeze(-1)
+
+
+def grpo_loss(logprobs_BR: torch.Tensor, micro: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean over sequences of the mean over tokens of the clipped objective, and that of the divergence."""
+    mask_BR = micro["responses"] >= 0
+    ratio_BR = (logprobs_BR - micro["old_logprobs"]).where(mask_BR, 0.0).exp()
+    advantages_B1 = micro["advantages"][:, None]
+    gain_BR = torch.minimum(ratio_BR * advantages_B1, ratio_BR.clamp(1 - CLIP, 1 + CLIP) * advantages_B1)
+    difference_BR = micro["initial_logprobs"] - logprobs_BR
+    divergence_BR = difference_BR.exp() - difference_BR - 1  # k3: unbiased, and never negative
+
+    def mean(values_BR: torch.Tensor) -> torch.Tensor:
+        return (values_BR.where(mask_BR, 0.0).sum(dim=1) / mask_BR.sum(dim=1)).mean()
+
+    return mean(KL_WEIGHT * divergence_BR - gain_BR), mean(divergence_BR.detach())
+
+
+# The script
+
+
+def shuffled(training: Sequence[Question], seed: int, count: int) -> list[Question]:
+    """``count`` questions: all of them in some order, then all in another, and so on."""
+    stream = random.Random(seed)
+    deck: list[Question] = []
+    while len(deck) < count:
+        deck += stream.sample(training, len(training))
+    return deck
+
+
+def title(args: argparse.Namespace, strategy: StrategyBase) -> str:
+    return f"{strategy.name}, {strategy.world_size} rank{'s' * (strategy.world_size > 1)}, {args.engine_type}"
+
+
+def arguments() -> argparse.Namespace:
+    parser = StrategyConfig.add_arguments(argparse.ArgumentParser(description=__doc__))
+    parser.add_argument("--pretrain", required=True, help="directory of the model to train")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/rlvr_arithmetic"), help="where metrics and picture go"
+    )
+    parser.add_argument("--steps", type=int, default=10, help="rollouts")
+    parser.add_argument("--prompts", type=int, default=16, help="questions of one rollout")
+    parser.add_argument("--updates-per-rollout", type=int, default=2)
+    parser.add_argument("--eval-every", type=int, default=5, help="steps between measurements on held-out questions")
+    parser.add_argument("--engine", dest="engine_type", default="transformers", help="rollout engine")
+    parser.set_defaults(
+        strategy="fsdp", engine_type="transformers", bf16=False, train_batch_size=32, micro_train_batch_size=16,
+        actor_learning_rate=2e-5,
+    )  # fmt: skip
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Rollout engines, one adapter a module. Importing this package imports none of them."""

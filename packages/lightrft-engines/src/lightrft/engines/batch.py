@@ -1,0 +1,103 @@
+"""One batch of sequences on their way through a model with a key-value cache.
+
+Shapes: B sequences, T positions so far (prompts are padded on the left), V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from lightrft.strategy.rollout.sampling import Sampling, draw_tokens, penalized, uniform
+
+COMPACT_BELOW = 0.75
+"""Part of the rows still going below which the finished ones are dropped from the cache."""
+
+
+@dataclass(kw_only=True)
+class Row:
+    """One sequence."""
+
+    prompt: Sequence[int]
+    key: bytes
+    """Names its random stream."""
+    output: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    stopped: bool = False
+    """By an end-of-sequence or stop token."""
+
+
+class Batch:
+    """Rows that are decoded together, until each has stopped or is as long as it may be."""
+
+    def __init__(self, model: PreTrainedModel, sampling: Sampling, ends: frozenset[int], device: torch.device) -> None:
+        self._model, self._sampling, self._ends, self._device = model, sampling, ends, device
+        self._end_ids = torch.tensor(sorted(ends), device=device)
+
+    @torch.no_grad()
+    def complete(self, prompts: Sequence[Sequence[int]], keys: Sequence[Sequence[bytes]]) -> list[Row]:
+        """Complete each prompt as often as it has keys; returns the rows of the first prompt, then of the next."""
+        rows = [Row(prompt=prompt, key=key) for prompt, own in zip(prompts, keys, strict=True) for key in own]
+        cache, mask_BT, logits_BV = self._prefill(prompts, samples=len(keys[0]))
+        live = rows
+        while True:
+            self._extend(live, logits_BV)
+            going = [index for index, row in enumerate(live) if not self._is_done(row)]
+            if not going:
+                return rows
+            if len(going) < COMPACT_BELOW * len(live):
+                chosen = torch.tensor(going, device=self._device)
+                cache.batch_select_indices(chosen)
+                mask_BT, live = mask_BT[chosen], [live[index] for index in going]
+            mask_BT = torch.nn.functional.pad(mask_BT, (0, 1), value=1)
+            last_B1 = torch.tensor([[row.output[-1]] for row in live], device=self._device)
+            logits_BV = self._forward(last_B1, mask_BT, mask_BT.sum(dim=1, keepdim=True) - 1, cache)
+
+    def _prefill(
+        self, prompts: Sequence[Sequence[int]], samples: int
+    ) -> tuple[DynamicCache, torch.Tensor, torch.Tensor]:
+        """The prompts, once each; then a copy of cache, mask and logits for each sample."""
+        width = max(map(len, prompts))
+        tokens_BT = torch.tensor(
+            [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=self._device
+        )
+        mask_BT = torch.tensor(
+            [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self._device
+        )
+        cache = DynamicCache(config=self._model.config)
+        logits_BV = self._forward(tokens_BT, mask_BT, (mask_BT.cumsum(dim=1) - 1).clamp(min=0), cache)
+        if samples > 1:
+            cache.batch_repeat_interleave(samples)
+        return cache, mask_BT.repeat_interleave(samples, dim=0), logits_BV.repeat_interleave(samples, dim=0)
+
+    def _forward(
+        self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor, positions_BT: torch.Tensor, cache: DynamicCache
+    ) -> torch.Tensor:
+        """Logits (B, V), fp32, after the last of ``tokens_BT``."""
+        output: Any = self._model(
+            input_ids=tokens_BT, attention_mask=mask_BT, position_ids=positions_BT, past_key_values=cache,
+            use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
+        logits_BV: torch.Tensor = output.logits[:, -1].float()
+        return logits_BV
+
+    def _extend(self, live: Sequence[Row], logits_BV: torch.Tensor) -> None:
+        """Draw the next token of every row that is still going."""
+        allowed_BV = penalized(logits_BV, [row.prompt for row in live], [row.output for row in live], self._sampling)
+        early = [index for index, row in enumerate(live) if len(row.output) < self._sampling.min_tokens]
+        if early and self._ends:
+            allowed_BV = allowed_BV.clone()
+            allowed_BV[torch.tensor(early, device=self._device)[:, None], self._end_ids] = -torch.inf
+        numbers = [uniform(row.key, len(row.output)) for row in live]
+        drawn_B = draw_tokens(allowed_BV, self._sampling, numbers)
+        logprobs_B = logits_BV.gather(1, drawn_B[:, None]).squeeze(1) - logits_BV.logsumexp(dim=-1)
+        for row, token, logprob in zip(live, drawn_B.tolist(), logprobs_B.tolist(), strict=True):
+            if not self._is_done(row):
+                row.output.append(token)
+                row.logprobs.append(logprob)
+                row.stopped = token in self._ends
+
+    def _is_done(self, row: Row) -> bool:
+        return row.stopped or len(row.output) >= self._sampling.max_tokens
