@@ -31,6 +31,7 @@ class Regressor(nn.Module):
     """(batch, WIDTH) to (batch, OUTPUTS)."""
 
     _no_split_modules = ["Block"]
+    offset: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,7 +158,8 @@ def llama() -> nn.Module:
         num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
-    return LlamaForCausalLM(config)
+    model: nn.Module = LlamaForCausalLM(config)
+    return model
 
 
 KINDS: dict[str, Callable[[], nn.Module]] = {

@@ -158,12 +158,15 @@ class Reference:
         self.world, self.family = world, family
         self.models: dict[str, ReferenceModel] = {}
         self.averaged: dict[str, int] = {}
+        self.engine, self.sleeping, self.version = "absent", False, 0
+        self.synced: nn.Module | None = None
 
     def run(self, settings: dict[str, Any], operations: Sequence[dict[str, Any]]) -> list[Any]:
         """For each operation a prediction, or None where it makes none."""
         window = settings.get("train_batch_size", 128) // (settings.get("micro_train_batch_size", 1) * self.world)
         max_norm = settings.get("max_norm", 1.0)
-        predictions = []
+        self.sleeping = settings.get("enable_engine_sleep", False)
+        predictions: list[Any] = []
         for operation in operations:
             if "optimizer_of" in operation:  # an error wherever it is right
                 predictions.append(None)
@@ -235,6 +238,34 @@ class Reference:
             if other.requires_grad:
                 own.data.mul_(beta).add_(other.data, alpha=1 - beta)
 
-    def snapshot(self, model: str) -> nn.Module:
-        """A copy of a model as it is now."""
-        return copy.deepcopy(self.models[model].module)
+    # The engine: absent, awake or asleep, with the weights of the last sync
+
+    def _engine(self, actor: str | None = None, **_: Any) -> str:
+        self.engine = "awake"
+        if actor is not None:
+            self._sync(actor)
+        return self._sleep()
+
+    def _sync(self, model: str) -> int:
+        self.synced, self.engine = copy.deepcopy(self.models[model].module), "awake"
+        self.version += 1
+        return self.version
+
+    def _sleep(self, **_: Any) -> str:
+        if self.sleeping and self.engine == "awake":
+            self.engine = "asleep"
+        return self.engine
+
+    def _wake(self) -> str:
+        self.engine = "awake" if self.engine == "asleep" else self.engine
+        return self.engine
+
+    def _status(self) -> str:
+        return self.engine
+
+    def _generate(self, stay_awake: bool = False, **_: Any) -> nn.Module | None:
+        """The model from which the completions come."""
+        self._wake()
+        if not stay_awake:
+            self._sleep()
+        return self.synced

@@ -1,13 +1,19 @@
 """The clauses, a module for each concern. Importing this package registers them."""
 
 from lightrft.conformance.clause import CONTRACT
-from lightrft.conformance.contract import (  # noqa: F401 - they register clauses
+from lightrft.conformance.contract import (  # noqa: F401 - they register clauses, in this order
+    anything,
     collectives,
     data,
     life,
+    media,
+    misuse,
     offloading,
+    optimizers,
+    parity,
     preparing,
     rollouts,
+    skips,
     updates,
 )
 

@@ -399,7 +399,9 @@ class HalfReduction(Reducing):
 
     @override
     def witnesses(self, place: Place) -> Sequence[Program]:
-        data = {"dict": [[dtype, {"tensor": dtype, "shape": [64], "seed": 1}] for dtype in ("bfloat16", "float16")]}
+        halves = [[dtype, {"tensor": dtype, "shape": [64], "seed": 1}] for dtype in ("bfloat16", "float16")]
+        large = ["large", {"tensor": "float16", "shape": [2], "fill": 40000.0}]  # whose sum fp16 cannot hold
+        data = {"dict": [*halves, large]}
         return [Program(operations=tuple({"do": "all_reduce", "data": data, "op": op} for op in ("mean", "max")))]
 
     @override

@@ -1,5 +1,7 @@
 """How near is near enough: the parity table."""
 
+from collections.abc import Mapping
+
 import torch
 
 from lightrft.conformance.clause import show
@@ -8,7 +10,7 @@ ABSOLUTE = 1e-6
 ACROSS_FAMILIES = 5e-5
 BF16_RELATIVE = 0.1
 
-Weights = dict[str, torch.Tensor]
+Weights = Mapping[str, torch.Tensor]
 
 
 def bitwise(left: Weights, right: Weights) -> str | None:

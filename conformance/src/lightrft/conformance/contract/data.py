@@ -6,7 +6,7 @@ from typing import Any
 from hypothesis import strategies as st
 from typing_extensions import override
 
-from lightrft.conformance.clause import CONTRACT, Clause, Place, Program, Trial
+from lightrft.conformance.clause import CONTRACT, Clause, Operation, Place, Program, Trial
 
 
 def interleaved(seen: Sequence[dict[str, Any]]) -> list[int]:
@@ -138,7 +138,7 @@ class Order(Clause):
 
     def _program(self, place: Place, samples: int, size: int) -> Program:
         loader = {"do": "loader", "samples": samples, "batch_size": size, "drop_last": False}
-        disturb = [{"do": "seed", "value": 5}, {"do": "draw"}]
+        disturb: list[Operation] = [{"do": "seed", "value": 5}, {"do": "draw"}]
         looks = [{"do": "batches", "name": "l", "epoch": epoch} for epoch in (0, 1, 0)]
         again = {"do": "batches", "name": "m", "epoch": 1}
         return Program(

@@ -144,7 +144,7 @@ class Seeds(Clause):
         return [self._program(0), self._program(2**32 - 1)]
 
     def _program(self, seed: int) -> Program:
-        again = [{"do": "seed", "value": seed}, {"do": "draw"}]
+        again: list[Operation] = [{"do": "seed", "value": seed}, {"do": "draw"}]
         return Program(
             operations=(*again, {"do": "draw"}, *again, {"do": "seed", "value": (seed + 1) % 2**32}, {"do": "draw"})
         )

@@ -7,7 +7,7 @@ from typing_extensions import override
 
 from lightrft.conformance.clause import CONTRACT, Clause, Operation, Place, Program, Trial
 from lightrft.conformance.contract.drawing import BF16, FP32, SEEDS, geometry, trained, updates
-from lightrft.conformance.contract.updates import LOOK, STATE, near
+from lightrft.conformance.contract.near import LOOK, STATE, near
 
 OUT: list[Operation] = [{"do": "offload_optimizer", "model": "a"}, {"do": "offload_model", "model": "a"}]
 BACK: list[Operation] = [{"do": "reload_model", "model": "a"}, {"do": "load_optimizer", "model": "a"}]

@@ -10,7 +10,7 @@ from lightrft.conformance import models
 from lightrft.conformance.clause import CONTRACT, Clause, Operation, Place, Program, Trial, same, show
 from lightrft.conformance.contract import compare
 from lightrft.conformance.contract.drawing import BF16, FP32, KINDS, SEEDS, geometry, trained, updates
-from lightrft.conformance.contract.updates import LOOK, near
+from lightrft.conformance.contract.near import LOOK, near
 
 TRIPLE = ["tuple", "model", "optimizer", "scheduler"]
 EMPTY = ["tuple", "NoneType", "NoneType", "NoneType"]
@@ -25,7 +25,7 @@ class Structure(Clause):
 
     @override
     def witnesses(self, place: Place) -> Sequence[Program]:
-        cases = [
+        cases: list[list[object]] = [
             ["model"],
             ["triple"],
             [["model", "model"]],
@@ -107,7 +107,7 @@ class SameFunction(Clause):
 
     @override
     def witnesses(self, place: Place) -> Sequence[Program]:
-        inference = [
+        inference: list[Operation] = [
             {"do": "build", "model": "a", "kind": "language", "seed": 5},
             {"do": "prepare_inference", "model": "a"},
         ]

@@ -10,7 +10,7 @@ from typing_extensions import override
 from lightrft.conformance import models, reference
 from lightrft.conformance.clause import CONTRACT, Clause, Operation, Place, Program, Trial, is_error, same, show
 from lightrft.conformance.contract.drawing import FP32, SEEDS, geometry, trained, updates
-from lightrft.conformance.contract.updates import LOOK
+from lightrft.conformance.contract.near import LOOK
 
 GREEDY = {"temperature": 0.0, "max_tokens": 5}
 PROMPTS = [[[1, 2, 3], [4]], [[5, 6]], [], [[7, 8, 9, 10]]]
@@ -129,9 +129,9 @@ class UnknownEngine(Clause):
     @override
     def check(self, trial: Trial) -> None:
         for rank in range(trial.place.world):
-            observed = [
+            observed = next(
                 trial.at(rank, index) for index, it in enumerate(trial.program.operations) if it["do"] == "engine"
-            ][0]
+            )
             self.require_error(observed, "LightRFTError", "no-such-engine", "fake", where=f"rank {rank}")
             self.require(
                 trial.last("status")[rank] == "absent",
@@ -418,7 +418,7 @@ class Repeatable(Clause):
 
     @override
     def witnesses(self, place: Place) -> Sequence[Program]:
-        hot = {"temperature": 8.0, "max_tokens": 12, "n": 2}
+        hot: dict[str, Any] = {"temperature": 8.0, "max_tokens": 12, "n": 2}
         looks = [
             generate(),
             generate(),

@@ -5,6 +5,7 @@ taken, the group is killed and made anew by the next `run`. A rank that dies is 
 are given a moment to notice it too, then the group is killed.
 """
 
+import contextlib
 import os
 import selectors
 import signal
@@ -63,10 +64,8 @@ class _Worker:
 
     def kill(self) -> None:
         """End the worker and whatever it started in its session."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
         self.connection.close()
         self.output.close()
@@ -138,7 +137,7 @@ class WorkerGroup:
 
     def _spawn(self, rank: int) -> _Worker:
         ours, theirs = socket.socketpair()
-        output, stacks = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+        output, stacks = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 - closed by kill
         process = subprocess.Popen(
             [sys.executable, "-m", self._module],
             stdin=subprocess.DEVNULL,

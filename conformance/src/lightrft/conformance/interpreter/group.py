@@ -17,5 +17,6 @@ def join() -> None:
         dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1, timeout=LIMIT)
         return
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=LIMIT)
-    place = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
-    dist.init_process_group("gloo", store=PrefixStore(f"script/{next(_made)}", store), timeout=LIMIT, **place)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    own = PrefixStore(f"script/{next(_made)}", store)
+    dist.init_process_group("gloo", store=own, rank=rank, world_size=size, timeout=LIMIT)

@@ -73,7 +73,7 @@ def resources(session: Session, remember: str | None = None, compare: str | None
     """Threads, open files and environment; what there is more of than at ``compare``."""
     gc.collect()
     time.sleep(0.05)  # threads of destroyed process groups take a moment
-    found = {
+    found: dict[str, Any] = {
         "threads": sorted(thread.name for thread in threading.enumerate()),
         "files": _open_files(),
         "children": _children(),

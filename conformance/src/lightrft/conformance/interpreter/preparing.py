@@ -75,7 +75,7 @@ def prepare_model(session: Session, model: str, training: bool = True, **more: A
 
 
 @operation
-def prepare_shapes(session: Session, arguments: list[Any]) -> list[str]:
+def prepare_shapes(session: Session, arguments: list[Any]) -> Any:
     """prepare with several arguments at once; the structure of what comes back.
 
     An argument is "model", "triple", "none", "empty triple", or a list of these.

@@ -20,7 +20,7 @@ def engine(session: Session, kind: str = "fake", actor: str | None = None) -> st
 @operation
 def status(session: Session) -> str:
     """Absent, awake or asleep."""
-    return session.strategy.inference_engine_status.value
+    return str(session.strategy.inference_engine_status.value)
 
 
 @operation
@@ -66,9 +66,12 @@ def generate(
 
 
 @operation
-def generate_raw(session: Session, **arguments: Any) -> list[Any]:
-    """gather_and_generate with whatever arguments."""
-    return [_record(completion) for completion in session.strategy.gather_and_generate(**arguments)]
+def generate_raw(
+    session: Session, by_rank: list[Any] | None = None, counts: Any = None, tokens: Any = None, **arguments: Any
+) -> list[Any]:
+    """gather_and_generate with whatever arguments, or with other ones on each rank."""
+    own = arguments if by_rank is None else by_rank[session.rank % len(by_rank)]
+    return [_record(completion) for completion in session.strategy.gather_and_generate(**own)]
 
 
 @operation
@@ -111,6 +114,7 @@ def _record(completion: Any) -> dict[str, Any]:
         "logprobs": torch.tensor(completion.logprobs, dtype=torch.float64) if completion.logprobs is not None else None,
         "reason": completion.finish_reason,
         "version": completion.weight_version,
+        "text": completion.text,
     }
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,9 +14,12 @@ OPERATIONS: dict[str, Operation] = {}
 """Every operation by name: a function of the session and of the operation's own arguments."""
 
 
-def operation(function: Operation) -> Operation:
+Function = TypeVar("Function", bound=Operation)
+
+
+def operation(function: Function) -> Function:
     """Register ``function`` under its own name."""
-    OPERATIONS[function.__name__.rstrip("_")] = function
+    OPERATIONS[function.__name__] = function
     return function
 
 

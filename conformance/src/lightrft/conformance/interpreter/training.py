@@ -26,7 +26,7 @@ def backward(
     owner = session.models[optimizer_of or model].optimizer
     assert owner is not None
     session.strategy.backward(loss, entry.model, owner)
-    return loss.item()
+    return float(loss)
 
 
 @operation
@@ -36,11 +36,12 @@ def bad_backward(session: Session, model: str, what: str, batch: int = 0) -> Non
     inputs, targets = models.batch(batch, session.rank, 2, models.is_language(entry.module))
     device = session.strategy.device
     outputs = models.logits_of(entry.model, inputs.to(device))
-    loss: Any = {
-        "vector": lambda: (outputs - targets.to(device)).pow(2).mean(dim=1),
-        "detached": lambda: outputs.detach().mean(),
-        "number": lambda: 0.5,
-    }[what]()
+    losses: dict[str, Any] = {
+        "vector": (outputs - targets.to(device)).pow(2).mean(dim=1),
+        "detached": outputs.detach().mean(),
+        "number": 0.5,
+    }
+    loss = losses[what]
     session.strategy.backward(loss, entry.model, entry.optimizer)  # type: ignore[arg-type]
 
 
@@ -52,7 +53,7 @@ def step(
     entry = session.models[model]
     owner = session.models[optimizer_of or model].optimizer
     assert owner is not None
-    arguments = {} if boundary is None else {"boundary": boundary}
+    arguments: dict[str, Any] = {} if boundary is None else {"boundary": boundary}
     if scheduled:
         result = session.strategy.optimizer_step(owner, entry.model, entry.scheduler, **arguments)
     else:

@@ -59,8 +59,12 @@ def corpus() -> list[Saboteur]:
         controls,
         data,
         life,
+        media,
+        misuse,
+        optimizers,
         preparing,
         rollouts,
+        skips,
         updates,
     )
 

@@ -82,7 +82,7 @@ class AveragesAtOnce(PlainStrategy):
 
     @override
     def _update(self, trained: TrainedModel, factor: float) -> float:
-        return FakeStrategy._update(self, trained, factor)  # type: ignore[arg-type]
+        return FakeStrategy._update(self, trained, factor)
 
 
 @control()

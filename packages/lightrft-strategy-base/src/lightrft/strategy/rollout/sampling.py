@@ -91,12 +91,12 @@ def _from_mapping(source: Mapping[Any, Any]) -> dict[str, Any]:
 def _from_object(source: object) -> dict[str, Any]:
     """Public attributes of ``source`` that differ from those of a new one of its class."""
     try:
-        default = type(source)()
+        default, found = type(source)(), vars(source) if hasattr(source, "__dict__") else {}
     except TypeError as error:
         raise ArgumentError(
             f"Sampling: cannot read {source!r} ({type(source).__name__}); pass a Sampling or a dict"
         ) from error
-    names = getattr(type(source), "__struct_fields__", None) or vars(source)
+    names = getattr(type(source), "__struct_fields__", None) or found
     public = [name for name in names if not name.startswith("_")]
     return _from_mapping(
         {name: getattr(source, name) for name in public if getattr(source, name) != getattr(default, name, None)}

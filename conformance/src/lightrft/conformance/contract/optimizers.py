@@ -1,0 +1,178 @@
+"""OPT: schedules, weight decay, averages, live hyperparameters."""
+
+import math
+from collections.abc import Sequence
+
+from hypothesis import strategies as st
+from typing_extensions import override
+
+from lightrft.conformance.clause import CONTRACT, Clause, Operation, Place, Program, Trial
+from lightrft.conformance.contract import compare
+from lightrft.conformance.contract.drawing import FP32, SEEDS, geometry, micro_batch, trained, updates
+from lightrft.conformance.contract.near import LOOK, STATE, close, near
+
+
+@CONTRACT.add
+class Schedule(Clause):
+    """The scheduler moves once per applied update; scheduler=None is fine everywhere."""
+
+    id = "OPT-6"
+
+    @override
+    def witnesses(self, place: Place) -> Sequence[Program]:
+        return [self._program(place, [True, False, True], None), self._program(place, [True, False, True], 1)]
+
+    def _program(self, place: Place, scheduled: Sequence[bool], poisoned: int | None) -> Program:
+        operations = trained(schedule=True, lr=1e-3)
+        for number, pass_it in enumerate(scheduled):
+            spoilt = {"poison": "nan"} if number == poisoned else {}
+            operations += [*updates(1, 2, first=10 * number, scheduled=pass_it, **spoilt), STATE]
+        return Program(
+            operations=(*operations, LOOK), settings={**FP32, "max_skipped_updates": 0, **geometry(place, 2)}
+        )
+
+    @override
+    def programs(self, place: Place) -> st.SearchStrategy[Program]:
+        turns = st.lists(st.booleans(), min_size=1, max_size=4)
+        return turns.flatmap(
+            lambda found: st.builds(
+                lambda bad: self._program(place, found, bad), st.none() | st.integers(0, len(found) - 1)
+            )
+        )
+
+    @override
+    def check(self, trial: Trial) -> None:
+        moved = 0
+        for index, operation in enumerate(trial.program.operations):
+            if operation["do"] == "step" and operation["scheduled"] and trial.predicted()[index]["applied"]:
+                moved += 1
+            if operation["do"] == "state":
+                for rank in range(trial.place.world):
+                    seen = trial.at(rank, index)
+                    self.require(
+                        seen["schedule"] == moved,
+                        f"rank {rank}: the schedule is at {seen['schedule']} after {moved} applied updates",
+                    )
+                    rate = 1e-3 / (1 + 0.5 * moved)
+                    self.require(
+                        all(math.isclose(it, rate, rel_tol=1e-9) for it in seen["rates"]),
+                        f"rank {rank}: the rate is {seen['rates']}, wanted {rate}",
+                    )
+        near(self, trial)
+
+
+@CONTRACT.add
+class Decay(Clause):
+    """Weight decay spares biases and norms, by names taken before wrapping; parameters with requires_grad=False never
+    change; a trainable parameter that got no gradient in an update on every rank counts as having a zero gradient."""
+
+    id = "OPT-7"
+
+    @override
+    def witnesses(self, place: Place) -> Sequence[Program]:
+        return [self._program(place, kind) for kind in ("regressor", "frozen", "unused")]
+
+    def _program(
+        self, place: Place, kind: str, seed: int = 8, weight_decay: float = 10.0, wrap_first: bool = False
+    ) -> Program:
+        operations = [
+            *trained(kind=kind, seed=seed, weight_decay=weight_decay, wrap_first=wrap_first),
+            *updates(3),
+            LOOK,
+        ]
+        return Program(operations=tuple(operations), settings={**FP32, **geometry(place)})
+
+    @override
+    def programs(self, place: Place) -> st.SearchStrategy[Program]:
+        kinds, decays = (
+            st.sampled_from(["regressor", "frozen", "unused", "language"]),
+            st.sampled_from([0.1, 1.0, 30.0]),
+        )
+        return st.builds(
+            lambda kind, seed, decay, first: self._program(place, kind, seed, decay, first),
+            kinds,
+            SEEDS,
+            decays,
+            st.booleans(),
+        )
+
+    @override
+    def check(self, trial: Trial) -> None:
+        near(self, trial)
+
+
+@CONTRACT.add
+class UnevenModules(Clause):
+    """Ranks may use different modules in one forward: a rank that did not use one counts with a zero gradient."""
+
+    id = "OPT-16"
+    smallest_world = 2
+    capability = "uneven_modules"
+
+    @override
+    def witnesses(self, place: Place) -> Sequence[Program]:
+        settings = {**FP32, "timeout": 5.0, **geometry(place)}
+        return [Program(operations=(*trained(kind="uneven"), *updates(3), LOOK), settings=settings, seconds=40)]
+
+    @override
+    def check(self, trial: Trial) -> None:
+        near(self, trial)
+        for index, _, seen in trial.each("step"):
+            expected = trial.predicted()[index]["grad_norm"]
+            self.require(
+                close(seen[0]["grad_norm"], expected),
+                f"step {index}: gradient norm {seen[0]['grad_norm']}, wanted {expected}",
+            )
+
+
+@CONTRACT.add
+class LiveRates(Clause):
+    """Hyperparameters in the optimizer's param_groups stay live: what a script writes there, the next update uses."""
+
+    id = "PREP-9"
+
+    @override
+    def witnesses(self, place: Place) -> Sequence[Program]:
+        operations = [*trained(), *updates(1), {"do": "set_rate", "model": "a", "lr": 1e-2}, *updates(1, first=5), LOOK]
+        return [Program(operations=tuple(operations), settings={**FP32, **geometry(place)})]
+
+    @override
+    def check(self, trial: Trial) -> None:
+        near(self, trial)
+
+
+@CONTRACT.add
+class Averages(Clause):
+    """moving_average moves the average once for each applied update, as the reference does, and nothing else."""
+
+    id = "OPT-19"
+
+    @override
+    def witnesses(self, place: Place) -> Sequence[Program]:
+        return [self._program(place, 0.9, [None, None]), self._program(place, 0.5, [None, "nan", None])]
+
+    def _program(self, place: Place, beta: float, poisons: Sequence[str | None], kind: str = "frozen") -> Program:
+        copy: list[Operation] = [
+            {"do": "build", "model": "ema", "kind": kind, "seed": 2},
+            {"do": "prepare_inference", "model": "ema"},
+        ]
+        operations = [*trained(kind=kind, seed=2), *copy]
+        for number, poison in enumerate(poisons):
+            for index in range(2):
+                operations += micro_batch(10 * number + index, poison=poison if index else None)
+                operations.append({"do": "average", "model": "a", "into": "ema", "beta": beta})
+        operations += [LOOK, {"do": "weights", "model": "ema"}]
+        return Program(operations=tuple(operations), settings={**FP32, **geometry(place, 2)})
+
+    @override
+    def programs(self, place: Place) -> st.SearchStrategy[Program]:
+        poisons = st.lists(st.sampled_from([None, None, "nan"]), min_size=1, max_size=4)
+        kinds = st.sampled_from(["regressor", "frozen", "language"])
+        betas = st.sampled_from([0.0, 0.5, 0.992])
+        return st.builds(lambda beta, found, kind: self._program(place, beta, found, kind), betas, poisons, kinds)
+
+    @override
+    def check(self, trial: Trial) -> None:
+        for index, operation, seen in trial.each("weights"):
+            fits = [compare.absolute(seen[0], trial.predicted(family)[index]) for family in ("once", "each")]
+            self.require(None in fits, f"{operation['model']}: {fits[0]}")

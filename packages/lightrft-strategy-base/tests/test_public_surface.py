@@ -1,0 +1,99 @@
+"""What users touch: a change here is a change of the public interface, and deliberate."""
+
+import inspect
+import subprocess
+import sys
+
+import lightrft.strategy
+from lightrft.strategy import FakeStrategy, StrategyBase
+
+NAMES = {
+    "Completion", "EngineBase", "EngineCapabilities", "EngineRequest", "EngineStatus", "FakeStrategy", "Prompt",
+    "RolloutEngine", "Sampling", "StepResult", "StrategyBase", "StrategyConfig", "get_fake_strategy", "get_strategy",
+    "is_actor", "is_engine",
+}  # fmt: skip
+
+SIGNATURES = {
+    "setup_distributed": "(timeout=None)",
+    "set_seed": "(seed)",
+    "create_optimizer": "(model, **settings)",
+    "prepare": "(*models, is_rlhf=False)",
+    "prepare_model": "(model, is_training=False, shard_size=-1, reshard_after_forward=True)",
+    "prepare_models_and_optimizers": "(actor, critic, reward_models, initial_model, args, max_steps)",
+    "prepare_reward_model": "(reward_model, args=None, max_steps=100000000)",
+    "backward": "(loss, model, optimizer, *, retain_graph=False)",
+    "optimizer_step": "(optimizer, model, scheduler=None, name='model', *, boundary=None)",
+    "moving_average": "(model, model_ema, beta=0.992, device=None)",
+    "setup_dataloader": "(replay_buffer, batch_size, pin_memory=False, shuffle=True, collate_fn=None, drop_last=True, sampler=None, consumed_samples=0)",
+    "all_reduce": "(data, op='mean')",
+    "all_gather": "(data)",
+    "print": "(*message)",
+    "is_rank_0": "()",
+    "get_rank": "()",
+    "unwrap_model": "(model)",
+    "init_model_context": "(meta_init=False)",
+    "report_memory": "(prefix='')",
+    "sync_and_clear_cache": "()",
+    "maybe_offload_optimizer": "(optimizer)",
+    "maybe_load_optimizer": "(optimizer, device=None)",
+    "offload_model": "(models, empty_cache=True)",
+    "reload_model": "(models)",
+    "full_parameters": "(model, bucket_bytes=None, dtype=None)",
+    "setup_inference_engine": "(args=None, engine_type=None, actor=None)",
+    "maybe_sleep_inference_engine": "()",
+    "wakeup_inference_engine": "()",
+    "engine_generate_local": "(sampling_params, prompt_token_ids=None, multi_modal_inputs=None)",
+    "gather_and_generate": "(sampling_params, all_prompt_token_ids=None, all_prompts=None, all_images=None, sleep_engine=True, images_num=None, all_videos=None, videos_num=None)",
+    "update_engine_weights": "(actor)",
+    "close": "()",
+}  # fmt: skip
+PROPERTIES = {
+    "args", "world_size", "local_rank", "device", "accumulated_gradient", "inference_engine", "inference_engine_status",
+    "engine_mp_group", "engine_dp_group",
+}  # fmt: skip
+
+
+def bare(function):
+    """The signature without annotations and without self."""
+    parameters = [
+        p.replace(annotation=p.empty) for name, p in inspect.signature(function).parameters.items() if name != "self"
+    ]
+    return str(inspect.Signature(parameters))
+
+
+def test_the_names_that_are_exported():
+    assert set(lightrft.strategy.__all__) == NAMES
+
+
+def test_the_methods_and_their_signatures():
+    assert {name: bare(getattr(StrategyBase, name)) for name in SIGNATURES} == SIGNATURES
+
+
+def test_nothing_else_is_public():
+    attributes = {"name", "honours", "capabilities", "adopts", "config", "world"}
+    public = {name for name in dir(StrategyBase) if not name.startswith("_")}
+    assert public - attributes == set(SIGNATURES) | PROPERTIES
+
+
+def test_every_public_member_says_what_it_does():
+    for name in [*SIGNATURES, *PROPERTIES]:
+        assert inspect.getdoc(getattr(StrategyBase, name)), name
+
+
+def test_importing_loads_no_backend_and_no_model_library():
+    heavy = "('deepspeed', 'vllm', 'sglang', 'transformers')"
+    code = f"import sys, lightrft.strategy; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_the_paths_that_lightrft_users_know():
+    from lightrft.strategy.config import StrategyConfig
+    from lightrft.strategy.fake_strategy import FakeStrategy as Fake
+    from lightrft.strategy.fake_strategy import get_fake_strategy
+    from lightrft.strategy.strategy import get_strategy
+    from lightrft.strategy.strategy_base import StrategyBase as Base
+
+    assert (Fake, Base) == (FakeStrategy, StrategyBase)
+    assert StrategyConfig is lightrft.strategy.StrategyConfig
+    assert get_fake_strategy is lightrft.strategy.get_fake_strategy
+    assert get_strategy is lightrft.strategy.get_strategy

@@ -1,0 +1,271 @@
+"""The parts of rollouts that can be looked at alone: engines' promises, prompts, drawing."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightrft.config import ArgumentError, BackendNotInstalledError, ConfigError, EngineError, StaleWeightsError
+from lightrft.strategy import Completion, EngineBase, EngineCapabilities, Prompt, RolloutEngine, Sampling, is_engine
+from lightrft.strategy.registry import engine_class, strategy_class
+from lightrft.strategy.rollout.engine import checked
+from lightrft.strategy.rollout.multimodal import build_prompts, media_by_prompt
+from lightrft.strategy.rollout.sampling import draw_tokens, penalized, stream_key, uniform
+
+
+class Small(EngineBase):
+    """An engine of two weights."""
+
+    capabilities = EngineCapabilities(sleep_levels=frozenset({1, 2}))
+    expected_weights = {"a": torch.Size([2]), "b": torch.Size([3])}
+
+    def __init__(self):
+        super().__init__(has_weights=False)
+        self.calls = []
+
+    @classmethod
+    def build(cls, request):
+        return cls()
+
+    def _generate(self, prompts, sampling):
+        return [
+            Completion(
+                prompt_token_ids=(1,),
+                output_token_ids=(2,),
+                logprobs=None,
+                finish_reason="stop",
+                weight_version=self.weight_version,
+            )
+        ]
+
+    def _load(self, buckets):
+        for bucket in buckets:
+            self.calls.append([name for name, _ in bucket])
+
+    def _sleep(self, level):
+        self.calls.append(f"sleep {level}")
+
+    def _wake(self, parts):
+        self.calls.append(f"wake {sorted(parts)}")
+
+    def _shutdown(self):
+        self.calls.append("shutdown")
+
+
+A, B = ("a", torch.zeros(2)), ("b", torch.zeros(3))
+PROMPT = [Prompt(token_ids=(1,))]
+
+
+def synced():
+    engine = Small()
+    engine.update_weights([[A], [B]])
+    engine.calls.clear()
+    return engine
+
+
+def test_an_engine_is_an_engine():
+    assert is_engine(Small()) and isinstance(Small(), RolloutEngine) and not is_engine(torch.nn.Linear(1, 1))
+
+
+def test_an_engine_without_weights_does_not_generate():
+    with pytest.raises(StaleWeightsError, match="no weights yet"):
+        Small().generate(PROMPT, Sampling())
+
+
+@pytest.mark.parametrize(
+    ("stream", "words"),
+    [
+        ([[A]], "lacks 1 weights of the checkpoint, b first"),
+        ([[A, B], [("c", torch.zeros(1))]], "has c, which its checkpoint has not"),
+        ([[A, B, A]], "has a twice"),
+        ([[("a", torch.zeros(3)), B]], r"a came with shape \(3,\) where the checkpoint has \(2,\)"),
+    ],
+)
+def test_a_stream_that_is_not_whole_leaves_the_engine_stale(stream, words):
+    engine = synced()
+    with pytest.raises(EngineError, match=words):
+        engine.update_weights(stream)
+    with pytest.raises(StaleWeightsError, match="did not end well"):
+        engine.generate(PROMPT, Sampling())
+    assert engine.weight_version == 1
+    engine.update_weights([[A, B]])
+    assert engine.generate(PROMPT, Sampling())[0].weight_version == 2
+
+
+def test_an_interrupted_sync_leaves_the_engine_stale():
+    engine = synced()
+
+    def interrupted():
+        yield [A]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.update_weights(interrupted())
+    assert engine.stale
+
+
+def test_sleep_and_wake_are_idempotent_and_staged():
+    engine = synced()
+    engine.sleep()
+    engine.sleep()
+    assert not engine.awake
+    with pytest.raises(EngineError, match="asleep"):
+        engine.generate(PROMPT, Sampling())
+    with pytest.raises(EngineError, match="weights are asleep"):
+        engine.update_weights([[A, B]])
+    engine.wake_up(["weights"])
+    engine.wake_up(["weights"])
+    assert engine.awake == {"weights"}
+    engine.wake_up()
+    assert engine.calls == ["sleep 1", "wake ['weights']", "wake ['kv_cache']"]
+    with pytest.raises(ArgumentError, match="allowed are"):
+        engine.wake_up(["brain"])
+
+
+def test_a_deeper_sleep_goes_deeper_and_drops_the_weights():
+    engine = synced()
+    engine.sleep(1)
+    engine.sleep(2)
+    engine.sleep(2)
+    assert engine.calls == ["sleep 1", "sleep 2"]
+    engine.wake_up()
+    with pytest.raises(StaleWeightsError, match="dropped the weights"):
+        engine.generate(PROMPT, Sampling())
+    with pytest.raises(EngineError, match="not among the levels"):
+        engine.sleep(3)
+
+
+def test_a_shut_down_engine_says_so():
+    engine = synced()
+    engine.shutdown()
+    engine.shutdown()
+    assert engine.calls == ["shutdown"]
+    with pytest.raises(EngineError, match="shut down"):
+        engine.generate(PROMPT, Sampling())
+
+
+def test_what_an_engine_cannot_do_it_refuses():
+    engine = synced()
+    with pytest.raises(EngineError, match="takes no images"):
+        engine.generate([Prompt(text="x", images=(1,))], Sampling())
+    with pytest.raises(EngineError, match="no stop strings"):
+        engine.generate(PROMPT, Sampling(stop=("x",)))
+    assert engine.generate([], Sampling()) == []
+
+
+def test_without_known_names_only_repetition_is_refused():
+    assert len(list(checked([[A], [B]], None, "engine"))) == 2
+    with pytest.raises(EngineError, match="twice"):
+        list(checked([[A], [A]], None, "engine"))
+
+
+def test_unknown_engines_and_strategies():
+    with pytest.raises(BackendNotInstalledError, match=r"pip install 'lightrft-engines\[vllm\]'"):
+        engine_class("vllm")
+    with pytest.raises(ConfigError, match="did you mean 'fake'"):
+        engine_class("fakee")
+    with pytest.raises(ConfigError, match="no class below StrategyBase"):
+        strategy_class("json:loads")
+    with pytest.raises(BackendNotInstalledError, match="cannot be imported"):
+        strategy_class("no_such_module:Strategy")
+
+
+# Sampling
+
+
+class SamplingParams:
+    """Like vLLM's."""
+
+    def __init__(self, n=1, max_tokens=16, temperature=1.0, bad_words=None, logprobs=None):
+        self.n, self.max_tokens, self.temperature, self.bad_words, self.logprobs = (
+            n,
+            max_tokens,
+            temperature,
+            bad_words,
+            logprobs,
+        )
+        self._private = 1
+
+
+def test_sampling_reads_what_trainers_hold():
+    assert Sampling.of(None) == Sampling()
+    assert Sampling.of({"max_new_tokens": 5, "temperature": 0}) == Sampling(max_tokens=5, temperature=0)
+    assert Sampling.of(SamplingParams(n=3, max_tokens=7, logprobs=1)) == Sampling(n=3, max_tokens=7)
+    assert Sampling.of({"stop": "x", "stop_token_ids": [1, 2]}) == Sampling(stop=("x",), stop_token_ids=(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ({"temprature": 1}, "did you mean 'temperature'"), (SamplingParams(bad_words=["x"]), "bad_words"),
+        ({"n": 0}, "n=0; allowed is >= 1"), ({"top_p": 0.0}, "top_p"), ({"min_tokens": 9, "max_tokens": 3}, "min_tokens"),
+        (5, "is not supported|cannot read"),
+    ],
+)  # fmt: skip
+def test_sampling_refuses_what_it_cannot_honour(source, words):
+    with pytest.raises(ArgumentError, match=words):
+        Sampling.of(source)
+
+
+@given(st.integers(0, 2**31), st.lists(st.integers(0, 99), min_size=1, max_size=5), st.integers(0, 5))
+def test_streams_are_uniform_numbers_of_their_own(seed, prompt, sample):
+    key = stream_key(seed, prompt, sample)
+    assert all(0 <= uniform(key, position) < 1 for position in range(4))
+    assert key != stream_key(seed, prompt, sample + 1) != stream_key(seed + 1, prompt, sample + 1)
+
+
+def test_drawing_follows_the_distribution():
+    logits = torch.tensor([[0.0, math.log(3.0), -torch.inf]]).expand(4000, 3)
+    numbers = [uniform(stream_key(1, [2], row), 0) for row in range(4000)]
+    drawn = draw_tokens(logits, Sampling(), numbers)
+    assert abs((drawn == 1).float().mean().item() - 0.75) < 0.03 and not (drawn == 2).any()
+    assert (draw_tokens(logits, Sampling(temperature=0), numbers) == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "allowed"),
+    [({"top_k": 2}, {2, 3}), ({"top_p": 0.6}, {3}), ({"top_p": 0.7}, {2, 3}), ({"min_p": 0.5}, {3})],
+)
+def test_filters_leave_out_what_they_say(settings, allowed):
+    logits = torch.tensor([[0.05, 0.1, 0.2, 0.65]]).log().expand(500, 4)
+    drawn = draw_tokens(logits, Sampling(**settings), [uniform(stream_key(1, [1], row), 0) for row in range(500)])
+    assert set(drawn.tolist()) == allowed
+
+
+def test_penalties():
+    logits = torch.tensor([[2.0, -2.0, 1.0]])
+    result = penalized(
+        logits, [[0]], [[1, 1]], Sampling(repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25)
+    )
+    assert torch.allclose(result, torch.tensor([[1.0, -4.0 - 0.5 - 0.5, 1.0]]))
+
+
+# Prompts
+
+
+def test_media_nested_or_flat():
+    assert media_by_prompt([["a", "b"], None, ["c"]], None, 3, "image") == [("a", "b"), (), ("c",)]
+    assert media_by_prompt(["a", "b", "c"], [2, 0, 1], 3, "image") == [("a", "b"), (), ("c",)]
+    assert media_by_prompt(["a", None], None, 2, "image") == [("a",), ()]
+    assert media_by_prompt([["f1", "f2"], ["f3"]], [1, 1], 2, "video") == [(["f1", "f2"],), (["f3"],)]
+
+
+def test_prompts_need_tokens_or_text():
+    with pytest.raises(ArgumentError, match="got neither"):
+        build_prompts(None, None, None, None, None, None)
+    with pytest.raises(ArgumentError, match="token_ids or text"):
+        Prompt()
+    assert build_prompts([torch.tensor([1, 2])], None, None, None, None, None)[0].token_ids == (1, 2)
+
+
+def test_an_object_of_attributes_that_cannot_be_made_anew_is_refused():
+    class Odd:
+        def __init__(self, needed):
+            self.needed = needed
+
+    with pytest.raises(ArgumentError, match="cannot read"):
+        Sampling.of(Odd(1))
+    assert Sampling.of(SimpleNamespace(n=2)) == Sampling(n=2)
