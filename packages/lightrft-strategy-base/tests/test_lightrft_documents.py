@@ -49,7 +49,7 @@ def test_configuration_driven_usage():
     try:
         strategy = get_strategy(config)
     except BackendNotInstalledError as error:
-        assert "pip install 'lightrft-deepspeed'" in str(error)  # noqa: PT017
+        assert "pip install 'lightrft-deepspeed'" in str(error)
     else:
         assert strategy.accumulated_gradient == 8
         strategy.close()

@@ -1,5 +1,6 @@
 """The parts of training that can be looked at alone."""
 
+import itertools
 import math
 
 import pytest
@@ -85,7 +86,7 @@ def test_buckets_hold_everything_once_and_no_more_than_they_may(sizes, limit):
     assert [name for bucket in buckets for name in bucket] == list(by_name)
     for bucket in buckets:
         assert len(bucket) == 1 or sum(by_name[name] for name in bucket) <= limit
-    for left, right in zip(buckets, buckets[1:], strict=False):
+    for left, right in itertools.pairwise(buckets):
         assert sum(by_name[name] for name in left) + by_name[right[0]] > limit
 
 

@@ -1,0 +1,245 @@
+"""Every check of this repository. `nox` runs what CI runs, `nox -l` lists the sessions, `nox -s NAME` runs one.
+
+What follows `--` goes to the tool that the session runs. The environments are in tools/environments.py; they are kept
+in .nox, which may be deleted at any time.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import nox
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from tools.environments import Environment
+from tools.gpus import count_gpus, environment_on_gpus
+from tools.pins import pin
+from tools.projects import FOLDERS, ROOT, group
+from tools.results import counted, report, skip
+from tools.wheels import wheel
+
+nox.needs_version = ">=2026.10"
+
+
+def session(*, default: bool = True) -> Callable[[Callable[..., None]], object]:
+    """Register a session; one that is not ``default`` runs when it is named."""
+    return lambda function: nox.session(venv_backend="none", default=default)(counted(function))
+
+
+# What is certified
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """A strategy as the conformance suite is asked for it."""
+
+    name: str
+    package: str
+    settings: tuple[str, ...] = ()
+
+    @property
+    def requirements(self) -> tuple[str, ...]:
+        """What its certification needs."""
+        return ("lightrft-conformance[transformers]", self.package)
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """What names it on the command line."""
+        return (self.name, *(f"--set={setting}" for setting in self.settings))
+
+
+def _zero(stage: int) -> Strategy:
+    return Strategy(name="deepspeed", package="lightrft-deepspeed", settings=(f"zero_stage={stage}",))
+
+
+STRATEGIES = {
+    "fake": Strategy(name="fake", package="lightrft-strategy-base"),
+    "fsdp": Strategy(name="fsdp", package="lightrft-fsdp"),
+    "zero0": _zero(0),
+    "zero1": _zero(1),
+    "zero2": _zero(2),
+    "zero3": _zero(3),
+}
+CELLS = [("fake", 1), *((name, world) for name in STRATEGIES if name != "fake" for world in (1, 2))]
+DRAWN = [("fake", 1), ("fsdp", 2), ("zero3", 2)]
+"""Cells for which `nox` draws programs; in the others it runs the pinned witnesses."""
+
+ENGINES = {"transformers": Environment(("lightrft-conformance[transformers]", "lightrft-engines[transformers]"))}
+"""Each engine with an environment of its own: they do not agree about torch."""
+
+AS_IT_SHOULD_BE = ("pass ", "skip ", "xfail ", "killed ", "at peace ")
+"""How the suite's lines begin that tell of nothing to look at."""
+ALONE = (*FOLDERS, "lightrft-engines[transformers]")
+"""What somebody may install and have nothing else."""
+
+
+# Sessions of the default run, quick ones first
+
+
+@session()
+def lint(session: nox.Session) -> None:
+    """Check rules and format."""
+    environment = Environment(group("lint"))
+    environment.prepare(session)
+    environment.run(session, "ruff", "check", ".", cwd=ROOT)
+    environment.run(session, "ruff", "format", "--check", ".", cwd=ROOT)
+
+
+@session()
+def typecheck(session: nox.Session) -> None:
+    """Check types, strictly."""
+    environment = Environment(group("typecheck"))
+    environment.prepare(session)
+    sources = [folder / "src" for folder in FOLDERS.values()]
+    environment.run(session, "mypy", *sources, "tools", "noxfile.py", "conftest.py", cwd=ROOT)
+
+
+@session()
+def wheels(session: nox.Session) -> None:
+    """Install each wheel alone, with what it declares; import all of it, and hold it to its metadata."""
+    installed = {}
+    for requirement in ALONE:
+        environment, name = Environment((requirement,)), requirement.partition("[")[0]
+        environment.prepare(session)
+        facts = {"sources": FOLDERS[name], "wheel": wheel(session, name), "python": environment.python}
+        installed[requirement] = {what: str(path) for what, path in facts.items()}
+    found = report(session, ".installed")
+    found.write_text(json.dumps(installed), encoding="utf-8")
+    _pytest(session, Environment(group("wheels")), ROOT / "tests", f"--wheels={found}")
+
+
+@session()
+@nox.parametrize("package", [nox.param(name, id=name.removeprefix("lightrft-")) for name in FOLDERS])
+def tests(session: nox.Session, package: str) -> None:
+    """Run one package's tests, on its wheel."""
+    source = FOLDERS[package]
+    _pytest(session, Environment((package, *group("test", source))), source / "tests", "--installed")
+
+
+@session()
+@nox.parametrize("strategy, world", [nox.param(name, world, id=f"{name}-{world}") for name, world in CELLS])
+def conformance(session: nox.Session, strategy: str, world: int) -> None:
+    """Certify one strategy at one world size."""
+    asked = STRATEGIES[strategy]
+    profile = "ci" if (strategy, world) in DRAWN else "smoke"
+    options = (f"--world-size={world}", f"--profile={profile}")
+    _certify(session, Environment(asked.requirements), "run", *asked.arguments, *options)
+
+
+@session()
+@nox.parametrize("engine", [nox.param(name, id=name) for name in ENGINES])
+def engines(session: nox.Session, engine: str) -> None:
+    """Certify one engine."""
+    _certify(session, ENGINES[engine], "run-engine", engine)
+
+
+@session()
+def saboteurs(session: nox.Session) -> None:
+    """Measure the suite: each deliberate defect must be caught by its clause."""
+    _judge(session, Environment(STRATEGIES["fake"].requirements), "saboteurs")
+
+
+@session()
+def examples(session: nox.Session) -> None:
+    """Run a few steps of each example."""
+    _demo(session, "--steps=1", "--prompts=2", "--eval-every=2")
+
+
+# Sessions to be asked for
+
+
+@session(default=False)
+def demo(session: nox.Session) -> None:
+    """Train a language model on arithmetic, and see it learn."""
+    _demo(session, *session.posargs)
+
+
+@session(default=False)
+def bench(session: nox.Session) -> None:
+    """Measure, and write the numbers down."""
+    ours = ("lightrft-deepspeed", "lightrft-engines[transformers]", "lightrft-fsdp")
+    _script(session, Environment((*ours, *group("bench"))), "benchmarks/run.py", *session.posargs)
+
+
+@session(default=False)
+def docs(session: nox.Session) -> None:
+    """Make the documentation from the code."""
+    ours = ("lightrft-conformance", "lightrft-deepspeed", "lightrft-engines", "lightrft-fsdp")
+    _script(session, Environment(ours), "docs/build.py", *session.posargs)
+
+
+@session(default=False)
+@nox.parametrize("strategy", [nox.param(name, id=name) for name in STRATEGIES])
+def gpu(session: nox.Session, strategy: str) -> None:
+    """Certify one strategy on the GPUs that are here, at world sizes 1, 2, 4 and so on."""
+    count = count_gpus()
+    if not count:
+        skip(session, "there is no NVIDIA GPU here: nvidia-smi lists none")
+    asked = STRATEGIES[strategy]
+    environment = environment_on_gpus(asked.requirements)
+    for world in (2**power for power in range(count.bit_length())):
+        if (strategy, 2) in CELLS or world == 1:
+            _certify(session, environment, "run", *asked.arguments, "--device=cuda", f"--world-size={world}")
+
+
+@session(default=False)
+def nightly(session: nox.Session) -> None:
+    """Run everything, with as many programs as a night has room for."""
+    for name in ("lint", "typecheck", "wheels", "tests", "saboteurs", "demo", "bench", "docs"):
+        session.notify(name, posargs=())
+    for name, world in CELLS:
+        session.notify(f"conformance({name}-{world})", posargs=("--profile=nightly",))
+    for name in ENGINES:
+        session.notify(f"engines({name})", posargs=("--profile=nightly",))
+    session.notify("gpu", posargs=("--profile=nightly",))
+
+
+@session(default=False)
+def constraints(session: nox.Session) -> None:
+    """Resolve the pinned versions anew."""
+    pin(session)
+
+
+# What they share
+
+
+def _pytest(session: nox.Session, environment: Environment, *arguments: str | Path) -> None:
+    environment.prepare(session)
+    options = (f"--config-file={ROOT / 'pyproject.toml'}", f"--junit-xml={report(session, '.xml')}")
+    command = ("-P", "-m", "pytest", *options, *arguments, *session.posargs)
+    environment.run(session, "python", *command, OMP_NUM_THREADS="1")
+
+
+def _certify(session: nox.Session, environment: Environment, command: str, *arguments: str) -> None:
+    _judge(session, environment, command, *arguments, f"--report={report(session, '.json')}")
+
+
+def _judge(session: nox.Session, environment: Environment, *arguments: str) -> None:
+    """Run the suite; where nobody watches, show what is not as it should be, and the last line."""
+    environment.prepare(session)
+    command = ("lightrft-conformance", *arguments, *session.posargs)
+    if session.interactive:
+        environment.run(session, *command, OMP_NUM_THREADS="1")
+        return
+    log = report(session, ".log")
+    try:
+        with log.open("w", encoding="utf-8") as output:
+            environment.run(session, *command, output=output, OMP_NUM_THREADS="1")
+    finally:
+        lines = log.read_text(encoding="utf-8").splitlines()
+        print(*(line for line in lines if not line.startswith(AS_IT_SHOULD_BE)), sep="\n", flush=True)
+
+
+def _demo(session: nox.Session, *arguments: str) -> None:
+    environment = Environment(group("demo"), unresolved=group("model"))
+    _script(session, environment, "examples/rlvr_arithmetic/run.py", *arguments)
+
+
+def _script(session: nox.Session, environment: Environment, path: str, *arguments: str) -> None:
+    if not (ROOT / path).is_file():
+        session.error(f"there is no {path}")
+    environment.prepare(session)
+    environment.run(session, "python", path, *arguments, cwd=ROOT)

@@ -1,0 +1,31 @@
+"""What DeepSpeed would do to an optimizer in silence, refused before."""
+
+from torch.optim import Adagrad, Optimizer
+
+from lightrft.config import StrategyError
+
+
+def check_groups(optimizer: Optimizer) -> None:
+    """Raise `StrategyError` for a group that DeepSpeed would drop."""
+    for index, group in enumerate(optimizer.param_groups):
+        if not any(parameter.requires_grad for parameter in group["params"]):
+            raise StrategyError(
+                f"prepare: group {index} of {len(optimizer.param_groups)} of the optimizer ({type(optimizer).__name__}) has "
+                f"no trainable parameters; DeepSpeed would drop it and renumber the others under the scheduler. Make the "
+                f"optimizer without this group"
+            )
+
+
+def check_can_be_partitioned(optimizer: Optimizer) -> None:
+    """Raise `StrategyError` for an optimizer that would not survive that its parameters become flat partitions."""
+    kind = type(optimizer).__name__
+    if isinstance(optimizer, Adagrad):
+        raise StrategyError(
+            f"prepare: DeepSpeed replaces {kind} by one of its own (0.19.8), which neither the scheduler nor param_groups "
+            f"would reach; use another optimizer, AdamW for example, or zero_stage=0"
+        )
+    if optimizer.state:
+        raise StrategyError(
+            f"prepare: the optimizer ({kind}) has stepped already, and DeepSpeed would drop its state; prepare before the "
+            f"first step, and load a checkpoint afterwards"
+        )

@@ -1,0 +1,108 @@
+"""What a rank does in `test_deepspeed_lifetimes`."""
+
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import ds_cases
+import pytest
+import torch
+import torch.distributed as dist
+from ds_models import RATE, Program, loss_of, mixed, tokens
+from torch import nn
+
+from lightrft.config import StrategyError
+
+
+def traces() -> dict[str, Any]:
+    """What a lifetime might leave in this process."""
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+    return {
+        "environment": dict(os.environ),
+        "threads": threading.active_count(),
+        "system threads": len(list(Path("/proc/self/task").iterdir())),
+        "files": len(list(Path("/proc/self/fd").iterdir())),
+        "linear": torch.nn.functional.linear.__module__,
+        "process group": dist.is_initialized(),
+        "models": len(FWD_MODULE_STACK),
+    }
+
+
+def lives(stages: tuple[int, ...]) -> list[dict[str, Any]]:
+    """One lifetime for each stage, with an actor, a critic and a reference model; what is there after each.
+
+    The models outlive their strategies.
+    """
+    found = []
+    models: list[nn.Module] = []
+    for stage in stages:
+        with ds_cases.strategy(Program(), persist=False, zero_stage=stage) as made:
+            for seed in (1, 2):
+                model: nn.Module = mixed(seed)
+                model, optimizer, _ = made.prepare((model, made.create_optimizer(model, lr=RATE), None))
+                made.backward(loss_of(model, tokens(seed)), model, optimizer)
+                assert made.optimizer_step(optimizer, model).applied
+                models.append(model)
+            models.append(made.prepare(mixed()))
+            models[-1](tokens(0))
+        found.append(traces())
+    return found
+
+
+def memory_of_lives(count: int) -> list[int]:
+    """Elements of all tensors that are alive after each of ``count`` lifetimes, with their models gone."""
+    import gc
+
+    found = []
+    for _ in range(count):
+        for stage in (0, 1, 2, 3):
+            lives((stage,))
+        gc.collect()
+        alive = [it for it in gc.get_objects() if isinstance(it, torch.Tensor)]
+        found.append(sum(it.numel() for it in alive))
+    return found
+
+
+def in_the_callers_group(stage: int) -> tuple[bool, float]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with ds_cases.strategy(Program(), zero_stage=stage) as made:
+            model: nn.Module = mixed()
+            model, optimizer, _ = made.prepare((model, made.create_optimizer(model, lr=RATE), None))
+            made.backward(loss_of(model, tokens(0)), model, optimizer)
+            applied = made.optimizer_step(optimizer, model).applied
+        total = torch.ones(1)
+        dist.all_reduce(total)
+        return applied, total.item()
+    finally:
+        dist.destroy_process_group()
+
+
+def groups_and_timeouts(stage: int) -> tuple[int, set[float]]:
+    """How many process groups preparing added, and the timeouts of all, in seconds."""
+    with ds_cases.strategy(Program(), zero_stage=stage, timeout=17.0, zpg=2 if stage == 3 else 1) as made:
+        before = len(dist.distributed_c10d._world.pg_map)
+        model = mixed()
+        made.prepare((model, made.create_optimizer(model, lr=RATE), None))
+        groups = list(dist.distributed_c10d._world.pg_map)
+        backends = [group._get_backend(torch.device("cpu")) for group in groups]
+        return len(groups) - before, {backend.options._timeout.total_seconds() for backend in backends}
+
+
+def left_alone(stage: int, call: str) -> tuple[str, float]:
+    with ds_cases.strategy(Program(), persist=False, zero_stage=stage, timeout=3.0) as made:
+        model: nn.Module = mixed()
+        model, optimizer, _ = made.prepare((model, made.create_optimizer(model, lr=RATE), None))
+        loss = loss_of(model, tokens(0))
+        if call == "optimizer_step":
+            made.backward(loss, model, optimizer)
+        if made.get_rank() == 1:
+            time.sleep(6)
+            return "", 0.0
+        begin = time.monotonic()
+        with pytest.raises(StrategyError) as caught:
+            made.backward(loss, model, optimizer) if call == "backward" else made.optimizer_step(optimizer, model)
+        return str(caught.value), time.monotonic() - begin

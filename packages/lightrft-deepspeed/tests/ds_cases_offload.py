@@ -1,0 +1,57 @@
+"""What a rank does in `test_deepspeed_offload`."""
+
+from typing import Any
+
+import ds_cases
+import torch
+from ds_models import RATE, Observed, Program, loss_of, mixed, tokens
+from torch import nn
+
+
+def with_the_callers_adamw(program: Program, **settings: Any) -> Observed:
+    with ds_cases.strategy(program, adam_offload=True, **settings) as made:
+        model: nn.Module = mixed()
+        optimizer = torch.optim.AdamW([it for it in model.parameters() if it.requires_grad], lr=RATE, weight_decay=0.0)
+        model, optimizer, _ = made.prepare((model, optimizer, None))
+        ds_cases.run(program, made, model, optimizer)
+        return Observed(parameters=ds_cases.whole(made, model))
+
+
+def moved_about(cycles: bool, **settings: Any) -> dict[str, torch.Tensor]:
+    program = Program(updates=4, window=2)
+    with ds_cases.strategy(program, persist=True, **settings) as made:
+        model: nn.Module = mixed()
+        model, optimizer, _ = made.prepare((model, made.create_optimizer(model, lr=RATE), None))
+        for update, micro, _ in program.micro_batches():
+            made.backward(loss_of(model, tokens(update, micro, made.get_rank())), model, optimizer)
+            if cycles:
+                before = ds_cases.whole(made, model)
+                for _ in range(2):
+                    made.offload_model(model)
+                    made.maybe_offload_optimizer(optimizer)
+                for _ in range(2):
+                    made.reload_model(model)
+                    made.maybe_load_optimizer(optimizer)
+                now = ds_cases.whole(made, model)
+                assert all(torch.equal(now[name], it) for name, it in before.items())
+            made.optimizer_step(optimizer, model)
+        return ds_cases.whole(made, model)
+
+
+def parked(**settings: Any) -> tuple[int, dict[str, torch.Tensor]]:
+    """Park a model as on a device: bytes it held beside its optimizer's state, and the weights that follow."""
+    program = Program(updates=4, window=2)
+    with ds_cases.strategy(program, persist=False, **settings) as made:
+        model: nn.Module = mixed()
+        model, optimizer, _ = made.prepare((model, made.create_optimizer(model, lr=RATE), None))
+        stage, inner, given_back = made._stage, made.unwrap_model(model), 0
+        for update, micro, _ in program.micro_batches():
+            made.backward(loss_of(model, tokens(update, micro, made.get_rank())), model, optimizer)
+            made._settle(inner)
+            held = {it.untyped_storage().data_ptr(): it.untyped_storage() for it in stage._held(inner) if it.numel()}
+            before = sum(it.nbytes() for it in held.values())
+            stage.park(inner)
+            given_back = before - sum(it.nbytes() for it in held.values())
+            stage.unpark(inner)
+            made.optimizer_step(optimizer, model)
+        return given_back, ds_cases.whole(made, model)

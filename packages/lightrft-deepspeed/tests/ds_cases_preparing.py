@@ -1,0 +1,138 @@
+"""What a rank does in `test_deepspeed_preparing`."""
+
+import ds_cases
+import torch
+from ds_models import DECAY, RATE, Mixed, Program, loss_of, mixed, tokens
+from torch import nn
+
+
+def prepared_for_training(persist: bool, **settings: object) -> list[dict[str, torch.Tensor]]:
+    with ds_cases.strategy(Program(), persist, **settings) as made:
+        model: nn.Module = mixed(3 + made.get_rank())
+        model, _, _ = made.prepare((model, made.create_optimizer(model, lr=RATE), None))
+        assert isinstance(made.unwrap_model(model), Mixed)
+        assert [name for name, _ in model.named_parameters()] == [name for name, _ in mixed().named_parameters()]
+        return [ds_cases.whole(made, model, dtype) for dtype in (torch.float32, torch.bfloat16)]
+
+
+def called_before_and_after(**settings: object) -> list[torch.Tensor]:
+    with ds_cases.strategy(Program(), persist=False, **settings) as made:
+        model: nn.Module = mixed()
+        outputs = [model(tokens(1))]
+        model = made.prepare_model(model, is_training=True)
+        outputs.append(model(tokens(1)))
+        made.create_optimizer(model, lr=RATE)
+        outputs.append(model(tokens(1)))
+        copy = made.prepare(mixed())
+        outputs += [copy(tokens(1)), copy(tokens(1))]
+        return [output.detach().float() for output in outputs]
+
+
+def built_on_rank_0_alone(training: bool, **settings: object) -> dict[str, torch.Tensor]:
+    with ds_cases.strategy(Program(), persist=False, **settings) as made:
+        with made.init_model_context(meta_init=True):
+            model: nn.Module = Mixed() if made.get_rank() else mixed()
+        assert made.get_rank() == 0 or all(it.is_meta for it in model.parameters())
+        if training:
+            model, _, _ = made.prepare((model, made.create_optimizer(model, lr=RATE), None))
+        else:
+            model = made.prepare(model)
+        assert made.unwrap_model(model).head.weight is made.unwrap_model(model).embed.weight
+        model(tokens(0))
+        return ds_cases.whole(made, model)
+
+
+def for_inference(dtype: torch.dtype, **settings: object) -> tuple[dict[str, torch.Tensor], int, bool]:
+    with ds_cases.strategy(Program(), persist=False, **settings) as made:
+        frozen = made.prepare(mixed().to(dtype))
+        model, optimizer, _ = made.prepare((mixed(), None, None))
+        optimizer = made.create_optimizer(model, lr=RATE)
+        for update in range(2):
+            loss = loss_of(model, tokens(update)) + (model(tokens(0)) - frozen(tokens(0))).float().square().mean()
+            made.backward(loss, model, optimizer)
+            assert made.optimizer_step(optimizer, model).applied
+        same = {name: it.clone() for bucket in made.full_parameters(frozen) for name, it in bucket}
+        held = sum(it.values.numel() for it in made._shards(made.unwrap_model(frozen)))
+        return same, held, any(it.requires_grad or it.grad is not None for it in frozen.parameters())
+
+
+def averaged(**settings: object) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.dtype, torch.Tensor]:
+    program = Program(updates=3)
+    beta = 0.7
+    with ds_cases.strategy(program, persist=True, **settings) as made:
+        model: nn.Module = mixed()
+        average = made.prepare(mixed())
+        average(tokens(0))  # leaves small parameters gathered, at stage 3
+        model, optimizer, _ = made.prepare((model, made.create_optimizer(model, lr=RATE), None))
+        wanted = ds_cases.whole(made, average)
+        for update in range(3):
+            made.backward(program.loss(model, update, 0, made.get_rank()), model, optimizer)
+            made.optimizer_step(optimizer, model)
+            made.moving_average(model, average, beta)
+            now = ds_cases.whole(made, model)
+            trained = {name for name, it in model.named_parameters() if it.requires_grad}
+            for name in trained:
+                wanted[name].mul_(beta).add_(now[name], alpha=1 - beta)
+        outputs = average(tokens(5)).detach().float()
+        return ds_cases.whole(made, average), wanted, next(average.parameters()).dtype, outputs
+
+
+def written_through_shards(**settings: object) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.Tensor]:
+    with ds_cases.strategy(Program(), persist=True, **settings) as made:
+        model: nn.Module = mixed()
+        model, optimizer, _ = made.prepare((model, made.create_optimizer(model, lr=RATE), None))
+        made.backward(loss_of(model, tokens(0)), model, optimizer)
+        made.optimizer_step(optimizer, model)
+        other = dict(mixed(11).named_parameters())
+        inner = made.unwrap_model(model)
+        made._settle(inner)
+        for shard in made._shards(inner):
+            assert shard.shape == other[shard.name].shape
+            shard.values.copy_(shard.of(other[shard.name].detach()))
+        made._refresh(inner)
+        outputs = model(tokens(5)).detach().float()
+        return ds_cases.whole(made, model), ds_cases.whole(made, model, torch.bfloat16), outputs
+
+
+def actor_and_critic(**settings: object) -> list[dict[str, torch.Tensor]]:
+    program = Program(updates=4, window=2, max_norm=0.3)
+    other = Program(updates=4, window=2, max_norm=0.3, poisoned=(1,))
+    with ds_cases.strategy(program, persist=False, **settings) as made:
+        pairs = []
+        for seed in (3, 4):
+            model = mixed(seed)
+            pairs.append(made.prepare((model, made.create_optimizer(model, lr=RATE, weight_decay=DECAY), None))[:2])
+        (actor, actor_optimizer), (critic, critic_optimizer) = pairs
+        for update, micro, _ in program.micro_batches():
+            ds_cases.backward(program, made, actor, actor_optimizer, update, micro)
+            ds_cases.backward(other, made, critic, critic_optimizer, update, micro)
+            made.optimizer_step(critic_optimizer, critic)
+            made.optimizer_step(actor_optimizer, actor)
+        return [ds_cases.whole(made, actor), ds_cases.whole(made, critic)]
+
+
+def alone(seed: int, program: Program, **settings: object) -> dict[str, torch.Tensor]:
+    with ds_cases.strategy(program, persist=False, **settings) as made:
+        model: nn.Module = mixed(seed)
+        optimizer = made.create_optimizer(model, lr=RATE, weight_decay=DECAY)
+        model, optimizer, _ = made.prepare((model, optimizer, None))
+        ds_cases.run(program, made, model, optimizer)
+        return ds_cases.whole(made, model)
+
+
+def with_groups(empty: bool, stepped: bool, kind: str, **settings: object) -> None:
+    with ds_cases.strategy(Program(), **settings) as made:
+        model = mixed()
+        groups: list[dict[str, object]] = [{"params": [it for it in model.parameters() if it.requires_grad]}]
+        optimizer = getattr(torch.optim, kind)([*groups, {"params": []}] if empty else groups, lr=RATE)
+        if stepped:
+            loss_of(model, tokens(0)).backward()
+            optimizer.step()
+        made.prepare((model, optimizer, None))
+
+
+def prepared_twice(**settings: object) -> None:
+    model = mixed()
+    for _ in range(2):
+        with ds_cases.strategy(Program(), **settings) as made:
+            made.prepare(model)

@@ -1,0 +1,52 @@
+"""Keeping the optimizer, or a model, in host memory."""
+
+import ds_cases
+import ds_cases_offload as cases
+import pytest
+import torch
+from ds_models import Program, furthest, mixed, reference, relative
+from ds_workers import Workers
+
+STAGES = (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeeds_cpu_adam_takes_over_with_adam_offload(two: Workers, stage: int, bf16: bool) -> None:
+    # the layer "detour" gets a gradient now and then
+    program = Program(updates=6, window=2, max_norm=0.5, detours=[(0, 0), (3, 1)])
+    settings = {"zero_stage": stage, "bf16": bf16, "adam_offload": True, "persist": False}
+    found = two.run(ds_cases.train, program=program, **settings)
+    assert furthest(found[0], found[1]) == 0
+    assert relative(found[0], reference(program, 2)) < (0.1 if bf16 else 1e-4)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_optimizer_of_the_callers_can_be_offloaded_too(two: Workers, stage: int) -> None:
+    program = Program(updates=3, poisoned=(1,))
+    first, other = two.run(cases.with_the_callers_adamw, program=program, zero_stage=stage)
+    assert furthest(first, other) == 0
+    left_out = two.run(cases.with_the_callers_adamw, program=Program(updates=3, skipped=(1,)), zero_stage=stage)
+    assert furthest(first, left_out[0]) == 0
+
+
+@pytest.mark.parametrize("adam_offload", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("stage", STAGES)
+def test_training_with_offload_cycles_equals_training_without(
+    two: Workers, stage: int, bf16: bool, adam_offload: bool
+) -> None:
+    settings = {"zero_stage": stage, "bf16": bf16, "adam_offload": adam_offload}
+    with_them, without = (two.run(cases.moved_about, cycles=cycles, **settings)[0] for cycles in (True, False))
+    assert all(torch.equal(with_them[name], it) for name, it in without.items())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_parked_model_gives_its_memory_back_and_returns_bit_for_bit(two: Workers, stage: int, bf16: bool) -> None:
+    settings = {"zero_stage": stage, "bf16": bf16}
+    elements = sum(it.numel() for it in mixed().parameters())
+    wanted = two.run(cases.moved_about, cycles=False, **settings)
+    for (given_back, found), other in zip(two.run(cases.parked, **settings), wanted, strict=True):
+        assert given_back >= elements * (2 if bf16 and stage else 4) / (2 if stage == 3 else 1)
+        assert all(torch.equal(found[name], it) for name, it in other.items())

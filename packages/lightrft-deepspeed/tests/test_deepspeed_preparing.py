@@ -1,0 +1,123 @@
+"""What becomes of a model: its weights, its names, its masters, its averages."""
+
+import ds_cases_preparing as cases
+import pytest
+import torch
+from ds_models import Program, mixed, tokens
+from ds_workers import Workers, WorkersError
+from torch import nn
+
+STAGES = (0, 1, 2, 3)
+BF16 = pytest.mark.parametrize("bf16", [False, True])
+EACH_STAGE = pytest.mark.parametrize("stage", STAGES)
+BOTH = pytest.mark.parametrize("persist", [True, False])
+
+
+def equal(found: dict[str, torch.Tensor], model: nn.Module, dtype: torch.dtype | None = None) -> bool:
+    """Whether ``found`` has the parameters and buffers of ``model``, tied ones once, and nothing else."""
+    wanted = {name: it.detach().to(dtype) for name, it in [*model.named_parameters(), *model.named_buffers()]}
+    return found.keys() == wanted.keys() and all(torch.equal(found[name], it) for name, it in wanted.items())
+
+
+@BF16
+@BOTH
+@EACH_STAGE
+def test_the_weights_are_rank_0s_and_the_masters_are_not_rounded(
+    two: Workers, stage: int, persist: bool, bf16: bool
+) -> None:
+    for fp32, low in two.run(cases.prepared_for_training, persist=persist, zero_stage=stage, bf16=bf16):
+        wanted = mixed()
+        if bf16 and stage:  # DeepSpeed stores frozen parameters in bfloat16, and they have no masters
+            wanted.frozen.to(torch.bfloat16).float()
+        assert equal(fp32, wanted)
+        assert equal(low, mixed(), torch.bfloat16)
+
+
+@BF16
+@EACH_STAGE
+def test_a_prepared_model_computes_what_it_did(two: Workers, stage: int, bf16: bool) -> None:
+    for wanted, *found in two.run(cases.called_before_and_after, zero_stage=stage, bf16=bf16):
+        for output in found:
+            torch.testing.assert_close(output, wanted, atol=0.05 if bf16 else 1e-6, rtol=0.05 if bf16 else 1e-6)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@EACH_STAGE
+def test_a_model_that_only_rank_0_built_is_whole_everywhere(two: Workers, stage: int, training: bool) -> None:
+    for found in two.run(cases.built_on_rank_0_alone, training=training, zero_stage=stage):
+        assert equal(found, mixed())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@BF16
+@EACH_STAGE
+def test_a_model_for_inference_never_changes(two: Workers, stage: int, bf16: bool, dtype: torch.dtype) -> None:
+    found = two.run(cases.for_inference, dtype=dtype, zero_stage=stage, bf16=bf16)
+    for same, _, moves in found:
+        assert not moves
+        assert equal(same, mixed().to(dtype), torch.bfloat16 if bf16 else dtype)
+    elements = sum(it.numel() for it in mixed().parameters())
+    held = [number for _, number, _ in found]
+    assert sum(held) == elements if stage == 3 else held == [elements, elements]
+
+
+@BF16
+@EACH_STAGE
+def test_an_average_follows_the_masters_and_stays_fp32(two: Workers, stage: int, bf16: bool) -> None:
+    for found, wanted, dtype, outputs in two.run(cases.averaged, zero_stage=stage, bf16=bf16):
+        assert dtype is torch.float32
+        for name, it in wanted.items():
+            torch.testing.assert_close(found[name], it, atol=1e-7, rtol=1e-6)
+        plain = mixed()
+        plain.load_state_dict({**plain.state_dict(), **found, "head.weight": found["embed.weight"]})
+        near = 0.05 if bf16 else 1e-5
+        torch.testing.assert_close(outputs, plain(tokens(5)).detach(), atol=near, rtol=near)
+
+
+@BF16
+@EACH_STAGE
+def test_shards_are_views_of_the_masters(two: Workers, stage: int, bf16: bool) -> None:
+    wanted = mixed(11)
+    if bf16 and stage:
+        wanted.frozen.to(torch.bfloat16).float()
+    for fp32, low, outputs in two.run(cases.written_through_shards, zero_stage=stage, bf16=bf16):
+        assert equal(fp32, wanted)
+        assert equal(low, wanted, torch.bfloat16)
+        near = 0.05 if bf16 else 1e-5
+        torch.testing.assert_close(outputs, wanted(tokens(5)).detach(), atol=near, rtol=near)
+
+
+@BF16
+@EACH_STAGE
+def test_two_models_in_training_share_nothing(two: Workers, stage: int, bf16: bool) -> None:
+    settings = {"zero_stage": stage, "bf16": bf16}
+    together = two.run(cases.actor_and_critic, **settings)
+    actor = two.run(cases.alone, seed=3, program=Program(updates=4, window=2, max_norm=0.3), **settings)
+    critic = two.run(cases.alone, seed=4, program=Program(updates=4, window=2, max_norm=0.3, poisoned=(1,)), **settings)
+    for rank in range(2):
+        for found, wanted in zip(together[rank], (actor[rank], critic[rank]), strict=True):
+            assert all(torch.equal(found[name], it) for name, it in wanted.items())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_an_empty_group_is_refused(two: Workers, stage: int) -> None:
+    with pytest.raises(WorkersError, match=r"group 1 of 2 of the optimizer \(SGD\) has no trainable parameters"):
+        two.run(cases.with_groups, empty=True, stepped=False, kind="SGD", zero_stage=stage)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_an_optimizer_that_deepspeed_would_empty_or_replace_is_refused(two: Workers, stage: int) -> None:
+    with pytest.raises(WorkersError, match="has stepped already"):
+        two.run(cases.with_groups, empty=False, stepped=True, kind="AdamW", zero_stage=stage)
+    with pytest.raises(WorkersError, match="DeepSpeed replaces Adagrad"):
+        two.run(cases.with_groups, empty=False, stepped=False, kind="Adagrad", zero_stage=stage)
+
+
+@pytest.mark.parametrize("kind", ["Adagrad", "AdamW"])
+def test_at_stage_0_the_optimizer_stays_whole(two: Workers, kind: str) -> None:
+    two.run(cases.with_groups, empty=False, stepped=True, kind=kind, zero_stage=0)
+
+
+def test_a_model_that_a_closed_strategy_sharded_is_refused(one: Workers) -> None:
+    with pytest.raises(WorkersError, match="sharded already, by a strategy that was closed"):
+        one.run(cases.prepared_twice, zero_stage=3)

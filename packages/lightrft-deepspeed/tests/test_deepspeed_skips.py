@@ -1,0 +1,33 @@
+"""An update with a gradient that is not finite leaves no trace."""
+
+import ds_cases_skips as cases
+import pytest
+import torch
+from ds_models import Program
+from ds_workers import Workers
+
+STAGES = (0, 1, 2, 3)
+State = list[dict[str, torch.Tensor]]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_updates_after_a_skip_are_as_if_it_had_not_been(two: Workers, stage: int, bf16: bool) -> None:
+    settings = {"zero_stage": stage, "bf16": bf16}
+    # the layer "detour" gets a gradient in the bad update only: what it leaves there would show
+    bad = Program(updates=5, window=2, max_norm=0.5, poisoned=(2,), detours=[(0, 0), (2, 1)])
+    good = Program(updates=5, window=2, max_norm=0.5, skipped=(2,), detours=[(0, 0)])
+    with_it, without_it = two.run(cases.after, program=bad, **settings), two.run(cases.after, program=good, **settings)
+    for (parameters, state, seen), (wanted_parameters, wanted_state, _) in zip(with_it, without_it, strict=True):
+        assert seen == [(True, False)] * 2 + [(False, True)] + [(True, False)] * 2
+        assert all(torch.equal(parameters[name], it) for name, it in wanted_parameters.items())
+        assert len(state) == len(wanted_state) > 0
+        for own, wanted in zip(state, wanted_state, strict=True):
+            assert all(torch.equal(own[name], it) for name, it in wanted.items())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("stage", STAGES)
+def test_finite_gradients_whose_norm_is_not_are_skipped_too(two: Workers, stage: int, bf16: bool) -> None:
+    assert two.run(cases.overflowing, scale=1e22, zero_stage=stage, bf16=bf16) == [(False, True, False)] * 2
+    assert two.run(cases.overflowing, scale=1e6, zero_stage=stage, bf16=bf16) == [(True, False, True)] * 2
