@@ -1,0 +1,79 @@
+"""Names of one weight in checkpoints of all vintages, and what a sync owes."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lightrft.config import EngineError
+from lightrft.engines.checkpoint import due_shapes, expected_shapes, stored_shapes
+from lightrft.engines.naming import canonical, sender_names
+
+ONE = torch.Size([1])
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        (["model.layers.0.mlp.up_proj.weight"], "layers.0.mlp.up_proj.weight"),
+        (
+            ["model.model.layers.0.norm.weight", "_orig_mod.model.layers.0._checkpoint_wrapped_module.norm.weight",
+             "module.model.layers.0.norm.weight", "model.layers.0._fsdp_wrapped_module.norm.weight"],
+            "layers.0.norm.weight",
+        ),
+        (
+            ["model.layers.1.norm.weight", "language_model.model.layers.1.norm.weight", "model.language_model.layers.1.norm.weight"],
+            "layers.1.norm.weight",
+        ),
+        (["visual.blocks.0.attn.qkv.weight", "model.visual.blocks.0.attn.qkv.weight"], "visual.blocks.0.attn.qkv.weight"),
+        (["lm_head.weight", "language_model.lm_head.weight"], "lm_head.weight"),
+    ],
+    ids=["plain", "wrapped", "text layers", "vision tower", "head"],
+)  # fmt: skip
+def test_one_weight_has_one_canonical_name(names, wanted):
+    assert {canonical(name) for name in names} == {wanted}
+
+
+def test_a_prefix_inside_a_name_stays():
+    assert canonical("visual.model.norm.weight") == "visual.model.norm.weight"
+    assert canonical("model.submodule.weight") == "submodule.weight"
+
+
+def test_a_sender_of_another_vintage_is_understood():
+    stored = ["model.language_model.norm.weight", "model.visual.patch_embed.proj.weight", "lm_head.weight"]
+    sent = ["model.norm.weight", "visual.patch_embed.proj.weight", "lm_head.weight"]
+    assert sender_names(stored, sent) == dict(zip(stored, sent, strict=True))
+
+
+def test_what_a_sender_has_not_keeps_its_name():
+    assert sender_names(["model.norm.weight"], ["model.other.weight"]) == {"model.norm.weight": "model.norm.weight"}
+
+
+@pytest.mark.parametrize("side", ["stored", "sent"])
+def test_names_that_cannot_be_told_apart_are_refused(side):
+    twice = ["model.norm.weight", "language_model.model.norm.weight"]
+    arguments = (twice, []) if side == "stored" else ([], twice)
+    with pytest.raises(EngineError, match="cannot be told apart"):
+        sender_names(*arguments)
+
+
+def test_a_sync_owes_what_is_stored_but_for_what_engines_derive():
+    stored = dict.fromkeys(
+        ["model.norm.weight", "lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq", "model.mtp.weight"], ONE
+    )
+    assert list(due_shapes(stored, tied=False)) == ["model.norm.weight", "lm_head.weight", "model.mtp.weight"]
+    assert list(due_shapes(stored, tied=True, ignored=[r"^model\.mtp"])) == ["model.norm.weight"]
+
+
+def test_what_is_owed_comes_under_the_names_of_the_sender():
+    due = {"language_model.model.norm.weight": ONE, "visual.merger.weight": ONE}
+    assert list(expected_shapes(due, ["model.norm.weight"])) == ["model.norm.weight", "visual.merger.weight"]
+
+
+def test_shapes_are_read_from_all_files_of_a_directory(tmp_path):
+    save_file({"a": torch.zeros(2, 3)}, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({"b": torch.zeros(())}, tmp_path / "model-00002-of-00002.safetensors")
+    assert stored_shapes(tmp_path) == {"a": torch.Size([2, 3]), "b": torch.Size([])}
+
+
+def test_a_directory_without_safetensors_tells_nothing(tmp_path):
+    assert stored_shapes(tmp_path) is None
