@@ -131,8 +131,8 @@ class DeepspeedStrategy(StrategyBase):
     def _shards(self, module: nn.Module) -> list[Shard]:
         return self._stage.shards(module)
 
+    @override
     def _refresh(self, module: nn.Module) -> None:
-        """Make the parameters of ``module`` what its shards are, after these were written to. Every rank calls it."""
         self._stage.refresh(module)
 
     # Memory

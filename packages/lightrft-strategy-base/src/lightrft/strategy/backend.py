@@ -146,6 +146,9 @@ class Backend(ABC):
             for name, parameter in module.named_parameters()
         ]
 
+    def _refresh(self, module: nn.Module) -> None:
+        """Make the parameters of ``module`` what its shards are, after these were written to. Every rank calls it."""
+
     # Memory
 
     def _move_optimizer(self, trained: "TrainedModel", device: torch.device) -> None:

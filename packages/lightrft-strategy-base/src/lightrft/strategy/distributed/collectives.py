@@ -67,10 +67,10 @@ class Collectives:
         self.agree("barrier", None)
 
     @contextmanager
-    def together(self, call: str) -> Iterator[None]:
+    def together(self, call: str, kind: type[LightRFTError] = StrategyError) -> Iterator[None]:
         """Run the body on every rank; where it raises on some, raise on all.
 
-        The ranks where the body raised raise that error, the others a `StrategyError` that quotes it. The
+        The ranks where the body raised raise that error, the others one of ``kind`` that quotes it. The
         body must not contain a collective that a failing rank would leave the others waiting in.
         """
         error: Exception | None = None
@@ -84,7 +84,7 @@ class Collectives:
             raise error
         reasons = [f"rank {rank}: {reason}" for rank, reason in enumerate(failures) if reason]
         if reasons:
-            raise StrategyError(f"{call} failed on another rank; {'; '.join(reasons)}")
+            raise kind(f"{call} failed on another rank; {'; '.join(reasons)}")
 
     # Data
 
