@@ -36,7 +36,7 @@ class Display:
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
         if self._speaks and self._rows:
-            draw(self._rows, self._output / "curve.png", self._title)
+            self._draw()
             self._say_table()
 
     @contextmanager
@@ -55,7 +55,14 @@ class Display:
         self._rows.append(row)
         with (self._output / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
+        if row.get("exact_match") is not None:
+            self._draw()  # so that there is a picture whatever ends the run
         self._progress.update(self._task, completed=step, facts=_facts(row))
+        if not self._console.is_terminal:  # a bar that nobody watches moves unseen
+            self._console.print(f"step {step}  {_facts(row)}", highlight=False)
+
+    def _draw(self) -> None:
+        draw(self._rows, self._output / "curve.png", self._title)
 
     def _say_table(self) -> None:
         measured = [row for row in self._rows if row.get("exact_match") is not None]
@@ -71,12 +78,14 @@ class Display:
 
 
 def _facts(row: dict[str, Any]) -> str:
+    exact_match = "" if row.get("exact_match") is None else f"exact match {row['exact_match']:.1%}  "
     if "reward" not in row:
-        return ""
+        return exact_match
     seconds = " ".join(
         f"{name} {row[f'seconds_{name}']:.1f}s" for name in ("rollout", "train", "sync") if f"seconds_{name}" in row
     )
-    return f"reward {row['reward']:.2f}  kl {row['kl']:.3f}  norm {row['grad_norm']:.2f}  skipped {row['skipped']}  {seconds}"
+    facts = f"reward {row['reward']:.2f}  kl {row['kl']:.3f}  norm {row['grad_norm']:.2f}  skipped {row['skipped']}"
+    return f"{exact_match}{facts}  {seconds}"
 
 
 def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import itertools
 import os
 import subprocess
 import sys
@@ -33,7 +34,7 @@ def main() -> int:
 
 def _values(arguments: list[str], option: str) -> list[str]:
     """What is given for ``option``, as ``--option value`` or ``--option=value``."""
-    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    pairs = itertools.pairwise([*arguments, ""])
     return [it.partition("=")[2] or following for it, following in pairs if it == option or it.startswith(option + "=")]
 
 

@@ -9,6 +9,7 @@ Shapes: B sequences, T tokens of prompt and response, R tokens of response.
 
 import argparse
 import copy
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from display import Display
 from task import Question, questions, reward
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from lightrft.strategy import Completion, Sampling, StrategyBase, StrategyConfig, get_strategy
 
@@ -27,6 +29,7 @@ MAX_TOKENS = 14
 
 def main() -> None:
     args = arguments()
+    disable_progress_bar()
     strategy = get_strategy(args)
     with strategy, Display(args.output, args.steps, title(args, strategy), speaks=strategy.is_rank_0()) as display:
         tokenizer = AutoTokenizer.from_pretrained(args.pretrain)
@@ -113,14 +116,19 @@ def exact_match(strategy: StrategyBase, tokenizer: PreTrainedTokenizerBase, aske
 
 
 def chosen(rollout: dict[str, torch.Tensor], args: argparse.Namespace, step: int) -> dict[str, torch.Tensor]:
-    """The sequences of this step's updates: whole groups, those whose rewards differ first, with advantages."""
+    """The sequences of this step's updates, with advantages: whole groups, those whose rewards differ first.
+
+    A group in which all answers are right, or all wrong, teaches nothing: it only fills up a batch that others began.
+    """
     groups = rollout["rewards"].view(-1, args.n_samples_per_prompt)
     spread = groups.std(dim=1, keepdim=True)
     advantages = (groups - groups.mean(dim=1, keepdim=True)) / (spread + 1e-4)
     order = list(range(len(groups)))
     random.Random(args.seed * 1009 + step).shuffle(order)
     order.sort(key=lambda group: not spread[group])
-    picked = torch.tensor(order[: args.updates_per_rollout * args.train_batch_size // args.n_samples_per_prompt])
+    groups_per_update = args.train_batch_size // args.n_samples_per_prompt
+    updates = min(args.updates_per_rollout, math.ceil(int((spread > 0).sum()) / groups_per_update))
+    picked = torch.tensor(order[: updates * groups_per_update], dtype=torch.int64)
     rows = (picked[:, None] * args.n_samples_per_prompt + torch.arange(args.n_samples_per_prompt)).flatten()
     return {**{name: tensor[rows] for name, tensor in rollout.items()}, "advantages": advantages.flatten()[rows]}
 
@@ -143,7 +151,7 @@ def update(
         divergences.append(divergence.item())
         skipped += result.skipped
         norms += [result.grad_norm] if result.applied else []
-    kl = strategy.all_reduce(sum(divergences) / len(divergences))
+    kl = strategy.all_reduce(sum(divergences) / max(1, len(divergences)))
     return {"kl": kl, "grad_norm": sum(norms) / max(1, len(norms)), "skipped": skipped}
 
 
@@ -196,10 +204,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=Path("runs/rlvr_arithmetic"), help="where metrics and picture go"
     )
-    parser.add_argument("--steps", type=int, default=10, help="rollouts")
+    parser.add_argument("--steps", type=int, default=8, help="rollouts")
     parser.add_argument("--prompts", type=int, default=16, help="questions of one rollout")
     parser.add_argument("--updates-per-rollout", type=int, default=2)
-    parser.add_argument("--eval-every", type=int, default=5, help="steps between measurements on held-out questions")
+    parser.add_argument("--eval-every", type=int, default=2, help="steps between measurements on held-out questions")
     parser.add_argument("--engine", dest="engine_type", default="transformers", help="rollout engine")
     parser.set_defaults(
         strategy="fsdp", engine_type="transformers", bf16=False, train_batch_size=32, micro_train_batch_size=16,
