@@ -1,0 +1,120 @@
+"""From settings to SGLang's own arguments. Pure.
+
+Beside the settings of the engine, these extra arguments are read, all optional: ``engine_kv_cache_bytes``,
+``engine_max_model_len``, ``engine_max_sequences``, ``engine_eager``, ``limit_mm_image_per_prompt``,
+``limit_mm_video_per_prompt``, ``trust_remote_code``, ``weight_sync_verify``, and ``engine_arguments``, a mapping of
+SGLang's own names, which wins.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightrft.config import ConfigError, StrategyConfig
+from lightrft.engines.source import ModelSource
+
+KV_CACHE_BYTES_ON_CPU = 2**30
+"""Unless ``engine_kv_cache_bytes`` says otherwise: host memory is not the engine's alone."""
+MAX_SEQUENCES_ON_CPU = 256
+LOADER = "lightrft.engines.sglang.scheduler.load_bucket"
+"""What takes a bucket of weights in SGLang's model processes."""
+LAUNCHER_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+"""Of the launcher that started the training; SGLang's processes are a world of their own."""
+
+
+def server_arguments(
+    config: StrategyConfig, source: ModelSource, *, device: str, index: int, seed: int
+) -> dict[str, Any]:
+    """Arguments of ``sglang.Engine`` on device ``index`` and, with tensor parallelism, those that follow it."""
+    on_cpu, extra = device == "cpu", config.get_extra_arg
+    return {
+        "model_path": source.path,
+        "skip_tokenizer_init": not source.has_tokenizer,
+        "load_format": "auto" if source.loads_weights else "dummy",
+        "dtype": "bfloat16" if config.bf16 else "float32",
+        "tp_size": config.engine_tp_size,
+        "base_gpu_id": index,
+        "mem_fraction_static": config.engine_mem_util,
+        "enable_memory_saver": config.enable_engine_sleep and not on_cpu,
+        "enable_weights_cpu_backup": config.enable_engine_sleep and not on_cpu,
+        "disable_cuda_graph": bool(extra("engine_eager", on_cpu)),
+        "random_seed": seed,
+        "trust_remote_code": bool(extra("trust_remote_code", False)),
+        "custom_weight_loader": [LOADER],
+        "schedule_policy": "lpm",  # prompts with a common beginning wait for the first of them
+        "host": "127.0.0.1",
+        "log_level": "error",
+        **(_on_cpu(source) if on_cpu else {}),
+        **_limits(config, source, on_cpu=on_cpu),
+        **_mapping(extra("engine_arguments", {})),
+    }
+
+
+def server_variables(environment: Mapping[str, str], folder: str) -> dict[str, str]:
+    """The environment of the server process, with ``folder`` for its temporary files."""
+    kept = {
+        name: value
+        for name, value in environment.items()
+        if name not in LAUNCHER_VARIABLES and not name.startswith("TORCHELASTIC_")
+    }
+    kept.pop("SGLANG_USE_CPU_ENGINE", None)  # it would ask for kernels that SGLang's wheels do not have
+    return {
+        **kept,
+        "TMPDIR": folder,
+        "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",  # of the model itself, before temperature and filters
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def _on_cpu(source: ModelSource) -> dict[str, Any]:
+    return {
+        "device": "cpu",
+        "attention_backend": "torch_native",
+        "sampling_backend": "pytorch",
+        "disable_overlap_schedule": True,
+        "max_running_requests": MAX_SEQUENCES_ON_CPU,
+    }
+
+
+def _limits(config: StrategyConfig, source: ModelSource, *, on_cpu: bool) -> dict[str, Any]:
+    size = config.get_extra_arg("engine_kv_cache_bytes", KV_CACHE_BYTES_ON_CPU if on_cpu else None)
+    item = 2 if config.bf16 else 4
+    named = {
+        "max_total_tokens": None if size is None else int(size) // max(1, token_bytes(model_settings(source), item)),
+        "context_length": config.get_extra_arg("engine_max_model_len", None),
+        "max_running_requests": config.get_extra_arg("engine_max_sequences", None),
+    }
+    media = {kind: config.get_extra_arg(f"limit_mm_{kind}_per_prompt", None) for kind in ("image", "video")}
+    found: dict[str, Any] = {name: int(value) for name, value in named.items() if value is not None}
+    limits = {kind: int(value) for kind, value in media.items() if value is not None}
+    return {**found, "limit_mm_data_per_request": limits} if limits else found
+
+
+def model_settings(source: ModelSource) -> Mapping[str, Any]:
+    """The part of the model's configuration that describes its text layers."""
+    file = Path(source.path) / "config.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return {**found, **(found.get("text_config") or {})}
+
+
+def token_bytes(settings: Mapping[str, Any], item: int) -> int:
+    """Bytes of one token's keys and values, ``item`` bytes each number; 0 where the configuration does not tell."""
+    heads = settings.get("num_attention_heads", 0)
+    width = settings.get("head_dim") or (settings.get("hidden_size", 0) // heads if heads else 0)
+    of_values = settings.get("num_key_value_heads") or heads
+    return int(2 * item * width * of_values * settings.get("num_hidden_layers", 0))
+
+
+def _mapping(given: Any) -> dict[str, Any]:
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"engine_arguments: got {given!r}; it is a mapping of SGLang's own arguments")
+    return dict(given)

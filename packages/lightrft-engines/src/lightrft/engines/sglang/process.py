@@ -1,0 +1,131 @@
+"""The server process: its start, calls into it, and its end, however that comes.
+
+It is a session of its own, so that the terminal's Ctrl-C reaches the training alone, and that one signal ends it with
+all that it started. It ends itself when this process is gone.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import send_handle
+from pathlib import Path
+from typing import Any
+
+import lightrft.config
+from lightrft.config import EngineError
+from lightrft.engines.sglang.arguments import server_variables
+
+GRACE = 10.0
+"""Seconds that the server has to end by itself, and its processes to be gone after they were killed."""
+
+
+class ServerDied(EngineError):
+    """The server process is gone, with whatever it was asked to do."""
+
+
+class ServerProcess:
+    """One server process, and the connection to it."""
+
+    def __init__(self, arguments: Mapping[str, Any], timeout: float) -> None:
+        """``timeout``: seconds after which any call is given up, and the server ended."""
+        self._timeout = timeout
+        self._folder = tempfile.TemporaryDirectory(prefix="lightrft-sglang-")
+        self._log = Path(self._folder.name) / "log"
+        ours, theirs = socket.socketpair()
+        with theirs, self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "lightrft.engines.sglang.server", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=server_variables(os.environ, self._folder.name),
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        self._connection = Connection(ours.detach())
+        self.end = weakref.finalize(self, _end, self._process, self._connection, self._folder)
+        self.call("start", dict(arguments))
+
+    @property
+    def alive(self) -> bool:
+        """Whether calls can be made."""
+        return self.end.alive and self._process.poll() is None
+
+    def call(self, name: str, *arguments: Any, descriptor: int | None = None) -> Any:
+        """Call a method of the server, lending it a file ``descriptor``; returns what it returns.
+
+        Raises what it raises, or `ServerDied`, where it does not answer in time too.
+        """
+        if not self.end.alive:
+            raise ServerDied(f"SGLang's server is not running, and was asked to {name}")
+        try:
+            self._connection.send((name, arguments))
+            if descriptor is not None:
+                send_handle(self._connection, descriptor, self._process.pid)
+            answer = self._connection.recv() if self._connection.poll(self._timeout) else None
+        except (EOFError, OSError) as error:
+            raise self._died(f"died while it was asked to {name}") from error
+        except BaseException:  # an answer that nobody waits for would be taken for that of the next call
+            self.end()
+            raise
+        if answer is None:
+            raise self._died(f"did not {name} within {self._timeout:g} s (timeout)")
+        return _opened(*answer)
+
+    def _died(self, words: str) -> ServerDied:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(GRACE if self._process.poll() is not None else 1.0)
+        code = self._process.poll()
+        said = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
+        self.end()
+        exit_ = "was still running" if code is None else f"ended with code {code}"
+        tail = "\n  ".join(line for line in said[-20:] if line.strip())
+        return ServerDied(f"SGLang's server {words}; it {exit_}. Its last words:\n  {tail or '(none)'}")
+
+    def stop(self) -> None:
+        """Ask it to end, and see to it that it has, with all that it started. May be called twice."""
+        if self.end.alive:
+            with contextlib.suppress(EOFError, OSError):
+                self._connection.send(("stop", ()))
+                self._connection.poll(GRACE)
+        self.end()
+
+
+def _opened(state: str, value: Any) -> Any:
+    """The value of an answer; raises the error of one that has failed."""
+    if state == "value":
+        return value
+    kind, message, trace = value
+    error_class = getattr(lightrft.config, kind, None)
+    if isinstance(error_class, type) and issubclass(error_class, lightrft.config.LightRFTError):
+        raise error_class(message)
+    raise EngineError(f"SGLang raised {kind}: {message}\n{trace}")
+
+
+def _end(
+    process: "subprocess.Popen[bytes]", connection: Connection, folder: "tempfile.TemporaryDirectory[str]"
+) -> None:
+    connection.close()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + GRACE
+    while _has_members(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    folder.cleanup()
+
+
+def _has_members(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -1,0 +1,157 @@
+"""What runs in the processes that SGLang starts for the model: its hooks, and the loading of a bucket.
+
+seeds        with a seed, a draw depends on it and on the position alone; SGLang has this on some GPUs only
+failures     a bucket that cannot be loaded is a failed call, not the end of the process
+memory       on a CPU, where SGLang would only say that it gave memory back, it does
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from lightrft.engines.sglang.shared import checksum, from_json, views
+
+_GOLDEN = -7046029254386353131
+_MIXERS = ((30, -4658895280553007687), (27, -7723592293110705685))
+"""Of SplitMix64 (Steele et al., "Fast splittable pseudorandom number generators", 2014), as signed numbers."""
+
+
+def run_scheduler(*args: Any, **kwargs: Any) -> None:
+    """SGLang's own entry point of a model process, with our hooks in place."""
+    from sglang.srt.managers.scheduler import run_scheduler_process
+
+    install()
+    run_scheduler_process(*args, **kwargs)
+
+
+def install() -> None:
+    """Register our hooks with SGLang, in this process."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    component = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
+    HookRegistry.register(f"{component}.update_weights_from_tensor", failures_returned, HookType.AROUND)
+    HookRegistry.register(
+        "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch", with_seeds, HookType.AFTER
+    )
+    HookRegistry.register("sglang.srt.layers.sampler.Sampler._sample_from_probs", seeded, HookType.AROUND)
+    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.__init__", with_host_memory, HookType.AFTER)
+    HookRegistry.apply_hooks()
+
+
+# Weights
+
+
+def load_bucket(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+    """Load what `Server.load` sent, once it is sure that it is that. Drops what older weights made of pictures."""
+    from sglang.srt.managers import mm_schedule
+
+    parts = dict(named_tensors)
+    plan, block = from_json(parts["plan"]), parts["bucket"]
+    size = plan["size"]
+    if plan["checksum"] is not None and (found := checksum(block[:size])) != plan["checksum"]:
+        raise ValueError(f"a bucket arrived with checksum {found:#x}, and was sent with {plan['checksum']:#x}")
+    model.load_weights(views(block, plan["entries"]))  # type: ignore[operator]
+    if mm_schedule.embedding_cache is not None:
+        mm_schedule.embedding_cache.clear()
+
+
+def failures_returned(original: Callable[..., tuple[bool, str]], *args: Any, **kwargs: Any) -> tuple[bool, str]:
+    """Turn an exception into the result that says so: SGLang would end the process."""
+    try:
+        return original(*args, **kwargs)
+    except Exception as error:  # noqa: BLE001  the caller raises it
+        return False, f"{type(error).__name__}: {error}"
+
+
+# Seeds
+
+
+def with_seeds(batch_info: Any, cls: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
+    """Give a batch the seeds of its requests; all of them have one, or none has."""
+    found = [request.sampling_params.sampling_seed for request in batch.reqs]
+    if None not in found:
+        batch_info.sampling_seed = torch.tensor(found, dtype=torch.int64, device=batch_info.temperatures.device)
+
+
+def seeded(
+    original: Callable[..., Any], sampler: Any, probs_BV: torch.Tensor, sampling_info: Any, positions_B: torch.Tensor, simple: bool,
+    *args: Any, **kwargs: Any,
+) -> Any:  # fmt: skip
+    """Draw by inverse CDF at a number that follows from seed and position."""
+    if sampling_info.sampling_seed is None:
+        return original(sampler, probs_BV, sampling_info, positions_B, simple, *args, **kwargs)
+    if not simple:
+        probs_BV = filtered(probs_BV, sampling_info.top_ks, sampling_info.top_ps, sampling_info.min_ps)
+    cumulative_BV = probs_BV.double().cumsum(dim=-1)
+    marks_B1 = uniform(sampling_info.sampling_seed, positions_B)[:, None] * cumulative_BV[:, -1:]
+    drawn_B1 = torch.searchsorted(cumulative_BV, marks_B1, right=True).clamp_(max=probs_BV.shape[-1] - 1)
+    return drawn_B1.squeeze(1).to(torch.int32), None
+
+
+def uniform(seeds_B: torch.Tensor, positions_B: torch.Tensor) -> torch.Tensor:
+    """A number in [0, 1) for each seed and position: SplitMix64."""
+    mixed_B = seeds_B + (positions_B.to(torch.int64) + 1) * _GOLDEN
+    for shift, factor in _MIXERS:
+        mixed_B = (mixed_B ^ _shifted(mixed_B, shift)) * factor
+    mixed_B = mixed_B ^ _shifted(mixed_B, 31)
+    return _shifted(mixed_B, 11).double() / 2**53
+
+
+def _shifted(numbers: torch.Tensor, bits: int) -> torch.Tensor:
+    """A logical shift to the right; torch's keeps the sign."""
+    return (numbers >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def filtered(
+    probs_BV: torch.Tensor, top_ks_B: torch.Tensor, top_ps_B: torch.Tensor, min_ps_B: torch.Tensor
+) -> torch.Tensor:
+    """Zero what top-k, top-p and min-p leave out; the rest is not renormalised."""
+    sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True)
+    before_BV = sorted_BV.cumsum(dim=-1) - sorted_BV
+    ranks_V = torch.arange(probs_BV.shape[-1], device=probs_BV.device)
+    kept_BV = (ranks_V < top_ks_B[:, None]) & (before_BV < top_ps_B[:, None] * sorted_BV.sum(dim=-1, keepdim=True))
+    kept_BV &= sorted_BV >= sorted_BV[:, :1] * min_ps_B[:, None]
+    return probs_BV.where(torch.zeros_like(kept_BV).scatter(-1, order_BV, kept_BV), 0.0)
+
+
+# Memory
+
+
+def with_host_memory(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """On a CPU, let the scheduler release and resume memory that is the host's."""
+    runner = scheduler.tp_worker.model_runner
+    if torch.device(runner.device).type == "cpu":
+        scheduler.weight_updater.memory_saver_adapter = HostMemory(
+            lambda: runner.model.parameters(),
+            lambda: _cache_tensors(scheduler.token_to_kv_pool_allocator.get_kvcache()),
+        )
+
+
+class HostMemory:
+    """Releases tensors, content and all, and takes memory for them again."""
+
+    def __init__(self, weights: Callable[[], Any], kv_cache: Callable[[], Any]) -> None:
+        self._tensors = {"weights": weights, "kv_cache": kv_cache}
+        self._sizes: dict[str, list[tuple[torch.UntypedStorage, int]]] = {}
+
+    def pause(self, tag: str) -> None:
+        """Release what ``tag`` names."""
+        if tag not in self._tensors or tag in self._sizes:
+            return
+        storages = {it.untyped_storage()._cdata: it.untyped_storage() for it in self._tensors[tag]()}
+        self._sizes[tag] = [(storage, storage.nbytes()) for storage in storages.values()]
+        for storage, _ in self._sizes[tag]:
+            storage.resize_(0)
+
+    def resume(self, tag: str) -> None:
+        """Take it again; what was in it is gone."""
+        for storage, size in self._sizes.pop(tag, ()):
+            storage.resize_(size)
+
+
+def _cache_tensors(pool: Any) -> Iterator[torch.Tensor]:
+    """The tensors that hold keys and values, and no table of where they are."""
+    for name in ("k_buffer", "v_buffer", "kv_buffer"):
+        found = getattr(pool, name, None)
+        yield from (found if isinstance(found, (list, tuple)) else [] if found is None else [found])
