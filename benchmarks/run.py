@@ -1,0 +1,50 @@
+"""Run the benchmarks, or those that are named: ``python benchmarks/run.py [steps.fsdp ...]``. Each prints its ratios."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A script, what it is given, and the processes that it wants."""
+
+    script: str
+    arguments: tuple[str, ...] = ()
+    ranks: int = 1
+
+    @property
+    def command(self) -> list[str]:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}"]
+        return [sys.executable, *(launcher if self.ranks > 1 else []), str(HERE / self.script), *self.arguments]
+
+
+BENCHMARKS = {
+    "steps.fake": Benchmark("steps.py", ("fake", "--rounds=1000")),
+    "steps.fsdp": Benchmark("steps.py", ("fsdp",), ranks=2),
+    "steps.zero2": Benchmark("steps.py", ("zero2",), ranks=2),
+}
+
+
+def main() -> int:
+    unknown = [name for name in sys.argv[1:] if name not in BENCHMARKS]
+    if unknown:
+        print(f"no such benchmark: {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}", file=sys.stderr)
+        return 2
+    failed = [name for name in sys.argv[1:] or BENCHMARKS if not ran(BENCHMARKS[name])]
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return bool(failed)
+
+
+def ran(benchmark: Benchmark) -> bool:
+    threads = str(max(1, len(os.sched_getaffinity(0)) // benchmark.ranks))
+    return subprocess.call(benchmark.command, env={"OMP_NUM_THREADS": threads, **os.environ}) == 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

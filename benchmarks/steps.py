@@ -1,0 +1,154 @@
+"""What a training step costs through a strategy, beside the same loop written by hand on the bare backend.
+
+``python steps.py fake`` or ``torchrun --nproc-per-node 2 steps.py fsdp|zero2``. Both loops train the same model on the
+same batches, with clipping, in one process and in turns, so that whatever else the machine does happens to both.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from statistics import median, quantiles
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lightrft.strategy import StrategyBase, get_strategy
+
+Step = Callable[[torch.Tensor], object]
+
+MAX_NORM, RATE = 1.0, 1e-4
+WARM_UP = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("strategy", choices=["fake", "fsdp", "zero2"])
+    parser.add_argument("--rounds", type=int, default=60)
+    args = parser.parse_args()
+    with get_strategy(settings(args.strategy)) as strategy:
+        make, batch = MODELS[args.strategy]
+        steps = {"bare": BARE[args.strategy](make()), "ours": through(strategy, make())}
+        seconds = in_turns(steps, batch(), args.rounds)
+        report(strategy, args.strategy, seconds)
+
+
+def settings(name: str) -> dict[str, object]:
+    backend = {"fake": {"strategy": "fake"}, "fsdp": {"strategy": "fsdp"}, "zero2": {"strategy": "deepspeed"}}[name]
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    return {**backend, "bf16": False, "max_norm": MAX_NORM, "train_batch_size": ranks, "micro_train_batch_size": 1}
+
+
+def in_turns(steps: dict[str, Step], batch: torch.Tensor, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each step; who goes first alternates."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(WARM_UP + rounds):
+        order = list(steps.items())
+        for name, step in order if turn % 2 else reversed(order):
+            begun = time.perf_counter()
+            step(batch)
+            seconds[name].append(time.perf_counter() - begun)
+    return {name: taken[WARM_UP:] for name, taken in seconds.items()}
+
+
+def report(strategy: StrategyBase, name: str, seconds: dict[str, list[float]]) -> None:
+    bare, ours = (1000 * median(seconds[who]) for who in ("bare", "ours"))
+    ratios = [mine / theirs for mine, theirs in zip(seconds["ours"], seconds["bare"], strict=True)]
+    low, middle, high = quantiles(ratios)
+    strategy.print(
+        f"step, {name}, {strategy.world_size} rank(s): bare {bare:.3f} ms, ours {ours:.3f} ms "
+        f"({ours - bare:+.3f} ms), ratio {middle:.3f} [{low:.3f}, {high:.3f}] of {len(ratios)} pairs"
+    )
+
+
+# The loops
+
+
+def through(strategy: StrategyBase, model: nn.Module) -> Step:
+    """The loop of a user of the layer."""
+    optimizer = strategy.create_optimizer(model, lr=RATE)
+    model, optimizer, _ = strategy.prepare((model, optimizer, None))
+
+    def step(batch: torch.Tensor) -> None:
+        strategy.backward(loss_of(model, batch), model, optimizer)
+        strategy.optimizer_step(optimizer, model)
+
+    return step
+
+
+def by_hand(model: nn.Module) -> Step:
+    """The loop of a user of torch."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
+
+    def step(batch: torch.Tensor) -> None:
+        loss_of(model, batch).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def fsdp_by_hand(model: nn.Module) -> Step:
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    return by_hand(model)
+
+
+def zero2_by_hand(model: nn.Module) -> Step:
+    import deepspeed
+
+    ds_config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": MAX_NORM,
+        "zero_optimization": {"stage": 2},
+        "zero_allow_untested_optimizer": True,
+    }
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+
+    def step(batch: torch.Tensor) -> None:
+        engine.backward(loss_of(engine, batch))
+        engine.step()
+
+    return step
+
+
+# What they train
+
+
+def loss_of(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    if batch.is_floating_point():
+        return model(batch).square().mean()
+    return model(batch, labels=batch).loss
+
+
+def language_model() -> nn.Module:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=2048, **shape))
+
+
+def perceptron() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(256, 512), nn.Tanh(), nn.Linear(512, 256))
+
+
+def tokens() -> torch.Tensor:
+    return torch.arange(2 * 64).view(2, 64)
+
+
+def rows() -> torch.Tensor:
+    return torch.randn(32, 256, generator=torch.Generator().manual_seed(0))
+
+
+MODELS = {"fake": (perceptron, rows), "fsdp": (language_model, tokens), "zero2": (language_model, tokens)}
+BARE = {"fake": by_hand, "fsdp": fsdp_by_hand, "zero2": zero2_by_hand}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
