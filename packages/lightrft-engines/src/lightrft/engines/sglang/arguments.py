@@ -16,7 +16,8 @@ from lightrft.engines.source import ModelSource
 
 KV_CACHE_BYTES_ON_CPU = 2**30
 """Unless ``engine_kv_cache_bytes`` says otherwise: host memory is not the engine's alone."""
-MAX_SEQUENCES_ON_CPU = 256
+MAX_SEQUENCES = 256
+"""That are decoded together on a CPU, unless ``engine_max_sequences`` says otherwise; on a GPU SGLang decides."""
 LOADER = "lightrft.engines.sglang.scheduler.load_bucket"
 """What takes a bucket of weights in SGLang's model processes."""
 LAUNCHER_VARIABLES = (
@@ -81,17 +82,16 @@ def _on_cpu(source: ModelSource) -> dict[str, Any]:
         "attention_backend": "torch_native",
         "sampling_backend": "pytorch",
         "disable_overlap_schedule": True,
-        "max_running_requests": MAX_SEQUENCES_ON_CPU,
     }
 
 
 def _limits(config: StrategyConfig, source: ModelSource, *, on_cpu: bool) -> dict[str, Any]:
     size = config.get_extra_arg("engine_kv_cache_bytes", KV_CACHE_BYTES_ON_CPU if on_cpu else None)
-    item = 2 if config.bf16 else 4
+    item, sequences = 2 if config.bf16 else 4, int(config.get_extra_arg("engine_max_sequences", MAX_SEQUENCES))
     named = {
-        "max_total_tokens": None if size is None else int(size) // max(1, token_bytes(model_settings(source), item)),
+        "max_total_tokens": None if size is None else cache_tokens(model_settings(source), int(size), item, sequences),
         "context_length": config.get_extra_arg("engine_max_model_len", None),
-        "max_running_requests": config.get_extra_arg("engine_max_sequences", None),
+        "max_running_requests": sequences if on_cpu else config.get_extra_arg("engine_max_sequences", None),
     }
     media = {kind: config.get_extra_arg(f"limit_mm_{kind}_per_prompt", None) for kind in ("image", "video")}
     found: dict[str, Any] = {name: int(value) for name, value in named.items() if value is not None}
@@ -104,6 +104,12 @@ def model_settings(source: ModelSource) -> Mapping[str, Any]:
     file = Path(source.path) / "config.json"
     found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     return {**found, **(found.get("text_config") or {})}
+
+
+def cache_tokens(settings: Mapping[str, Any], size: int, item: int, sequences: int) -> int:
+    """Tokens whose keys and values go into ``size`` bytes, and no more than ``sequences`` whole sequences have."""
+    longest = int(settings.get("max_position_embeddings") or size)
+    return min(size // max(1, token_bytes(settings, item)), sequences * longest)
 
 
 def token_bytes(settings: Mapping[str, Any], item: int) -> int:

@@ -6,6 +6,7 @@ all that it started. It ends itself when this process is gone.
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ from typing import Any
 import lightrft.config
 from lightrft.config import EngineError
 from lightrft.engines.sglang.arguments import server_variables
+from lightrft.engines.sglang.launcher import VARIABLE, launch
 
 GRACE = 10.0
 """Seconds that the server has to end by itself, and its processes to be gone after they were killed."""
@@ -41,23 +43,16 @@ class ServerProcess:
         self._log = Path(self._folder.name) / "log"
         ours, theirs = socket.socketpair()
         with theirs, self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "lightrft.engines.sglang.server", str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=server_variables(os.environ, self._folder.name),
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
+            self._pid = _started(server_variables(os.environ, self._folder.name), theirs.fileno(), log.fileno())
+        self._gone = os.pidfd_open(self._pid)
         self._connection = Connection(ours.detach())
-        self.end = weakref.finalize(self, _end, self._process, self._connection, self._folder)
+        self.end = weakref.finalize(self, _end, self._pid, self._gone, self._connection, self._folder)
         self.call("start", dict(arguments))
 
     @property
     def alive(self) -> bool:
         """Whether calls can be made."""
-        return self.end.alive and self._process.poll() is None
+        return self.end.alive and not _has_ended(self._gone)
 
     def call(self, name: str, *arguments: Any, descriptor: int | None = None) -> Any:
         """Call a method of the server, lending it a file ``descriptor``; returns what it returns.
@@ -69,7 +64,7 @@ class ServerProcess:
         try:
             self._connection.send((name, arguments))
             if descriptor is not None:
-                send_handle(self._connection, descriptor, self._process.pid)
+                send_handle(self._connection, descriptor, self._pid)
             answer = self._connection.recv() if self._connection.poll(self._timeout) else None
         except (EOFError, OSError) as error:
             raise self._died(f"died while it was asked to {name}") from error
@@ -81,14 +76,13 @@ class ServerProcess:
         return _opened(*answer)
 
     def _died(self, words: str) -> ServerDied:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(GRACE if self._process.poll() is not None else 1.0)
-        code = self._process.poll()
+        ended = _has_ended(self._gone, seconds=1.0)
         said = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
         self.end()
-        exit_ = "was still running" if code is None else f"ended with code {code}"
         tail = "\n  ".join(line for line in said[-20:] if line.strip())
-        return ServerDied(f"SGLang's server {words}; it {exit_}. Its last words:\n  {tail or '(none)'}")
+        return ServerDied(
+            f"SGLang's server {words}{'' if ended else ', and was killed'}. Its last words:\n  {tail or '(none)'}"
+        )
 
     def stop(self) -> None:
         """Ask it to end, and see to it that it has, with all that it started. May be called twice."""
@@ -110,22 +104,43 @@ def _opened(state: str, value: Any) -> Any:
     raise EngineError(f"SGLang raised {kind}: {message}\n{trace}")
 
 
-def _end(
-    process: "subprocess.Popen[bytes]", connection: Connection, folder: "tempfile.TemporaryDirectory[str]"
-) -> None:
+def _started(variables: Mapping[str, str], connection: int, output: int) -> int:
+    """Start a server process, a leader of a session of its own; returns its id."""
+    launcher = os.environ.get(VARIABLE)
+    if launcher is not None:
+        return launch(launcher, variables, (connection, output))
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "lightrft.engines.sglang.server", str(connection)],
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        env=dict(variables),
+        pass_fds=[connection],
+        start_new_session=True,
+    )
+    process.returncode = 0  # it is waited for in `_end`, by its id
+    return process.pid
+
+
+def _has_ended(pidfd: int, seconds: float = 0.0) -> bool:
+    return bool(select.select([pidfd], [], [], seconds)[0])
+
+
+def _end(pid: int, pidfd: int, connection: Connection, folder: "tempfile.TemporaryDirectory[str]") -> None:
     connection.close()
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
     deadline = time.monotonic() + GRACE
-    while _has_members(process.pid) and time.monotonic() < deadline:
+    while _killed(pid) and time.monotonic() < deadline:
+        with contextlib.suppress(ChildProcessError):  # of a launcher it is no child
+            os.waitpid(pid, os.WNOHANG)
         time.sleep(0.01)
+    os.close(pidfd)
     folder.cleanup()
 
 
-def _has_members(group: int) -> bool:
+def _killed(group: int) -> bool:
+    """Kill all in a process group; whether there were any left."""
     try:
-        os.killpg(group, 0)
+        os.killpg(group, signal.SIGKILL)
     except ProcessLookupError:
         return False
     return True

@@ -1,0 +1,130 @@
+"""Run a command whose SGLang servers start in a fraction of the time: they are forks of one that has imported SGLang.
+
+    python -m lightrft.engines.sglang.launcher COMMAND [ARGUMENT]...
+
+For test suites on a CPU, where engines are many and short-lived. A server starts out of this process instead of a new
+Python, and is otherwise the same; it outlives neither the engine that asked for it nor this process. The command finds
+the launcher by the environment variable `VARIABLE`, and its end is the launcher's.
+"""
+
+import array
+import contextlib
+import os
+import pickle
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+VARIABLE = "LIGHTRFT_SGLANG_LAUNCHER"
+_LENGTH = struct.Struct("!Q")
+
+
+# In the process that wants a server
+
+
+def launch(address: str, environment: Mapping[str, str], descriptors: Sequence[int]) -> int:
+    """Have a server forked, with these variables; ``descriptors``: its connection, and where it writes. Its process id."""
+    with socket.socket(socket.AF_UNIX) as asking:
+        asking.connect(address)
+        request = pickle.dumps(dict(environment))
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
+        asking.sendmsg([_LENGTH.pack(len(request))], [rights])
+        asking.sendall(request)
+        return int(_LENGTH.unpack(_received(asking, _LENGTH.size))[0])
+
+
+def _received(source: socket.socket, size: int) -> bytes:
+    found = b""
+    while len(found) < size:
+        part = source.recv(size - len(found))
+        if not part:
+            raise ConnectionError("the launcher of SGLang's servers hung up; see its own output")
+        found += part
+    return found
+
+
+# In the launcher
+
+
+def _fork_servers(listener: socket.socket) -> None:
+    """Fork a server for each that asks."""
+    while True:
+        asking, _ = listener.accept()
+        with asking:
+            header, descriptors, _, _ = socket.recv_fds(asking, _LENGTH.size, 2)
+            environment = pickle.loads(_received(asking, _LENGTH.unpack(header)[0]))  # noqa: S301  our own user's
+            child = os.fork()
+            if child == 0:
+                asking.close()
+                listener.close()
+                _become_server(environment, *descriptors)
+            asking.sendall(_LENGTH.pack(child))
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+
+def _become_server(environment: Mapping[str, str], connection: int, output: int) -> None:
+    from lightrft.engines.sglang.server import serve
+
+    code = 1
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.setsid()
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.environ.clear()
+        os.environ.update(environment)
+        tempfile.tempdir = None  # it is another now
+        serve(Connection(connection))
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def main() -> int:
+    command = sys.argv[1:]
+    if not command:
+        raise SystemExit(f"{__doc__}")
+    os.environ.setdefault("SGLANG_RETURN_ORIGINAL_LOGPROB", "1")  # read at import
+    with (
+        tempfile.TemporaryDirectory(prefix="lightrft-sglang-launcher-") as folder,
+        socket.socket(socket.AF_UNIX) as listener,
+    ):
+        address = str(Path(folder) / "socket")
+        listener.bind(address)
+        listener.listen()
+        started = subprocess.Popen(command, env={**os.environ, VARIABLE: address})
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is for the command
+        forker = os.fork()
+        if forker == 0:
+            _be_forker(listener)
+        try:
+            return started.wait()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(forker, signal.SIGTERM)
+            os.waitpid(forker, 0)
+
+
+def _be_forker(listener: socket.socket) -> None:
+    try:
+        from lightrft.engines.sglang import library
+
+        library.load()
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the servers
+        assert threading.active_count() == 1, threading.enumerate()  # a fork would leave their locks locked
+        _fork_servers(listener)
+    finally:
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
