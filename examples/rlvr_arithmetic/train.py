@@ -204,16 +204,24 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=Path("runs/rlvr_arithmetic"), help="where metrics and picture go"
     )
-    parser.add_argument("--steps", type=int, default=8, help="rollouts")
-    parser.add_argument("--prompts", type=int, default=16, help="questions of one rollout")
-    parser.add_argument("--updates-per-rollout", type=int, default=2)
-    parser.add_argument("--eval-every", type=int, default=2, help="steps between measurements on held-out questions")
+    parser.add_argument("--steps", type=count, default=8, help="rollouts")
+    parser.add_argument("--prompts", type=count, default=16, help="questions of one rollout")
+    parser.add_argument("--updates-per-rollout", type=count, default=2)
+    parser.add_argument("--eval-every", type=count, default=2, help="steps between measurements on held-out questions")
     parser.add_argument("--engine", dest="engine_type", default="transformers", help="rollout engine")
     parser.set_defaults(
         strategy="fsdp", engine_type="transformers", bf16=False, train_batch_size=32, micro_train_batch_size=16,
         actor_learning_rate=2e-5,
     )  # fmt: skip
     return parser.parse_args()
+
+
+def count(text: str) -> int:
+    """A whole number from 1 on."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, not {number}")
+    return number
 
 
 if __name__ == "__main__":
