@@ -113,8 +113,8 @@ ENGINE_CLAUSES = ("ENG-", "SYNC-", "GEN-")
 
 
 def selected(ids: Sequence[str], *, engine: bool = False) -> Iterator[Clause]:
-    """The clauses with these ids, or all; for an ``engine``, those that speak of engines."""
-    for clause in CONTRACT:
+    """The clauses with these ids, or all, in the order in which to judge them; for an ``engine``, those of engines."""
+    for clause in sorted(CONTRACT, key=lambda it: it.ends_workers):
         if (not ids or clause.id in ids) and (not engine or clause.id.startswith(ENGINE_CLAUSES)):
             yield clause
 
@@ -213,7 +213,12 @@ def certify(request: Request, tell: Callable[[ClauseResult], None] = lambda resu
             return Report(request=request, identity={}, results=[], unjudged=str(error))
         for clause in selected(request.clauses, engine=bool(request.engine)):
             tell(certification.judge(clause))
-        return Report(request=request, identity=certification.identity, results=certification.results)
+        return Report(request=request, identity=certification.identity, results=in_order(certification.results))
+
+
+def in_order(results: Sequence[ClauseResult]) -> list[ClauseResult]:
+    """In the order of the contract."""
+    return sorted(results, key=lambda it: CONTRACT.ids.index(it.id))
 
 
 def distribution_of(module: str) -> dict[str, str]:

@@ -126,6 +126,8 @@ class Clause(ABC):
     needs_cuda: ClassVar[bool] = False
     grouped_only: ClassVar[bool] = False
     """Speaks of process groups, and says nothing of a strategy without one."""
+    ends_workers: ClassVar[bool] = False
+    """Its programs end a worker, and what comes after them has to wait for new ones: it comes last."""
     violation: ClassVar[type[Violation]] = Violation
 
     def __init_subclass__(cls) -> None:

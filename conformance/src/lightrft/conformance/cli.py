@@ -77,10 +77,17 @@ def _run(request: Request, report: Path | None) -> None:
         raise typer.BadParameter(f"--profile {request.profile}: there are {', '.join(PROFILES)}")
     console = Console(soft_wrap=True)
     outcome = _with_progress(console, request)
-    if report is not None:
-        report.write_text(json.dumps(outcome.to_json(), indent=1), encoding="utf-8")
     _conclude(console, outcome)
-    raise typer.Exit(outcome.exit_code)
+    raise typer.Exit(outcome.exit_code if report is None or _written(console, outcome, report) else 2)
+
+
+def _written(console: Console, outcome: Report, path: Path) -> bool:
+    try:
+        path.write_text(json.dumps(outcome.to_json(), indent=1), encoding="utf-8")
+    except OSError as error:
+        console.print(f"the report cannot be written: {path}: {error.strerror}", style="bold magenta", markup=False)
+        return False
+    return True
 
 
 def _with_progress(console: Console, request: Request) -> Report:

@@ -7,7 +7,7 @@ replay it is the verdict, not an example to shrink.
 
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -110,6 +110,8 @@ class Judge:
         except (Violation, hypothesis.errors.Flaky) as violation:
             program, trial = self._failed or (None, None)
             return "fail", _first_lines(violation), program, trial
+        except Exception:  # noqa: BLE001 - a bug of a clause, or a machine that gave out: no verdict on the strategy
+            return "error", f"the suite failed: {traceback.format_exc(limit=-3)}", None, None
         return "pass", "", None, None
 
     def _search(self, clause: Clause) -> None:
@@ -163,25 +165,37 @@ class Judge:
     # Running
 
     def run(self, program: Program) -> Trial:
-        """One program on all ranks. Raises `Hang`, `Died` or `Unjudgeable` where there is nothing to judge."""
+        """One program on all ranks. Raises `Hang`, `Died` or `Unjudgeable` where there is nothing to judge.
+
+        A program that hung, or in which somebody else killed a rank, is run once more before it counts.
+        """
         self.trials += 1
-        reports = self.group.run(program.command(self.place), program.seconds)
-        if any(report.state == "hung" for report in reports):
-            reports = self.group.run(program.command(self.place), program.seconds)  # once more, to be sure
-            if any(report.state == "hung" for report in reports):
-                raise Hang(program, _hung(reports, program.seconds))
+        reports = self._send(program)
+        if _unexpected_dead(program, reports, killed=True) or any(it.state == "hung" for it in reports):
+            reports = self._send(program)
         broken = [(rank, report) for rank, report in enumerate(reports) if "broken" in report.answer]
         if broken:
             raise Unjudgeable(f"rank {broken[0][0]}: the suite failed: {broken[0][1].answer['broken']}")
-        return self._trial(program, reports)
-
-    def _trial(self, program: Program, reports: list[RankReport]) -> Trial:
-        expected_dead = {rank for it in program.operations if it["do"] == "end" for rank in it["ranks"]}
-        dead = [rank for rank, report in enumerate(reports) if report.state == "died" and rank not in expected_dead]
+        dead = _unexpected_dead(program, reports)
         if dead:
             raise Died(f"rank {dead[0]} {reports[dead[0]].detail}")
+        if any(report.state == "hung" for report in reports):
+            raise Hang(program, _hung(reports, program.seconds))
         answers = [report.answer if report.state == "answered" else {"observations": []} for report in reports]
         return Trial(place=self.place, program=program, observations=decoded(answers))
+
+    def _send(self, program: Program) -> list[RankReport]:
+        return self.group.run(program.command(self.place), program.seconds)
+
+
+def _unexpected_dead(program: Program, reports: Sequence[RankReport], killed: bool = False) -> list[int]:
+    """The ranks that died without being told to; of these, those ``killed`` from outside."""
+    told = {rank for it in program.operations if it["do"] == "end" for rank in it["ranks"]}
+    return [
+        rank
+        for rank, report in enumerate(reports)
+        if report.state == "died" and rank not in told and (report.killed or not killed)
+    ]
 
 
 def _of_denied(verdict: Verdict, clause: Clause, message: str) -> tuple[Verdict, str]:

@@ -27,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def certification(request: pytest.FixtureRequest) -> "Iterator[object]":
     """The workers, and what they have judged so far."""
-    from lightrft.conformance.certification import Certification, Report, Request, setting
+    from lightrft.conformance.certification import Certification, Report, Request, in_order, setting
     from lightrft.conformance.judge import Unjudgeable
 
     option = request.config.getoption
@@ -48,5 +48,5 @@ def certification(request: pytest.FixtureRequest) -> "Iterator[object]":
         yield running
         path = option("--conformance-report")
         if path is not None:
-            report = Report(request=asked, identity=running.identity, results=running.results)
+            report = Report(request=asked, identity=running.identity, results=in_order(running.results))
             path.write_text(json.dumps(report.to_json(), indent=1), encoding="utf-8")

@@ -2,14 +2,14 @@
 
 import pytest
 
-from lightrft.conformance.certification import Certification
+from lightrft.conformance.certification import Certification, selected
 from lightrft.conformance.contract import CONTRACT
 from lightrft.conformance.rendering import failure
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One node a clause, in the order of the contract; none without ``--strategy``."""
-    chosen = CONTRACT.ids if metafunc.config.getoption("--strategy") else []
+    """One node a clause, in the order in which they are best judged; none without ``--strategy``."""
+    chosen = [clause.id for clause in selected(())] if metafunc.config.getoption("--strategy") else []
     metafunc.parametrize("clause_id", chosen)
 
 

@@ -20,7 +20,11 @@ def encode(value: Any) -> Any:
         return [encode(item) for item in value]
     if isinstance(value, float):
         return {"float": value.hex()}
-    return value
+    if value is None or isinstance(value, (str, int)):
+        return value
+    raise TypeError(
+        f"got a {type(value).__name__}, {value!r}; wanted numbers, text, tensors, or lists and dicts of them"
+    )
 
 
 def decode(value: Any) -> Any:

@@ -9,22 +9,22 @@ import contextlib
 import os
 import selectors
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from lightrft.conformance.driver import wire
+from lightrft.conformance.driver import guardian, wire
+from lightrft.conformance.driver.watched import Worker
 
-STACK_SIGNAL = signal.SIGUSR1
-TAIL_BYTES = 4000
+MOURNING_SECONDS = 10.0
+"""How long the others may go on after a rank died."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,41 +35,8 @@ class RankReport:
     answer: dict[str, Any] = field(default_factory=dict)
     detail: str = ""
     """The stack of a hung rank; exit status and last output of a dead one."""
-
-
-@dataclass(kw_only=True)
-class _Worker:
-    process: subprocess.Popen[bytes]
-    connection: socket.socket
-    output: IO[bytes]
-    stacks: IO[bytes]
-
-    def tail(self) -> str:
-        """The last that the worker printed."""
-        size = os.fstat(self.output.fileno()).st_size
-        data = os.pread(self.output.fileno(), TAIL_BYTES, max(0, size - TAIL_BYTES))
-        return data.decode(errors="replace").strip()
-
-    def stack(self) -> str:
-        """Where all its threads are now, by faulthandler."""
-        before = os.fstat(self.stacks.fileno()).st_size
-        os.kill(self.process.pid, STACK_SIGNAL)
-        for _ in range(20):
-            time.sleep(0.05)
-            size = os.fstat(self.stacks.fileno()).st_size
-            if size > before:
-                time.sleep(0.05)
-                break
-        return os.pread(self.stacks.fileno(), 1 << 16, before).decode(errors="replace").strip()
-
-    def kill(self) -> None:
-        """End the worker and whatever it started in its session."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self.connection.close()
-        self.output.close()
-        self.stacks.close()
+    killed: bool = False
+    """By SIGKILL, which nobody sends to itself: memory that ran out, or somebody outside."""
 
 
 class WorkerGroup:
@@ -80,14 +47,15 @@ class WorkerGroup:
         size: int,
         *,
         ranks: bool = True,
-        start_seconds: float = 300.0,
+        start_seconds: float = 120.0,
         environment: Mapping[str, str] | None = None,
         worker: str = "lightrft.conformance.driver.worker",
     ) -> None:
         self.size, self._ranks, self._start_seconds = size, ranks, start_seconds
         self._environment = dict(environment or {})
         self._module = worker
-        self._workers: list[_Worker] = []
+        self._workers: list[Worker] = []
+        self._guardian: subprocess.Popen[bytes] | None = None
         self._store: TCPStore | None = None
         self._number = 0
         self.restarts = 0
@@ -105,50 +73,64 @@ class WorkerGroup:
         return [worker.process.pid for worker in self._workers]
 
     def run(self, command: Mapping[str, Any], seconds: float) -> list[RankReport]:
-        """Send ``command`` to every rank and wait ``seconds`` for their answers."""
+        """Send ``command`` to every rank and wait ``seconds`` for their answers, longer on a machine that is overloaded.
+
+        A rank that died while nothing was asked of it is no answer to ``command``: the group is made anew first.
+        """
+        if any(worker.process.poll() is not None for worker in self._workers):
+            self._end_workers()
         if not self._workers:
             failures = self._start()
             if failures:
                 return failures
         self._number += 1
-        for worker in self._workers:
-            try:
-                wire.send(worker.connection, {**command, "number": self._number})
-            except wire.ConnectionLost:  # it died between two programs; noticed below
-                continue
-        return self._collect(seconds)
+        lost = {rank for rank, worker in enumerate(self._workers) if not self._sent(worker, command)}
+        return self._collect(seconds, lost)
+
+    def _sent(self, worker: Worker, command: Mapping[str, Any]) -> bool:
+        try:
+            worker.send({**command, "number": self._number})
+        except wire.ConnectionLost:
+            return False
+        return True
 
     def close(self) -> None:
         """End all workers. May be called twice."""
-        for worker in self._workers:
+        self._end_workers()
+        if self._guardian is not None:
+            assert self._guardian.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                self._guardian.stdin.close()
+            self._guardian.wait()
+            self._guardian = None
+
+    def _end_workers(self) -> None:
+        workers, self._workers, self._store = self._workers, [], None
+        for worker in workers:
             worker.kill()
-        self._workers = []
-        self._store = None
+            self._tell_guardian(f"-{worker.process.pid}\n")
 
     # Starting
 
     def _start(self) -> list[RankReport]:
         """Start the workers; returns reports only where one of them does not come up."""
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        self._workers = [self._spawn(rank) for rank in range(self.size)]
+        for rank in range(self.size):
+            self._workers.append(Worker.start(self._module, partial(self._environment_of, rank)))
+            self._tell_guardian(f"+{self._workers[rank].process.pid}\n")
         self._number = 0
-        reports = self._collect(self._start_seconds)
+        reports = self._collect(self._start_seconds, set())
         return [] if all(report.state == "answered" for report in reports) else reports
 
-    def _spawn(self, rank: int) -> _Worker:
-        ours, theirs = socket.socketpair()
-        output, stacks = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 - closed by kill
-        process = subprocess.Popen(
-            [sys.executable, "-m", self._module],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=self._environment_of(rank, theirs.fileno(), stacks.fileno()),
-            pass_fds=[theirs.fileno(), stacks.fileno()],
-            start_new_session=True,
-        )
-        theirs.close()
-        return _Worker(process=process, connection=ours, output=output, stacks=stacks)
+    def _tell_guardian(self, line: str) -> None:
+        if self._guardian is None:
+            self._guardian = subprocess.Popen(
+                [sys.executable, "-I", "-S", guardian.__file__], stdin=subprocess.PIPE, start_new_session=True
+            )
+        assert self._guardian.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # somebody ended it; this driver ends its workers all the same
+            self._guardian.stdin.write(line.encode())
+            self._guardian.stdin.flush()
 
     def _environment_of(self, rank: int, connection: int, stacks: int) -> dict[str, str]:
         places = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
@@ -173,55 +155,57 @@ class WorkerGroup:
 
     # Answers
 
-    def _collect(self, seconds: float) -> list[RankReport]:
+    def _collect(self, seconds: float, lost: set[int]) -> list[RankReport]:
         """Every rank's answer to the last message; where one is missing, the group is killed."""
-        end = time.monotonic() + seconds
         answers: dict[int, dict[str, Any]] = {}
-        dead: set[int] = set()
         with selectors.DefaultSelector() as selector:
             for rank, worker in enumerate(self._workers):
-                selector.register(worker.connection, selectors.EVENT_READ, rank)
-            while len(answers) + len(dead) < self.size and time.monotonic() < end:
-                for key, _ in selector.select(timeout=max(0.0, end - time.monotonic())):
-                    rank = key.data
-                    answer = self._receive(rank, end)
-                    if answer is None:
-                        dead.add(rank)
-                        selector.unregister(key.fileobj)
-                        end = min(end, time.monotonic() + 5.0)
-                    elif answer.get("number") == self._number:
-                        answers[rank] = answer
-                    # an answer with another number belongs to a program that was given up; it is dropped
+                selector.register(worker.output, selectors.EVENT_READ, (rank, "output"))
+                if rank not in lost:
+                    selector.register(worker.connection, selectors.EVENT_READ, (rank, "connection"))
+            dead = self._listen(selector, time.monotonic() + seconds * crowding(), answers, lost)
         reports = [self._report(rank, answers, dead) for rank in range(self.size)]
         if len(answers) < self.size:
             self.restarts += 1
-            self.close()
+            self._end_workers()
         return reports
 
-    def _receive(self, rank: int, end: float) -> dict[str, Any] | None:
-        worker = self._workers[rank]
-        worker.connection.settimeout(max(0.1, end - time.monotonic()))
-        try:
-            return wire.receive(worker.connection)
-        except (wire.ConnectionLost, TimeoutError):
-            return None
+    def _listen(
+        self, selector: selectors.BaseSelector, end: float, answers: dict[int, dict[str, Any]], dead: set[int]
+    ) -> set[int]:
+        """Fill ``answers`` until all have answered or died, or it is ``end``; returns the ranks that died."""
+        if dead:
+            end = min(end, time.monotonic() + MOURNING_SECONDS * crowding())
+        while len(answers.keys() | dead) < self.size and time.monotonic() < end:
+            for key, _ in selector.select(timeout=max(0.0, end - time.monotonic())):
+                rank, what = key.data
+                if what == "output":
+                    if not self._workers[rank].read_output():
+                        selector.unregister(key.fileobj)
+                    continue
+                try:
+                    answer = self._workers[rank].receive(end - time.monotonic())
+                except wire.ConnectionLost:
+                    dead.add(rank)
+                    selector.unregister(key.fileobj)
+                    end = min(end, time.monotonic() + MOURNING_SECONDS * crowding())
+                    continue
+                if answer.get("number") == self._number:
+                    answers[rank] = answer
+                # an answer with another number belongs to a program that was given up; it is dropped
+        return dead
 
     def _report(self, rank: int, answers: Mapping[int, dict[str, Any]], dead: set[int]) -> RankReport:
-        worker = self._workers[rank]
         if rank in answers:
             return RankReport(state="answered", answer=answers[rank])
-        if rank in dead:
-            try:
-                status: int | None = worker.process.wait(timeout=1.0)
-            except subprocess.TimeoutExpired:
-                status = None
-            return RankReport(state="died", detail=f"{_exit_words(status)}; its last words: {worker.tail() or 'none'}")
-        return RankReport(state="hung", detail=worker.stack() if worker.process.poll() is None else worker.tail())
+        worker = self._workers[rank]
+        if rank in dead or worker.process.poll() is not None:
+            detail = worker.exit_words()
+            return RankReport(state="died", detail=detail, killed=worker.process.returncode == -signal.SIGKILL)
+        return RankReport(state="hung", detail=worker.stack())
 
 
-def _exit_words(status: int | None) -> str:
-    if status is None:
-        return "closed its connection"
-    if status < 0:
-        return f"killed by {signal.Signals(-status).name}"
-    return f"exited with status {status}"
+def crowding() -> float:
+    """By how much a deadline is to be stretched: processes that want a core, over cores, within 1 and 4."""
+    waiting = os.getloadavg()[0] / len(os.sched_getaffinity(0))
+    return min(4.0, max(1.0, waiting))

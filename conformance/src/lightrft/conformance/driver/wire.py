@@ -2,6 +2,7 @@
 
 import json
 import socket
+from collections.abc import Mapping
 from typing import Any
 
 _LENGTH = 8
@@ -11,9 +12,9 @@ class ConnectionLost(Exception):
     """The other side closed the connection, or sent what is no message."""
 
 
-def send(connection: socket.socket, message: dict[str, Any]) -> None:
+def send(connection: socket.socket, message: Mapping[str, Any]) -> None:
     """Send one message; raises `ConnectionLost`."""
-    body = json.dumps(message).encode()
+    body = json.dumps(dict(message)).encode()
     try:
         connection.sendall(len(body).to_bytes(_LENGTH) + body)
     except OSError as error:

@@ -8,11 +8,13 @@ import os
 import random
 import threading
 import time
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from lightrft.conformance.interpreter.session import Session, operation
 from lightrft.conformance.values import digest, materialize
@@ -42,9 +44,9 @@ def settings(session: Session, names: list[str]) -> list[Any]:
 
 
 @operation
-def setup_again(session: Session) -> None:
-    """Call setup_distributed once more."""
-    session.strategy.setup_distributed()
+def setup_again(session: Session, timeout: float | None = None) -> None:
+    """Call setup_distributed once more, with another timeout, in seconds, where one is given."""
+    session.strategy.setup_distributed(None if timeout is None else timedelta(seconds=timeout))
 
 
 @operation
@@ -158,10 +160,25 @@ def speak(session: Session, text: str) -> dict[str, str]:
 
 
 @operation
-def idle(session: Session, seconds: float) -> None:
-    """Do not take part in what the other ranks do."""
+def idle(session: Session, seconds: float, until: list[int]) -> None:
+    """Take no part in what the other ranks do, for ``seconds``, or until the ranks ``until`` are `through` with it."""
     _ = session.strategy
-    time.sleep(seconds)
+    store, end, keys = _store(), time.monotonic() + seconds, [f"through/{rank}" for rank in until]
+    while time.monotonic() < end and not store.check(keys):
+        time.sleep(0.05)
+    for key in keys:
+        store.delete_key(key)
+
+
+@operation
+def through(session: Session) -> None:
+    """Tell the rank that idles."""
+    _store().set(f"through/{session.rank}", "yes")
+
+
+def _store() -> Any:
+    """The driver's store: what ranks say to each other when they cannot by the strategy."""
+    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
 
 
 @operation

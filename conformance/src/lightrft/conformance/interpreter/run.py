@@ -4,8 +4,10 @@ import contextlib
 import gc
 import os
 import random
+import sys
 import warnings
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -27,9 +29,15 @@ def maker(name: str, fixed: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], 
         merged = {**fixed, **settings}
         if isinstance(merged.get("adam_betas"), list):
             merged["adam_betas"] = tuple(merged["adam_betas"])
-        return strategy_class(name)(StrategyConfig(**merged))
+        return _class_of(name)(StrategyConfig(**merged))
 
     return make
+
+
+@cache
+def _class_of(name: str) -> type[StrategyBase]:
+    """Looked up once: going through all that is installed takes longer than a program."""
+    return strategy_class(name)
 
 
 def run_program(program: Mapping[str, Any], rank: int) -> list[Any]:
@@ -40,8 +48,7 @@ def run_program(program: Mapping[str, Any], rank: int) -> list[Any]:
     """
     environment = dict(os.environ)
     session = Session(make=maker(program["strategy"], program["fixed"]), settings=program["settings"], rank=rank)
-    if not gc.get_freeze_count():
-        gc.freeze()  # the imported libraries: walking through them takes longer than a program
+    _freeze_imports(len(sys.modules))
     _seed_all(program.get("seed", 0))
     observations: list[Any] = []
     try:
@@ -57,6 +64,13 @@ def run_program(program: Mapping[str, Any], rank: int) -> list[Any]:
         os.environ.clear()
         os.environ.update(environment)
     return observations
+
+
+@cache
+def _freeze_imports(count: int) -> None:
+    """Take the ``count`` modules of now out of garbage collection: walking through them takes longer than a program."""
+    gc.collect()
+    gc.freeze()
 
 
 def _run(session: Session, operation: Mapping[str, Any]) -> Any:

@@ -1,0 +1,54 @@
+"""A worker that does as it is told, and not as it should: ``{"do": [what rank 0 does, what rank 1 does]}``."""
+
+import faulthandler
+import os
+import socket
+import time
+from typing import Any
+
+from lightrft.conformance.driver import wire
+from lightrft.conformance.driver.watched import STACK_SIGNAL
+
+
+def wait_for_ever() -> None:
+    time.sleep(3600)
+
+
+def obey(what: str, connection: socket.socket, answer: dict[str, Any]) -> None:
+    if what == "say nothing":
+        return
+    if what == "hang":
+        wait_for_ever()
+    if what == "exit":
+        print("these are my last words", flush=True)
+        os._exit(3)
+    if what == "be late":
+        time.sleep(0.3)
+    if what == "print":
+        for _ in range(20):
+            os.write(1, b"a line that nobody reads\n" * 5000)
+        print("the end", flush=True)
+    if what == "answer the last program":
+        wire.send(connection, {**answer, "number": answer["number"] - 1, "rank": "an old one"})
+    if what == "send garbage":
+        connection.sendall((4).to_bytes(8) + b"{no}")
+        wait_for_ever()
+    if what == "send half":
+        connection.sendall((400).to_bytes(8) + b"{")
+        wait_for_ever()
+    wire.send(connection, answer)
+
+
+def main() -> None:
+    connection_fd, stacks_fd = map(int, os.environ["LIGHTRFT_CONFORMANCE_FDS"].split(","))
+    faulthandler.register(STACK_SIGNAL, file=stacks_fd, all_threads=True)
+    connection, rank = socket.socket(fileno=connection_fd), int(os.environ["LIGHTRFT_CONFORMANCE_RANK"])
+    wire.send(connection, {"number": 0})
+    while True:
+        command = wire.receive(connection)
+        answer = {"number": command["number"], "rank": rank, "when": time.monotonic(), "pid": os.getpid()}
+        obey(command["do"][rank], connection, answer)
+
+
+if __name__ == "__main__":
+    main()

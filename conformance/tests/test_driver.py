@@ -1,0 +1,146 @@
+"""The driver against workers that do everything wrong."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lightrft.conformance.driver.group import RankReport, WorkerGroup
+
+HERE = {"PYTHONPATH": str(Path(__file__).parent)}
+SHORT, LONG = 0.5, 60.0
+
+
+@pytest.fixture(scope="module")
+def group() -> Iterator[WorkerGroup]:
+    with WorkerGroup(2, worker="odd_worker", environment=HERE) as running:
+        yield running
+
+
+def told(group: WorkerGroup, *what: str, seconds: float = LONG) -> list[RankReport]:
+    return group.run({"do": what}, seconds)
+
+
+def states(reports: list[RankReport]) -> list[str]:
+    return [report.state for report in reports]
+
+
+def all_answer(group: WorkerGroup) -> bool:
+    return states(told(group, "answer", "answer")) == ["answered", "answered"]
+
+
+def test_answers_are_in_rank_order_whoever_answers_first(group: WorkerGroup) -> None:
+    reports = told(group, "be late", "answer")
+    assert [report.answer["rank"] for report in reports] == [0, 1]
+
+
+def test_an_answer_to_an_earlier_program_is_no_answer_to_this_one(group: WorkerGroup) -> None:
+    reports = told(group, "answer the last program", "answer")
+    assert [report.answer["rank"] for report in reports] == [0, 1]
+
+
+def test_a_lost_message_is_a_hang_and_the_next_program_runs(group: WorkerGroup) -> None:
+    assert states(told(group, "answer", "say nothing", seconds=SHORT)) == ["answered", "hung"]
+    assert all_answer(group)
+
+
+def test_the_stack_of_a_hung_rank_says_where_it_is(group: WorkerGroup) -> None:
+    reports = told(group, "hang", "answer", seconds=SHORT)
+    assert reports[0].state == "hung"
+    assert "wait_for_ever" in reports[0].detail
+
+
+def test_a_stopped_rank_is_a_hang_although_it_cannot_say_where(group: WorkerGroup) -> None:
+    assert all_answer(group)
+    os.kill(group.pids[1], signal.SIGSTOP)
+    reports = told(group, "answer", "answer", seconds=SHORT)
+    assert states(reports) == ["answered", "hung"]
+    assert "does not say where it is" in reports[1].detail
+
+
+def test_a_rank_that_exits_is_reported_at_once_with_its_last_words(group: WorkerGroup) -> None:
+    began = time.monotonic()
+    reports = told(group, "answer", "exit")
+    assert states(reports) == ["answered", "died"]
+    assert "exited with status 3; its last words: these are my last words" in reports[1].detail
+    assert time.monotonic() - began < LONG / 2
+
+
+def test_a_worker_that_is_killed_between_two_programs_is_replaced(group: WorkerGroup) -> None:
+    assert all_answer(group)
+    before = group.pids
+    os.kill(before[0], signal.SIGKILL)
+    os.waitid(os.P_PID, before[0], os.WEXITED | os.WNOWAIT)
+    assert all_answer(group)
+    assert not set(before) & set(group.pids)
+
+
+def test_a_worker_that_is_killed_in_a_program_is_told_from_one_that_ends_itself(group: WorkerGroup) -> None:
+    assert all_answer(group)
+    with subprocess.Popen(["sh", "-c", f"sleep 0.2; kill -9 {group.pids[0]}"]):
+        reports = told(group, "hang", "answer")
+    assert reports[0].killed and "was killed by SIGKILL" in reports[0].detail
+    assert not told(group, "exit", "answer")[0].killed
+
+
+@pytest.mark.parametrize("what", ["send garbage", "send half"])
+def test_what_is_no_message_ends_the_worker(group: WorkerGroup, what: str) -> None:
+    assert states(told(group, "answer", what, seconds=2.0)) == ["answered", "died"]
+    assert all_answer(group)
+
+
+def test_a_flood_of_output_neither_blocks_nor_is_kept(group: WorkerGroup) -> None:
+    assert states(told(group, "print", "print")) == ["answered", "answered"]
+    assert "the end" in group._workers[0].tail()
+    assert len(group._workers[0].tail()) < 10_000
+
+
+def test_a_worker_that_cannot_start_is_reported() -> None:
+    with WorkerGroup(1, worker="no_such_worker") as group:
+        (report,) = group.run({"do": ["answer"]}, LONG)
+    assert report.state == "died"
+    assert "No module named no_such_worker" in report.detail
+
+
+def test_closing_twice_is_closing_once() -> None:
+    group = WorkerGroup(1, worker="odd_worker", environment=HERE)
+    assert states(group.run({"do": ["answer"]}, LONG)) == ["answered"]
+    group.close()
+    group.close()
+
+
+DRIVER = """
+import sys, time
+from lightrft.conformance.driver.group import WorkerGroup
+group = WorkerGroup(2, worker="odd_worker")
+group.run({"do": ["answer", "answer"]}, 60)
+print(*group.pids, flush=True)
+group.run({"do": ["hang", "hang"]}, 3600)
+"""
+
+
+def test_a_driver_that_is_killed_leaves_no_worker_behind() -> None:
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER], stdout=subprocess.PIPE, env={**os.environ, **HERE})
+    assert driver.stdout is not None
+    with driver.stdout:
+        pids = [int(pid) for pid in driver.stdout.readline().split()]
+    assert len(pids) == 2 and all(map(running, pids))
+    driver.kill()
+    driver.wait()
+    deadline = time.monotonic() + 10
+    while any(map(running, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(running, pids))
+
+
+def running(pid: int) -> bool:
+    """Whether the process is there, and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

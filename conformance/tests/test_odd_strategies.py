@@ -1,0 +1,111 @@
+"""However badly a strategy treats its process, the run ends with a verdict and a sentence."""
+
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lightrft.conformance.certification import Certification, Request
+from lightrft.conformance.contract import CONTRACT
+from lightrft.conformance.driver.group import WorkerGroup
+from lightrft.conformance.judge import ClauseResult, Unjudgeable
+
+HERE = {"PYTHONPATH": str(Path(__file__).parent)}
+
+
+@pytest.fixture(scope="module")
+def group() -> Iterator[WorkerGroup]:
+    with WorkerGroup(1, ranks=False, environment=HERE) as running:
+        yield running
+
+
+def judged(group: WorkerGroup, strategy: str, clause: str = "OPT-1") -> ClauseResult:
+    certification = Certification(Request(strategy=strategy, profile="smoke"))
+    certification.open(group)
+    return certification.judge(CONTRACT[clause])
+
+
+@pytest.mark.parametrize("name", ["Forks", "PrintsAMillionLines", "ChangesDirectory", "ReadsStandardInput"])
+def test_bad_manners_are_no_defect(group: WorkerGroup, name: str) -> None:
+    result = judged(group, f"odd_strategies:{name}")
+    assert result.verdict == "pass", result.message
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("ExitsInAStep", "rank 0 exited with status 5; its last words: leaving"),
+        ("KillsItself", "rank 0 was killed by SIGKILL"),
+        ("ReturnsAnOddNorm", "wanted numbers, text, tensors"),
+        ("ClosesEveryFile", "connection"),
+    ],
+)
+def test_what_ends_a_program_is_a_failure_with_a_sentence(group: WorkerGroup, name: str, words: str) -> None:
+    result = judged(group, f"odd_strategies:{name}")
+    assert result.verdict == "fail"
+    assert words in result.message
+    assert "Traceback" not in result.message.splitlines()[0]
+
+
+def test_a_step_that_never_ends_is_a_hang_and_the_stack_says_where(
+    group: WorkerGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send = WorkerGroup.run
+    monkeypatch.setattr(WorkerGroup, "run", lambda self, command, seconds: send(self, command, min(seconds, 3.0)))
+    result = judged(group, "odd_strategies:Hangs")
+    assert result.verdict == "hang"
+    assert "odd_strategies.py" in result.message and "_update" in result.message
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("odd_strategies:CannotBeMade", "no accelerator of the right colour"),
+        ("odd_strategies:ExitsWhenMade", "exited with status 4; its last words: out of licences"),
+        ("odd_strategies:NoStrategy", "no class below StrategyBase"),
+        ("odd_strategies:Nothing", "is not there"),
+        ("cannot_be_imported:Any", "No module named 'a_package_that_nobody_has'"),
+        ("ends_when_imported:Any", "exited with status 6"),
+        ("no_such_module:Any", "No module named 'no_such_module'"),
+        ("fakee", "did you mean 'fake'"),
+    ],
+)
+def test_what_cannot_be_made_cannot_be_judged_and_says_why(group: WorkerGroup, target: str, words: str) -> None:
+    with pytest.raises(Unjudgeable, match=words.replace("'", ".")):
+        judged(group, target)
+
+
+def command(*arguments: str, **options: object) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "lightrft.conformance.cli", *arguments],
+        capture_output=True, text=True, timeout=300, env={**os.environ, **HERE}, check=False, **options,  # type: ignore[call-overload]
+    )  # fmt: skip
+
+
+def no_room() -> None:
+    """Let no file grow: what a full disk does to whoever writes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+
+def test_a_full_disk_changes_no_verdict() -> None:
+    done = command("run", "fake", "--profile=smoke", "--clause=OPT-1", preexec_fn=no_room)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 pass" in done.stdout
+
+
+def test_a_report_that_cannot_be_written_says_so() -> None:
+    done = command("run", "fake", "--profile=smoke", "--clause=LIFE-2", "--report=/dev/full")
+    assert done.returncode == 2
+    assert "/dev/full: No space left on device" in done.stdout.replace("\n", " ")
+    assert "Traceback" not in done.stderr
+
+
+def test_what_cannot_be_judged_is_exit_code_2() -> None:
+    done = command("run", "cannot_be_imported:Any", "--profile=smoke")
+    assert done.returncode == 2
+    assert "could not be judged" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
