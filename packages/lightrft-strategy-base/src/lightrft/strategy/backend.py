@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from lightrft.config import StrategyConfig
 from lightrft.strategy.distributed.world import World
-from lightrft.strategy.shards import Shard
+from lightrft.strategy.shards import Shard, StateSlice
 from lightrft.strategy.training import gradients
 from lightrft.strategy.training.gradients import GradientShards
 from lightrft.strategy.training.optimizers import adamw
@@ -144,6 +144,18 @@ class Backend(ABC):
         return [
             Shard(name=name, shape=parameter.shape, offset=0, values=parameter.detach().view(-1))
             for name, parameter in module.named_parameters()
+        ]
+
+    def _state_slices(self, trained: "TrainedModel") -> list[StateSlice]:
+        """Where the optimizer of ``trained`` keeps the state of the ranges that this rank holds.
+
+        The default is right wherever the optimizer knows the parameters themselves, whole or sharded (DTensor).
+        """
+        parameters, own = dict(trained.model.named_parameters()), {id(parameter) for parameter in trained.parameters}
+        return [
+            StateSlice(shard=shard, key=parameters[shard.name], start=0)
+            for shard in self._shards(trained.model)
+            if id(parameters[shard.name]) in own
         ]
 
     def _refresh(self, module: nn.Module) -> None:

@@ -10,7 +10,7 @@ from lightrft.config import ConfigError, StrategyConfig
 from lightrft.strategy.backend import Backend
 from lightrft.strategy.log import logger
 
-OPTIONAL = frozenset({"grad_accum_dtype", "sp_size", "async_ckpt"})
+OPTIONAL = frozenset({"grad_accum_dtype", "sp_size"})
 """Settings of any strategy that only some can honour."""
 
 

@@ -26,6 +26,32 @@ class Shard:
         """Name, first element, and number of elements."""
         return self.name, self.offset, self.values.numel()
 
+    def renamed(self, name: str) -> "Shard":
+        """The same range under another name."""
+        return Shard(name=name, shape=self.shape, offset=self.offset, values=self.values)
+
     def of(self, whole: torch.Tensor) -> torch.Tensor:
         """The same range of another whole tensor of this shape, 1-D."""
         return whole.reshape(-1)[self.offset : self.offset + self.values.numel()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateSlice:
+    """Where an optimizer keeps the state of a range of a parameter."""
+
+    shard: Shard
+    """The range."""
+    key: torch.Tensor
+    """The tensor by which the optimizer knows it: the parameter, or a flat partition of many."""
+    start: int
+    """Of the range in the flattened local part of ``key``, and so in each of its state tensors."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether the key is the parameter, and all of it here."""
+        return self.shard.values.numel() == self.shard.shape.numel() == self.key.numel()
+
+    def of(self, values: torch.Tensor, name: str) -> Shard:
+        """This range of a state tensor, whose flattened local part is ``values``."""
+        part = values[self.start : self.start + self.shard.values.numel()]
+        return Shard(name=name, shape=self.shard.shape, offset=self.shard.offset, values=part)

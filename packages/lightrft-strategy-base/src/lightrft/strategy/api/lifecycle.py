@@ -13,6 +13,8 @@ import torch
 from lightrft.config import ConfigError, StrategyConfig, StrategyError
 from lightrft.strategy import log, memory
 from lightrft.strategy.backend import Backend
+from lightrft.strategy.checkpoint.checkpoints import Checkpoints
+from lightrft.strategy.checkpoint.termination import Termination
 from lightrft.strategy.distributed.collectives import Collectives, ReduceOp
 from lightrft.strategy.distributed.operations import Operations, Watch
 from lightrft.strategy.distributed.world import local_rank
@@ -62,6 +64,8 @@ class Lifecycle(Backend):
             self._models = PreparedModels()
             self._preparation = Preparation(self, self._models, self._operations, self._window())
             self._averages = MovingAverages(self, self._collectives)
+            self._checkpoints = Checkpoints(self, self._collectives, self._operations, self._averages)
+            self._termination = Termination(self._collectives)
             self._rollout = Rollout(self.world, self._collectives, self.config)
             self.world.impose_timeout()
         except BaseException:
@@ -83,17 +87,23 @@ class Lifecycle(Backend):
 
     @final
     def close(self) -> None:
-        """Give back all that this strategy made: engine, process groups, threads, environment. May be called twice."""
+        """Give back all that this strategy made: engine, process groups, threads, environment. May be called twice.
+
+        Waits for a checkpoint that is being written, and raises, in the end, where that failed.
+        """
         if not self._open:
             return
         self._open = False
-        self._rollout.shutdown()
-        self._models.clear()
-        self._teardown()
-        if self._watch is not None:
-            self._watch.close()
-        self.world.close()
-        log.speak_as(0)
+        try:
+            self._checkpoints.finish()
+        finally:
+            self._rollout.shutdown()
+            self._models.clear()
+            self._teardown()
+            if self._watch is not None:
+                self._watch.close()
+            self.world.close()
+            log.speak_as(0)
 
     @final
     def __enter__(self) -> Self:

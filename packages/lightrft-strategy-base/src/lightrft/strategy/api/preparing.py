@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Sampler
 from lightrft.config import StrategyConfig, StrategyError
 from lightrft.strategy.api.lifecycle import Lifecycle
 from lightrft.strategy.backend import WrapOptions
-from lightrft.strategy.training.data import make_loader
+from lightrft.strategy.training.data import ResumableLoader, make_loader
 from lightrft.strategy.training.schedules import cosine_schedule
 
 FOREVER = int(1e8)
@@ -139,9 +139,13 @@ class Preparing(Lifecycle):
         The order depends on the seed and the epoch (``loader.set_epoch``) alone. ``consumed_samples`` of the
         epoch, over all ranks, are passed over. With ``drop_last`` what does not fill the last round and batch
         is left out; without, each rank gets as many, by repeating at most one sample fewer than there are ranks.
+        Its position is in every checkpoint, unless it has a ``sampler`` of the caller's own.
         """
-        return make_loader(
+        loader = make_loader(
             replay_buffer, batch_size, rank=self.world.rank, ranks=self.world.size, seed=self.config.seed,
             shuffle=shuffle, drop_last=drop_last, sampler=sampler, consumed_samples=consumed_samples,
             collate_fn=collate_fn, pin_memory=pin_memory,
         )  # fmt: skip
+        if isinstance(loader, ResumableLoader):
+            self._checkpoints.track(loader)
+        return loader

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lightrft.config import StrategyError
-from lightrft.strategy.api.training import Training
+from lightrft.strategy.api.checkpointing import Checkpointing
 from lightrft.strategy.rollout import multimodal, weights
 from lightrft.strategy.rollout.engine import Completion, RolloutEngine
 from lightrft.strategy.rollout.rollout import EngineStatus
@@ -16,7 +16,7 @@ from lightrft.strategy.rollout.sampling import Sampling
 from lightrft.strategy.training.modules import skeleton_with_buffers
 
 
-class Rollouts(Training):
+class Rollouts(Checkpointing):
     """The engine, the weights that go to it, and the completions that come back."""
 
     # Weights

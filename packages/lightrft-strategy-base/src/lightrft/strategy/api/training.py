@@ -48,7 +48,19 @@ class Training(Preparing):
             trained = self._trained(model, optimizer, "optimizer_step")
             if trained.optimizer_offloaded:
                 self._load_optimizer(trained)
-            return trained.step(scheduler, boundary, lambda value: self._collectives.agree("optimizer_step", value))
+            result = trained.step(scheduler, boundary, lambda value: self._collectives.agree("optimizer_step", value))
+        self._end_if_asked()
+        return result
+
+    def _end_if_asked(self) -> None:
+        """At an update boundary of all models: save and end, where SIGTERM asked for it; see `saving_on_sigterm`."""
+        if any(it.trained is not None and it.trained.has_pending_gradient for it in self._models):
+            return
+        save = self._termination.due()
+        if save is not None:
+            save()
+            self.close()
+            raise SystemExit(0)
 
     def _trained(self, model: nn.Module, optimizer: Optimizer, call: str) -> TrainedModel:
         if self.adopts:

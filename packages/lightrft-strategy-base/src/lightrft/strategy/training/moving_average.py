@@ -19,6 +19,16 @@ class MovingAverages:
         self._seen: dict[int, int] = {}
         """Updates of its source that each average has seen, by the ``id`` of its module."""
 
+    def seen(self, average: nn.Module) -> int | None:
+        """Updates of its source that ``average`` has seen; None for a model that is no average."""
+        return self._seen.get(id(average))
+
+    def set_seen(self, average: nn.Module, updates: int | None) -> None:
+        """Go on from what `seen` said."""
+        self._seen.pop(id(average), None)
+        if updates is not None:
+            self._seen[id(average)] = updates
+
     @torch.no_grad()
     def move(self, source: TrainedModel, average: nn.Module, beta: float, device: torch.device | None) -> None:
         """``average = beta * average + (1 - beta) * source``, in the type in which the average is kept.

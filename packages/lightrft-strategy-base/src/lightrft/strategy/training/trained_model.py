@@ -95,6 +95,7 @@ class TrainedModel:
         self.updates += 1
         self.skipped_in_a_row = 0
         if scheduler is not None:
+            self.scheduler = scheduler
             scheduler.step()
         return StepResult(applied=True, skipped=False, grad_norm=norm)
 

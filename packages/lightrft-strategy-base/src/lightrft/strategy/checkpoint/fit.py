@@ -1,0 +1,146 @@
+"""Whether a checkpoint fits what it is to be loaded into: found before anything changes, and said by name."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lightrft.config import CheckpointError
+from lightrft.strategy.backend import Backend
+from lightrft.strategy.checkpoint import optimizer_state
+from lightrft.strategy.checkpoint.optimizer_state import Allocation, Numbers
+from lightrft.strategy.checkpoint.reading import Checkpoint
+from lightrft.strategy.checkpoint.subjects import ALONE, Subject
+from lightrft.strategy.training.data import ResumableLoader
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What of a checkpoint to load."""
+
+    strict: bool = True
+    optimizer: bool = True
+    scheduler: bool = True
+    module_only: bool = False
+
+    @classmethod
+    def of(cls, *, strict: bool, optimizer: bool, scheduler: bool, module_only: bool) -> "Options":
+        """``module_only`` switches the others off but for ``strict``."""
+        return cls(
+            strict=strict, optimizer=optimizer and not module_only, scheduler=scheduler and not module_only,
+            module_only=module_only,
+        )  # fmt: skip
+
+
+def names_in(checkpoint: Checkpoint, subjects: Sequence[Subject]) -> dict[str, str]:
+    """The name that each subject has in the checkpoint: its own; a model by itself is the only one there is."""
+    there = checkpoint.models
+    if [it.name for it in subjects] == [ALONE] and len(there) == 1:
+        return {ALONE: there[0]}
+    unknown = [it.name for it in subjects if it.name not in there]
+    if unknown:
+        raise CheckpointError(
+            f"{checkpoint.path} holds {', '.join(map(repr, there))}, and not {', '.join(map(repr, unknown))}; load it with "
+            f"load_ckpt({{{', '.join(f'{name!r}: ...' for name in there)}}}, ...), or some of these"
+        )
+    return {it.name: it.name for it in subjects}
+
+
+def check(backend: Backend, checkpoint: Checkpoint, subject: Subject, name: str, options: Options) -> None:
+    """Raise `CheckpointError` unless model ``name`` of the checkpoint fits ``subject``."""
+    kind = type(subject.module).__name__
+    parameters = {it: backend._full_shape(tensor) for it, tensor in subject.module.named_parameters()}
+    _check_tensors(checkpoint, f"{name}/parameters/", parameters, f"the parameters of {kind}", strict=options.strict)
+    buffers = {it: tensor.shape for it, tensor in subject.buffers().items()}
+    _check_buffers(checkpoint, name, buffers, kind, strict=options.strict)
+    facts = checkpoint.state["models"][name]
+    if options.optimizer:
+        _check_both(checkpoint, facts["training"] is not None, subject.trained is not None, "optimizer", kind)
+    if options.scheduler:
+        _check_both(checkpoint, facts["scheduler"] is not None, subject.scheduler is not None, "scheduler", kind)
+    if options.optimizer and subject.trained is not None:
+        optimizer_state.check_groups(subject.trained, facts["training"]["groups"])
+
+
+def _check_tensors(
+    checkpoint: Checkpoint, prefix: str, here: dict[str, torch.Size], what: str, *, strict: bool
+) -> None:
+    there = checkpoint.names(prefix)
+    for name, shape in here.items():
+        if there.get(name, shape) != shape:
+            raise CheckpointError(
+                f"{what}: {name} has shape {tuple(shape)}, and {tuple(there[name])} in {checkpoint.path}; build the model "
+                f"that was saved"
+            )
+    missing, unexpected = here.keys() - there.keys(), there.keys() - here.keys()
+    if strict and (missing or unexpected):
+        raise CheckpointError(
+            f"{what} are not those in {checkpoint.path}: {_listed('not there', missing)}{_listed('only there', unexpected)}"
+            f"build the model that was saved, or pass load_module_strict=False"
+        )
+
+
+def _check_buffers(checkpoint: Checkpoint, name: str, here: dict[str, torch.Size], kind: str, *, strict: bool) -> None:
+    apart = checkpoint.names(f"ranks/0/buffers/{name}/")
+    shared = {it: shape for it, shape in here.items() if it not in apart}
+    _check_tensors(checkpoint, f"{name}/buffers/", shared, f"the buffers of {kind}", strict=strict)
+    own = {it: here[it] for it in apart if it in here}
+    _check_tensors(checkpoint, f"ranks/0/buffers/{name}/", own, f"the buffers of {kind}", strict=strict)
+
+
+def _listed(what: str, names: Iterable[str]) -> str:
+    found = sorted(names)
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return f"{what}: {', '.join(found[:3])}{more}; " if found else ""
+
+
+def _check_both(checkpoint: Checkpoint, there: bool, here: bool, what: str, kind: str) -> None:
+    option = {"optimizer": "load_optimizer_states=False", "scheduler": "load_lr_scheduler_states=False"}[what]
+    if there and not here:
+        raise CheckpointError(
+            f"{checkpoint.path} has the state of the {what} of {kind}, and none is known here; prepare the model with its "
+            f"{what}, or pass {what}=..., or {option}, or load_module_only=True"
+        )
+    if here and not there:
+        raise CheckpointError(
+            f"{checkpoint.path} has no state for the {what} of {kind}: it was saved without one; pass {option}, or "
+            f"load_module_only=True"
+        )
+
+
+def check_loaders(checkpoint: Checkpoint, loaders: Sequence[ResumableLoader]) -> None:
+    """Raise `CheckpointError` where a loader has other data than the one whose position it would take."""
+    for index, (loader, position) in enumerate(zip(loaders, checkpoint.state["loaders"], strict=False)):
+        samples = len(loader.dataset)  # type: ignore[arg-type]
+        if samples != position["samples"]:
+            raise CheckpointError(
+                f"loader {index} that setup_dataloader made has {samples} samples, and had {position['samples']} in "
+                f"{checkpoint.path}; make the loaders in the same order from the same data, or pass load_module_only=True"
+            )
+
+
+def no_numbers(checkpoint: Checkpoint, subject: Subject, name: str) -> Numbers:
+    """Numbers of ``subject``'s optimizer, none yet."""
+    stored: Any = checkpoint.state["models"][name]["training"]
+    same = subject.trained is not None and stored["optimizer"] == type(subject.trained.optimizer).__name__
+    return Numbers(values={}, same_optimizer=same)
+
+
+def add_numbers(checkpoint: Checkpoint, allocation: Allocation, prefix: str, numbers: Numbers) -> None:
+    """Read those of one key. Raises `CheckpointError` where they differ between parameters that share it."""
+    for kind in allocation.kinds:
+        first: torch.Tensor | None = None
+        for part in allocation.slices:
+            name = f"{kind}/{part.shard.name}"
+            piece = checkpoint.index[prefix + name][0][1]
+            if not optimizer_state.is_number(name, torch.Size(piece.shape), part.shard.shape):
+                break
+            value = checkpoint.tensor(prefix + name)
+            first = value if first is None else first
+            if not torch.equal(first, value):
+                raise CheckpointError(
+                    f"the optimizer keeps {allocation.slices[0].shard.name} and {part.shard.name} together, and {kind} is "
+                    f"{first.item()} of the one and {value.item()} of the other; load it with a strategy that keeps them apart"
+                )
+            numbers.values[name] = value

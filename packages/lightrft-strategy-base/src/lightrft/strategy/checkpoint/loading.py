@@ -1,0 +1,195 @@
+"""Loading one checkpoint: everything is compared and verified, on all ranks, before anything changes.
+
+Each rank reads the ranges that it holds, whatever ranks wrote them; so the number of ranks and the strategy
+may be others than those that saved.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightrft.config import CheckpointError
+from lightrft.strategy.backend import Backend
+from lightrft.strategy.checkpoint import fit, optimizer_state, streams
+from lightrft.strategy.checkpoint.agreement import Agreement
+from lightrft.strategy.checkpoint.fit import Options
+from lightrft.strategy.checkpoint.optimizer_state import Allocation, Numbers
+from lightrft.strategy.checkpoint.plain_values import from_json
+from lightrft.strategy.checkpoint.reading import Checkpoint
+from lightrft.strategy.checkpoint.store import Store
+from lightrft.strategy.checkpoint.subjects import RANKS, Subject
+from lightrft.strategy.shards import Shard
+from lightrft.strategy.training.data import ResumableLoader
+from lightrft.strategy.training.moving_average import MovingAverages
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """What loading gives back."""
+
+    path: Path
+    client_state: Any
+
+
+class Loading:
+    """One `load_ckpt`."""
+
+    def __init__(
+        self, backend: Backend, agreement: Agreement, averages: MovingAverages, loaders: Sequence[ResumableLoader],
+        subjects: Sequence[Subject], options: Options,
+    ) -> None:  # fmt: skip
+        self._backend, self._agreement = backend, agreement
+        self._averages, self._loaders = averages, loaders
+        self._subjects, self._options = subjects, options
+
+    def run(self, directory: Path, tag: str | None) -> Loaded:
+        """Load checkpoint ``tag``, or the newest. Every rank calls it."""
+        path = Path(self._agreement.on_rank_0("finding", lambda: str(Store(directory).find(tag))))
+        opened: list[Checkpoint] = []
+        try:
+            found = self._agreement.everywhere("opening", lambda: self._open(path, opened))
+            self._check_same(path, found)
+            self._load(opened[0])
+        finally:
+            for checkpoint in opened:
+                checkpoint.close()
+        return Loaded(path=path, client_state=from_json(opened[0].state["client_state"]))
+
+    def _open(self, path: Path, opened: list[Checkpoint]) -> Any:
+        if not path.is_dir():
+            raise CheckpointError(
+                f"{path} is not there, and rank 0 sees it; load from a file system that all hosts share"
+            )
+        opened.append(Checkpoint(path))
+        return [file.header for file in opened[0].manifest.files]
+
+    def _check_same(self, path: Path, found: Sequence[Any]) -> None:
+        strange = [rank for rank, headers in enumerate(found) if headers != found[0]]
+        if strange:
+            raise CheckpointError(
+                f"at {path} rank {strange[0]} sees another checkpoint than rank 0; load from a file system that all hosts share"
+            )
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        names: dict[str, str] = {}
+        self._agreement.everywhere("comparing", lambda: names.update(self._compare(checkpoint)))
+        self._agreement.everywhere("verifying", lambda: self._verify(checkpoint, set(names.values())))
+        numbers: dict[str, Numbers] = {}
+        self._agreement.everywhere("reading numbers", lambda: numbers.update(self._numbers(checkpoint, names)))
+        self._agreement.everywhere("reading", lambda: self._read(checkpoint, names, numbers))
+        for subject in self._subjects:
+            self._backend._refresh(subject.module)
+        if not self._options.module_only:
+            self._go_on(checkpoint, names)
+
+    # Before anything changes
+
+    def _compare(self, checkpoint: Checkpoint) -> dict[str, str]:
+        """The name in the checkpoint of each subject, once all is known to fit."""
+        names = fit.names_in(checkpoint, self._subjects)
+        for subject in self._subjects:
+            fit.check(self._backend, checkpoint, subject, names[subject.name], self._options)
+            self._allocations(checkpoint, subject, names[subject.name])
+        if not self._options.module_only:
+            fit.check_loaders(checkpoint, self._loaders)
+        return names
+
+    def _allocations(self, checkpoint: Checkpoint, subject: Subject, name: str) -> list[Allocation]:
+        if subject.trained is None or not self._options.optimizer:
+            return []
+        return optimizer_state.plan(
+            self._backend._state_slices(subject.trained), checkpoint.names(f"{name}/optimizer/")
+        )
+
+    def _verify(self, checkpoint: Checkpoint, names: set[str]) -> None:
+        """Verify what will be read, each piece on some rank: files by their own rank where there are as many ranks."""
+        rank, ranks = self._backend.world.rank, self._backend.world.size
+        wanted = {
+            number
+            for number, (_, piece) in enumerate(checkpoint.pieces)
+            if self._is_read(piece.entry.split("/"), names)
+        }
+        alike = checkpoint.manifest.ranks == ranks
+        checkpoint.verify(lambda file, number: number in wanted and (file if alike else number) % ranks == rank)
+
+    def _is_read(self, parts: list[str], names: set[str]) -> bool:
+        if parts[0] == RANKS:
+            return True
+        return parts[0] in names and (parts[1] != "optimizer" or self._options.optimizer)
+
+    def _numbers(self, checkpoint: Checkpoint, names: dict[str, str]) -> dict[str, Numbers]:
+        """The state of each subject's optimizer that is single numbers."""
+        found = {}
+        for subject in self._subjects:
+            if subject.trained is None or not self._options.optimizer:
+                continue
+            name = names[subject.name]
+            found[subject.name] = fit.no_numbers(checkpoint, subject, name)
+            for allocation in self._allocations(checkpoint, subject, name):
+                fit.add_numbers(checkpoint, allocation, f"{name}/optimizer/", found[subject.name])
+        return found
+
+    # Changing
+
+    def _read(self, checkpoint: Checkpoint, names: dict[str, str], numbers: dict[str, Numbers]) -> None:
+        wanted: list[Shard] = []
+        for subject in self._subjects:
+            self._backend._settle(subject.module)
+            wanted += self._parameters(checkpoint, subject, names[subject.name])
+            wanted += self._buffers(checkpoint, subject, names[subject.name])
+            wanted += self._optimizer(checkpoint, subject, names[subject.name], numbers.get(subject.name))
+        checkpoint.read((it.name, it.offset, it.values) for it in wanted)
+
+    def _parameters(self, checkpoint: Checkpoint, subject: Subject, name: str) -> list[Shard]:
+        there = checkpoint.names(f"{name}/parameters/")
+        shards = self._backend._shards(subject.module)
+        return [it.renamed(f"{name}/parameters/{it.name}") for it in shards if it.name in there]
+
+    def _buffers(self, checkpoint: Checkpoint, subject: Subject, name: str) -> list[Shard]:
+        own, shared = f"{self._redealt(checkpoint)}buffers/{name}/", f"{name}/buffers/"
+        found = []
+        for buffer, tensor in subject.buffers().items():
+            entry = next((it + buffer for it in (own, shared) if it + buffer in checkpoint.index), None)
+            if entry is not None:
+                found.append(Shard(name=entry, shape=tensor.shape, offset=0, values=tensor.detach().view(-1)))
+        return found
+
+    def _redealt(self, checkpoint: Checkpoint) -> str:
+        """Where the entries are of the rank whose place this one takes: r modulo the number that saved."""
+        return f"{RANKS}/{self._backend.world.rank % checkpoint.manifest.ranks}/"
+
+    def _optimizer(self, checkpoint: Checkpoint, subject: Subject, name: str, numbers: Numbers | None) -> list[Shard]:
+        trained = subject.trained
+        if trained is None or numbers is None:
+            return []
+        prefix = f"{name}/optimizer/"
+        stored = checkpoint.names(prefix)
+        types = {it: checkpoint.index[prefix + it][0][1].dtype for it in stored}
+        made = [
+            shard.renamed(prefix + shard.name)
+            for allocation in self._allocations(checkpoint, subject, name)
+            for shard in optimizer_state.allocate(trained.optimizer, allocation, stored, types, numbers)
+        ]
+        facts = checkpoint.state["models"][name]["training"]
+        optimizer_state.restore_groups(trained, facts["groups"], numbers.same_optimizer)
+        if trained.optimizer_offloaded:
+            self._backend._move_optimizer(trained, torch.device("cpu"))
+        return made
+
+    def _go_on(self, checkpoint: Checkpoint, names: dict[str, str]) -> None:
+        for subject in self._subjects:
+            facts = checkpoint.state["models"][names[subject.name]]
+            self._averages.set_seen(subject.module, facts["average"])
+            if subject.scheduler is not None and self._options.scheduler:
+                subject.scheduler.load_state_dict(from_json(facts["scheduler"]))
+            if subject.trained is not None and facts["training"] is not None:
+                for counter in ("updates", "skipped", "skipped_in_a_row"):
+                    setattr(subject.trained, counter, facts["training"][counter])
+        for loader, position in zip(self._loaders, checkpoint.state["loaders"], strict=False):
+            loader.load_state_dict(position)
+        prefix = f"{self._redealt(checkpoint)}random/"
+        found = {name: checkpoint.tensor(prefix + name) for name in checkpoint.names(prefix)}
+        streams.restore(found, self._backend.world.device)

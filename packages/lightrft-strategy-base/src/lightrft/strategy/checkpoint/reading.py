@@ -1,0 +1,190 @@
+"""Reading a checkpoint: its manifest, the heads of its files, their checksums, and any range of any entry.
+
+Needs no strategy and no process group: converters read with it too. What is wrong with a file is a
+`CheckpointError` that names it.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from lightrft.config import CheckpointError
+from lightrft.strategy.checkpoint import checksums, files, layout, ranges
+from lightrft.strategy.checkpoint.layout import Manifest, Piece
+from lightrft.strategy.checkpoint.store import read_manifest
+
+THREADS = 2
+"""Reading and summing let go of Python's lock."""
+_SUMMED = 2**20
+"""Bytes that are read and summed at a time: few enough to stay in the processor's cache."""
+
+
+class Checkpoint:
+    """A committed checkpoint, open for reading; a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the manifest of the checkpoint at ``path``, and open its files."""
+        self.path = path
+        self.manifest: Manifest = read_manifest(path)
+        self._descriptors: list[int] = []
+        try:
+            for file in self.manifest.files:
+                self._descriptors.append(self._open(file))
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, file: layout.File) -> int:
+        place = self.path / file.name
+        with files.naming(place, "cannot read"):
+            descriptor = os.open(place, os.O_RDONLY)
+            found = os.fstat(descriptor).st_size
+        if found != file.nbytes:
+            os.close(descriptor)
+            raise self._damaged(place, f"it has {found} bytes, and the manifest says {file.nbytes}")
+        return descriptor
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _damaged(self, place: Path, reason: str) -> CheckpointError:
+        return CheckpointError(
+            f"{place} is damaged: {reason}; nothing was loaded from {self.path.name!r}, load another tag"
+        )
+
+    # What there is
+
+    @cached_property
+    def pieces(self) -> list[tuple[int, Piece]]:
+        """Every piece, with the index of its file; the headers' checksums are verified."""
+        return [(index, piece) for index in range(len(self._descriptors)) for piece in self._header(index)]
+
+    def _header(self, index: int) -> list[Piece]:
+        file, descriptor = self.manifest.files[index], self._descriptors[index]
+        place = self.path / file.name
+        with files.naming(place, "cannot read"):
+            try:
+                header = os.pread(descriptor, layout.header_length(os.pread(descriptor, 8, 0), file.nbytes), 0)
+                if checksums.of(header, self.manifest.checksum) != file.header:
+                    raise CheckpointError("its header does not fit its checksum in the manifest")
+                return layout.decode_header(header)
+            except CheckpointError as error:
+                raise self._damaged(place, str(error)) from error
+
+    @cached_property
+    def index(self) -> Mapping[str, Sequence[tuple[int, Piece]]]:
+        """The pieces of each entry, in order."""
+        return layout.by_entry(self.pieces)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What the manifest has beside the files."""
+        return self.manifest.state
+
+    @property
+    def models(self) -> list[str]:
+        """Names of the models in it."""
+        return list(self.state["models"])
+
+    def names(self, prefix: str) -> dict[str, torch.Size]:
+        """What follows ``prefix`` in the entries that begin with it, with the whole shapes."""
+        return {
+            entry.removeprefix(prefix): torch.Size(found[0][1].shape)
+            for entry, found in self.index.items()
+            if entry.startswith(prefix)
+        }
+
+    # Checking
+
+    def verify(self, mine: Callable[[int, int], bool] = lambda file, piece: True) -> None:
+        """Read the pieces for which ``mine(index of the file, index of the piece)``, and compare their checksums."""
+        chosen = [pair for number, pair in enumerate(self.pieces) if mine(pair[0], number)]
+        with self._workers() as pool:
+            for _ in pool.map(self._verify, _batches(chosen)):
+                pass
+
+    def _verify(self, batch: Sequence[tuple[int, Piece]]) -> None:
+        buffer = memoryview(bytearray(_SUMMED))
+        for index, piece in batch:
+            checksum = checksums.begin(self.manifest.checksum)
+            for start in range(0, piece.nbytes, _SUMMED):
+                view = buffer[: min(_SUMMED, piece.nbytes - start)]
+                self._read(index, view, piece.position + start)
+                checksum.update(view)
+            if checksum.hexdigest() != piece.checksum:
+                place = self.path / self.manifest.files[index].name
+                raise self._damaged(place, f"{piece.entry} does not fit its checksum")
+
+    # Values
+
+    def read(self, wanted: Iterable[tuple[str, int, torch.Tensor]]) -> None:
+        """Fill tensors, 1-D on any device and of any type, with the ranges that begin at their offset in their entry."""
+        with self._workers() as pool:
+            for _ in pool.map(lambda one: self._fill(*one), wanted):
+                pass
+
+    def tensor(self, entry: str) -> torch.Tensor:
+        """A whole entry, in the type in which it is stored."""
+        if entry not in self.index:
+            raise CheckpointError(f"there is no {entry} in {self.path}")
+        piece = self.index[entry][0][1]
+        whole = torch.empty(piece.shape, dtype=piece.dtype)
+        self._fill(entry, 0, whole.view(-1))
+        return whole
+
+    def _fill(self, entry: str, offset: int, values: torch.Tensor) -> None:
+        done = 0
+        for index, piece, start, length in ranges.fragments(self.index, entry, offset, values.numel()):
+            position = piece.position + start * piece.dtype.itemsize
+            self._copy(index, position, piece.dtype, values[done : done + length])
+            done += length
+
+    def _copy(self, index: int, position: int, dtype: torch.dtype, values: torch.Tensor) -> None:
+        """Read into ``values`` themselves where they are in host memory and of the type, else by way of a buffer."""
+        direct = values.device.type == "cpu" and values.dtype == dtype and values.is_contiguous()
+        for part in values.split(files.CHUNK // dtype.itemsize):
+            target = part if direct else torch.empty(part.numel(), dtype=dtype)
+            self._read(index, files.bytes_of(target), position)
+            if not direct:
+                part.copy_(target)
+            position += target.nbytes
+
+    def _read(self, index: int, buffer: memoryview, position: int) -> None:
+        place = self.path / self.manifest.files[index].name
+        with files.naming(place, "cannot read"):
+            while buffer:
+                count = os.preadv(self._descriptors[index], [buffer], position)
+                if not count:
+                    raise self._damaged(place, "it ends too early")
+                buffer, position = buffer[count:], position + count
+
+    @contextmanager
+    def _workers(self) -> Iterator[ThreadPoolExecutor]:
+        with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), thread_name_prefix="lightrft-read") as pool:
+            yield pool
+
+
+def _batches(pieces: Sequence[tuple[int, Piece]], size: int = 64 * 2**20) -> Iterator[Sequence[tuple[int, Piece]]]:
+    """``pieces`` in order, some megabytes at a time, so that small ones do not cost a task each."""
+    batch: list[tuple[int, Piece]] = []
+    for pair in pieces:
+        batch.append(pair)
+        if sum(piece.nbytes for _, piece in batch) >= size or len(batch) == 256:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
