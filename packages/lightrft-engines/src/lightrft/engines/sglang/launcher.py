@@ -7,50 +7,20 @@ Python, and is otherwise the same; it outlives neither the engine that asked for
 the launcher by the environment variable `VARIABLE`, and its end is the launcher's.
 """
 
-import array
 import contextlib
 import os
 import pickle
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-VARIABLE = "LIGHTRFT_SGLANG_LAUNCHER"
-_LENGTH = struct.Struct("!Q")
-
-
-# In the process that wants a server
-
-
-def launch(address: str, environment: Mapping[str, str], descriptors: Sequence[int]) -> int:
-    """Have a server forked, with these variables; ``descriptors``: its connection, and where it writes. Its process id."""
-    with socket.socket(socket.AF_UNIX) as asking:
-        asking.connect(address)
-        request = pickle.dumps(dict(environment))
-        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
-        asking.sendmsg([_LENGTH.pack(len(request))], [rights])
-        asking.sendall(request)
-        return int(_LENGTH.unpack(_received(asking, _LENGTH.size))[0])
-
-
-def _received(source: socket.socket, size: int) -> bytes:
-    found = b""
-    while len(found) < size:
-        part = source.recv(size - len(found))
-        if not part:
-            raise ConnectionError("the launcher of SGLang's servers hung up; see its own output")
-        found += part
-    return found
-
-
-# In the launcher
+from lightrft.engines.sglang.launching import LENGTH, VARIABLE, received
 
 
 def _fork_servers(listener: socket.socket) -> None:
@@ -58,19 +28,16 @@ def _fork_servers(listener: socket.socket) -> None:
     while True:
         asking, _ = listener.accept()
         with asking:
-            header, descriptors, _, _ = socket.recv_fds(asking, _LENGTH.size, 2)
-            environment = pickle.loads(_received(asking, _LENGTH.unpack(header)[0]))  # noqa: S301  our own user's
-            child = os.fork()
-            if child == 0:
-                asking.close()
+            header, descriptors, _, _ = socket.recv_fds(asking, LENGTH.size, 2)
+            environment = pickle.loads(received(asking, LENGTH.unpack(header)[0]))  # noqa: S301  our own user's
+            if os.fork() == 0:
                 listener.close()
-                _become_server(environment, *descriptors)
-            asking.sendall(_LENGTH.pack(child))
+                _become_server(asking, environment, *descriptors)
             for descriptor in descriptors:
                 os.close(descriptor)
 
 
-def _become_server(environment: Mapping[str, str], connection: int, output: int) -> None:
+def _become_server(asking: socket.socket, environment: Mapping[str, str], connection: int, output: int) -> None:
     from lightrft.engines.sglang.server import serve
 
     code = 1
@@ -78,6 +45,8 @@ def _become_server(environment: Mapping[str, str], connection: int, output: int)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.setsid()
+        asking.sendall(LENGTH.pack(os.getpid()))  # from here on it can be ended with all that it starts
+        asking.close()
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.environ.clear()

@@ -23,7 +23,7 @@ from typing import Any
 import lightrft.config
 from lightrft.config import EngineError
 from lightrft.engines.sglang.arguments import server_variables
-from lightrft.engines.sglang.launcher import VARIABLE, launch
+from lightrft.engines.sglang.launching import VARIABLE, launch
 
 GRACE = 10.0
 """Seconds that the server has to end by itself, and its processes to be gone after they were killed."""

@@ -1,0 +1,177 @@
+"""What goes to SGLang and what comes back, without SGLang."""
+
+import pytest
+import torch
+
+from lightrft.config import ConfigError, EngineError, StrategyConfig
+from lightrft.engines.sglang import arguments, requests, scheduler, shared
+from lightrft.engines.source import ModelSource
+from lightrft.strategy import Prompt, Sampling
+
+SOURCE = ModelSource(path="/nowhere", loads_weights=True, has_tokenizer=True, expected=None, end_ids=frozenset({2}))
+
+
+def server_arguments(device="cpu", **settings):
+    config = StrategyConfig.from_args(settings)
+    return arguments.server_arguments(config, SOURCE, device=device, index=3, seed=5)
+
+
+# Arguments
+
+
+def test_settings_become_arguments():
+    found = server_arguments("cuda", bf16=False, engine_tp_size=2, engine_mem_util=0.3, enable_engine_sleep=True)
+    assert found["dtype"] == "float32"
+    assert (found["tp_size"], found["base_gpu_id"], found["random_seed"]) == (2, 3, 5)
+    assert found["mem_fraction_static"] == 0.3
+    assert found["enable_memory_saver"] is True
+    assert "device" not in found
+
+
+def test_remote_code_is_trusted_only_if_asked_for():
+    assert server_arguments()["trust_remote_code"] is False
+    assert server_arguments(trust_remote_code=True)["trust_remote_code"] is True
+
+
+def test_sglangs_own_arguments_win():
+    assert server_arguments(engine_arguments={"dtype": "float16", "page_size": 16})["dtype"] == "float16"
+    with pytest.raises(ConfigError, match="engine_arguments: got 3"):
+        server_arguments(engine_arguments=3)
+
+
+def test_a_cache_holds_what_its_bytes_hold_and_no_more_than_its_sequences_need():
+    small = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32, "num_hidden_layers": 3}
+    assert arguments.token_bytes(small, 2) == 2 * 2 * 8 * 2 * 3
+    assert arguments.cache_tokens(small, 192_000, 2, sequences=5) == 1000
+    assert arguments.cache_tokens({**small, "max_position_embeddings": 100}, 192_000, 2, sequences=5) == 500
+
+
+def test_the_servers_environment_is_not_that_of_a_rank():
+    found = arguments.server_variables(
+        {"RANK": "1", "TORCHELASTIC_RUN_ID": "x", "SGLANG_USE_CPU_ENGINE": "1", "PATH": "p"}, "/folder"
+    )
+    assert found["PATH"] == "p"
+    assert found["TMPDIR"] == "/folder"
+    assert not {"RANK", "TORCHELASTIC_RUN_ID", "SGLANG_USE_CPU_ENGINE"} & set(found)
+
+
+# Requests
+
+
+def test_sampling_in_sglangs_names():
+    sampling = Sampling(temperature=0.5, top_k=0, max_tokens=7, stop_token_ids=(9,), include_stop_str_in_output=True)
+    found = requests.sampling_arguments(sampling, {2}, tokenizer=True)
+    assert found["max_new_tokens"] == 7
+    assert found["top_k"] == -1
+    assert found["stop_token_ids"] == [2, 9]
+    assert found["no_stop_trim"] is True
+    ignoring = requests.sampling_arguments(Sampling(ignore_eos=True), {2}, tokenizer=True)
+    assert ignoring["stop_token_ids"] == []
+
+
+def test_min_tokens_without_a_tokenizer_are_refused_where_anything_ends_a_sequence():
+    assert requests.sampling_arguments(Sampling(min_tokens=3), set(), tokenizer=False)["min_new_tokens"] == 0
+    with pytest.raises(EngineError, match="min_tokens"):
+        requests.sampling_arguments(Sampling(min_tokens=3), {2}, tokenizer=False)
+
+
+def test_a_seed_depends_on_prompt_and_sample_and_nothing_else():
+    one, two = Prompt(token_ids=(1, 2)), Prompt(token_ids=(3,))
+    together = requests.seeds([one, two], Sampling(n=2, seed=4))
+    assert len(set(together)) == 4
+    assert requests.seeds([two], Sampling(n=2, seed=4)) == together[2:]
+    assert requests.seeds([one], Sampling(seed=5)) != together[:1]
+    assert requests.seeds([one], Sampling(n=2)) == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"finish_reason": "abort", "message": "too long"}, "'abort': too long"),
+        ({"weight_version": "2"}, "weights '2' instead of 3"),
+        ({"logprobs": [(-0.5, 8)]}, "other tokens"),
+    ],
+)
+def test_an_answer_that_is_not_whole_is_an_error(change, words):
+    answer = {
+        "prompt_tokens": [1], "tokens": [7], "logprobs": [(-0.5, 7)], "finish_reason": "length", "message": "",
+        "weight_version": "3", "text": None,
+    }  # fmt: skip
+    (good,) = requests.completions([Prompt(token_ids=(1,))], [answer], Sampling(), version=3)
+    assert (good.output_token_ids, good.logprobs, good.weight_version) == ((7,), (-0.5,), 3)
+    with pytest.raises(EngineError, match=words):
+        requests.completions([Prompt(token_ids=(1,))], [{**answer, **change}], Sampling(), version=3)
+
+
+def test_an_answer_that_is_missing_is_an_error():
+    with pytest.raises(EngineError, match="1 prompts, 2 samples each, with 0"):
+        requests.completions([Prompt(token_ids=(1,))], [], Sampling(n=2), version=1)
+
+
+# Weights
+
+
+def test_a_bucket_goes_through_shared_memory_unchanged():
+    bucket = [
+        ("odd", torch.arange(3, dtype=torch.uint8)),
+        ("half", torch.randn(5, 3).bfloat16()),
+        ("scalar", torch.tensor(2.5, dtype=torch.float64)),
+        ("transposed", torch.randn(4, 2).T),
+    ]
+    entries, size = shared.layout(bucket)
+    block = shared.SharedBlock(size)
+    try:
+        shared.fill(block.bytes, entries, bucket)
+        again = shared.from_json(shared.to_json(entries))
+        arrived = dict(shared.views(block.bytes, again))
+        assert list(arrived) == [name for name, _ in bucket]
+        assert all(torch.equal(arrived[name], tensor) for name, tensor in bucket)
+        del arrived
+    finally:
+        block.close()
+
+
+def test_a_checksum_sees_each_byte_and_its_place():
+    block = torch.randint(256, (4096,), dtype=torch.uint8)
+    before = shared.checksum(block)
+    assert shared.checksum(block.clone()) == before
+    for place in (0, 7, 2048, 4095):
+        changed = block.clone()
+        changed[place] ^= 1
+        assert shared.checksum(changed) != before
+    swapped = torch.cat([block[8:16], block[:8], block[16:]])
+    assert shared.checksum(swapped) != before
+
+
+# Drawing
+
+
+def test_numbers_of_seeds_and_positions_are_uniform_and_all_different():
+    seeds = torch.randint(-(2**63), 2**63 - 1, (4000,))
+    numbers = scheduler.uniform(seeds, torch.arange(4000))
+    assert 0 <= numbers.min() and numbers.max() < 1
+    assert abs(numbers.mean() - 0.5) < 0.03
+    assert len(numbers.unique()) == 4000
+    same_seed = scheduler.uniform(torch.zeros(100, dtype=torch.int64), torch.arange(100))
+    assert len(same_seed.unique()) == 100
+
+
+def test_filters_leave_what_they_should():
+    probs = torch.tensor([[0.4, 0.1, 0.3, 0.2]]).repeat(4, 1)
+    kept = scheduler.filtered(
+        probs, torch.tensor([4, 2, 4, 4]), torch.tensor([1.0, 1.0, 0.6, 1.0]), torch.tensor([0.0, 0.0, 0.0, 0.6])
+    )
+    wanted = [[0.4, 0.1, 0.3, 0.2], [0.4, 0, 0.3, 0], [0.4, 0, 0.3, 0], [0.4, 0, 0.3, 0]]
+    assert torch.equal(kept, torch.tensor(wanted))
+
+
+def test_released_memory_comes_back_empty_and_of_the_same_size():
+    tensor = torch.ones(1000)
+    memory = scheduler.HostMemory(lambda: [tensor, tensor[:10]], lambda: [])
+    memory.pause("weights")
+    memory.pause("weights")
+    memory.pause("cuda_graph")
+    assert tensor.untyped_storage().nbytes() == 0
+    memory.resume("weights")
+    memory.resume("weights")
+    assert tensor.untyped_storage().nbytes() == 4000
