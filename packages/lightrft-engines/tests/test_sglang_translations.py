@@ -149,7 +149,7 @@ def test_a_checksum_sees_each_byte_and_its_place():
 def test_numbers_of_seeds_and_positions_are_uniform_and_all_different():
     seeds = torch.randint(-(2**63), 2**63 - 1, (4000,))
     numbers = scheduler.uniform(seeds, torch.arange(4000))
-    assert 0 <= numbers.min() and numbers.max() < 1
+    assert numbers.min() >= 0 and numbers.max() < 1
     assert abs(numbers.mean() - 0.5) < 0.03
     assert len(numbers.unique()) == 4000
     same_seed = scheduler.uniform(torch.zeros(100, dtype=torch.int64), torch.arange(100))
@@ -167,7 +167,7 @@ def test_filters_leave_what_they_should():
 
 def test_released_memory_comes_back_empty_and_of_the_same_size():
     tensor = torch.ones(1000)
-    memory = scheduler.HostMemory(lambda: [tensor, tensor[:10]], lambda: [])
+    memory = scheduler.HostMemory(lambda: [tensor, tensor[:10]], list)
     memory.pause("weights")
     memory.pause("weights")
     memory.pause("cuda_graph")
