@@ -1,0 +1,186 @@
+"""vLLM in this process: an engine a rank, or one engine over the ranks that share it (tensor parallelism).
+
+Weights go from the training's memory into the model's on the same device, through one reload session a sync.
+"""
+
+import contextlib
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import Self
+
+import torch
+import torch.distributed as dist
+from typing_extensions import override
+
+from lightrft.config import EngineError
+from lightrft.engines.source import ModelSource
+from lightrft.engines.vllm import library
+from lightrft.engines.vllm.arguments import llm_arguments, variables
+from lightrft.engines.vllm.prompts import completions, request, sampling_arguments
+from lightrft.engines.vllm.reload import reload
+from lightrft.engines.vllm.territory import Territory
+from lightrft.strategy import Completion, EngineBase, EngineCapabilities, EngineRequest, Prompt, Sampling
+from lightrft.strategy.rollout.engine import Part
+from lightrft.strategy.rollout.weights import Bucket
+
+
+class VLLMEngine(EngineBase):
+    """Generates with vLLM. All ranks that share an engine call it alike."""
+
+    _alive: "VLLMEngine | None" = None  # vLLM keeps its groups in globals: one engine a process
+
+    def __init__(self, request: EngineRequest, source: ModelSource) -> None:
+        super().__init__(has_weights=source.loads_weights)
+        self._source, self._group, self._device = source, request.group, request.device
+        place = 0 if request.group is None else dist.get_rank(request.group)
+        self._arguments = llm_arguments(
+            request.config, source, on_cpu=request.device.type == "cpu", seed=request.config.seed + request.rank - place
+        )
+        self._timeout = timedelta(seconds=request.config.timeout)
+        self._broken = False
+        self.capabilities = EngineCapabilities(
+            multimodal=True,
+            stop_strings=source.has_tokenizer,
+            sleep_levels=frozenset({1, 2}) if request.config.enable_engine_sleep else frozenset(),
+        )
+        self._open()
+
+    @classmethod
+    @override
+    def build(cls, request: EngineRequest) -> Self:
+        if VLLMEngine._alive is not None:
+            raise EngineError(
+                "engine 'vllm': there is one in this process already, and vLLM has room for one; shutdown() that first"
+            )
+        source = ModelSource.of(request, "vllm")
+        try:
+            engine = cls(request, source)
+        except BaseException:
+            source.close()
+            raise
+        VLLMEngine._alive = engine
+        return engine
+
+    # Building
+
+    def _open(self) -> None:
+        self._territory = Territory(self._group, self._device, self._timeout)
+        self._territory.set_variables(variables(self._territory.rank, self._territory.size, self._device.index or 0))
+        try:
+            self._territory.found()
+            with self._inside():
+                self._vllm = library.load()
+                self._llm = self._vllm.LLM(**self._arguments)
+        except BaseException:
+            self._close()
+            raise
+
+    @contextlib.contextmanager
+    def _inside(self) -> Iterator[None]:
+        """vLLM's own ground. Where it is to be eager, its samplers compile nothing either."""
+        stance = (
+            torch.compiler.set_stance("force_eager") if self._arguments["enforce_eager"] else contextlib.nullcontext()
+        )
+        with self._territory.inside(), stance:
+            yield
+
+    def _close(self) -> None:
+        """End vLLM, as far as there is one."""
+        llm = self.__dict__.pop("_llm", None)
+        with self._territory.inside(), contextlib.ExitStack() as ending:
+            ending.callback(gc.collect)
+            ending.callback(_forget_groups)
+            if llm is not None:
+                ending.callback(llm.llm_engine.engine_core.shutdown)
+        self._territory.abandon()
+
+    # What it promises
+
+    @property
+    @override
+    def expected_weights(self) -> Mapping[str, torch.Size] | None:
+        return self._source.expected
+
+    @override
+    def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
+        tokenizer = self._source.has_tokenizer
+        arguments = sampling_arguments(sampling, self._source.end_ids, tokenizer=tokenizer)
+        requests = [request(prompt) for prompt in prompts]
+        with self._inside():
+            self._drop_unfinished()
+            answers = self._llm.generate(requests, self._vllm.SamplingParams(**arguments), use_tqdm=False)
+        return completions(prompts, answers, sampling, version=self.weight_version, tokenizer=tokenizer)
+
+    def _drop_unfinished(self) -> None:
+        """Requests of a call that was interrupted would be answered among those of the next."""
+        engine = self._llm.llm_engine
+        if engine.has_unfinished_requests():
+            engine.abort_request(list(engine.output_processor.request_states), internal=True)
+
+    @override
+    def _load(self, buckets: Iterator[Bucket]) -> None:
+        if self._is_broken_anywhere():
+            self._close()
+            self._open()
+        self._broken = True  # until it ends well: vLLM cannot take up a reload that was left
+        with self._inside():
+            reload(self._llm, self._tensors(buckets))
+        self._broken = False
+
+    def _is_broken_anywhere(self) -> bool:
+        """Whether a reload died on any rank that shares this engine: they must be built anew together."""
+        if self._group is None:
+            return self._broken
+        flag = torch.tensor([int(self._broken)])
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+        return bool(flag)
+
+    def _tensors(self, buckets: Iterator[Bucket]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Tensors of their own: vLLM keeps those of a layer until the layer is complete, a bucket lives less long."""
+        for bucket in self._outside(buckets):
+            for name, tensor in bucket:
+                yield name, tensor.clone()
+
+    def _outside(self, buckets: Iterator[Bucket]) -> Iterator[Bucket]:
+        """``buckets``, whose making gathers over the training's process groups."""
+        while True:
+            with self._territory.outside():
+                bucket = next(buckets, None)
+            if bucket is None:
+                return
+            yield bucket
+
+    @override
+    def _sleep(self, level: int) -> None:
+        with self._inside():
+            if self._llm.llm_engine.is_sleeping():
+                self._llm.wake_up()  # vLLM goes from awake to asleep only
+            weights = sum(self._llm.apply_model(_device_bytes))
+            before = torch.cuda.mem_get_info(self._device)[0]
+            self._llm.sleep(level=level)
+            freed = torch.cuda.mem_get_info(self._device)[0] - before
+        if freed < weights:
+            raise EngineError(f"vLLM's sleep(level={level}) gave {freed} bytes back, less than its weights, {weights}")
+
+    @override
+    def _wake(self, parts: frozenset[Part]) -> None:
+        with self._inside():
+            self._llm.wake_up(tags=sorted(parts))
+
+    @override
+    def _shutdown(self) -> None:
+        VLLMEngine._alive = None
+        self._close()
+        self._source.close()
+
+
+def _device_bytes(model: torch.nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in model.parameters() if tensor.is_cuda)
+
+
+def _forget_groups() -> None:
+    """What vLLM keeps in globals, also of an engine whose building failed."""
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()

