@@ -4,9 +4,10 @@ What follows `--` goes to the tool that the session runs. The environments are i
 in .nox, which may be deleted at any time.
 """
 
+import itertools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +68,11 @@ CELLS = [("fake", 1), *((name, world) for name in STRATEGIES if name != "fake" f
 DRAWN = [("fake", 1), ("fsdp", 2), ("zero3", 2)]
 """Cells for which `nox` draws programs; in the others it runs the pinned witnesses."""
 
-ENGINES = {"transformers": Environment(("lightrft-conformance[transformers]", "lightrft-engines[transformers]"))}
+TRAINING = ("lightrft-conformance", "lightrft-deepspeed", "lightrft-engines", "lightrft-fsdp")
+ENGINES = {
+    "transformers": Environment(("lightrft-conformance[transformers]", "lightrft-engines[transformers]")),
+    "vllm": Environment(TRAINING, pins="constraints/vllm.txt", complete=True),
+}
 """Each engine with an environment of its own: they do not agree about torch."""
 
 AS_IT_SHOULD_BE = ("pass ", "skip ", "xfail ", "killed ", "at peace ")
@@ -132,8 +137,11 @@ def conformance(session: nox.Session, strategy: str, world: int) -> None:
 @session()
 @nox.parametrize("engine", [nox.param(name, id=name) for name in ENGINES])
 def engines(session: nox.Session, engine: str) -> None:
-    """Certify one engine."""
+    """Certify one engine; hold it against transformers, under each strategy."""
     _certify(session, ENGINES[engine], "run-engine", engine)
+    tests = FOLDERS["lightrft-engines"] / f"tests/test_{engine}_engine.py"
+    if tests.is_file():
+        _pytest(session, ENGINES[engine], tests, "--installed", own_arguments=False)
 
 
 @session()
@@ -206,10 +214,10 @@ def constraints(session: nox.Session) -> None:
 # What they share
 
 
-def _pytest(session: nox.Session, environment: Environment, *arguments: str | Path) -> None:
+def _pytest(session: nox.Session, environment: Environment, *arguments: str | Path, own_arguments: bool = True) -> None:
     environment.prepare(session)
     options = (f"--config-file={ROOT / 'pyproject.toml'}", f"--junit-xml={report(session, '.xml')}")
-    command = ("-P", "-m", "pytest", *options, *arguments, *session.posargs)
+    command = ("-P", "-m", "pytest", *options, *arguments, *(session.posargs if own_arguments else ()))
     environment.run(session, "python", *command, OMP_NUM_THREADS="1")
 
 
@@ -234,8 +242,18 @@ def _judge(session: nox.Session, environment: Environment, *arguments: str) -> N
 
 
 def _demo(session: nox.Session, *arguments: str) -> None:
-    environment = Environment(group("demo"), unresolved=group("model"))
+    engine = _value_of("--engine", arguments)
+    environment = ENGINES.get(engine, ENGINES["transformers"])
+    if not environment.complete:
+        environment = Environment(group("demo"), unresolved=group("model"))
     _script(session, environment, "examples/rlvr_arithmetic/run.py", *arguments)
+
+
+def _value_of(option: str, arguments: Sequence[str]) -> str:
+    """What is given for ``option``, as ``--option value`` or ``--option=value``; empty where it is not."""
+    pairs = itertools.pairwise([*arguments, ""])
+    found = [it.partition("=")[2] or after for it, after in pairs if it == option or it.startswith(f"{option}=")]
+    return found[-1] if found else ""
 
 
 def _script(session: nox.Session, environment: Environment, path: str, *arguments: str) -> None:

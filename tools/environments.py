@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -31,7 +32,7 @@ class Environment:
     """Installed without what they say that they need."""
     pins: str = "constraints/cpu.txt"
     complete: bool = False
-    """``pins`` is all that others made, to be installed as it stands."""
+    """``pins`` is all that others made, to be installed as it stands; torchvision among it comes without operators."""
     torch: str = "cpu"
     """The build of torch, where the machine does not say where to get it."""
 
@@ -93,6 +94,7 @@ class Environment:
         uv(session, "venv", "--clear", "--python", sys.executable, self.folder)
         if self.complete:
             self._install(session, "--no-deps", "-r", ROOT / self.pins, *wheels.values())
+            self._admit_torchvision()
             return
         ours, others = closure(self.requirements)
         named = [f"{path}[{','.join(sorted(ours[name]))}]" if ours[name] else path for name, path in wheels.items()]
@@ -100,6 +102,12 @@ class Environment:
         uv(session, "pip", "check", "--python", self.python)
         if self.unresolved:
             self._install(session, "--constraints", ROOT / self.pins, "--no-deps", *self.unresolved)
+
+    def _admit_torchvision(self) -> None:
+        """Have Python run tools/torchvision_operators.py when it starts."""
+        (packages,) = self.folder.glob("lib/python*/site-packages")
+        shutil.copy(ROOT / "tools/torchvision_operators.py", packages / "_torchvision_operators.py")
+        (packages / "torchvision_operators.pth").write_text("import _torchvision_operators\n", encoding="utf-8")
 
     def _install(self, session: nox.Session, *arguments: str | Path) -> None:
         builds = ("--build-constraints", ROOT / "constraints/cpu.txt")
