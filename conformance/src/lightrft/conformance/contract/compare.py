@@ -9,6 +9,8 @@ from lightrft.conformance.clause import show
 ABSOLUTE = 1e-6
 ACROSS_FAMILIES = 5e-5
 BF16_RELATIVE = 0.1
+BF16_FEW_UPDATES = 0.3
+"""Adam's first updates have the size of the rate and the gradient's sign, which bf16 turns for small gradients."""
 
 Weights = Mapping[str, torch.Tensor]
 

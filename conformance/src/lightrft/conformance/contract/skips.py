@@ -86,7 +86,7 @@ class Skips(Clause):
         if trial.program.settings["bf16"]:
             start = models.build("regressor", trial.program.operations[0]["seed"]).state_dict()
             fault = compare.relative(
-                trial.last("weights")[0], reference_weights(trial, "once"), start, compare.BF16_RELATIVE
+                trial.last("weights")[0], reference_weights(trial, "once"), start, compare.BF16_FEW_UPDATES
             )
             self.require(fault is None, f"after the skip: {fault}")
         else:

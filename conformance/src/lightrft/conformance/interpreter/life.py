@@ -17,7 +17,9 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from lightrft.conformance.interpreter.session import Session, operation
+from lightrft.conformance.provenance import origin_of
 from lightrft.conformance.values import digest, materialize
+from lightrft.strategy.registry import engine_class
 
 PLACES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -226,14 +228,16 @@ def local_device(session: Session) -> list[int | None]:
 
 
 @operation
-def identity(session: Session) -> dict[str, Any]:
-    """What the strategy under test is: where it comes from, and what it says that it can do."""
-    from lightrft.conformance.certification import distribution_of
-
+def identity(session: Session, name: str = "", engine: str = "") -> dict[str, Any]:
+    """What is under test: where it comes from, and what it says that it can do."""
     strategy = session.strategy
-    return {
-        **distribution_of(type(strategy).__module__),
+    found: dict[str, Any] = {
         "class": f"{type(strategy).__module__}.{type(strategy).__qualname__}",
         "capabilities": sorted(strategy.capabilities),
         "grouped": dist.is_initialized(),
+        **origin_of(name, type(strategy)),
     }
+    if engine:
+        kind = engine_class(engine)
+        found["engine"] = {"class": f"{kind.__module__}.{kind.__qualname__}", **origin_of(engine, kind)}
+    return found
