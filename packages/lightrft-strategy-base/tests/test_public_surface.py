@@ -47,6 +47,8 @@ SIGNATURES = {
     "update_engine_weights": "(actor)",
     "save_ckpt": "(model, save_dir, tag=None, max_num=3, max_mem=1000, client_state=None, save_latest=True, optimizer=None, scheduler=None)",
     "load_ckpt": "(model, load_dir, tag=None, load_module_strict=True, load_optimizer_states=True, load_lr_scheduler_states=True, load_module_only=False, optimizer=None, scheduler=None)",
+    "save_model": "(model, tokenizer, output_dir, *, processor=None, dtype=None, max_shard_size='5GB', merge_adapters=False)",
+    "load_model": "(model, path, *, strict=True, allow_pickle=False)",
     "saving_on_sigterm": "(save)",
     "close": "()",
 }  # fmt: skip

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, final
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Sampler
@@ -13,6 +12,7 @@ from lightrft.config import StrategyConfig, StrategyError
 from lightrft.strategy.api.lifecycle import Lifecycle
 from lightrft.strategy.backend import WrapOptions
 from lightrft.strategy.training.data import ResumableLoader, make_loader
+from lightrft.strategy.training.meta_loading import nothing_loaded
 from lightrft.strategy.training.schedules import cosine_schedule
 
 FOREVER = int(1e8)
@@ -24,9 +24,12 @@ class Preparing(Lifecycle):
 
     @contextmanager
     def init_model_context(self, meta_init: bool = False) -> Iterator[None]:
-        """Build models in here. With ``meta_init`` only rank 0 gives them memory, and preparing hands it round."""
+        """Build models in here, or load them with ``from_pretrained``.
+
+        With ``meta_init`` only rank 0 gives them memory, and reads their weights, and preparing hands these round.
+        """
         elsewhere = meta_init and self.world.rank != 0
-        context: AbstractContextManager[object] = torch.device("meta") if elsewhere else nullcontext()
+        context: AbstractContextManager[object] = nothing_loaded() if elsewhere else nullcontext()
         with context:
             yield
 

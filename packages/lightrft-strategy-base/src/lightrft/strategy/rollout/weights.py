@@ -4,6 +4,7 @@ This is the one way by which weights leave a strategy, whatever shards them and 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -32,16 +33,38 @@ def buckets_of(sizes: Mapping[str, int], units: Sequence[saved_form.Unit], limit
         yield bucket
 
 
+class Form(Protocol):
+    """What leaves a model: which of its tensors, in which units, and what becomes of these."""
+
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """Parameters and buffers of a prepared model by name in memory."""
+
+    @property
+    def units(self) -> Sequence[saved_form.Unit]:
+        """Their names, those together that convert together."""
+
+    def convert(self, tensors: Mapping[str, torch.Tensor], /) -> dict[str, torch.Tensor]:
+        """Whole units, under the names and in the form in which they leave."""
+
+
 def full_parameters(
     backend: Backend, module: nn.Module, bucket_bytes: int, dtype: torch.dtype | None
 ) -> Iterator[Bucket]:
     """Yield all parameters and persistent buffers of ``module``, whole; see `StrategyBase.full_parameters`."""
     backend._settle(module)
-    tensors = saved_form.saved_tensors(module)
-    sizes = {name: _whole_bytes(backend, tensor, dtype) for name, tensor in tensors.items()}
-    for names in buckets_of(sizes, saved_form.units(module, tensors), bucket_bytes):
-        with backend._gathered([tensors[name] for name in names], dtype) as whole:
-            saved = saved_form.convert(module, dict(zip(names, whole, strict=True)))
+    form = saved_form.SavedForm.of(module)
+    yield from stream(backend, form, form.units, bucket_bytes, dtype)
+
+
+def stream(
+    backend: Backend, form: Form, units: Sequence[saved_form.Unit], bucket_bytes: int, dtype: torch.dtype | None
+) -> Iterator[Bucket]:
+    """Yield ``units`` of ``form``, of a settled model, whole and converted, in ``dtype``. Every rank asks for all."""
+    sizes = {name: _whole_bytes(backend, form.tensors[name], dtype) for unit in units for name in unit}
+    for names in buckets_of(sizes, units, bucket_bytes):
+        with backend._gathered([form.tensors[name] for name in names], dtype) as whole:
+            saved = form.convert(dict(zip(names, whole, strict=True)))
             yield list(saved.items())
             del saved, whole
 

@@ -73,11 +73,11 @@ class Preparation:
             raise_precision(inner)
         else:
             inner.eval().requires_grad_(False)
-        copy = skeleton(inner) if options.training else None
+        kind, copy = type(inner), skeleton(inner) if options.training else None
         with self._backend.world.remembering_environment():
             wrapped = self._backend._wrap(inner, options)
         self._backend.world.impose_timeout()
-        self._add(inner, wrapped, options, copy)
+        self._add(PreparedModel(module=inner, kind=kind, wrapped=wrapped, options=options, skeleton=copy))
         if inner is model:
             return wrapped
         model.model = wrapped
@@ -103,7 +103,7 @@ class Preparation:
             copy = skeleton(inner)
             self._models.add(
                 PreparedModel(
-                    module=inner, wrapped=inner, options=WrapOptions(training=True), skeleton=copy, unguard=lambda: None
+                    module=inner, kind=type(inner), wrapped=inner, options=WrapOptions(training=True), skeleton=copy
                 )
             )
         self.bind(model, optimizer)
@@ -116,9 +116,8 @@ class Preparation:
                     f"prepare a model and its optimizer once, and use what prepare returned"
                 )
 
-    def _add(self, module: nn.Module, wrapped: nn.Module, options: WrapOptions, copy: nn.Module | None) -> None:
-        prepared = PreparedModel(module=module, wrapped=wrapped, options=options, skeleton=copy, unguard=lambda: None)
-        prepared.unguard = guard_forward(wrapped, lambda: self._forward(prepared))
+    def _add(self, prepared: PreparedModel) -> None:
+        prepared.unguard = guard_forward(prepared.wrapped, lambda: self._forward(prepared))
         self._models.add(prepared)
 
     @contextmanager

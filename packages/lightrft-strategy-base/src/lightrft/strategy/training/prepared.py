@@ -19,12 +19,14 @@ class PreparedModel:
 
     module: nn.Module
     """The model itself, unwrapped."""
+    kind: type[nn.Module]
+    """The class of ``module`` before wrapping, which may replace it."""
     wrapped: nn.Module
     """What the caller calls: ``module``, or a wrapper of it."""
     options: WrapOptions
     skeleton: nn.Module | None
     """A copy on the meta device, made before wrapping; None for models that do not train."""
-    unguard: Callable[[], None]
+    unguard: Callable[[], None] = lambda: None
     """Takes the guard off ``wrapped`` again."""
     trained: TrainedModel | None = None
     offloaded: bool = False

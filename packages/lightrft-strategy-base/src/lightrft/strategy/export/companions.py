@@ -1,0 +1,61 @@
+"""What stands beside the weights in a model's directory: configuration, tokenizer, processor, custom code.
+
+Each object knows how to write itself; this module says which, and changes none of them.
+"""
+
+import copy
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def write_configuration(
+    module: nn.Module, kind: type[nn.Module], dtype: torch.dtype | None, folder: Path, *, untied: bool
+) -> None:
+    """Write the configuration of a transformers model, as its `save_pretrained` would, and its code if it is custom.
+
+    ``kind``: its class, which wrapping may have replaced. ``untied``: its embeddings are saved apart, whatever its
+    configuration says. Other models have none.
+    """
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not issubclass(kind, transformers.PreTrainedModel):
+        return
+    model: Any = module
+    code: Any = kind
+    config = copy.deepcopy(model.config)
+    config.architectures = [kind.__name__]
+    if dtype is not None:
+        config.dtype = str(dtype).removeprefix("torch.")
+    if untied:
+        config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
+    if code.is_remote_code():
+        from transformers.dynamic_module_utils import custom_object_save
+
+        custom_object_save(code.__new__(kind), folder, config=config)  # it looks at the class alone
+    config.save_pretrained(folder)
+    if code.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+
+
+def write_adapter_configuration(module: nn.Module, adapter: str, folder: Path) -> None:
+    """Write PEFT's configuration of one adapter, as its `save_pretrained` would."""
+    model: Any = module
+    config = copy.deepcopy(model.peft_config[adapter])
+    config.inference_mode = True
+    base = model.get_base_model()
+    config.base_model_name_or_path = config.base_model_name_or_path or getattr(base, "name_or_path", None) or None
+    if config.task_type is None:
+        kind = type(base)
+        config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    config.save_pretrained(folder)
+
+
+def write_processors(processors: Mapping[str, Any], folder: Path) -> None:
+    """Write tokenizers and processors, those that are there, by the name of their argument."""
+    for processor in processors.values():
+        if processor is not None:
+            processor.save_pretrained(folder)

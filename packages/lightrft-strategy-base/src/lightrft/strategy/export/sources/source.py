@@ -1,0 +1,43 @@
+"""What every kind of directory offers: names with shapes, at once, and tensors, one at a time."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+
+from lightrft.config import CheckpointError
+
+REMEDY = "load another copy, or write it again"
+
+
+class Source(Protocol):
+    """Weights in a directory. Opening one finds what is missing or too short."""
+
+    place: Path
+    names: Literal["saved", "in memory"]
+    """Whether names and form are those of `save_pretrained`, or of a state dict."""
+
+    @property
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """Of all tensors, by name."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """A whole tensor on the CPU, which may be mapped from the file and cost memory only where it is touched."""
+
+    def opened(self) -> AbstractContextManager[object]:
+        """Around `read`."""
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what goes wrong in the body into a `CheckpointError` that names ``path``."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing; {REMEDY}") from error
+    except Exception as error:
+        raise CheckpointError(f"cannot read {path}: {error} ({type(error).__name__}); {REMEDY}") from error
