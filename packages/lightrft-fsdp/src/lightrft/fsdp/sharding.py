@@ -98,6 +98,7 @@ def _gather_frame(shards: Sequence[DTensor], dtype: torch.dtype, device: torch.d
         values = local(shard)
         frame[start : start + values.numel()].copy_(values)  # casts
     rows = all_gather_flat(frame, group)
+    del frame  # what follows copies the rows, and no more than twice the whole should be here at a time
     return [
         rows[:, start : start + chunk].reshape(-1)[: shard.shape.numel()].view(shard.shape)
         for shard, start, chunk in zip(shards, starts, chunks, strict=True)
