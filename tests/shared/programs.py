@@ -71,7 +71,7 @@ class Program:
     """Micro-batches of each update, where they are not K."""
     max_norm: float | None = None
     losses: str = "one"
-    """How the losses of a micro-batch come about; see `ds_cases.backward`."""
+    """How the losses of a micro-batch come about; see `training.backward`."""
     detours: Sequence[tuple[int, int]] = ()
     """Updates and micro-batches that use the layer ``detour``."""
     detour_of: int | None = None

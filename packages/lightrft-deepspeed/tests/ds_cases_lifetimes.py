@@ -1,32 +1,26 @@
 """What a rank does in `test_deepspeed_lifetimes`."""
 
-import os
-import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import ds_cases
 import pytest
 import torch
 import torch.distributed as dist
-from ds_models import RATE, Program, loss_of, mixed, tokens
+from programs import RATE, Program, loss_of, mixed, tokens
 from torch import nn
+from traces import traces
 
 from lightrft.config import StrategyError
 
 
-def traces() -> dict[str, Any]:
-    """What a lifetime might leave in this process."""
+def _traces() -> dict[str, Any]:
+    """What is there, with what DeepSpeed might leave."""
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
     return {
-        "environment": dict(os.environ),
-        "threads": threading.active_count(),
-        "system threads": len(list(Path("/proc/self/task").iterdir())),
-        "files": len(list(Path("/proc/self/fd").iterdir())),
+        **traces(),
         "linear": torch.nn.functional.linear.__module__,
-        "process group": dist.is_initialized(),
         "models": len(FWD_MODULE_STACK),
     }
 
@@ -48,7 +42,7 @@ def lives(stages: tuple[int, ...]) -> list[dict[str, Any]]:
                 models.append(model)
             models.append(made.prepare(mixed()))
             models[-1](tokens(0))
-        found.append(traces())
+        found.append(_traces())
     return found
 
 

@@ -4,8 +4,15 @@ from typing import Any
 
 import ds_cases
 import torch
-from ds_models import RATE, Observed, Program, loss_of, mixed, tokens
+import training
+from programs import RATE, Observed, Program, loss_of, mixed, tokens
 from torch import nn
+
+
+def compiled() -> None:
+    """Build DeepSpeed's CPU Adam, if it has not been built."""
+    with ds_cases.strategy(Program(), zero_stage=1, adam_offload=True) as made:
+        made.create_optimizer(mixed())
 
 
 def with_the_callers_adamw(program: Program, **settings: Any) -> Observed:
@@ -13,8 +20,8 @@ def with_the_callers_adamw(program: Program, **settings: Any) -> Observed:
         model: nn.Module = mixed()
         optimizer = torch.optim.AdamW([it for it in model.parameters() if it.requires_grad], lr=RATE, weight_decay=0.0)
         model, optimizer, _ = made.prepare((model, optimizer, None))
-        ds_cases.run(program, made, model, optimizer)
-        return Observed(parameters=ds_cases.whole(made, model))
+        training.run(program, made, model, optimizer)
+        return Observed(parameters=training.whole(made, model))
 
 
 def moved_about(cycles: bool, **settings: Any) -> dict[str, torch.Tensor]:
@@ -25,17 +32,17 @@ def moved_about(cycles: bool, **settings: Any) -> dict[str, torch.Tensor]:
         for update, micro, _ in program.micro_batches():
             made.backward(loss_of(model, tokens(update, micro, made.get_rank())), model, optimizer)
             if cycles:
-                before = ds_cases.whole(made, model)
+                before = training.whole(made, model)
                 for _ in range(2):
                     made.offload_model(model)
                     made.maybe_offload_optimizer(optimizer)
                 for _ in range(2):
                     made.reload_model(model)
                     made.maybe_load_optimizer(optimizer)
-                now = ds_cases.whole(made, model)
+                now = training.whole(made, model)
                 assert all(torch.equal(now[name], it) for name, it in before.items())
             made.optimizer_step(optimizer, model)
-        return ds_cases.whole(made, model)
+        return training.whole(made, model)
 
 
 def parked(**settings: Any) -> tuple[int, dict[str, torch.Tensor]]:
@@ -54,4 +61,4 @@ def parked(**settings: Any) -> tuple[int, dict[str, torch.Tensor]]:
             given_back = before - sum(it.nbytes() for it in held.values())
             stage.unpark(inner)
             made.optimizer_step(optimizer, model)
-        return given_back, ds_cases.whole(made, model)
+        return given_back, training.whole(made, model)

@@ -4,7 +4,8 @@ from typing import Any
 
 import ds_cases
 import torch
-from ds_models import Program
+import training
+from programs import Program
 from torch import nn
 
 
@@ -29,7 +30,7 @@ def descended(gradients: list[float], window: int, rate: float, **settings: Any)
             made.backward(model(torch.full((2,), gradient)).float(), model, optimizer)
             result = made.optimizer_step(optimizer, model)
             norms += [] if result.grad_norm is None else [result.grad_norm]
-        return ds_cases.whole(made, model)["weights"].tolist(), norms
+        return training.whole(made, model)["weights"].tolist(), norms
 
 
 def called_with_floats(**settings: Any) -> tuple[torch.Tensor, torch.dtype, torch.dtype]:

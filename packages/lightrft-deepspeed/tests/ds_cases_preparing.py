@@ -2,7 +2,8 @@
 
 import ds_cases
 import torch
-from ds_models import DECAY, RATE, Mixed, Program, loss_of, mixed, tokens
+import training
+from programs import DECAY, RATE, Mixed, Program, loss_of, mixed, tokens
 from torch import nn
 
 
@@ -12,7 +13,7 @@ def prepared_for_training(persist: bool, **settings: object) -> list[dict[str, t
         model, _, _ = made.prepare((model, made.create_optimizer(model, lr=RATE), None))
         assert isinstance(made.unwrap_model(model), Mixed)
         assert [name for name, _ in model.named_parameters()] == [name for name, _ in mixed().named_parameters()]
-        return [ds_cases.whole(made, model, dtype) for dtype in (torch.float32, torch.bfloat16)]
+        return [training.whole(made, model, dtype) for dtype in (torch.float32, torch.bfloat16)]
 
 
 def called_before_and_after(**settings: object) -> list[torch.Tensor]:
@@ -39,7 +40,7 @@ def built_on_rank_0_alone(training: bool, **settings: object) -> dict[str, torch
             model = made.prepare(model)
         assert made.unwrap_model(model).head.weight is made.unwrap_model(model).embed.weight
         model(tokens(0))
-        return ds_cases.whole(made, model)
+        return training.whole(made, model)
 
 
 def for_inference(dtype: torch.dtype, **settings: object) -> tuple[dict[str, torch.Tensor], int, bool]:
@@ -64,17 +65,17 @@ def averaged(**settings: object) -> tuple[dict[str, torch.Tensor], dict[str, tor
         average = made.prepare(mixed())
         average(tokens(0))  # leaves small parameters gathered, at stage 3
         model, optimizer, _ = made.prepare((model, made.create_optimizer(model, lr=RATE), None))
-        wanted = ds_cases.whole(made, average)
+        wanted = training.whole(made, average)
         for update in range(3):
             made.backward(program.loss(model, update, 0, made.get_rank()), model, optimizer)
             made.optimizer_step(optimizer, model)
             made.moving_average(model, average, beta)
-            now = ds_cases.whole(made, model)
+            now = training.whole(made, model)
             trained = {name for name, it in model.named_parameters() if it.requires_grad}
             for name in trained:
                 wanted[name].mul_(beta).add_(now[name], alpha=1 - beta)
         outputs = average(tokens(5)).detach().float()
-        return ds_cases.whole(made, average), wanted, next(average.parameters()).dtype, outputs
+        return training.whole(made, average), wanted, next(average.parameters()).dtype, outputs
 
 
 def written_through_shards(**settings: object) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], torch.Tensor]:
@@ -91,7 +92,7 @@ def written_through_shards(**settings: object) -> tuple[dict[str, torch.Tensor],
             shard.values.copy_(shard.of(other[shard.name].detach()))
         made._refresh(inner)
         outputs = model(tokens(5)).detach().float()
-        return ds_cases.whole(made, model), ds_cases.whole(made, model, torch.bfloat16), outputs
+        return training.whole(made, model), training.whole(made, model, torch.bfloat16), outputs
 
 
 def actor_and_critic(**settings: object) -> list[dict[str, torch.Tensor]]:
@@ -104,11 +105,11 @@ def actor_and_critic(**settings: object) -> list[dict[str, torch.Tensor]]:
             pairs.append(made.prepare((model, made.create_optimizer(model, lr=RATE, weight_decay=DECAY), None))[:2])
         (actor, actor_optimizer), (critic, critic_optimizer) = pairs
         for update, micro, _ in program.micro_batches():
-            ds_cases.backward(program, made, actor, actor_optimizer, update, micro)
-            ds_cases.backward(other, made, critic, critic_optimizer, update, micro)
+            training.backward(program, made, actor, actor_optimizer, update, micro)
+            training.backward(other, made, critic, critic_optimizer, update, micro)
             made.optimizer_step(critic_optimizer, critic)
             made.optimizer_step(actor_optimizer, actor)
-        return [ds_cases.whole(made, actor), ds_cases.whole(made, critic)]
+        return [training.whole(made, actor), training.whole(made, critic)]
 
 
 def alone(seed: int, program: Program, **settings: object) -> dict[str, torch.Tensor]:
@@ -116,8 +117,8 @@ def alone(seed: int, program: Program, **settings: object) -> dict[str, torch.Te
         model: nn.Module = mixed(seed)
         optimizer = made.create_optimizer(model, lr=RATE, weight_decay=DECAY)
         model, optimizer, _ = made.prepare((model, optimizer, None))
-        ds_cases.run(program, made, model, optimizer)
-        return ds_cases.whole(made, model)
+        training.run(program, made, model, optimizer)
+        return training.whole(made, model)
 
 
 def with_groups(empty: bool, stepped: bool, kind: str, **settings: object) -> None:

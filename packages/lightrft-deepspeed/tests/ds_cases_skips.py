@@ -2,7 +2,8 @@
 
 import ds_cases
 import torch
-from ds_models import RATE, Program, mixed, tokens
+import training
+from programs import RATE, Program, mixed, tokens
 from torch import nn
 from torch.optim import Optimizer
 
@@ -20,9 +21,9 @@ def after(program: Program, **settings: object) -> tuple[dict[str, torch.Tensor]
     """Parameters in fp32, optimizer state, and the results of the updates, at the end of ``program``."""
     with ds_cases.strategy(program, **settings) as made:
         model, optimizer, _ = prepared(made)
-        results = ds_cases.run(program, made, model, optimizer)
+        results = training.run(program, made, model, optimizer)
         seen = [(it.applied, it.skipped) for it in results if it.grad_norm is not None]
-        return ds_cases.whole(made, model), state_of(optimizer), seen
+        return training.whole(made, model), state_of(optimizer), seen
 
 
 def prepared(made: DeepspeedStrategy) -> tuple[nn.Module, Optimizer, None]:
@@ -35,8 +36,8 @@ def overflowing(scale: float, **settings: object) -> tuple[bool, bool, bool]:
     """One update with gradients of about ``scale``: applied, skipped, and whether parameters moved."""
     with ds_cases.strategy(Program(), **settings) as made:
         model, optimizer, _ = prepared(made)
-        before = ds_cases.whole(made, model)
+        before = training.whole(made, model)
         made.backward(model(tokens(0)).float().square().mean() * scale, model, optimizer)
         result = made.optimizer_step(optimizer, model)
-        moved = any(not torch.equal(before[name], it) for name, it in ds_cases.whole(made, model).items())
+        moved = any(not torch.equal(before[name], it) for name, it in training.whole(made, model).items())
         return result.applied, result.skipped, moved

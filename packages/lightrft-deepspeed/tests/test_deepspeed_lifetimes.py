@@ -7,7 +7,7 @@ import sys
 import ds_cases_lifetimes as cases
 import pytest
 import torch.distributed as dist
-from ds_workers import Workers
+from workers import Workers
 
 from lightrft.config import ConfigError, StrategyConfig
 from lightrft.deepspeed import DeepspeedStrategy

@@ -2,10 +2,9 @@
 
 import ds_cases_models as cases
 import pytest
-from ds_models import Program, furthest, reference, relative
-from ds_workers import Workers
-
-transformers = pytest.importorskip("transformers")
+from llamas import Actor, llama
+from programs import Program, furthest, reference, relative
+from workers import Workers
 
 
 @pytest.mark.parametrize("checkpointing", [None, "reentrant", "not reentrant"])
@@ -14,16 +13,11 @@ transformers = pytest.importorskip("transformers")
 def test_a_llama_trains_as_in_plain_torch(two: Workers, stage: int, bf16: bool, checkpointing: str | None) -> None:
     program = Program(updates=4, window=2)
     found = two.run(cases.trained, program=program, checkpointing=checkpointing, zero_stage=stage, bf16=bf16)
-    wanted = reference(program, 2, cases.Actor)
-    wanted.parameters = {
-        name.removeprefix(
-            "model.",
-        ): it
-        for name, it in wanted.parameters.items()
-    }
+    wanted = reference(program, 2, Actor)
+    wanted.parameters = {name.removeprefix("model."): it for name, it in wanted.parameters.items()}
     assert furthest(found[0], found[1]) == 0
     assert found[0].parameters.keys() == wanted.parameters.keys()
-    assert relative(found[0], wanted, cases.llama) < (0.1 if bf16 else 5e-5)
+    assert relative(found[0], wanted, llama) < (0.1 if bf16 else 5e-5)
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])

@@ -4,10 +4,16 @@ import ds_cases
 import ds_cases_offload as cases
 import pytest
 import torch
-from ds_models import Program, furthest, mixed, reference, relative
-from ds_workers import Workers
+from programs import Program, furthest, mixed, reference, relative
+from workers import Workers
 
 STAGES = (0, 1, 2, 3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled(one: Workers) -> None:
+    """What takes a minute the first time, and has no place in a test's deadline."""
+    one.run(cases.compiled, deadline=500)
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -2,8 +2,8 @@
 
 import ds_cases
 import pytest
-from ds_models import Observed, Program, furthest, reference, relative
-from ds_workers import Workers, WorkersError
+from programs import Observed, Program, furthest, reference, relative
+from workers import Workers, WorkersError
 
 STAGES = (0, 1, 2, 3)
 TWO_LOSSES = (

@@ -3,7 +3,7 @@
 import ds_cases_precision as cases
 import pytest
 import torch
-from ds_workers import Workers
+from workers import Workers
 
 STAGES = (0, 1, 2, 3)
 

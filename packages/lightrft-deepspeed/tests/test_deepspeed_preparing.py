@@ -3,9 +3,9 @@
 import ds_cases_preparing as cases
 import pytest
 import torch
-from ds_models import Program, mixed, tokens
-from ds_workers import Workers, WorkersError
+from programs import Program, mixed, tokens
 from torch import nn
+from workers import Workers, WorkersError
 
 STAGES = (0, 1, 2, 3)
 BF16 = pytest.mark.parametrize("bf16", [False, True])

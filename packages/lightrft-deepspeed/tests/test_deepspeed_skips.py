@@ -3,8 +3,8 @@
 import ds_cases_skips as cases
 import pytest
 import torch
-from ds_models import Program
-from ds_workers import Workers
+from programs import Program
+from workers import Workers
 
 STAGES = (0, 1, 2, 3)
 State = list[dict[str, torch.Tensor]]

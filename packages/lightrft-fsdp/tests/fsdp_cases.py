@@ -1,0 +1,126 @@
+"""What a rank does in the tests: functions that `workers` call in their processes."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import training
+from fsdp_models import Layered, layered
+from programs import DECAY, RATE, Observed, Program, tokens
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.optim import Optimizer
+
+from lightrft.fsdp import FSDPV2Strategy, sharding
+from lightrft.strategy.backend import WrapOptions
+
+
+@contextmanager
+def strategy(
+    program: Program, kind: type[FSDPV2Strategy] = FSDPV2Strategy, **settings: Any
+) -> Iterator[FSDPV2Strategy]:
+    """A strategy for ``program``, closed in the end."""
+    batch = program.window * int(os.environ["WORLD_SIZE"])
+    with kind(device="cpu", max_norm=program.max_norm, train_batch_size=batch, **{"bf16": False, **settings}) as made:
+        yield made
+
+
+def prepared(made: FSDPV2Strategy, model: nn.Module | None = None) -> tuple[nn.Module, Optimizer]:
+    """``model``, or a `Layered`, in training."""
+    bare = layered(3 + made.get_rank()) if model is None else model
+    optimizer = made.create_optimizer(bare, lr=RATE, weight_decay=DECAY)
+    found: tuple[nn.Module, Optimizer, None] = made.prepare((bare, optimizer, None))
+    return found[0], found[1]
+
+
+def train(program: Program, **settings: Any) -> Observed:
+    """Run ``program``; every rank's model begins with other weights, of which rank 0's count."""
+    with strategy(program, **settings) as made:
+        model, optimizer = prepared(made)
+        results = training.run(program, made, model, optimizer)
+        norms = [it.grad_norm for it in results if it.applied or it.skipped]
+        return Observed(parameters=training.whole(made, model), norms=norms)
+
+
+def held(**settings: Any) -> tuple[int, list[int], set[torch.dtype]]:
+    """Elements that this rank holds of a model in training, the sizes of its mesh, and their types."""
+    with strategy(Program(), **settings) as made:
+        model, _ = prepared(made)
+        shards = made._shards(made.unwrap_model(model))
+        (mesh,) = {parameter.device_mesh for parameter in model.parameters()}
+        return sum(it.values.numel() for it in shards), list(mesh.shape), {it.values.dtype for it in shards}
+
+
+class OnTwoMeshes(FSDPV2Strategy):
+    """The second layer is whole on every rank, as experts may be sharded otherwise than what is around them."""
+
+    def _wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
+        assert isinstance(module, Layered)
+        whole = dict(module.named_parameters()) if self.world.rank == 0 else {}
+        fully_shard(module.layers[1], mesh=self._mesh(1))
+        fully_shard(module, mesh=self._mesh(-1))
+        sharding.load_from_rank_0(module, whole, self.world)
+        return module
+
+
+def train_on_two_meshes(program: Program) -> Observed:
+    return train(program, kind=OnTwoMeshes)
+
+
+def prepared_in_two_ways(**settings: Any) -> list[dict[str, torch.Tensor]]:
+    """The weights after preparing for training, and for inference."""
+    with strategy(Program(), **settings) as made:
+        model, _ = prepared(made)
+        other = made.prepare(layered(3 + made.get_rank()))
+        return [training.whole(made, it) for it in (model, other)]
+
+
+def built_on_rank_0_alone(in_training: bool) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The weights, and an output, of a model whose memory only rank 0 had."""
+    with strategy(Program()) as made:
+        with made.init_model_context(meta_init=True):
+            model: nn.Module = Layered() if made.get_rank() else layered()
+        assert made.get_rank() == 0 or all(it.is_meta for it in [*model.parameters(), *model.buffers()])
+        model = prepared(made, model)[0] if in_training else made.prepare(model)
+        inner = made.unwrap_model(model)
+        assert isinstance(inner, Layered)
+        assert inner.head.weight is inner.embed.weight
+        return training.whole(made, model), model(tokens(1)).detach()
+
+
+def moved_about(cycles: bool, **settings: Any) -> dict[str, torch.Tensor]:
+    """The weights after a few updates, with the model and the optimizer sent away and back before each."""
+    program = Program(updates=4, window=2)
+    with strategy(program, **settings) as made:
+        model, optimizer = prepared(made)
+        for update, micro, _ in program.micro_batches():
+            made.backward(program.loss(model, update, micro, made.get_rank()), model, optimizer)
+            if cycles:
+                before = training.whole(made, model)
+                for _ in range(2):
+                    made.offload_model(model)
+                    made.maybe_offload_optimizer(optimizer)
+                for _ in range(2):
+                    made.reload_model(model)
+                    made.maybe_load_optimizer(optimizer)
+                assert all(torch.equal(before[name], it) for name, it in training.whole(made, model).items())
+            made.optimizer_step(optimizer, model)
+        return training.whole(made, model)
+
+
+def stumbled(program: Program) -> dict[str, torch.Tensor]:
+    """The weights after ``program``, with a forward that failed half-way before each update."""
+    with strategy(program) as made:
+        model, optimizer = prepared(made)
+        for update, micro, _ in program.micro_batches():
+            try:
+                model(torch.full((1, 2), 99))  # no such token
+            except IndexError:
+                pass
+            else:
+                raise AssertionError("a token that is not in the vocabulary was taken")
+            made.backward(program.loss(model, update, micro, made.get_rank()), model, optimizer)
+            made.optimizer_step(optimizer, model)
+        return training.whole(made, model)

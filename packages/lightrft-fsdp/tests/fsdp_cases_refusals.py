@@ -1,0 +1,81 @@
+"""What a rank does in `test_fsdp_refusals`: mistakes that people make, one by one."""
+
+from collections.abc import Callable
+
+import fsdp_cases
+import torch
+from fsdp_models import layered
+from programs import Program, loss_of, tokens
+from torch import nn
+
+from lightrft.config import LightRFTError
+from lightrft.fsdp import FSDPV2Strategy
+from lightrft.strategy import get_strategy
+
+CPU = {"strategy": "fsdp", "device": "cpu", "train_batch_size": 2}
+
+
+def refused(what: str) -> tuple[str, str]:
+    """The kind of error, and its message."""
+    try:
+        MISTAKES[what]()
+    except LightRFTError as error:
+        return type(error).__name__, str(error)
+    raise AssertionError(f"{what}: nothing was raised")
+
+
+def _settings(**given: object) -> Callable[[], None]:
+    return lambda: get_strategy({**CPU, **given}).close()
+
+
+def _with_strategy(mistake: Callable[[FSDPV2Strategy], object]) -> Callable[[], None]:
+    def run() -> None:
+        with fsdp_cases.strategy(Program()) as made:
+            mistake(made)
+
+    return run
+
+
+def _optimizer_of_another_model(made: FSDPV2Strategy) -> None:
+    model, _ = fsdp_cases.prepared(made)
+    _, other = fsdp_cases.prepared(made)
+    made.backward(loss_of(model, tokens(0)), model, other)
+
+
+def _loss_without_a_graph(made: FSDPV2Strategy) -> None:
+    model, optimizer = fsdp_cases.prepared(made)
+    made.backward(loss_of(model, tokens(0)).detach(), model, optimizer)
+
+
+def _model_that_was_not_prepared(made: FSDPV2Strategy) -> None:
+    model = layered()
+    optimizer = made.create_optimizer(model, lr=1e-3)
+    made.backward(loss_of(model, tokens(0)), model, optimizer)
+
+
+def _scalar_parameter(made: FSDPV2Strategy) -> None:
+    model = layered()
+    model.temperature = nn.Parameter(torch.tensor(1.0))
+    made.prepare(model)
+
+
+def _step_without_backward(made: FSDPV2Strategy) -> None:
+    model, optimizer = fsdp_cases.prepared(made)
+    made.optimizer_step(optimizer, model)
+
+
+MISTAKES: dict[str, Callable[[], None]] = {
+    "unknown strategy": _settings(strategy="fdsp"),
+    "batch that does not divide": _settings(train_batch_size=3),
+    "sequence parallelism": _settings(sp_size=2),
+    "no CUDA": _settings(device="cuda"),
+    "unknown engine": _with_strategy(lambda made: made.setup_inference_engine(made.config, "transformer")),
+    "generating without an engine": _with_strategy(lambda made: made.gather_and_generate({}, [[1]])),
+    "replicas that do not divide": _with_strategy(lambda made: made.prepare_model(layered(), shard_size=3)),
+    "no layers": _with_strategy(lambda made: made.prepare(nn.Linear(2, 2))),
+    "scalar parameter": _with_strategy(_scalar_parameter),
+    "optimizer of another model": _with_strategy(_optimizer_of_another_model),
+    "loss without a graph": _with_strategy(_loss_without_a_graph),
+    "model that was not prepared": _with_strategy(_model_that_was_not_prepared),
+    "step without backward": _with_strategy(_step_without_backward),
+}

@@ -1,0 +1,73 @@
+"""Models written by FSDP2 for transformers to open, and read back into other layouts."""
+
+from pathlib import Path
+
+import exports
+import pytest
+import torch
+from llamas import llama
+from workers import Workers
+
+transformers = pytest.importorskip("transformers")
+
+SETTINGS = [{}, {"fsdp_shard_size": 1}, {"fsdp_cpu_offload": True}, {"bf16": True}]
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor, bound: float) -> bool:
+    """Whether they differ by at most ``bound``."""
+    return bool((found - wanted).abs().max() <= bound)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_what_one_run_saves_transformers_opens_and_another_run_loads(
+    two: Workers, tmp_path: Path, settings: dict[str, object]
+) -> None:
+    bound = 2e-2 if "bf16" in settings else 1e-6
+    (path, weights, logits), other = two.run(
+        exports.saved, strategy="fsdp", path=str(tmp_path / "out"), save={"max_shard_size": 3000}, **settings
+    )
+    assert other[0] == path
+    opened = transformers.AutoModelForCausalLM.from_pretrained(path)
+    assert close(opened(exports.TOKENS).logits, logits, bound)
+    assert opened.lm_head.weight is opened.model.embed_tokens.weight
+    assert all(torch.equal(opened.state_dict()[name], it) for name, it in weights.items())
+    assert len(list(Path(path).glob("model-*-of-*.safetensors"))) > 2
+    for found, found_logits, updated in two.run(exports.loaded, strategy="fsdp", path=path, **settings):
+        assert all(torch.equal(found[name], it) for name, it in weights.items())
+        assert close(found_logits, logits, bound)
+        assert 0 < max(float((updated[name] - it).abs().max()) for name, it in found.items()) < 0.02
+
+
+@pytest.mark.parametrize("in_training", [True, False])
+def test_from_pretrained_where_only_rank_0_gets_memory(two: Workers, tmp_path: Path, in_training: bool) -> None:
+    model = llama()
+    model.save_pretrained(tmp_path)
+    first, second = two.run(
+        exports.from_pretrained_on_rank_0, strategy="fsdp", path=str(tmp_path), in_training=in_training
+    )
+    assert (first[0], second[0]) == ({"cpu"}, {"meta"})
+    for _, weights, buffers, logits in (first, second):
+        assert all(torch.equal(model.state_dict()[name], it) for name, it in weights.items())
+        assert buffers.keys() == dict(model.named_buffers()).keys()
+        assert all(torch.equal(buffers[name], it) for name, it in model.named_buffers())
+        assert close(logits, model(exports.TOKENS).logits, 1e-6)
+
+
+def test_what_one_rank_cannot_write_every_rank_hears_of(two: Workers, tmp_path: Path) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("mine")
+    for kind, text, unchanged in two.run(exports.refused, strategy="fsdp", path=str(taken), call="save"):
+        assert kind == "CheckpointError"
+        assert str(taken) in text
+        assert unchanged
+    assert [it.name for it in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_damaged_file_is_found_before_anything_changes(two: Workers, tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    for kind, text, unchanged in two.run(exports.refused, strategy="fsdp", path=str(tmp_path), call="load"):
+        assert kind == "CheckpointError"
+        assert str(file) in text
+        assert unchanged

@@ -1,0 +1,19 @@
+"""A language model as people train it: transformers' Llama, with gradient checkpointing."""
+
+import fsdp_cases_models as cases
+import pytest
+from llamas import Actor, llama
+from programs import Program, furthest, reference, relative
+from workers import Workers
+
+
+@pytest.mark.parametrize("checkpointing", [None, "reentrant", "not reentrant"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_llama_trains_as_in_plain_torch(two: Workers, bf16: bool, checkpointing: str | None) -> None:
+    program = Program(updates=4, window=2)
+    found = two.run(cases.trained, program=program, checkpointing=checkpointing, bf16=bf16)
+    wanted = reference(program, 2, Actor)
+    wanted.parameters = {name.removeprefix("model."): it for name, it in wanted.parameters.items()}
+    assert furthest(found[0], found[1]) == 0
+    assert found[0].parameters.keys() == wanted.parameters.keys()
+    assert relative(found[0], wanted, llama) < (0.1 if bf16 else 5e-5)

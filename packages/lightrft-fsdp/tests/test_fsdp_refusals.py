@@ -1,0 +1,33 @@
+"""Mistakes: the same error on every rank, with what was asked, what was found, and what to do."""
+
+import fsdp_cases_refusals as cases
+import pytest
+import torch
+from workers import Workers
+
+WORDS = {
+    "unknown strategy": ("ConfigError", "there is no strategy 'fdsp'", "did you mean 'fsdp'?", "installed are: "),
+    "batch that does not divide": ("ConfigError", "train_batch_size=3", "1 x 2 = 2", "the same whole number"),
+    "sequence parallelism": ("ConfigError", "sp_size=2", "not supported yet", "use sp_size=1"),
+    "no CUDA": ("ConfigError", "device='cuda'", "no CUDA device", "use device='cpu' or 'auto'"),
+    "unknown engine": ("ConfigError", "there is no engine 'transformer'", "did you mean 'transformers'?"),
+    "generating without an engine": ("EngineError", "gather_and_generate", "setup_inference_engine"),
+    "replicas that do not divide": ("ConfigError", "shard_size=3", "2 ranks"),
+    "no layers": ("UnsupportedOperationError", "Linear has no layers to wrap", "Set _no_split_modules ="),
+    "scalar parameter": ("UnsupportedOperationError", "temperature of Layered", "give them shape (1,)"),
+    "optimizer of another model": ("StrategyError", "belongs to another model", "that prepare returned"),
+    "loss without a graph": ("StrategyError", "backward: the loss carries no graph", "detached"),
+    "model that was not prepared": ("StrategyError", "has not prepared the model", "call prepare("),
+    "step without backward": ("StrategyError", "optimizer_step: no backward", "call strategy.backward("),
+}
+
+
+@pytest.mark.parametrize("what", cases.MISTAKES)
+def test_a_mistake_is_explained_on_every_rank(two: Workers, what: str) -> None:
+    if what == "no CUDA" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    kind, *words = WORDS[what]
+    first, second = two.run(cases.refused, what=what)
+    assert first == second
+    assert first[0] == kind
+    assert [word for word in words if word not in first[1]] == [], first[1]

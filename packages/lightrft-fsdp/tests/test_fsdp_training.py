@@ -1,0 +1,96 @@
+"""Updates are those of plain torch, however the model is sharded."""
+
+import fsdp_cases as cases
+import pytest
+from fsdp_models import layered
+from programs import Observed, Program, furthest, reference, relative
+from workers import Workers
+
+
+def trained(workers: Workers, program: Program, **settings: object) -> Observed:
+    """What ``program`` gives on all ranks, which must be the same."""
+    return same(workers.run(cases.train, program=program, **settings))
+
+
+def same(observed: list[Observed]) -> Observed:
+    for other in observed[1:]:
+        assert furthest(other, observed[0]) == 0
+        assert other.norms == pytest.approx(observed[0].norms, rel=0, abs=0, nan_ok=True)
+    return observed[0]
+
+
+def plain(program: Program, ranks: int) -> Observed:
+    """``program`` in plain torch, with the saved names: buffers are none of a reference's parameters."""
+    return reference(program, ranks, layered)
+
+
+def test_one_micro_batch_without_clipping_is_bitwise_plain_torch(one: Workers, two: Workers) -> None:
+    program = Program()
+    assert furthest(trained(one, program), plain(program, 1)) == 0
+    assert furthest(trained(two, program), plain(program, 2)) == 0
+
+
+def test_several_micro_batches_and_two_losses_in_each_give_their_mean(two: Workers) -> None:
+    program = Program(updates=6, window=2, losses="forward, forward, backward, backward")
+    assert relative(trained(two, program), plain(program, 2), layered) < 5e-5
+
+
+def test_copies_that_are_sharded_over_some_ranks_are_replicas(four: Workers) -> None:
+    program = Program(updates=8, window=2, max_norm=0.3)
+    found, wanted = trained(four, program, fsdp_shard_size=2), plain(program, 4)
+    assert relative(found, wanted, layered) < 5e-5
+    assert found.norms == pytest.approx(wanted.norms, rel=1e-5)
+    assert min(wanted.norms) > 0.3
+
+
+def test_each_replica_is_whole_over_its_ranks(four: Workers) -> None:
+    found = four.run(cases.held, fsdp_shard_size=2)
+    elements = sum(parameter.numel() for parameter in layered().parameters())
+    assert {tuple(mesh) for _, mesh, _ in found} == {(2, 2)}
+    held = [number for number, _, _ in found]
+    assert held[0] + held[1] == held[2] + held[3] == elements
+    assert max(held) < 0.75 * elements
+
+
+def test_a_layer_on_another_mesh_is_clipped_with_the_rest(two: Workers) -> None:
+    program = Program(updates=8, window=2, max_norm=0.3)
+    found, wanted = same(two.run(cases.train_on_two_meshes, program=program)), plain(program, 2)
+    assert found.norms == pytest.approx(wanted.norms, rel=1e-5)
+    assert relative(found, wanted, layered) < 5e-5
+    assert min(wanted.norms) > 0.3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"fsdp_cpu_offload": True}, {"fsdp_shard_size": 1}, {"mixed_mm_data": True}, {"grad_accum_dtype": "fp32"}],
+    ids=str,
+)
+def test_where_things_are_kept_changes_no_update(two: Workers, settings: dict[str, object]) -> None:
+    program = Program(updates=6, window=2, max_norm=0.3)
+    assert relative(trained(two, program, **settings), plain(program, 2), layered) < 5e-5
+
+
+@pytest.mark.parametrize("given", [None, "bf16"])
+def test_bfloat16_stays_near_the_fp32_reference_and_the_masters_are_fp32(two: Workers, given: str | None) -> None:
+    program = Program(window=2)
+    found = trained(two, program, bf16=True, grad_accum_dtype=given)
+    assert 0 < relative(found, plain(program, 2), layered) < 0.1
+    assert {str(dtype) for _, _, dtypes in two.run(cases.held, bf16=True) for dtype in dtypes} == {"torch.float32"}
+
+
+def test_a_layer_that_only_some_updates_use_moves_as_in_plain_torch(two: Workers) -> None:
+    program = Program(updates=6, window=2, detours=[(0, 0), (3, 1)])
+    assert relative(trained(two, program), plain(program, 2), layered) < 5e-5
+
+
+def test_a_gradient_that_is_no_number_on_one_rank_skips_the_update_on_all(two: Workers) -> None:
+    bad, good = Program(updates=5, max_norm=0.5, poisoned=(2,)), Program(updates=5, max_norm=0.5, skipped=(2,))
+    assert furthest(trained(two, bad), trained(two, good)) == 0
+
+
+def test_a_forward_that_failed_half_way_changes_nothing(two: Workers) -> None:
+    program = Program(updates=3)
+    for found, wanted in zip(
+        two.run(cases.stumbled, program=program), two.run(cases.train, program=program), strict=True
+    ):
+        assert furthest(Observed(parameters=found), wanted) == 0

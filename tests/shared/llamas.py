@@ -1,0 +1,35 @@
+"""A tiny language model of transformers, bare and as an actor."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+transformers = pytest.importorskip("transformers")
+
+
+def llama(tied: bool = True) -> Any:
+    """A Llama, the same each time."""
+    config = transformers.LlamaConfig(
+        vocab_size=17, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32, tie_word_embeddings=tied, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        return transformers.LlamaForCausalLM(config)
+
+
+class Actor(nn.Module):
+    """A wrapper with `.model`, as LightRFT's actors are; it gives logits."""
+
+    is_actor = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = llama()
+
+    def forward(self, tokens_BT: torch.Tensor, detour: bool = False) -> torch.Tensor:
+        logits_BTV: torch.Tensor = self.model(tokens_BT).logits
+        return logits_BTV
