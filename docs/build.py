@@ -1,0 +1,156 @@
+"""Make the pages that follow from the code: ``python docs/build.py``. With ``--check``, only say whether they are up to date.
+
+``contract.md`` comes from the suite's clauses, ``settings.md`` from the schema of `StrategyConfig`.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from lightrft.config import StrategyConfig
+from lightrft.conformance.clause import Clause
+from lightrft.conformance.contract import CONTRACT
+from lightrft.conformance.saboteurs.catalogue import saboteurs
+
+FAMILIES = {
+    "LIFE": "Lifecycle and process group",
+    "LOG": "Voice",
+    "COLL": "Collectives",
+    "PREP": "Preparing models",
+    "DATA": "Data",
+    "OPT": "Gradients and updates",
+    "OFF": "Offloading",
+    "EMA": "Moving averages",
+    "CKPT": "Checkpoints",
+    "EXPORT": "Export",
+    "ENG": "Rollout engines",
+    "SYNC": "Weight sync",
+    "GEN": "Generation",
+    "ALL": "All together",
+}
+"""The families of clauses, in the order of the page."""
+OWNERS = {
+    "strategy": "Read by the strategy",
+    "engine": "Read by the rollout engine",
+    "trainer": "Read by the trainer",
+}
+
+
+def contract_page() -> str:
+    """Every clause, by family."""
+    defects = Counter(it.clause for it in saboteurs())
+    lines = [
+        "# The contract",
+        "",
+        "What every LightRFT strategy promises, whatever runs underneath. The conformance suite executes it; this page is",
+        "made from the suite's own clauses by `python docs/build.py`.",
+        "",
+        "A MUST decides the verdict; a SHOULD is reported. *From* is the smallest world size at which a clause can fail, with",
+        "what else it needs. *Defects* counts the deliberately broken strategies and engines that the clause is known to catch.",
+        "K is the number of micro-batches of an update, the attribute `accumulated_gradient`; the reference is a plain,",
+        "single-process model of the same thing that shares no code with the strategies.",
+    ]
+    clauses = sorted(CONTRACT, key=lambda clause: (_family_rank(clause), _number(clause)))
+    for family, members in groupby(clauses, _family):
+        lines += [
+            "",
+            f"## {FAMILIES[family]}",
+            "",
+            "| id | level | from | promise | defects |",
+            "|---|---|---|---|---:|",
+        ]
+        lines += [_clause_row(clause, defects[clause.id]) for clause in members]
+    return "\n".join(lines) + "\n"
+
+
+def _family(clause: Clause) -> str:
+    return clause.id.partition("-")[0]
+
+
+def _family_rank(clause: Clause) -> int:
+    return list(FAMILIES).index(_family(clause))
+
+
+def _number(clause: Clause) -> int:
+    return int(clause.id.partition("-")[2])
+
+
+def _clause_row(clause: Clause, defects: int) -> str:
+    needs = [f"world {clause.smallest_world}", *(["CUDA"] if clause.needs_cuda else [])]
+    needs += [f"`{clause.capability}`"] if clause.capability else []
+    return _row(clause.id, clause.level, ", ".join(needs), clause.text, str(defects or ""))
+
+
+def settings_page() -> str:
+    """Every setting, by who reads it."""
+    properties = StrategyConfig.json_schema()["properties"]
+    lines = [
+        "# Settings",
+        "",
+        "The fields of `StrategyConfig`, from its own schema; made by `python docs/build.py`. A setting that the chosen",
+        "strategy cannot honour is refused, and never ignored; one of a backend that was not chosen is exempt.",
+    ]
+    for owner, title in OWNERS.items():
+        lines += ["", f"## {title}", "", "| setting | type | default | meaning |", "|---|---|---|---|"]
+        lines += [_setting_row(name, field) for name, field in properties.items() if field.get("owner") == owner]
+    return "\n".join(lines) + "\n"
+
+
+def _setting_row(name: str, field: dict[str, Any]) -> str:
+    meaning = field.get("description", "").replace("``", "`")
+    backend = f" Only {field['backend']}." if "backend" in field else ""
+    return _row(f"`{name}`", _type_of(field), f"`{field.get('default')!r}`", meaning + backend)
+
+
+def _type_of(field: dict[str, Any]) -> str:
+    """The type of a field, with its range, in words."""
+    if "anyOf" in field:
+        return " or ".join(_type_of(option) for option in field["anyOf"])
+    if "enum" in field:
+        return " or ".join(f"`{value!r}`" for value in field["enum"])
+    if "const" in field:
+        return f"`{field['const']!r}`"
+    words = {"integer": "int", "number": "float", "boolean": "bool", "string": "str", "null": "None", "array": "list"}
+    bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    ranges = [f"{sign} {field[key]}" for key, sign in bounds.items() if key in field]
+    return " ".join([words.get(field.get("type", ""), field.get("type", "any")), ", ".join(ranges)]).strip()
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+PAGES = {"contract.md": contract_page, "settings.md": settings_page}
+
+
+def outdated(folder: Path) -> list[str]:
+    """The pages in ``folder`` that are not what the code says."""
+    return [name for name, make in PAGES.items() if _read(folder / name) != make()]
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def main(arguments: Iterable[str] | None = None) -> int:
+    """Write the pages; returns 1 where ``--check`` found one that is not up to date."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is not up to date")
+    options = parser.parse_args(None if arguments is None else list(arguments))
+    folder = Path(__file__).parent
+    if options.check:
+        old = outdated(folder)
+        print(f"not up to date: {', '.join(old)}; run python docs/build.py" if old else "up to date")
+        return 1 if old else 0
+    for name, make in PAGES.items():
+        (folder / name).write_text(make(), encoding="utf-8")
+        print(f"wrote docs/{name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
