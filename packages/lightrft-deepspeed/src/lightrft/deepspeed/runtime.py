@@ -5,6 +5,7 @@ globals, and has no call that gives them back: a second process group in the sam
 the first ("Group not registered").
 """
 
+import inspect
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -27,6 +28,21 @@ _KEPT = (
     (real_accelerator, "ds_accelerator"),
 )
 """Module globals that DeepSpeed sets and does not unset; another is torch's ``linear``."""
+
+
+def _forget_default_group() -> None:
+    """Let DeepSpeed's barriers find the default group when they are called.
+
+    Theirs is the default value of an argument: the group that was there when DeepSpeed was imported, of which a
+    socket would stay open, and which a later lifetime could not use.
+    """
+    for name in ("barrier", "monitored_barrier"):
+        function = inspect.unwrap(getattr(_ds_torch.TorchBackend, name))
+        held = function.__defaults__ or ()
+        function.__defaults__ = tuple(None if isinstance(it, torch.distributed.ProcessGroup) else it for it in held)
+
+
+_forget_default_group()
 
 
 @dataclass
