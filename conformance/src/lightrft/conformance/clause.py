@@ -38,6 +38,8 @@ class Place:
     """The rollout engine with which the clauses about rollouts are run."""
     language_model: str = "language"
     """The kind of language model that the engine can run."""
+    sleep_levels: frozenset[int] = frozenset({1, 2})
+    """Levels of sleep that the engine says that it has."""
 
 
 @dataclass(frozen=True, kw_only=True)

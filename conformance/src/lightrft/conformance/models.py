@@ -155,7 +155,7 @@ def llama() -> nn.Module:
 
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=None,
+        num_key_value_heads=1, head_dim=32, max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=None, pad_token_id=None,
     )  # fmt: skip
     model: nn.Module = LlamaForCausalLM(config)

@@ -27,6 +27,11 @@ def generate(prompts: Sequence[Any] = PROMPTS, **sampling: Any) -> Operation:
     return {"do": "generate", "prompts": list(prompts), "sampling": {**GREEDY, **sampling}}
 
 
+def _sleeps(place: Place) -> bool:
+    """Whether the engine can give its memory back."""
+    return 1 in place.sleep_levels
+
+
 def model_with(place: Place, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
     """A plain language model with these weights."""
     model = models.build(place.language_model, 0)
@@ -58,7 +63,14 @@ class EngineLife(Clause):
             "generate awake",
             "sleep",
         ]
-        return [self._program(place, turns, sleeping) for sleeping in (True, False)]
+        programs = [self._program(place, turns, sleeping) for sleeping in (True, False) if sleeping <= _sleeps(place)]
+        return programs if _sleeps(place) else [*programs, self._refused(place)]
+
+    def _refused(self, place: Place) -> Program:
+        """An engine that cannot sleep is not set up as one that does."""
+        *model, setup = rollout(place)
+        operations = (*model, {**setup, "may_fail": True}, {"do": "status"})
+        return Program(operations=operations, settings={**FP32, **SLEEPING, **geometry(place)})
 
     def _program(self, place: Place, turns: Sequence[str], sleeping: bool) -> Program:
         calls: dict[str, Operation] = {
@@ -80,12 +92,17 @@ class EngineLife(Clause):
     def programs(self, place: Place) -> st.SearchStrategy[Program]:
         turn = st.sampled_from(["sleep", "wake", "generate", "generate awake", "sync", "bad generate"])
         return st.builds(
-            lambda turns, sleeping: self._program(place, turns, sleeping), st.lists(turn, max_size=6), st.booleans()
+            lambda turns, sleeping: self._program(place, turns, sleeping),
+            st.lists(turn, max_size=6),
+            st.booleans() if _sleeps(place) else st.just(False),
         )
 
     @override
     def check(self, trial: Trial) -> None:
         sleeping = trial.program.settings["enable_engine_sleep"]
+        if sleeping and not _sleeps(trial.place):
+            self._check_refused(trial)
+            return
         expected = "absent"
         for index, operation in enumerate(trial.program.operations):
             expected = self._after(expected, operation, sleeping)
@@ -101,6 +118,17 @@ class EngineLife(Clause):
                         is_error(trial.at(rank, index)) == (operation["do"] == "generate_raw"),
                         f"rank {rank}: {operation['do']} gave {show(trial.at(rank, index))}",
                     )
+
+    def _check_refused(self, trial: Trial) -> None:
+        for rank in range(trial.place.world):
+            self.require_error(
+                trial.last("engine")[rank],
+                "LightRFTError",
+                "enable_engine_sleep",
+                where=f"rank {rank}, an engine that cannot sleep",
+            )
+            found = trial.last("status")[rank]
+            self.require(found == "absent", f"rank {rank}: the engine is {found} after a refused setup, wanted absent")
 
     def _after(self, status: str, operation: Operation, sleeping: bool) -> str:
         do = operation["do"]
@@ -343,7 +371,7 @@ class Stale(Rollouts):
         ways = [
             [{"do": "broken_sync", "model": "a", "after": 2, "may_fail": True}],
             [{"do": "partial_sync", "model": "a", "leave_out": 1, "may_fail": True}],
-            [{"do": "sleep", "level": 2}],
+            *([[{"do": "sleep", "level": 2}]] if 2 in place.sleep_levels else []),
         ]
         return [self._program(place, way) for way in ways]
 
@@ -356,7 +384,8 @@ class Stale(Rollouts):
             generate(),
             LOOK,
         )
-        return Program(operations=operations, settings={**FP32, **SLEEPING, **geometry(place)})
+        settings = {**FP32, "enable_engine_sleep": _sleeps(place), **geometry(place)}
+        return Program(operations=operations, settings=settings)
 
     @override
     def check(self, trial: Trial) -> None:
@@ -418,7 +447,7 @@ class Repeatable(Clause):
 
     @override
     def witnesses(self, place: Place) -> Sequence[Program]:
-        hot: dict[str, Any] = {"temperature": 8.0, "max_tokens": 12, "n": 2}
+        hot: dict[str, Any] = {"temperature": 2.0, "max_tokens": 12, "n": 2}  # no engine has to take more
         looks = [
             generate(),
             generate(),

@@ -24,6 +24,13 @@ def status(session: Session) -> str:
 
 
 @operation
+def sleep_levels(session: Session) -> list[int]:
+    """The levels of sleep that the engine says that it has."""
+    found = session.strategy.inference_engine
+    return [] if found is None else sorted(found.capabilities.sleep_levels)
+
+
+@operation
 def sync(session: Session, model: str) -> int:
     """update_engine_weights; the version afterwards."""
     session.strategy.update_engine_weights(session.models[model].model)

@@ -68,20 +68,24 @@ class Rollout:
         """Build the engine; None on ranks that share one and do not hold it."""
         self.shutdown()
         self._sleeps = config.enable_engine_sleep
-        with self._collectives.together("setup_inference_engine"):
-            kind = engine_class(engine_type)
-            self._status = EngineStatus.AWAKE
-            if not (kind.leader_only and self._world.rank % config.engine_tp_size):
-                self.engine = kind.build(
-                    EngineRequest(
-                        config=config,
-                        device=self._world.device,
-                        rank=self._world.rank,
-                        group=self.mp_group if config.engine_tp_size > 1 else None,
-                        model_path=config.get_extra_arg("pretrain"),
-                        skeleton=skeleton(),
+        try:
+            with self._collectives.together("setup_inference_engine"):
+                kind = engine_class(engine_type)
+                if not (kind.leader_only and self._world.rank % config.engine_tp_size):
+                    self.engine = kind.build(
+                        EngineRequest(
+                            config=config,
+                            device=self._world.device,
+                            rank=self._world.rank,
+                            group=self.mp_group if config.engine_tp_size > 1 else None,
+                            model_path=config.get_extra_arg("pretrain"),
+                            skeleton=skeleton(),
+                        )
                     )
-                )
+        except BaseException:
+            self.shutdown()  # of an engine of which another rank has no share
+            raise
+        self._status = EngineStatus.AWAKE
         return self.engine
 
     def shutdown(self) -> None:
