@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import exports
+import imports
 import pytest
 import torch
 from llamas import llama
@@ -71,3 +72,12 @@ def test_a_damaged_file_is_found_before_anything_changes(two: Workers, tmp_path:
         assert kind == "CheckpointError"
         assert str(file) in text
         assert unchanged
+
+
+@pytest.mark.parametrize("settings", [{}, {"fsdp_shard_size": 1}], ids=str)
+def test_what_torch_distributed_checkpoint_wrote_is_read_in(
+    two: Workers, tmp_path: Path, settings: dict[str, object]
+) -> None:
+    weights, _ = two.run(imports.wrote_dcp, path=str(tmp_path), **settings)
+    for found, _, _ in two.run(exports.loaded, strategy="fsdp", path=str(tmp_path)):
+        assert all(torch.equal(found[name], it) for name, it in weights.items())

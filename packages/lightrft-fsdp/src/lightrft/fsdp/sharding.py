@@ -4,11 +4,13 @@ FSDP2 splits dim 0 in chunks of ceil(rows / ranks), so each shard is a contiguou
 tensor, and ranks that share a mesh's shard dimension hold the ranges in order.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -33,6 +35,28 @@ def forget_meshes() -> None:
     clear_native = getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", None)  # newer than torch 2.11
     if clear_native is not None:
         clear_native()
+
+
+def let_go_of_groups(module: nn.Module) -> None:
+    """Take the process groups, with their threads and sockets, off a model that may outlive them.
+
+    FSDP2 and the meshes of its parameters hold them for as long as the model lives, and have no call that ends that.
+    """
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            for info in _mesh_infos(part):
+                for name in vars(info).keys() & {"shard_process_group", "replicate_process_group"}:
+                    setattr(info, name, None)
+                for mesh in (info.mesh, info.mesh._get_root_mesh()):
+                    getattr(mesh, "_pg_registry", {}).clear()  # newer than torch 2.11
+
+
+def _mesh_infos(part: FSDPModule) -> Iterator[Any]:
+    state: Any = part._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # torch 2.11 has one at most
+    for group in groups:
+        if group is not None:
+            yield from filter(None, (group.mesh_info, group.post_forward_mesh_info))
 
 
 def offset_of(tensor: DTensor) -> int:

@@ -1,9 +1,11 @@
 """`FSDPV2Strategy`: parameters, gradients and optimizer state sharded by PyTorch's FSDP2."""
 
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -58,6 +60,7 @@ class FSDPV2Strategy(StrategyBase):
         if any(parameter.is_meta for parameter in module.parameters()):
             module.to_empty(device="cpu" if self.config.fsdp_cpu_offload and options.training else self.world.device)
         sharding.load_from_rank_0(module, whole, self.world)
+        self._wrapped.add(module)
         return module
 
     def _mesh(self, shard_size: int) -> DeviceMesh:
@@ -74,6 +77,10 @@ class FSDPV2Strategy(StrategyBase):
         return self._meshes[size]
 
     @cached_property
+    def _wrapped(self) -> WeakSet[nn.Module]:
+        return WeakSet()
+
+    @cached_property
     def _meshes(self) -> dict[int, DeviceMesh]:
         return {}
 
@@ -88,8 +95,12 @@ class FSDPV2Strategy(StrategyBase):
 
     @override
     def _teardown(self) -> None:
+        for module in self._wrapped:
+            sharding.let_go_of_groups(module)
+        self._wrapped.clear()
         self._meshes.clear()
         sharding.forget_meshes()
+        gc.collect()  # meshes are cycles, which would keep process groups, their threads and sockets, for a while
 
     # A step
 
