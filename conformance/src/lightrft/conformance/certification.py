@@ -1,23 +1,24 @@
 """A whole run: start the workers, ask the strategy what it is, judge every clause, and say how it came out."""
 
-import datetime
 import json
-import platform
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import torch
 
-from lightrft.conformance.clause import Clause, Place
+from lightrft.conformance.clause import Clause, Operation, Place
 from lightrft.conformance.contract import CONTRACT
+from lightrft.conformance.contract.drawing import FP32
+from lightrft.conformance.contract.rollouts import rollout
 from lightrft.conformance.driver.group import WorkerGroup
 from lightrft.conformance.expectations import Expectations
 from lightrft.conformance.judge import ClauseResult, Judge, Unjudgeable
 from lightrft.conformance.profiles import PROFILES, Profile
+from lightrft.conformance.provenance import environment, version_of
+from lightrft.conformance.values import decode
 
 CONTRACT_VERSION = "1"
 
@@ -70,7 +71,7 @@ class Report:
         """The report as plain data."""
         request = self.request
         return {
-            "suite": _version_of("lightrft-conformance"),
+            "suite": version_of("lightrft-conformance"),
             "contract": CONTRACT_VERSION,
             "strategy": {"name": request.strategy, "settings": dict(request.settings), **self.identity},
             "environment": environment(),
@@ -94,17 +95,6 @@ def setting(text: str) -> tuple[str, Any]:
         return name, json.loads(value.lower() if value in ("True", "False", "None") else value)
     except json.JSONDecodeError:
         return name, value
-
-
-def environment() -> dict[str, str]:
-    """What the run ran on."""
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "torch": torch.__version__,
-        "hypothesis": hypothesis.__version__,
-    }
 
 
 MODEL_LIBRARY_ENGINES = ("transformers", "vllm", "sglang")
@@ -157,6 +147,8 @@ class Certification:
             engine=self.request.engine or "fake",
             language_model="llama" if self.request.engine in MODEL_LIBRARY_ENGINES else "language",
         )
+        if self.request.engine:
+            place = replace(place, sleep_levels=self._ask_engine(group, place))
         self._judge = Judge(
             place=place,
             profile=self.profile,
@@ -166,11 +158,25 @@ class Certification:
         )
 
     def _ask(self, group: WorkerGroup) -> dict[str, Any]:
+        """What the strategy says that it is."""
+        question = {"do": "identity", "name": self.request.strategy, "engine": self.request.engine}
+        identity: dict[str, Any] = self._answer(group, [question])
+        return identity
+
+    def _ask_engine(self, group: WorkerGroup, place: Place) -> frozenset[int]:
+        """Which levels of sleep the engine says that it has. One that cannot say is judged as one that has all."""
+        try:
+            return frozenset(self._answer(group, [*rollout(place), {"do": "sleep_levels"}]))
+        except Unjudgeable:
+            return place.sleep_levels
+
+    def _answer(self, group: WorkerGroup, operations: Sequence[Operation]) -> Any:
+        """What rank 0 observed in the last operation."""
         program = {
             "strategy": self.request.strategy,
             "fixed": {"device": self.request.device, **self.request.settings},
-            "settings": {"train_batch_size": self.request.world, "micro_train_batch_size": 1},
-            "operations": [{"do": "identity"}],
+            "settings": {"train_batch_size": self.request.world, "micro_train_batch_size": 1, **FP32},
+            "operations": list(operations),
         }
         reports = group.run({"program": program}, 300.0)
         for rank, report in enumerate(reports):
@@ -178,12 +184,10 @@ class Certification:
                 raise Unjudgeable(f"rank {rank} {report.state}: {report.detail}")
             if "broken" in report.answer:
                 raise Unjudgeable(f"rank {rank}: the suite failed: {report.answer['broken']}")
-            observed = report.answer["observations"][0]
+            observed = report.answer["observations"][-1]
             if "error" in observed:
-                raise Unjudgeable(
-                    f"rank {rank}: the strategy cannot be made: {observed['error'][0]}: {observed['message']}"
-                )
-        return dict(reports[0].answer["observations"][0]["dict"])
+                raise Unjudgeable(f"rank {rank}: it cannot be made: {observed['error'][0]}: {observed['message']}")
+        return decode(reports[0].answer["observations"][-1])
 
     def judge(self, clause: Clause) -> ClauseResult:
         """Judge one clause, in the light of what is expected to fail."""
@@ -204,34 +208,20 @@ def certify(request: Request, tell: Callable[[ClauseResult], None] = lambda resu
     if unknown:
         return Report(request=request, identity={}, results=[], unjudged=f"there is no clause {', '.join(unknown)}")
     with Certification(request) as certification:
-        strange = certification.expectations.unknown(CONTRACT.ids)
-        if strange:
-            return Report(request=request, identity={}, results=[], unjudged=strange)
+        unjudged = certification.expectations.unknown(CONTRACT.ids)
         try:
-            certification.open()
+            if not unjudged:
+                certification.open()
+                for clause in selected(request.clauses, engine=bool(request.engine)):
+                    tell(certification.judge(clause))
         except Unjudgeable as error:
-            return Report(request=request, identity={}, results=[], unjudged=str(error))
-        for clause in selected(request.clauses, engine=bool(request.engine)):
-            tell(certification.judge(clause))
-        return Report(request=request, identity=certification.identity, results=in_order(certification.results))
+            unjudged = str(error)
+        except Exception as error:  # noqa: BLE001 - of the suite, or of the machine: no verdict on the strategy
+            unjudged = f"the suite failed, which is no verdict: {error!r}, {traceback.format_exc(limit=-2)}"
+        results = in_order(certification.results)
+        return Report(request=request, identity=certification.identity, results=results, unjudged=unjudged)
 
 
 def in_order(results: Sequence[ClauseResult]) -> list[ClauseResult]:
     """In the order of the contract."""
     return sorted(results, key=lambda it: CONTRACT.ids.index(it.id))
-
-
-def distribution_of(module: str) -> dict[str, str]:
-    """Name and version of the distribution that ``module`` came from, as far as can be known."""
-    top = module.partition(".")[0]
-    names = packages_distributions().get(top, [])
-    exact = [name for name in names if name.replace("-", "_").endswith(module.split(".")[1])] if "." in module else []
-    name = (exact or names or [""])[0]
-    return {"distribution": name, "version": _version_of(name)}
-
-
-def _version_of(distribution: str) -> str:
-    try:
-        return version(distribution)
-    except (PackageNotFoundError, ValueError):
-        return ""

@@ -59,13 +59,15 @@ def certificate(report: dict[str, Any]) -> str:
         "| | |",
         "|---|---|",
         f"| class | `{strategy.get('class', '')}` |",
-        f"| distribution | {strategy.get('distribution', '')} {strategy.get('version', '')} |",
+        f"| distribution | {_origin(strategy)} |",
+        *_engine_rows(strategy.get("engine")),
         f"| settings | {settings or 'defaults'} |",
         f"| capabilities | {', '.join(strategy.get('capabilities', [])) or 'none beyond the contract'} |",
         f"| world size, device | {report['world_size']}, {report['device']} |",
         f"| profile, seed | {report['profile']}, {report['seed']} |",
         f"| suite, contract | {report['suite']}, {report['contract']} |",
         f"| python, torch | {environment['python']}, {environment['torch']} |",
+        f"| machine | {environment['platform']}, {environment['processors']} processors, {environment['gpus']} GPUs |",
         f"| date | {environment['date']} |",
         f"| to repeat | `{report['reproduce']}` |",
         "",
@@ -78,6 +80,20 @@ def certificate(report: dict[str, Any]) -> str:
         remark = clause["message"].splitlines()[0].replace("|", "\\|") if clause["message"] else ""
         lines.append(f"| {clause['id']} | {clause['level']} | {clause['verdict']} | {clause['examples']} | {remark} |")
     return "\n".join(lines) + "\n"
+
+
+def _origin(found: dict[str, Any]) -> str:
+    """Name and version, or the source of what belongs to no distribution."""
+    if not found.get("distribution"):
+        return f"none; {found.get('source') or 'its source is not known'}"
+    needs = ", ".join(f"{name} {version}" for name, version in found.get("requirements", {}).items())
+    return f"{found['distribution']} {found['version']}" + (f" (with {needs})" if needs else "")
+
+
+def _engine_rows(engine: dict[str, Any] | None) -> list[str]:
+    if engine is None:
+        return []
+    return [f"| engine | `{engine['class']}` |", f"| distribution of the engine | {_origin(engine)} |"]
 
 
 def _verdict(report: dict[str, Any]) -> str:
