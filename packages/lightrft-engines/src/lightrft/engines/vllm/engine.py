@@ -5,6 +5,7 @@ Weights go from the training's memory into the model's on the same device, throu
 
 import contextlib
 import gc
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Self
@@ -15,7 +16,7 @@ from typing_extensions import override
 
 from lightrft.config import EngineError
 from lightrft.engines.source import ModelSource
-from lightrft.engines.vllm import library
+from lightrft.engines.vllm import library, verify
 from lightrft.engines.vllm.arguments import llm_arguments, variables
 from lightrft.engines.vllm.prompts import completions, request, sampling_arguments
 from lightrft.engines.vllm.reload import reload
@@ -38,6 +39,7 @@ class VLLMEngine(EngineBase):
             request.config, source, on_cpu=request.device.type == "cpu", seed=request.config.seed + request.rank - place
         )
         self._timeout = timedelta(seconds=request.config.timeout)
+        self._verify = verify.is_wanted(request.config)
         self._broken = False
         self.capabilities = EngineCapabilities(
             multimodal=True,
@@ -71,7 +73,8 @@ class VLLMEngine(EngineBase):
             self._territory.found()
             with self._inside():
                 self._vllm = library.load()
-                self._llm = self._vllm.LLM(**self._arguments)
+                with _translated("start"):
+                    self._llm = self._vllm.LLM(**self._arguments)
         except BaseException:
             self._close()
             raise
@@ -109,7 +112,8 @@ class VLLMEngine(EngineBase):
         requests = [request(prompt) for prompt in prompts]
         with self._inside():
             self._drop_unfinished()
-            answers = self._llm.generate(requests, self._vllm.SamplingParams(**arguments), use_tqdm=False)
+            with _translated("generate"):
+                answers = self._llm.generate(requests, self._vllm.SamplingParams(**arguments), use_tqdm=False)
         return completions(prompts, answers, sampling, version=self.weight_version, tokenizer=tokenizer)
 
     def _drop_unfinished(self) -> None:
@@ -124,8 +128,13 @@ class VLLMEngine(EngineBase):
             self._close()
             self._open()
         self._broken = True  # until it ends well: vLLM cannot take up a reload that was left
-        with self._inside():
-            reload(self._llm, self._tensors(buckets))
+        with self._inside(), _translated("take the weights"):
+            sums: Counter[str] = Counter()
+            tensors = self._tensors(buckets)
+            reload(self._llm, verify.sent_sums(tensors, sums) if self._verify else tensors)
+            if self._verify:
+                (held,) = self._llm.apply_model(verify.held_sums)
+                verify.require_equal(sums, held)
         self._broken = False
 
     def _is_broken_anywhere(self) -> bool:
@@ -145,7 +154,7 @@ class VLLMEngine(EngineBase):
     def _outside(self, buckets: Iterator[Bucket]) -> Iterator[Bucket]:
         """``buckets``, whose making gathers over the training's process groups."""
         while True:
-            with self._territory.outside():
+            with self._territory.outside(), _not_vllms():
                 bucket = next(buckets, None)
             if bucket is None:
                 return
@@ -173,6 +182,35 @@ class VLLMEngine(EngineBase):
         VLLMEngine._alive = None
         self._close()
         self._source.close()
+
+
+class _OfTheStream(BaseException):
+    """Carries an exception of the weight stream through vLLM."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(repr(error))
+        self.error = error
+
+
+@contextlib.contextmanager
+def _not_vllms() -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        raise _OfTheStream(error) from error
+
+
+@contextlib.contextmanager
+def _translated(call: str) -> Iterator[None]:
+    """vLLM's exceptions as `EngineError`; what came through vLLM, or is one already, as it was."""
+    try:
+        yield
+    except EngineError:
+        raise
+    except _OfTheStream as carrier:
+        raise carrier.error from None
+    except Exception as error:
+        raise EngineError(f"vLLM could not {call}: {type(error).__name__}: {error}") from error
 
 
 def _device_bytes(model: torch.nn.Module) -> int:

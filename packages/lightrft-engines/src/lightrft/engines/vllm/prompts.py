@@ -25,7 +25,7 @@ def sampling_arguments(sampling: Sampling, end_ids: Collection[int], *, tokenize
     """Arguments of vLLM's ``SamplingParams``. ``end_ids`` end a sequence also where vLLM has no tokenizer to know it."""
     ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(end_ids))
     return {
-        "n": sampling.n,
+        "n": _drawn(sampling),
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": max(sampling.top_k, 0),
@@ -50,14 +50,20 @@ def completions(
     prompts: Sequence[Prompt], answers: Sequence[Any], sampling: Sampling, *, version: int, tokenizer: bool
 ) -> list[Completion]:
     """The completions in vLLM's answers. Raises `EngineError` on any that is not whole."""
+    drawn = _drawn(sampling)
     found = [len(answer.outputs) for answer in answers]
-    if found != [sampling.n] * len(prompts):
-        raise EngineError(f"vLLM answered {len(prompts)} prompts, {sampling.n} samples each, with {found} completions")
+    if found != [drawn] * len(prompts):
+        raise EngineError(f"vLLM answered {len(prompts)} prompts, {drawn} samples each, with {found} completions")
     return [
         _completion(prompt, answer, output, version, output.text if tokenizer else None)
         for prompt, answer in zip(prompts, answers, strict=True)
-        for output in sorted(answer.outputs, key=lambda it: int(it.index))
+        for output in sorted(answer.outputs, key=lambda it: int(it.index)) * (sampling.n // drawn)
     ]
+
+
+def _drawn(sampling: Sampling) -> int:
+    """Samples of each prompt to be drawn: greedy ones are all alike, and vLLM draws but one."""
+    return 1 if sampling.greedy else sampling.n
 
 
 def _completion(prompt: Prompt, answer: Any, output: Any, version: int, text: str | None) -> Completion:
