@@ -7,14 +7,14 @@ wrapping, knows the names; and it merges, a copy of one layer at a time, so that
 
 import copy
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from lightrft.config import UnsupportedOperationError
+from lightrft.strategy.export.forms import NamedForm
 from lightrft.strategy.rollout import saved_form
 from lightrft.strategy.rollout.saved_form import SavedForm, Unit
 
@@ -33,33 +33,10 @@ def has_adapters(module: nn.Module) -> bool:
 # Adapters alone
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdapterForm:
+def adapter_form(module: nn.Module, skeleton: nn.Module, adapter: str) -> NamedForm:
     """One adapter, under the names that PEFT's own files have."""
-
-    tensors: Mapping[str, torch.Tensor]
-    names: Mapping[str, str]
-    """Names in the file, by names in memory."""
-
-    @classmethod
-    def of(cls, module: nn.Module, skeleton: nn.Module, adapter: str) -> "AdapterForm":
-        """The form of ``adapter``."""
-        names, own = _adapter_names(skeleton, adapter), dict(saved_form.all_tensors(module))
-        return cls(tensors={name: own[name] for name in names}, names=names)
-
-    @property
-    def units(self) -> list[Unit]:
-        """Each tensor is one."""
-        return [[name] for name in self.names]
-
-    def convert(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Tensors from memory, under the names in the file."""
-        return {self.names[name]: tensor for name, tensor in tensors.items()}
-
-    def restore(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Tensors of the file, under their names in memory."""
-        in_memory = {name: key for key, name in self.names.items()}
-        return {in_memory[name]: tensor for name, tensor in tensors.items()}
+    names, own = _adapter_names(skeleton, adapter), dict(saved_form.all_tensors(module))
+    return NamedForm(tensors={name: own[name] for name in names}, names=names)
 
 
 def _adapter_names(skeleton: nn.Module, adapter: str) -> dict[str, str]:
@@ -90,21 +67,32 @@ def _trains_embeddings(model: Any) -> bool:
 # The base model
 
 
-def base_form(module: nn.Module, skeleton: nn.Module, *, merged: bool = False) -> SavedForm:
-    """The base model of ``module``, as a checkpoint that knows no adapters has it.
+def base_form(module: nn.Module, skeleton: nn.Module) -> SavedForm:
+    """The base model of ``module``, as a checkpoint that knows no adapters has it."""
+    base = _base_model(skeleton)
+    return _form(module, base, _base_names(skeleton, base, merged=False), changed=())
 
-    ``merged``: with the modules that were trained whole beside the adapters, in the place of the original ones.
-    """
-    base: nn.Module = skeleton.get_base_model()  # type: ignore[operator]  # PEFT's
-    tensors, names = saved_form.saved_tensors(module), _base_names(skeleton, base, merged)
-    named = ((names[name], tensor) for name, tensor in tensors.items() if name in names)
-    kept = saved_form.without_ties(named, saved_form.tied_aliases(base)).keys() - saved_form.ignored_names(base)
-    chosen = {name: names[name] for name in tensors if names.get(name) in kept}
+
+def _base_model(skeleton: Any) -> nn.Module:
+    base: nn.Module = skeleton.get_base_model()
+    return base
+
+
+def _form(module: nn.Module, base: nn.Module, names: Mapping[str, str], changed: Collection[str]) -> SavedForm:
+    """Those tensors of ``module`` that have names in ``base``; tied ones once, but for those that will be ``changed``."""
+    persistent = module.state_dict(keep_vars=True).keys() & names.keys()
+    tensors = {name: tensor for name, tensor in saved_form.all_tensors(module) if name in persistent}
+    tied = ((names[name], tensor) for name, tensor in tensors.items() if name not in changed)
+    kept = saved_form.without_ties(tied, saved_form.tied_aliases(base)).keys() | {names[name] for name in changed}
+    chosen = {name: names[name] for name in tensors if names[name] in kept - saved_form.ignored_names(base)}
     return SavedForm(module=base, names=chosen, tensors={name: tensors[name] for name in chosen})
 
 
-def _base_names(skeleton: nn.Module, base: nn.Module, merged: bool) -> dict[str, str]:
-    """Names in the base model, by names in memory; what belongs to adapters has none."""
+def _base_names(skeleton: nn.Module, base: nn.Module, *, merged: bool) -> dict[str, str]:
+    """Names in the base model, by names in memory; what belongs to adapters has none.
+
+    ``merged``: modules that were trained whole beside the adapters take the place of the original ones.
+    """
     prefix = next(f"{path}." for path, part in skeleton.named_modules() if part is base)
     inside = {path: within for path, part in skeleton.named_modules() if (within := _wrapped(part, merged)) is not None}
     found = {name: _without_wrappers(name, inside) for name, _ in saved_form.all_tensors(skeleton)}
@@ -148,11 +136,11 @@ class MergedForm:
     """A whole model with its active adapters merged in, as a checkpoint of the base model's class has it."""
 
     def __init__(self, module: nn.Module, skeleton: nn.Module) -> None:
-        self._skeleton = skeleton
-        self._base = base_form(module, skeleton, merged=True)
-        own = saved_form.saved_tensors(module)
-        self._adapters = {weight: [it for it in names if it in own] for weight, names in _adapters(skeleton).items()}
+        self._skeleton, base = skeleton, _base_model(skeleton)
+        own = dict(saved_form.all_tensors(module))
+        self._adapters = _adapters(skeleton)
         """Names of the adapters' tensors, by that of the weight into which they are merged."""
+        self._base = _form(module, base, _base_names(skeleton, base, merged=True), changed=self._adapters.keys())
         self.tensors = {name: own[name] for unit in self.units for name in unit}
 
     @property

@@ -41,6 +41,19 @@ def write_configuration(
         model.generation_config.save_pretrained(folder)
 
 
+def configuration_texts(module: nn.Module) -> dict[str, str]:
+    """The configuration files of a transformers model, by name; of other models none."""
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not isinstance(module, transformers.PreTrainedModel):
+        return {}
+    config = copy.deepcopy(module.config)
+    config.architectures = [type(module).__name__.removeprefix("FSDP")]  # FSDP2 makes a class of its own
+    texts = {"config.json": config.to_json_string()}
+    if module.can_generate() and module.generation_config is not None:
+        texts["generation_config.json"] = module.generation_config.to_json_string()
+    return texts
+
+
 def write_adapter_configuration(module: nn.Module, adapter: str, folder: Path) -> None:
     """Write PEFT's configuration of one adapter, as its `save_pretrained` would."""
     model: Any = module

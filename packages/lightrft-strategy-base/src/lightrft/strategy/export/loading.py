@@ -17,6 +17,7 @@ from lightrft.config import CheckpointError
 from lightrft.strategy.backend import Backend
 from lightrft.strategy.distributed.collectives import Collectives
 from lightrft.strategy.export import adapters
+from lightrft.strategy.export.forms import unchanged
 from lightrft.strategy.export.sources.finding import has_adapters, open_source
 from lightrft.strategy.export.sources.source import Source
 from lightrft.strategy.rollout import saved_form, weights
@@ -65,15 +66,14 @@ def _form(model: PreparedModel, source: Source) -> Form:
     """The names under which ``source`` has what ``model`` holds."""
     module, skeleton = model.module, model.skeleton or model.module
     if source.names == "in memory":
-        tensors = saved_form.saved_tensors(module)
-        return adapters.AdapterForm(tensors=tensors, names={name: name for name in tensors})
+        return unchanged(saved_form.saved_tensors(module))
     if not adapters.has_adapters(module):
         return SavedForm.of(module)
     if not has_adapters(source.place):
         return adapters.base_form(module, skeleton)
     known: Any = skeleton
     name = source.place.name if source.place.name in known.peft_config else known.active_adapter
-    return adapters.AdapterForm.of(module, skeleton, name)
+    return adapters.adapter_form(module, skeleton, name)
 
 
 class Reader:
@@ -88,27 +88,27 @@ class Reader:
     @property
     def missing(self) -> list[str]:
         """Names that the source does not have."""
-        return [name for name in self.wanted if name not in self._source.shapes]
+        return [name for name in self.wanted if name not in self._source.contents]
 
     @property
     def unknown(self) -> list[str]:
         """Names that only the source has."""
-        return [name for name in self._source.shapes if name not in self.wanted]
+        return [name for name in self._source.contents if name not in self.wanted]
 
     @property
     def differing(self) -> Iterator[tuple[str, torch.Size, torch.Size]]:
         """Names with another shape in the source, with the shape here and there."""
         for name, shape in self.wanted.items():
-            there = self._source.shapes.get(name, shape)
-            if there != shape:
-                yield name, shape, there
+            there = self._source.contents.get(name)
+            if there is not None and there.shape != shape:
+                yield name, shape, there.shape
 
     def fill(self, target: "Target") -> None:
         """Read all that is there into ``target``."""
         with self._source.opened():
             for unit in self._form.units:
                 names = self._form.convert({name: self._empty[name] for name in unit}).keys()
-                if all(name in self._source.shapes for name in names):
+                if all(name in self._source.contents for name in names):
                     restored = self._form.restore({name: self._source.read(name) for name in names})
                     for name in unit:
                         target.write(self._form.tensors[name], restored[name])

@@ -83,7 +83,7 @@ def parts_of(model: PreparedModel, merge_adapters: bool) -> Sequence[Part]:
         base = peft_model.get_base_model()
         return [WholeModel(form=adapters.MergedForm(module, skeleton), module=base, kind=type(base))]
     return [
-        Adapter(form=adapters.AdapterForm.of(module, skeleton, name), module=skeleton, name=name)
+        Adapter(form=adapters.adapter_form(module, skeleton, name), module=skeleton, name=name)
         for name in peft_model.peft_config
     ]
 

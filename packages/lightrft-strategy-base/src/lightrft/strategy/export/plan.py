@@ -49,7 +49,7 @@ class Plan:
 
     def __init__(self, backend: Backend, module: nn.Module, part: Part, options: Options) -> None:
         self.part, self._backend, self._options = part, backend, options
-        self._kept = _kept_in_fp32(module, options.dtype)
+        self._kept = kept_in_fp32(module, options.dtype)
         self.contents = part.form.convert({name: self._empty(name, it) for name, it in part.form.tensors.items()})
 
     def _empty(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -84,7 +84,7 @@ class Plan:
         yield from weights.stream(backend, form, precise, limit, torch.float32)
 
 
-def _kept_in_fp32(module: Any, dtype: torch.dtype | None) -> re.Pattern[str] | None:
+def kept_in_fp32(module: Any, dtype: torch.dtype | None) -> re.Pattern[str] | None:
     """Names of what transformers keeps in fp32 in a model of half precision, such as the biases of routers."""
     kept = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
     if dtype is torch.float16:

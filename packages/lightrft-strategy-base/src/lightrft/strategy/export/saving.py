@@ -7,7 +7,6 @@ were laid out before, and it is gone when the next one comes.
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from lightrft.config import CheckpointError
@@ -29,20 +28,25 @@ class Output:
     """The directory being written, on rank 0."""
 
     def __init__(self, target: Path, plans: Iterable[Plan], options: Options) -> None:
+        self._stack = ExitStack()
         self._publication = Publication(target)
+        self._stack.callback(self._publication.discard)
         self._writers: list[TensorWriter] = []
         try:
             self._publication.check_space(sum(plan.nbytes for plan in plans))
             with files.naming(self._publication.folder, "cannot write"):
                 for plan in plans:
-                    folder = self._publication.folder / plan.part.folder
-                    folder.mkdir(exist_ok=True)
-                    plan.part.write_configuration(folder, plan.contents)
-                    self._writers.append(TensorWriter(folder, plan.layouts()))
+                    self._writers.append(self._begin(plan))
                 companions.write_processors(options.processors, self._publication.folder)
         except BaseException:
-            self._publication.discard()
+            self._stack.close()
             raise
+
+    def _begin(self, plan: Plan) -> TensorWriter:
+        folder = self._publication.folder / plan.part.folder
+        folder.mkdir(exist_ok=True)
+        plan.part.write_configuration(folder, plan.contents)
+        return self._stack.enter_context(TensorWriter(folder, plan.layouts()))
 
     def write(self, part: int, bucket: weights.Bucket) -> None:
         """Write a bucket of one part."""
@@ -58,12 +62,8 @@ class Output:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for writer in self._writers:
-            writer.close()
-        self._publication.discard()
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
 
 def save(backend: Backend, collectives: Collectives, model: PreparedModel, target: Path, options: Options) -> None:

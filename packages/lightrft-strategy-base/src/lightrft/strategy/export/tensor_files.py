@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import torch
 
@@ -105,7 +105,7 @@ def index_of(layouts: Iterable[FileLayout]) -> dict[str, Any]:
 
 
 class TensorWriter:
-    """Files being written. `close` ends it in any case; `finish` before makes sure of what was written."""
+    """Files being written; a context manager. `finish` at its end makes sure of what was written."""
 
     def __init__(self, folder: Path, layouts: Iterable[FileLayout]) -> None:
         self._folder, self._layouts = folder, list(layouts)
@@ -151,7 +151,9 @@ class TensorWriter:
             text = json.dumps(index_of(self._layouts), indent=2)
             files.write_text(self._folder / f"{stem}.safetensors.index.json", f"{text}\n")
 
-    def close(self) -> None:
-        """Close what is open."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         while self._open:
             self._open.popitem()[1].close()

@@ -15,7 +15,7 @@ import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lightrft.config import CheckpointError
-from lightrft.strategy.export.sources.source import REMEDY, reading
+from lightrft.strategy.export.sources.source import REMEDY, empty, reading
 
 METADATA = ".metadata"
 _ALLOWED = {
@@ -43,7 +43,9 @@ class DcpSource:
         self._tensors = {
             name: it for name, it in self._metadata.state_dict_metadata.items() if isinstance(it, TensorStorageMetadata)
         }
-        self.shapes: Mapping[str, torch.Size] = {name: it.size for name, it in self._tensors.items()}
+        self.contents: Mapping[str, torch.Tensor] = {
+            name: empty(it.size, it.properties.dtype) for name, it in self._tensors.items()
+        }
         self._stored = {(it.fqn, it.offset): info for it, info in self._metadata.storage_data.items()}
         self._check_files()
 

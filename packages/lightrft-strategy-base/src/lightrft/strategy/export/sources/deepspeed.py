@@ -14,15 +14,15 @@ from typing import Any, Literal
 import torch
 
 from lightrft.config import CheckpointError
-from lightrft.strategy.export.sources.source import REMEDY, reading
+from lightrft.strategy.export.sources.source import REMEDY, empty, reading
 from lightrft.strategy.export.sources.torch_files import load_torch_file
 
 _MODEL = re.compile(r"^(zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<part>\d+)_model_states\.pt$")
 _OPTIMIZER = re.compile(r"^(bf16_|fp16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<part>\d+)_optim_states\.pt$")
 _PARTITIONS, _SHARDS = "single_partition_of_fp32_groups", "fp32_flat_groups"
 """Where the master weights are, of stages 1 and 2 and of stage 3."""
-Tensors = dict[str, tuple[torch.Size, Callable[[], torch.Tensor]]]
-"""Each tensor's shape, and how to read it, by name."""
+Tensors = dict[str, tuple[torch.Tensor, Callable[[], torch.Tensor]]]
+"""Each tensor on the meta device, and how to read it, by name."""
 
 
 class DeepspeedSource:
@@ -37,7 +37,7 @@ class DeepspeedSource:
         masters = [load_torch_file(path, allow_pickle=allow_pickle) for path in optimizers]
         with reading(models[0]):
             self._tensors = _tensors(place, states, [it["optimizer_state_dict"] for it in masters])
-        self.shapes: Mapping[str, torch.Size] = {name: shape for name, (shape, _) in self._tensors.items()}
+        self.contents: Mapping[str, torch.Tensor] = {name: it for name, (it, _) in self._tensors.items()}
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -46,8 +46,8 @@ class DeepspeedSource:
 
     def read(self, name: str) -> torch.Tensor:
         """A whole tensor, put together from the ranks' parts."""
-        shape, read = self._tensors[name]
-        return read().view(shape)
+        whole, read = self._tensors[name]
+        return read().view(whole.shape)
 
 
 def is_here(place: Path) -> bool:
@@ -93,7 +93,7 @@ def _tensors(place: Path, states: Sequence[Mapping[str, Any]], masters: Sequence
 
 
 def _whole(tensors: Mapping[str, torch.Tensor]) -> Tensors:
-    return {name: (tensor.shape, lambda tensor=tensor: tensor) for name, tensor in tensors.items()}  # type: ignore[misc]
+    return {name: (tensor.to("meta"), lambda tensor=tensor: tensor) for name, tensor in tensors.items()}  # type: ignore[misc]
 
 
 def _partitions(
@@ -105,7 +105,7 @@ def _partitions(
         flat, offset = [partitions[index] for partitions in ranks], 0
         for number, (name, shape) in enumerate(shapes.items()):
             size = torch.Size(shape).numel()
-            found[name] = torch.Size(shape), lambda flat=flat, at=offset, size=size: _take(flat, at, size)  # type: ignore[misc]
+            found[name] = empty(shape, flat[0].dtype), lambda flat=flat, at=offset, size=size: _take(flat, at, size)  # type: ignore[misc]
             offset += size + (paddings[index][number] if paddings is not None else 0)
     return found
 
@@ -120,7 +120,7 @@ def _shards(groups: Iterable[Mapping[str, torch.Size]], ranks: Sequence[Sequence
         def read(at: int = offset, part: int = part, size: int = shape.numel()) -> torch.Tensor:
             return torch.cat([_take(flat, at, part) for flat in ranks])[:size]
 
-        found[name] = shape, read
+        found[name] = empty(shape, ranks[0][0].dtype), read
         offset += part
     return found
 
@@ -133,7 +133,7 @@ def _frozen_shards(shapes: Mapping[str, torch.Size], ranks: Sequence[Mapping[str
         def read(name: str = name, size: int = shape.numel()) -> torch.Tensor:
             return torch.cat([fragments[name].view(-1) for fragments in ranks])[:size]
 
-        found[name] = shape, read
+        found[name] = empty(shape, ranks[0][name].dtype), read
     return found
 
 

@@ -11,9 +11,10 @@ import torch
 from safetensors import safe_open
 
 from lightrft.config import CheckpointError
-from lightrft.strategy.export.sources.source import REMEDY, reading
+from lightrft.strategy.checkpoint.layout import DTYPES
+from lightrft.strategy.export.sources.source import REMEDY, empty, reading
 
-STEMS = ("model", "adapter_model")
+BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 
 
 class SafetensorsSource:
@@ -35,12 +36,14 @@ class SafetensorsSource:
             self._open.clear()
 
     @cached_property
-    def shapes(self) -> Mapping[str, torch.Size]:
-        """Of all tensors, by name."""
-        found = {}
+    def contents(self) -> Mapping[str, torch.Tensor]:
+        """All tensors by name, on the meta device."""
+        found: dict[str, torch.Tensor] = {}
         for file in dict.fromkeys(self._files.values()):
             with reading(self.place / file), safe_open(self.place / file, framework="pt") as opened:
-                found.update({name: torch.Size(opened.get_slice(name).get_shape()) for name in opened.keys()})  # noqa: SIM118
+                for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                    there = opened.get_slice(name)
+                    found[name] = empty(there.get_shape(), BY_NAME[there.get_dtype()])
         lost = [name for name in self._files if name not in found] if "" not in self._files else []
         if lost:
             raise CheckpointError(

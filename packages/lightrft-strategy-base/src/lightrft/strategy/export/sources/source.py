@@ -1,6 +1,6 @@
-"""What every kind of directory offers: names with shapes, at once, and tensors, one at a time."""
+"""What every kind of directory offers: what is in it, at once, and tensors, one at a time."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Literal, Protocol
@@ -20,14 +20,19 @@ class Source(Protocol):
     """Whether names and form are those of `save_pretrained`, or of a state dict."""
 
     @property
-    def shapes(self) -> Mapping[str, torch.Size]:
-        """Of all tensors, by name."""
+    def contents(self) -> Mapping[str, torch.Tensor]:
+        """All tensors by name, on the meta device."""
 
     def read(self, name: str) -> torch.Tensor:
         """A whole tensor on the CPU, which may be mapped from the file and cost memory only where it is touched."""
 
     def opened(self) -> AbstractContextManager[object]:
         """Around `read`."""
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor without memory: its shape and type are all that it has."""
+    return torch.empty(tuple(shape), dtype=dtype, device="meta")
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from lightrft.config import CheckpointError
-from lightrft.strategy.export.sources.source import reading
+from lightrft.strategy.export.sources.source import empty, reading
 
 WEIGHTS = "pytorch_model.bin"
 
@@ -21,7 +21,9 @@ class TorchFileSource:
     def __init__(self, place: Path, *, allow_pickle: bool) -> None:
         self.place = place
         self._tensors: Mapping[str, torch.Tensor] = load_torch_file(place / WEIGHTS, allow_pickle=allow_pickle)
-        self.shapes: Mapping[str, torch.Size] = {name: tensor.shape for name, tensor in self._tensors.items()}
+        self.contents: Mapping[str, torch.Tensor] = {
+            name: empty(tensor.shape, tensor.dtype) for name, tensor in self._tensors.items()
+        }
 
     @contextmanager
     def opened(self) -> Iterator[None]:

@@ -1,0 +1,67 @@
+"""Models written by ZeRO for transformers to open, and read back; DeepSpeed's own checkpoints read in."""
+
+from pathlib import Path
+
+import exports
+import imports
+import pytest
+import torch
+from llamas import llama
+from typer.testing import CliRunner
+from workers import Workers
+
+from lightrft.strategy.cli import app
+
+transformers = pytest.importorskip("transformers")
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor, bound: float) -> bool:
+    """Whether they differ by at most ``bound``."""
+    return bool((found - wanted).abs().max() <= bound)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_what_one_run_saves_transformers_opens_and_another_run_loads(
+    two: Workers, tmp_path: Path, stage: int, bf16: bool
+) -> None:
+    settings = {"strategy": "deepspeed", "zero_stage": stage, "bf16": bf16}
+    bound = 2e-2 if bf16 else 1e-6
+    (path, weights, logits), _ = two.run(
+        exports.saved, path=str(tmp_path / "out"), save={"max_shard_size": 3000}, **settings
+    )
+    opened = transformers.AutoModelForCausalLM.from_pretrained(path)
+    assert close(opened(exports.TOKENS).logits, logits, bound)
+    assert all(torch.equal(opened.state_dict()[name], it) for name, it in weights.items())
+    for found, found_logits, updated in two.run(exports.loaded, path=path, **settings):
+        assert all(torch.equal(found[name], it) for name, it in weights.items())
+        assert close(found_logits, logits, bound)
+        assert 0 < max(float((updated[name] - it).abs().max()) for name, it in found.items()) < 0.02
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_what_deepspeed_wrote_is_read_in_and_converted(two: Workers, tmp_path: Path, stage: int, bf16: bool) -> None:
+    settings = {"zero_stage": stage, "bf16": bf16}
+    weights, _ = two.run(imports.wrote_deepspeed, path=str(tmp_path / "run"), **settings)
+    for found, _, _ in two.run(exports.loaded, strategy="deepspeed", path=str(tmp_path / "run"), zero_stage=3 - stage):
+        assert all(torch.equal(found[name], it) for name, it in weights.items())
+    llama().save_pretrained(tmp_path / "base")
+    done = CliRunner().invoke(
+        app, ["convert", str(tmp_path / "run"), str(tmp_path / "out"), "--base", str(tmp_path / "base")]
+    )
+    assert done.exit_code == 0, done.output
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(opened[name], it) for name, it in weights.items())
+
+
+def test_a_missing_rank_is_named(two: Workers, tmp_path: Path) -> None:
+    two.run(imports.wrote_deepspeed, path=str(tmp_path), zero_stage=2)
+    lost = next((tmp_path / "step1").glob("*zero_pp_rank_1_*optim_states.pt"))
+    lost.unlink()
+    for kind, text, unchanged in two.run(
+        exports.refused, strategy="deepspeed", path=str(tmp_path), call="load", zero_stage=2
+    ):
+        assert kind == "CheckpointError"
+        assert "2 ranks wrote it, and 1 are there" in text
+        assert unchanged

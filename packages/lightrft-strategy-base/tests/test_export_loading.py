@@ -1,0 +1,233 @@
+"""Weights read into prepared models: from Hugging Face directories, and from LightRFT's older checkpoints."""
+
+import pickle
+import shutil
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import transformers
+from export_models import llama, mixture_of_experts, same_logits, vision_language
+from safetensors.torch import load_file, save_file
+
+from lightrft.config import CheckpointError, CheckpointNotFoundError
+from lightrft.strategy import FakeStrategy
+
+
+@pytest.fixture
+def strategy():
+    with FakeStrategy(bf16=False, train_batch_size=1) as made:
+        yield made
+
+
+def other(build, **settings):
+    """A model of the same kind with other weights."""
+    model = build(**settings)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    return model
+
+
+@pytest.mark.parametrize("build", [llama, mixture_of_experts, vision_language])
+@pytest.mark.parametrize("size", ["5GB", "6KB"])
+def test_a_directory_goes_into_a_model_that_was_built_or_loaded(strategy, tmp_path, build, size):
+    wanted = build()
+    wanted.save_pretrained(tmp_path, max_shard_size=size)
+    other(build).save_pretrained(tmp_path / "other")
+    for source in (other(build), type(wanted).from_pretrained(tmp_path / "other")):
+        model = strategy.prepare_model(source)
+        left = strategy.load_model(model, tmp_path)
+        assert (left.missing, left.unexpected) == ((), ())
+        assert same_logits(model, wanted)
+    assert size == "5GB" or (tmp_path / "model.safetensors.index.json").exists()
+
+
+def test_the_optimizer_stays_and_trains_the_new_weights(strategy, tmp_path):
+    llama().save_pretrained(tmp_path)
+    model = other(llama)
+    optimizer = strategy.create_optimizer(model, lr=0.1)
+    model, optimizer, _ = strategy.prepare((model, optimizer, None))
+    strategy.load_model(model, tmp_path)
+    tokens = torch.tensor([[1, 2, 3]])
+    strategy.backward(model(tokens, labels=tokens).loss, model, optimizer)
+    strategy.optimizer_step(optimizer, model)
+    moved = (model.lm_head.weight - llama().lm_head.weight).abs().max()
+    assert 0 < moved < 0.2
+
+
+def test_buffers_are_read_too(strategy, tmp_path):
+    norm = torch.nn.BatchNorm1d(2)
+    norm.running_mean += 3
+    norm.num_batches_tracked += 5
+    save_file(norm.state_dict(), tmp_path / "model.safetensors")
+    model = strategy.prepare_model(torch.nn.BatchNorm1d(2))
+    strategy.load_model(model, tmp_path)
+    assert torch.equal(model.running_mean, norm.running_mean) and model.num_batches_tracked == 5
+
+
+@pytest.mark.parametrize("what", ["missing", "unexpected"])
+def test_names_must_fit_unless_that_is_waived(strategy, tmp_path, what):
+    wanted = llama()
+    tensors = {name: it.clone() for name, it in wanted.state_dict().items() if name != "lm_head.weight"}
+    name = "model.norm.weight" if what == "missing" else "model.more.weight"
+    if what == "missing":
+        del tensors[name]
+    else:
+        tensors[name] = torch.zeros(2)
+    save_file(tensors, tmp_path / "model.safetensors")
+    model = strategy.prepare_model(other(llama))
+    before = {name: it.clone() for name, it in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=rf"{name}.*strict=False"):
+        strategy.load_model(model, tmp_path)
+    assert all(torch.equal(it, before[key]) for key, it in model.state_dict().items())
+    left = strategy.load_model(model, tmp_path, strict=False)
+    assert getattr(left, what) == (name,)
+    assert torch.equal(model.model.embed_tokens.weight, wanted.model.embed_tokens.weight)
+    assert torch.equal(
+        model.model.norm.weight, (before if what == "missing" else wanted.state_dict())["model.norm.weight"]
+    )
+
+
+def test_another_shape_is_named_and_never_waived(strategy, tmp_path):
+    llama().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.norm.weight"] = torch.zeros(5)
+    save_file(tensors, tmp_path / "model.safetensors")
+    model = strategy.prepare_model(other(llama))
+    for strict in (True, False):
+        with pytest.raises(CheckpointError, match=r"model\.norm\.weight has shape \(16,\).*\(5,\)"):
+            strategy.load_model(model, tmp_path, strict=strict)
+
+
+def test_a_second_name_of_a_tied_weight_is_known(strategy, tmp_path):
+    wanted = llama()
+    save_file({name: it.clone() for name, it in wanted.state_dict().items()}, tmp_path / "model.safetensors")
+    model = strategy.prepare_model(other(llama))
+    strategy.load_model(model, tmp_path)
+    assert same_logits(model, wanted)
+
+
+@pytest.mark.parametrize(
+    "damage", ["cut short", "no shard", "not in the shard", "no header", "elsewhere", "no directory"]
+)
+def test_damage_is_found_before_anything_changes(strategy, tmp_path, damage):
+    folder = tmp_path / "model"
+    llama().save_pretrained(folder, max_shard_size="8KB")
+    first, second = sorted(folder.glob("*.safetensors"))[:2]
+    index = folder / "model.safetensors.index.json"
+    if damage == "cut short":
+        first.write_bytes(first.read_bytes()[:-10])
+    elif damage == "no shard":
+        first.unlink()
+    elif damage == "not in the shard":
+        shutil.copyfile(second, first)
+    elif damage == "no header":
+        first.write_bytes(b"\0" * 100)
+    elif damage == "elsewhere":
+        index.write_text(index.read_text().replace(first.name, f"../{first.name}"))
+    else:
+        shutil.rmtree(folder)
+    named = {"elsewhere": index, "no directory": folder}.get(damage, first)
+    model = strategy.prepare_model(other(llama))
+    before = {name: it.clone() for name, it in model.state_dict().items()}
+    with pytest.raises((CheckpointError, CheckpointNotFoundError), match=str(named)):
+        strategy.load_model(model, folder)
+    assert all(torch.equal(it, before[name]) for name, it in model.state_dict().items())
+
+
+def test_a_directory_without_weights_says_what_it_has(strategy, tmp_path):
+    (tmp_path / "step_3").mkdir()
+    with pytest.raises(CheckpointNotFoundError, match="step_3"):
+        strategy.load_model(strategy.prepare_model(llama()), tmp_path)
+
+
+def test_a_checkpoint_of_a_run_is_for_load_ckpt(strategy, tmp_path):
+    model = strategy.prepare_model(llama())
+    path = strategy.save_ckpt(model, tmp_path)
+    with pytest.raises(CheckpointError, match=r"load_ckpt.*lightrft convert"):
+        strategy.load_model(model, path)
+
+
+# Adapters
+
+
+def adapted(weights=None):
+    """A model with adapters."""
+    base = llama(tied=False)
+    if weights is not None:
+        base.load_state_dict(weights)
+    return peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], r=2))
+
+
+def test_adapters_and_base_models_go_into_models_with_adapters(strategy, tmp_path):
+    wanted, base = strategy.prepare_model(other(adapted)), other(llama, tied=False)
+    strategy.save_model(wanted, None, tmp_path / "adapters")
+    base.save_pretrained(tmp_path / "base")
+    model = strategy.prepare_model(adapted())
+    strategy.load_model(model, tmp_path / "adapters")
+    own, theirs = model.state_dict(), wanted.state_dict()
+    trained = [name for name in own if "lora" in name or "modules_to_save" in name]
+    assert trained and all(torch.equal(own[name], theirs[name]) for name in trained)
+    assert not torch.equal(own["base_model.model.model.norm.weight"], theirs["base_model.model.model.norm.weight"])
+    strategy.load_model(model, tmp_path / "base")
+    wanted_base = adapted(base.state_dict()).state_dict()
+    assert all(torch.equal(own[name], theirs[name] if name in trained else wanted_base[name]) for name in own)
+
+
+# Older checkpoints
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_what_torch_distributed_checkpoint_wrote(strategy, tmp_path):
+    wanted = other(llama)
+    dcp.save(wanted.state_dict(), checkpoint_id=tmp_path, no_dist=True)
+    model = strategy.prepare_model(other(llama))
+    strategy.load_model(model, tmp_path)
+    assert same_logits(model, wanted)
+    data = next(tmp_path.glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match=rf"{data.name} is too short"):
+        strategy.load_model(model, tmp_path)
+
+
+class Bomb:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_hostile_metadata_file_runs_nothing(strategy, tmp_path):
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
+    with pytest.raises(CheckpointError, match="was not read"):
+        strategy.load_model(strategy.prepare_model(llama()), tmp_path, allow_pickle=True)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickle_is_read_only_where_that_is_allowed(strategy, tmp_path):
+    wanted = other(llama)
+    model = strategy.prepare_model(other(llama))
+    torch.save(wanted.state_dict(), tmp_path / "pytorch_model.bin")
+    strategy.load_model(model, tmp_path)
+    assert same_logits(model, wanted)
+    tensors = {**wanted.state_dict(), "bomb": Bomb(tmp_path / "ran")}
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin.*allow_pickle=True"):
+        strategy.load_model(model, tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_file_that_needs_pickle_is_read_with_it(strategy, tmp_path):
+    wanted = other(llama)
+    torch.save(transformers.utils.ModelOutput(wanted.state_dict()), tmp_path / "pytorch_model.bin")
+    model = strategy.prepare_model(other(llama))
+    with pytest.raises(CheckpointError, match="allow_pickle=True"):
+        strategy.load_model(model, tmp_path)
+    strategy.load_model(model, tmp_path, allow_pickle=True)
+    assert same_logits(model, wanted)

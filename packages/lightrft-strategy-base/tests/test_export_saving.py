@@ -1,0 +1,285 @@
+"""Models as directories: what is written, when it appears, and what becomes of what was there."""
+
+import json
+import shutil
+import textwrap
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from export_models import TOKENS, llama, mixture_of_experts, same_logits, vision_language
+from safetensors.torch import load_file
+
+from lightrft.config import ArgumentError, CheckpointError, StrategyError, UnsupportedOperationError
+from lightrft.strategy import FakeStrategy
+
+BUILDS = {"tied": llama, "untied": lambda: llama(tied=False), "experts": mixture_of_experts, "vision": vision_language}
+
+
+@pytest.fixture
+def strategy():
+    with FakeStrategy(bf16=False, train_batch_size=1, weight_sync_bucket_bytes=1 << 20) as made:
+        yield made
+
+
+def trained(strategy, model):
+    """``model`` in training, away from where it began."""
+    model, _, _ = strategy.prepare((model, strategy.create_optimizer(model, lr=1e-3), None))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def tensors_in(folder):
+    """All tensors of a directory's files."""
+    return {name: it for file in Path(folder).glob("*.safetensors") for name, it in load_file(file).items()}
+
+
+@pytest.mark.parametrize("kind", BUILDS)
+def test_what_is_written_is_what_save_pretrained_writes(strategy, tmp_path, kind):
+    BUILDS[kind]().save_pretrained(tmp_path / "begin")
+    begun = transformers.AutoModelForImageTextToText if kind == "vision" else transformers.AutoModelForCausalLM
+    for source in (BUILDS[kind](), begun.from_pretrained(tmp_path / "begin")):
+        model = trained(strategy, source)
+        strategy.save_model(model, None, tmp_path / "ours", max_shard_size="30KB")
+        model.save_pretrained(tmp_path / "theirs")
+        ours, theirs = tensors_in(tmp_path / "ours"), tensors_in(tmp_path / "theirs")
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], it) for name, it in theirs.items())
+        config = json.loads((tmp_path / "ours" / "config.json").read_text())
+        assert config == json.loads((tmp_path / "theirs" / "config.json").read_text())
+        assert same_logits(begun.from_pretrained(tmp_path / "ours"), model)
+
+
+def test_files_have_at_most_the_size_that_was_asked_for_and_an_index(strategy, tmp_path):
+    model = trained(strategy, llama())
+    found = strategy.save_model(model, None, tmp_path / "out", max_shard_size=4000)
+    sizes = [file.stat().st_size for file in found.glob("model-*-of-*.safetensors")]
+    index = json.loads((found / "model.safetensors.index.json").read_text())
+    assert len(sizes) > 3 and max(sizes) < 4000 + 2000  # and the header
+    assert set(index["weight_map"]) == set(tensors_in(found))
+    assert index["metadata"]["total_size"] == sum(it.nbytes for it in tensors_in(found).values())
+    opened = transformers.AutoModelForCausalLM.from_pretrained(found)
+    assert same_logits(opened, model)
+    assert opened.lm_head.weight is opened.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("size", ["five", -3, "3 parsecs", 0])
+def test_sizes_that_are_none(strategy, tmp_path, size):
+    with pytest.raises(ArgumentError, match="max_shard_size"):
+        strategy.save_model(trained(strategy, llama()), None, tmp_path / "out", max_shard_size=size)
+
+
+def test_the_type_is_that_in_which_the_model_computes_or_the_one_asked_for(tmp_path):
+    for bf16, dtype, wanted in [(False, None, "float32"), (True, None, "bfloat16"), (True, torch.float32, "float32")]:
+        with FakeStrategy(bf16=bf16, train_batch_size=1) as strategy:
+            model = trained(strategy, llama())
+            found = strategy.save_model(model, None, tmp_path / "out", dtype=dtype)
+            assert {str(it.dtype) for it in tensors_in(found).values()} == {f"torch.{wanted}"}
+            assert json.loads((found / "config.json").read_text())["dtype"] == wanted
+            assert next(model.parameters()).dtype is torch.float32
+
+
+def test_what_transformers_keeps_in_fp32_is_written_in_fp32(strategy, tmp_path):
+    model = trained(strategy, llama())
+    model._keep_in_fp32_modules_strict = {"q_proj"}
+    found = tensors_in(strategy.save_model(model, None, tmp_path / "out", dtype=torch.bfloat16))
+    assert {name for name, it in found.items() if it.dtype is torch.float32} == {it for it in found if "q_proj" in it}
+    assert torch.equal(found["model.layers.0.self_attn.q_proj.weight"], model.model.layers[0].self_attn.q_proj.weight)
+
+
+def test_tokenizer_processor_and_generation_configuration_stand_beside_the_weights(strategy, tmp_path):
+    class Writer:
+        def __init__(self, name):
+            self.name = name
+
+        def save_pretrained(self, folder):
+            (Path(folder) / self.name).write_text("{}")
+
+    model = trained(strategy, llama())
+    model.generation_config.max_new_tokens = 123
+    found = strategy.save_model(model, Writer("tokenizer.json"), tmp_path / "out", processor=Writer("processor.json"))
+    assert {"tokenizer.json", "processor.json", "config.json", "model.safetensors"} <= {
+        it.name for it in found.iterdir()
+    }
+    assert transformers.GenerationConfig.from_pretrained(found).max_new_tokens == 123
+
+
+def test_custom_code_comes_along(strategy, tmp_path, monkeypatch):
+    code = tmp_path / "code"
+    llama().save_pretrained(code)
+    (code / "modeling_mine.py").write_text(
+        textwrap.dedent("""
+            from transformers import LlamaForCausalLM
+
+            class Mine(LlamaForCausalLM):
+                def forward(self, *args, **kwargs):
+                    output = super().forward(*args, **kwargs)
+                    output.logits = output.logits * 2
+                    return output
+        """)
+    )
+    config = json.loads((code / "config.json").read_text())
+    (code / "config.json").write_text(
+        json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "modeling_mine.Mine"}})
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(code, trust_remote_code=True)
+    found = strategy.save_model(trained(strategy, model), None, tmp_path / "out")
+    assert json.loads((found / "config.json").read_text())["architectures"] == ["Mine"]
+    assert (found / "modeling_mine.py").read_text() == (code / "modeling_mine.py").read_text()
+    again = transformers.AutoModelForCausalLM.from_pretrained(found, trust_remote_code=True)
+    assert type(again).__name__ == "Mine" and same_logits(again, model)
+
+
+def test_a_model_that_is_not_transformers_gives_its_weights(strategy, tmp_path):
+    model = strategy.prepare_model(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3)))
+    found = strategy.save_model(model, None, tmp_path / "out")
+    assert [it.name for it in found.iterdir()] == ["model.safetensors"]
+    assert all(torch.equal(tensors_in(found)[name], it) for name, it in model.state_dict().items())
+
+
+# Where and when
+
+
+def test_an_older_model_is_replaced_and_other_files_stay(strategy, tmp_path):
+    model, out = trained(strategy, llama()), tmp_path / "out"
+    strategy.save_model(model, None, out, max_shard_size=4000)
+    (out / "runs").mkdir()
+    (out / "runs" / "log").write_text("mine")
+    (out / "notes.txt").write_text("mine")
+    strategy.save_model(model, None, out)
+    names = {it.name for it in out.iterdir()}
+    assert names == {"config.json", "generation_config.json", "model.safetensors", "runs", "notes.txt"}
+    assert (out / "runs" / "log").read_text() == "mine"
+    assert [it.name for it in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("instant", ["written", "stepped aside", "in place"])
+def test_a_killed_export_is_brought_to_an_end_by_the_next(strategy, tmp_path, instant):
+    model, out = trained(strategy, llama()), tmp_path / "out"
+    strategy.save_model(model, None, out)
+    (out / "notes.txt").write_text("mine")
+    shutil.copytree(out, tmp_path / ".out.writing")
+    (tmp_path / ".out.writing" / "notes.txt").unlink()
+    if instant != "written":
+        out.rename(tmp_path / ".out.replaced")
+    if instant == "in place":
+        (tmp_path / ".out.writing").rename(out)
+    strategy.save_model(model, None, out)
+    assert (out / "notes.txt").read_text() == "mine"
+    assert [it.name for it in tmp_path.iterdir()] == ["out"]
+    assert same_logits(transformers.AutoModelForCausalLM.from_pretrained(out), model)
+
+
+def test_a_failure_leaves_the_older_model_as_it_was(strategy, tmp_path, monkeypatch):
+    class Refusing:
+        def save_pretrained(self, folder):
+            raise OSError(28, "No space left on device", f"{folder}/tokenizer.json")
+
+    model, out = trained(strategy, llama()), tmp_path / "out"
+    strategy.save_model(model, None, out)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: No space left on device"):
+        strategy.save_model(model, Refusing(), out)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(CheckpointError, match=r"free some, or give another path"):
+        strategy.save_model(model, None, out)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    assert [it.name for it in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_directory_that_cannot_step_aside_is_filled(strategy, tmp_path, monkeypatch):
+    model, out = trained(strategy, llama()), tmp_path / "out"
+    strategy.save_model(model, None, out, max_shard_size=4000)
+    (out / "notes.txt").write_text("mine")
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == out)
+    strategy.save_model(model, None, out)
+    assert {it.name for it in out.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "notes.txt",
+    }
+    assert same_logits(transformers.AutoModelForCausalLM.from_pretrained(out), model)
+
+
+def test_models_that_are_not_there_to_be_saved(strategy, tmp_path):
+    with pytest.raises(StrategyError, match="save_model: this strategy has not prepared the model"):
+        strategy.save_model(llama(), None, tmp_path / "out")
+    model = trained(strategy, llama())
+    strategy.offload_model(model)
+    with pytest.raises(StrategyError, match="reload_model"):
+        strategy.save_model(model, None, tmp_path / "out")
+
+
+# Adapters
+
+
+def with_adapters(strategy, build=llama, **settings):
+    """A model with trained adapters, prepared, and its bare base model."""
+    base = build()
+    chosen = {"target_modules": ["q_proj", "down_proj"], "r": 2, **settings}
+    model = peft.get_peft_model(build(), peft.LoraConfig(**chosen))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.5)
+    model, _, _ = strategy.prepare((model, strategy.create_optimizer(model, lr=1e-3), None))
+    return model.eval(), base
+
+
+ADAPTERS = [
+    {},
+    {"use_dora": True},
+    {"use_rslora": True},
+    {"modules_to_save": ["lm_head"]},
+    {"target_modules": ["embed_tokens"]},
+]
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings", "ignore:Model with `tie_word_embeddings")
+@pytest.mark.parametrize("settings", ADAPTERS, ids=str)
+def test_adapters_are_saved_alone_and_peft_opens_them(strategy, tmp_path, settings):
+    model, base = with_adapters(strategy, lambda: llama(tied=False), **settings)
+    found = strategy.save_model(model, None, tmp_path / "out")
+    assert {it.name for it in found.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert same_logits(peft.PeftModel.from_pretrained(base, found), model)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings", "ignore:Model with `tie_word_embeddings")
+@pytest.mark.parametrize("settings", ADAPTERS, ids=str)
+@pytest.mark.parametrize("tied", [True, False])
+def test_adapters_merged_give_a_whole_model_and_leave_the_base_alone(strategy, tmp_path, settings, tied):
+    model, _ = with_adapters(strategy, lambda: llama(tied=tied), **settings)
+    before = {name: it.clone() for name, it in model.named_parameters()}
+    found = strategy.save_model(model, None, tmp_path / "out", merge_adapters=True)
+    opened = transformers.AutoModelForCausalLM.from_pretrained(found)
+    assert (opened(TOKENS).logits - model(TOKENS).logits).abs().max() < 1e-5
+    assert all(torch.equal(before[name], it) for name, it in model.named_parameters())
+
+
+def test_merging_is_done_in_full_precision(tmp_path):
+    with FakeStrategy(bf16=True, train_batch_size=1) as strategy:
+        model, _ = with_adapters(strategy)
+        found = tensors_in(strategy.save_model(model, None, tmp_path / "out", merge_adapters=True))
+        wanted = model.merge_and_unload().state_dict()
+        assert all(torch.equal(it, wanted[name].bfloat16()) for name, it in found.items())
+
+
+def test_several_adapters_have_folders_of_their_own(strategy, tmp_path):
+    model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"], r=2))
+    model.add_adapter("other", peft.LoraConfig(target_modules=["v_proj"], r=3))
+    model = strategy.prepare_model(model)
+    found = strategy.save_model(model, None, tmp_path / "out")
+    for folder, rank in ((found, 2), (found / "other", 3)):
+        assert {it.shape[0] for name, it in tensors_in(folder).items() if "lora_A" in name} == {rank}
+        assert peft.PeftConfig.from_pretrained(folder).r == rank
+
+
+def test_what_cannot_be_merged_is_refused_by_name(strategy, tmp_path):
+    model, _ = with_adapters(strategy, lora_bias=True, target_modules=["q_proj"], build=lambda: llama(biases=True))
+    with pytest.raises(UnsupportedOperationError, match=r"q_proj.*merge_and_unload"):
+        strategy.save_model(model, None, tmp_path / "out", merge_adapters=True)
+    assert list(tmp_path.iterdir()) == []
