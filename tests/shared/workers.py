@@ -1,7 +1,8 @@
 """A few processes, one a rank, that stay alive and run one function after the other.
 
-They are plain spawned processes, with gloo on loopback. Each question has a deadline. Ranks that miss it show
-their stacks, and are ended with the whole group and all that they started.
+They are plain processes, with gloo on loopback, forked from one that has imported torch and used nothing of it.
+Each question has a deadline. Ranks that miss it show their stacks, and are ended with the whole group and all that
+they started.
 """
 
 import faulthandler
@@ -25,6 +26,10 @@ DEADLINE = 120.0
 """Seconds for one function on all ranks, if the caller gives no others."""
 START = 300.0
 """Seconds in which all ranks must be there, with torch imported."""
+
+
+PRELOADED = ["torch", "torch._dynamo", "lightrft.strategy"]
+"""Imported once, in a process from which the ranks are forked."""
 
 
 class WorkersError(AssertionError):
@@ -59,7 +64,8 @@ class Workers:
         self._ranks = []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         port = _free_port()
         for rank in range(self.size):
             here, there = context.Pipe()
