@@ -8,7 +8,9 @@ from lightrft.engines.sglang import arguments, requests, scheduler, shared
 from lightrft.engines.source import ModelSource
 from lightrft.strategy import Prompt, Sampling
 
-SOURCE = ModelSource(path="/nowhere", loads_weights=True, has_tokenizer=True, expected=None, end_ids=frozenset({2}))
+SOURCE = ModelSource(
+    path="/nowhere", loads_weights=True, stores_weights=True, has_tokenizer=True, expected=None, end_ids=frozenset({2})
+)
 
 
 def server_arguments(device="cpu", **settings):

@@ -27,6 +27,8 @@ class ModelSource:
     path: str
     loads_weights: bool
     """The engine begins with the weights at ``path``; else with none, since an actor's will come."""
+    stores_weights: bool
+    """There are weights at ``path``."""
     has_tokenizer: bool
     expected: Mapping[str, torch.Size] | None
     """Names, as the sender has them, and shapes of what every sync must deliver."""
@@ -53,6 +55,7 @@ class ModelSource:
         return cls(
             path=path,
             loads_weights=request.skeleton is None,
+            stores_weights=stored_shapes(directory) is not None or any(directory.glob("*.bin")),
             has_tokenizer=any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")),
             expected=_expected(directory, config, request.skeleton),
             end_ids=_end_ids(config) | _end_ids(_generation_config(directory)),
@@ -74,6 +77,7 @@ class ModelSource:
         return cls(
             path=temporary.name,
             loads_weights=False,
+            stores_weights=False,
             has_tokenizer=False,
             expected=_shapes_of(skeleton),
             end_ids=_end_ids(getattr(skeleton, "generation_config", None)) or _end_ids(skeleton.config),

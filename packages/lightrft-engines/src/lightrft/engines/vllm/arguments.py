@@ -26,7 +26,8 @@ def llm_arguments(config: StrategyConfig, source: ModelSource, *, on_cpu: bool, 
     return {
         "model": source.path,
         "skip_tokenizer_init": not source.has_tokenizer,
-        "load_format": "auto" if source.loads_weights else "dummy",
+        # Also where an actor's weights will come: "dummy" fills buffers, which no sync delivers, with random numbers.
+        "load_format": "auto" if source.stores_weights else "dummy",
         "dtype": "bfloat16" if config.bf16 else "float32",
         "tensor_parallel_size": config.engine_tp_size,
         "distributed_executor_backend": "external_launcher",
