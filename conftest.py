@@ -20,6 +20,8 @@ PATIENCE = 2.0
 """Seconds in which what is ending may end."""
 STANDING = {"PYTEST_CURRENT_TEST", "PYTEST_VERSION", "PYTORCH_NVML_BASED_CUDA_CHECK", "TORCHINDUCTOR_CACHE_DIR"}
 """Variables that change by themselves: pytest's, between tests, and those that DeepSpeed and torch set when imported."""
+STANDING_THREADS = {"tqdm_monitor"}
+"""Of progress bars: it stays once there has been one."""
 STANDING_CHILDREN = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 """Python's own helpers, which stay for as long as the process does."""
 
@@ -67,7 +69,9 @@ def _changes(read: Callable[[], dict[str, Any]], before: dict[str, Any]) -> dict
 
 def _state() -> dict[str, Any]:
     found: dict[str, Any] = {f"${name}": value for name, value in os.environ.items() if name not in STANDING}
-    found |= {f"thread {thread.name!r}": True for thread in threading.enumerate()}
+    found |= {
+        f"thread {thread.name!r}": True for thread in threading.enumerate() if thread.name not in STANDING_THREADS
+    }
     distributed = sys.modules.get("torch.distributed")
     found["process group"] = bool(distributed and distributed.is_available() and distributed.is_initialized())
     found["working directory"] = os.getcwd()

@@ -1,0 +1,37 @@
+"""Prompts padded on the left: nothing of a neighbour reaches a row."""
+
+import torch
+from llamas import llama
+
+from lightrft.engines.batch import Batch, Row
+from lightrft.strategy import Sampling
+from lightrft.strategy.rollout.sampling import stream_key
+
+PROMPTS = [[1, 5, 9], [4], [1, 2, 3, 4, 5, 6, 7]]
+
+
+def rows(
+    prompts: list[list[int]], ends: frozenset[int] = frozenset(), samples: int = 1, **sampling: float
+) -> list[Row]:
+    batch = Batch(llama(), Sampling(**sampling), ends, torch.device("cpu"))
+    keys = [[stream_key(1, prompt, sample) for sample in range(samples)] for prompt in prompts]
+    return batch.complete(prompts, keys)
+
+
+def test_a_row_is_the_same_alone_and_beside_longer_ones() -> None:
+    together = rows(PROMPTS, temperature=0, max_tokens=5)
+    for prompt, row in zip(PROMPTS, together, strict=True):
+        (alone,) = rows([prompt], temperature=0, max_tokens=5)
+        assert row.output == alone.output
+        torch.testing.assert_close(torch.tensor(row.logprobs), torch.tensor(alone.logprobs), atol=1e-5, rtol=1e-5)
+
+
+def test_rows_that_ended_leave_the_batch_and_the_others_go_on() -> None:
+    free = rows(PROMPTS, samples=8, max_tokens=12)
+    ends = frozenset({7, 8})
+    held = rows(PROMPTS, ends, samples=8, max_tokens=12)
+    assert 0 < sum(row.stopped for row in held) < len(held)
+    for row, whole in zip(held, free, strict=True):
+        last = next((place for place, token in enumerate(whole.output) if token in ends), len(whole.output) - 1)
+        assert row.output == whole.output[: last + 1]
+        assert row.stopped == (row.output[-1] in ends)

@@ -1,0 +1,195 @@
+"""The engine in the training process: what it generates is what its model says."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from llamas import llama
+from torch import nn
+
+from lightrft.config import EngineError, StaleWeightsError
+from lightrft.engines.transformers import TransformersEngine
+from lightrft.strategy import Completion, FakeStrategy, Sampling
+
+tokenizers = pytest.importorskip("tokenizers")
+transformers = pytest.importorskip("transformers")
+
+RAGGED = [[1, 5, 9], [4], [1, 2, 3, 4, 5, 6, 7], [11, 3]]
+GREEDY = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}
+
+
+@contextmanager
+def rollout(actor: Any = None, **settings: Any) -> Iterator[tuple[FakeStrategy, Any]]:
+    """A strategy with the engine, and an actor whose weights it has."""
+    config = {"engine_type": "transformers", "bf16": False, "train_batch_size": 1, **settings}
+    with FakeStrategy(config) as strategy:
+        actor = llama() if actor is None else actor
+        actor, _, _ = strategy.prepare((actor, strategy.create_optimizer(actor, lr=0.1), None))
+        strategy.setup_inference_engine(strategy.config, "transformers", actor=actor)
+        yield strategy, actor
+
+
+def completed(strategy: FakeStrategy, prompts: Sequence[Sequence[int]], **sampling: Any) -> list[Completion]:
+    found: list[Completion] = strategy.gather_and_generate(sampling, prompts)
+    return found
+
+
+def tokens(completions: Sequence[Completion]) -> list[tuple[int, ...]]:
+    return [completion.output_token_ids for completion in completions]
+
+
+def test_greedy_tokens_of_ragged_prompts_are_those_of_transformers_own_generate() -> None:
+    with rollout() as (strategy, actor):
+        found = completed(strategy, RAGGED, **GREEDY)
+        for prompt, completion in zip(RAGGED, found, strict=True):
+            config = transformers.GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+            wanted = actor.generate(torch.tensor([prompt]), generation_config=config)[0, len(prompt) :]
+            assert completion.prompt_token_ids == tuple(prompt)
+            assert completion.output_token_ids == tuple(wanted.tolist())
+            assert completion.finish_reason == "length"
+
+
+def test_logprobs_are_the_models_own_before_temperature_and_filters() -> None:
+    with rollout() as (strategy, actor):
+        for it in completed(strategy, RAGGED, n=2, temperature=0.5, top_k=5, max_tokens=6, seed=1):
+            whole = torch.tensor([[*it.prompt_token_ids, *it.output_token_ids]])
+            with torch.no_grad():
+                logprobs_TV = actor(whole).logits[0].log_softmax(dim=-1)
+            places = range(len(it.prompt_token_ids) - 1, whole.shape[1] - 1)
+            wanted = [logprobs_TV[place, whole[0, place + 1]].item() for place in places]
+            assert it.logprobs == pytest.approx(wanted, abs=1e-5)
+
+
+def test_samples_of_a_prompt_come_in_a_row_and_differ() -> None:
+    with rollout() as (strategy, _):
+        found = completed(strategy, RAGGED, n=4, temperature=1.0, max_tokens=8, ignore_eos=True, seed=3)
+    assert [it.prompt_token_ids for it in found] == [tuple(prompt) for prompt in RAGGED for _ in range(4)]
+    assert len(set(tokens(found))) == 16
+
+
+def test_with_a_seed_a_completion_depends_on_its_prompt_and_number_alone() -> None:
+    sampling = {"n": 3, "temperature": 1.0, "max_tokens": 8, "seed": 5}
+    with rollout() as (strategy, _):
+        together = completed(strategy, RAGGED, **sampling)
+        apart = [it for prompt in RAGGED for it in completed(strategy, [prompt], **sampling)]
+        other = completed(strategy, RAGGED, **{**sampling, "seed": 6})
+    with rollout(engine_max_sequences=6) as (strategy, _):
+        in_pieces = completed(strategy, RAGGED, **sampling)
+    assert tokens(together) == tokens(apart) == tokens(in_pieces)
+    assert tokens(together) != tokens(other)
+    assert len({len(it) for it in tokens(together)}) > 1, "rows end at different times, and leave the batch"
+
+
+def test_without_a_seed_calls_differ_and_runs_repeat() -> None:
+    def run(seed: int) -> list[list[tuple[int, ...]]]:
+        with rollout(seed=seed) as (strategy, _):
+            return [tokens(completed(strategy, RAGGED, temperature=1.0, max_tokens=8)) for _ in range(2)]
+
+    first, again, other = run(1), run(1), run(2)
+    assert first == again
+    assert first != other
+    assert first[0] != first[1]
+
+
+def test_it_stops_at_end_and_stop_tokens_but_not_before_the_minimum() -> None:
+    with rollout() as (strategy, _):
+        (whole,) = tokens(completed(strategy, [[1, 5, 9]], **GREEDY))
+        stop = whole[2]
+        first = whole.index(stop) + 1
+        (stopped,) = completed(strategy, [[1, 5, 9]], **GREEDY, stop_token_ids=[stop])
+        (later,) = completed(strategy, [[1, 5, 9]], **GREEDY, stop_token_ids=[stop], min_tokens=5)
+        strategy.inference_engine._model.module.generation_config.eos_token_id = stop
+        (ended,) = completed(strategy, [[1, 5, 9]], **{**GREEDY, "ignore_eos": False})
+        (ignored,) = completed(strategy, [[1, 5, 9]], **GREEDY)
+    assert (stopped.output_token_ids, stopped.finish_reason) == (whole[:first], "stop")
+    assert (ended.output_token_ids, ended.finish_reason) == (whole[:first], "stop")
+    assert stop not in later.output_token_ids[:4]
+    assert len(later.output_token_ids) >= 5
+    assert (ignored.output_token_ids, ignored.finish_reason) == (whole, "length")
+
+
+def test_it_generates_from_the_weights_of_the_last_sync_in_the_memory_it_has() -> None:
+    with rollout() as (strategy, actor):
+        places = [it.data_ptr() for it in strategy.inference_engine._model.module.parameters()]
+        old = completed(strategy, RAGGED, **GREEDY)
+        with torch.no_grad():
+            for parameter in actor.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        assert tokens(completed(strategy, RAGGED, **GREEDY)) == tokens(old)
+        strategy.update_engine_weights(actor)
+        new = completed(strategy, RAGGED, **GREEDY)
+        assert tokens(new) != tokens(old)
+        assert {it.weight_version for it in old} == {1}
+        assert {it.weight_version for it in new} == {2}
+        assert [it.data_ptr() for it in strategy.inference_engine._model.module.parameters()] == places
+        assert places[0] != next(actor.parameters()).data_ptr()
+
+
+def test_sleep_gives_the_weights_memory_back_and_a_sync_brings_it_again() -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=17, hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, num_attention_heads=8
+    )
+    with rollout(transformers.LlamaForCausalLM(config)) as (strategy, actor):
+        size = sum(parameter.nbytes for parameter in actor.parameters())
+        wanted = tokens(completed(strategy, [[1, 5]], **GREEDY))
+        awake = _resident()
+        strategy.inference_engine.sleep(2)
+        assert awake - _resident() > 0.95 * size
+        with pytest.raises(StaleWeightsError, match="dropped the weights"):
+            completed(strategy, [[1, 5]], **GREEDY)
+        strategy.update_engine_weights(actor)
+        assert tokens(completed(strategy, [[1, 5]], **GREEDY)) == wanted
+        strategy.inference_engine.sleep(1)
+        assert tokens(completed(strategy, [[1, 5]], **GREEDY)) == wanted
+
+
+def _resident() -> int:
+    """Bytes of this process in memory that are its own."""
+    pages = Path("/proc/self/statm").read_text().split()
+    return (int(pages[1]) - int(pages[2])) * 4096
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A model directory, with a tokenizer of a token a letter."""
+    llama().save_pretrained(tmp_path)
+    vocabulary = {letter: index for index, letter in enumerate("abcdefghijklmnopq")}
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="a"))
+    plain.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=plain).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_from_a_directory_it_needs_no_actor_and_speaks_text(saved: Path) -> None:
+    with FakeStrategy({"bf16": False, "pretrain": str(saved)}) as strategy:
+        strategy.setup_inference_engine(engine_type="transformers")
+        (by_text,) = strategy.gather_and_generate(GREEDY, all_prompts=["bfj"])
+        (by_tokens,) = strategy.gather_and_generate(GREEDY, [[1, 5, 9]])
+    assert by_text == by_tokens
+    assert by_text.weight_version == 0
+    assert by_text.text.replace(" ", "") == "".join("abcdefghijklmnopq"[it] for it in by_text.output_token_ids)
+
+
+def test_what_it_cannot_do_it_explains(tmp_path: Path) -> None:
+    with rollout() as (strategy, _):
+        with pytest.raises(EngineError, match="no token ids, and there is no tokenizer for its text; pass token ids"):
+            strategy.gather_and_generate(GREEDY, all_prompts=["text"])
+        with pytest.raises(EngineError, match="takes no images"):
+            strategy.gather_and_generate(GREEDY, all_prompts=["<image>"], all_images=[["picture"]])
+        with pytest.raises(EngineError, match="stop"):
+            completed(strategy, [[1]], **GREEDY, stop=["end"])
+        with pytest.raises(EngineError, match="neither an actor nor a model; pass setup_inference_engine"):
+            strategy.setup_inference_engine(engine_type="transformers")
+    with pytest.raises(EngineError, match="the actor is a Linear; use engine 'fake'"), rollout(nn.Linear(2, 2)):
+        pass
+
+
+def test_an_empty_list_of_prompts_gives_an_empty_list() -> None:
+    with rollout() as (strategy, _):
+        assert completed(strategy, [], **GREEDY) == []
+        engine = strategy.inference_engine
+        assert isinstance(engine, TransformersEngine)
+        assert engine.generate([], Sampling()) == []
