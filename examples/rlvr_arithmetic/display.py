@@ -38,6 +38,7 @@ class Display:
         if self._speaks and self._rows:
             self._draw()
             self._say_table()
+            self._console.print(f"metrics and picture: {self._output}", highlight=False)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -74,7 +75,6 @@ class Display:
             table.add_column(column, justify="right")
         table.add_row(f"{before:.1%}", f"{after:.1%}", f"{100 * (after - before):+.1f} points")
         self._console.print(table)
-        self._console.print(f"metrics and picture: {self._output}", highlight=False)
 
 
 def _facts(row: dict[str, Any]) -> str:

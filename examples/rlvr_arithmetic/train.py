@@ -11,6 +11,7 @@ import argparse
 import copy
 import math
 import random
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -225,4 +226,7 @@ def count(text: str) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
