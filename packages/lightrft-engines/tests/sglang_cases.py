@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +9,8 @@ import torch
 from lightrft.strategy import StrategyBase, get_strategy
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10]]
+EXTRA = ("pretrain", "weight_sync_verify", "engine_kv_cache_bytes")
+"""Settings of the engine alone."""
 GREEDY = {"temperature": 0.0, "max_tokens": 8}
 
 
@@ -43,11 +44,12 @@ def rollout(
 ) -> Iterator[tuple[StrategyBase, Any, Any]]:
     """A strategy with a model in training and an engine with its weights."""
     config = {"train_batch_size": 2, "micro_train_batch_size": 1, "bf16": False, **settings}
+    extra = {name: config.pop(name) for name in list(config) if name in EXTRA}
     with get_strategy({"strategy": strategy, "engine_type": engine, **config}) as made:
         actor = tiny() if model is None else model
         optimizer = made.create_optimizer(actor, lr=1e-3, weight_decay=0.0)
         actor, optimizer, _ = made.prepare((actor, optimizer, None))
-        made.setup_inference_engine(None, engine, actor=actor)
+        made.setup_inference_engine({**config, **extra}, engine, actor=actor)
         yield made, actor, optimizer
 
 
@@ -98,16 +100,3 @@ def sync_and_compare(strategy: str, path: str | None = None, **settings: Any) ->
         reference = whole(made, actor, tiny(9) if path is None else smollm2(path))
         compare(made, reference, PROMPTS[made.get_rank() :])
         return 0 if made.inference_engine is None else made.inference_engine.weight_version
-
-
-def own_processes() -> list[str]:
-    """Command lines of what this process, or a launcher for it, has started of SGLang's and is still there."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-        except OSError:
-            continue
-        if entry.name.isdigit() and ("sglang::" in command or "sglang.server" in command):
-            found.append(f"{entry.name} {command}")
-    return found

@@ -50,7 +50,7 @@ def test_a_cache_holds_what_its_bytes_hold_and_no_more_than_its_sequences_need()
 
 def test_the_servers_environment_is_not_that_of_a_rank():
     found = arguments.server_variables(
-        {"RANK": "1", "TORCHELASTIC_RUN_ID": "x", "SGLANG_USE_CPU_ENGINE": "1", "PATH": "p"}, "/folder"
+        {"RANK": "1", "TORCHELASTIC_RUN_ID": "x", "SGLANG_USE_CPU_ENGINE": "1", "PATH": "p"}, "/folder", on_cpu=True
     )
     assert found["PATH"] == "p"
     assert found["TMPDIR"] == "/folder"

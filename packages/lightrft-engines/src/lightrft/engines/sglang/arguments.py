@@ -30,6 +30,14 @@ LAUNCHER_VARIABLES = (
     "MASTER_PORT",
 )
 """Of the launcher that started the training; SGLang's processes are a world of their own."""
+IMPORTED_WITH = {
+    "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",  # of the model itself, before temperature and filters
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""What SGLang and torch read when they are imported."""
+IMPORTED_WITH_ON_CPU = {
+    "TORCH_COMPILE_DISABLE": "1"
+}  # or penalties are compiled, with a compiler that may not be there
 
 
 def server_arguments(
@@ -40,7 +48,7 @@ def server_arguments(
     return {
         "model_path": source.path,
         "skip_tokenizer_init": not source.has_tokenizer,
-        "load_format": "auto" if source.loads_weights else "dummy",
+        "load_format": "auto" if source.stores_weights else "dummy",
         "dtype": "bfloat16" if config.bf16 else "float32",
         "tp_size": config.engine_tp_size,
         "base_gpu_id": index,
@@ -60,7 +68,7 @@ def server_arguments(
     }
 
 
-def server_variables(environment: Mapping[str, str], folder: str) -> dict[str, str]:
+def server_variables(environment: Mapping[str, str], folder: str, *, on_cpu: bool) -> dict[str, str]:
     """The environment of the server process, with ``folder`` for its temporary files."""
     kept = {
         name: value
@@ -68,12 +76,7 @@ def server_variables(environment: Mapping[str, str], folder: str) -> dict[str, s
         if name not in LAUNCHER_VARIABLES and not name.startswith("TORCHELASTIC_")
     }
     kept.pop("SGLANG_USE_CPU_ENGINE", None)  # it would ask for kernels that SGLang's wheels do not have
-    return {
-        **kept,
-        "TMPDIR": folder,
-        "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",  # of the model itself, before temperature and filters
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    return {**kept, **IMPORTED_WITH, **(IMPORTED_WITH_ON_CPU if on_cpu else {}), "TMPDIR": folder}
 
 
 def _on_cpu(source: ModelSource) -> dict[str, Any]:

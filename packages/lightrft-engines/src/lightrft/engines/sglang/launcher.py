@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from lightrft.engines.sglang.arguments import IMPORTED_WITH, IMPORTED_WITH_ON_CPU
 from lightrft.engines.sglang.launching import LENGTH, VARIABLE, received
 
 
@@ -62,7 +63,6 @@ def main() -> int:
     command = sys.argv[1:]
     if not command:
         raise SystemExit(f"{__doc__}")
-    os.environ.setdefault("SGLANG_RETURN_ORIGINAL_LOGPROB", "1")  # read at import
     with (
         tempfile.TemporaryDirectory(prefix="lightrft-sglang-launcher-") as folder,
         socket.socket(socket.AF_UNIX) as listener,
@@ -85,6 +85,7 @@ def main() -> int:
 
 def _be_forker(listener: socket.socket) -> None:
     try:
+        os.environ.update(IMPORTED_WITH | IMPORTED_WITH_ON_CPU)
         from lightrft.engines.sglang import library
 
         library.load()

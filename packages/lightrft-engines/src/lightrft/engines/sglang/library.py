@@ -31,7 +31,7 @@ def _calls(engine: Any) -> list[Call]:
         Call(engine, "generate", ("prompt", "input_ids", "sampling_params", "image_data", "video_data", "return_logprob", "logprob_start_len")),
         Call(engine, "begin_weight_update"),
         Call(engine, "end_weight_update"),
-        Call(engine, "flush_cache"),
+        Call(TokenizerManager, "flush_cache", ("timeout_s",)),
         Call(engine, "release_memory_occupation", ("tags",)),
         Call(engine, "resume_memory_occupation", ("tags",)),
         Call(engine, "shutdown"),

@@ -22,7 +22,7 @@ from typing import Any
 
 import lightrft.config
 from lightrft.config import EngineError
-from lightrft.engines.sglang.arguments import server_variables
+from lightrft.engines.sglang.arguments import IMPORTED_WITH_ON_CPU, server_variables
 from lightrft.engines.sglang.launching import VARIABLE, launch
 
 GRACE = 10.0
@@ -43,7 +43,9 @@ class ServerProcess:
         self._log = Path(self._folder.name) / "log"
         ours, theirs = socket.socketpair()
         with theirs, self._log.open("wb") as log:
-            self._pid = _started(server_variables(os.environ, self._folder.name), theirs.fileno(), log.fileno())
+            on_cpu = arguments.get("device") == "cpu"
+            variables = server_variables(os.environ, self._folder.name, on_cpu=on_cpu)
+            self._pid = _started(variables, theirs.fileno(), log.fileno())
         self._gone = os.pidfd_open(self._pid)
         self._connection = Connection(ours.detach())
         self.end = weakref.finalize(self, _end, self._pid, self._gone, self._connection, self._folder)
@@ -107,7 +109,7 @@ def _opened(state: str, value: Any) -> Any:
 def _started(variables: Mapping[str, str], connection: int, output: int) -> int:
     """Start a server process, a leader of a session of its own; returns its id."""
     launcher = os.environ.get(VARIABLE)
-    if launcher is not None:
+    if launcher is not None and IMPORTED_WITH_ON_CPU.items() <= variables.items():
         return launch(launcher, variables, (connection, output))
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "lightrft.engines.sglang.server", str(connection)],

@@ -23,6 +23,9 @@ from lightrft.engines.sglang import library, scheduler
 from lightrft.engines.sglang.arguments import LOADER
 from lightrft.engines.sglang.shared import to_json
 
+PATIENCE = 30.0
+"""Seconds in which a request that was answered is over."""
+
 
 class Server:
     """What can be asked of the server, each method a call."""
@@ -45,6 +48,7 @@ class Server:
 
     def sleep(self, tags: list[str]) -> None:
         """Give back the memory of ``tags``, "weights" or "kv_cache"."""
+        self._flush()
         self._engine.release_memory_occupation(tags=tags)
 
     def wake(self, tags: list[str]) -> None:
@@ -61,6 +65,7 @@ class Server:
         """Map the block of memory whose descriptor comes next, from which buckets will be loaded."""
         descriptor = recv_handle(self._connection)
         storage = torch.UntypedStorage._new_shared_fd_cpu(descriptor, size)  # type: ignore[attr-defined]
+        os.close(descriptor)  # it has one of its own
         self._block = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,), (1,))
 
     def load(
@@ -88,7 +93,12 @@ class Server:
         """Close the session, and forget what older weights computed."""
         self._block = None
         _require("end_weight_update", self._engine.end_weight_update())
-        flushed = self._engine.flush_cache()
+        self._flush()
+
+    def _flush(self) -> None:
+        """Forget what was computed. Answers come before the model's process is done with them, so wait for that."""
+        flushing = self._engine.tokenizer_manager.flush_cache(timeout_s=PATIENCE)
+        flushed = self._engine.loop.run_until_complete(flushing)
         _require("flush_cache", (flushed.success, "requests are still running"))
 
     # Prompts
