@@ -8,7 +8,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nox
@@ -71,9 +71,12 @@ DRAWN = [("fake", 1), ("fsdp", 2), ("zero3", 2)]
 TRAINING = ("lightrft-conformance", "lightrft-deepspeed", "lightrft-engines", "lightrft-fsdp")
 ENGINES = {
     "transformers": Environment(("lightrft-conformance[transformers]", "lightrft-engines[transformers]")),
+    "sglang": Environment(TRAINING, pins="constraints/sglang.txt", complete=True),
     "vllm": Environment(TRAINING, pins="constraints/vllm.txt", complete=True),
 }
 """Each engine with an environment of its own: they do not agree about torch."""
+LAUNCHERS = {"sglang": ("python", "-m", "lightrft.engines.sglang.launcher")}
+"""Commands under which the many short-lived engines of a session start sooner."""
 
 AS_IT_SHOULD_BE = ("pass ", "skip ", "xfail ", "killed ", "at peace ")
 """How the suite's lines begin that tell of nothing to look at."""
@@ -138,10 +141,12 @@ def conformance(session: nox.Session, strategy: str, world: int) -> None:
 @nox.parametrize("engine", [nox.param(name, id=name) for name in ENGINES])
 def engines(session: nox.Session, engine: str) -> None:
     """Certify one engine; hold it against transformers, under each strategy."""
-    _certify(session, ENGINES[engine], "run-engine", engine)
+    environment = replace(ENGINES[engine], under=LAUNCHERS.get(engine, ()))
+    profile = "smoke" if environment.under else "ci"  # an engine that takes seconds to start runs the pinned witnesses
+    _certify(session, environment, "run-engine", engine, f"--profile={profile}")
     tests = FOLDERS["lightrft-engines"] / f"tests/test_{engine}_engine.py"
     if tests.is_file():
-        _pytest(session, ENGINES[engine], tests, "--installed", own_arguments=False)
+        _pytest(session, environment, tests, "--installed", own_arguments=False)
 
 
 @session()

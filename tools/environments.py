@@ -35,6 +35,8 @@ class Environment:
     """``pins`` is all that others made, to be installed as it stands; torchvision among it comes without operators."""
     torch: str = "cpu"
     """The build of torch, where the machine does not say where to get it."""
+    under: tuple[str, ...] = ()
+    """A command of its own under which its programs run, given theirs as arguments."""
 
     @property
     def folder(self) -> Path:
@@ -86,7 +88,8 @@ class Environment:
         **variables: str | None,
     ) -> None:
         """Run one of its programs; in a folder away from the sources, if no other is given."""
-        command = (str(self.folder / "bin" / program), *map(str, arguments))
+        first, *others = (*self.under, program)
+        command = (str(self.folder / "bin" / first), *others, *map(str, arguments))
         with session.chdir(cwd or session.cache_dir):
             session.run(*command, env=self._variables() | variables, stdout=output, external=True)
 
