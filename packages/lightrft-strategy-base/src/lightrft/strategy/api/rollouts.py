@@ -44,6 +44,7 @@ class Rollouts(Checkpointing):
             if bucket is None:
                 return
             yield bucket
+            bucket.clear()  # whoever still holds the list must not keep its tensors while the next ones are gathered
 
     # Rollout
 

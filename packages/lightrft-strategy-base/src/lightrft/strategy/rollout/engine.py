@@ -284,18 +284,22 @@ def checked(buckets: Iterable[Bucket], expected: Mapping[str, torch.Size] | None
     """``buckets`` as they are; raises `EngineError` on what is unknown, misshapen or twice, and, at the end, missing."""
     seen: set[str] = set()
     for bucket in buckets:
-        for weight, tensor in bucket:
-            if weight in seen:
-                raise EngineError(f"{name}: the weight stream has {weight} twice")
-            if expected is not None and weight not in expected:
-                raise EngineError(f"{name}: the weight stream has {weight}, which its checkpoint has not")
-            if expected is not None and tensor.shape != expected[weight]:
-                wanted, got = tuple(expected[weight]), tuple(tensor.shape)
-                raise EngineError(f"{name}: {weight} came with shape {got} where the checkpoint has {wanted}")
-            seen.add(weight)
+        _check_bucket(bucket, seen, expected, name)
         yield bucket
     missing = [weight for weight in expected or () if weight not in seen]
     if missing:
         raise EngineError(
             f"{name}: the weight stream lacks {len(missing)} weights of the checkpoint, {missing[0]} first"
         )
+
+
+def _check_bucket(bucket: Bucket, seen: set[str], expected: Mapping[str, torch.Size] | None, name: str) -> None:
+    for weight, tensor in bucket:
+        if weight in seen:
+            raise EngineError(f"{name}: the weight stream has {weight} twice")
+        if expected is not None and weight not in expected:
+            raise EngineError(f"{name}: the weight stream has {weight}, which its checkpoint has not")
+        if expected is not None and tensor.shape != expected[weight]:
+            wanted, got = tuple(expected[weight]), tuple(tensor.shape)
+            raise EngineError(f"{name}: {weight} came with shape {got} where the checkpoint has {wanted}")
+        seen.add(weight)
