@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import cpuinfo  # type: ignore[import-untyped]
+import cpuinfo
 from cpuinfo import get_cpu_info
 from deepspeed.git_version_info import installed_ops
 from deepspeed.ops.adam import DeepSpeedCPUAdam
