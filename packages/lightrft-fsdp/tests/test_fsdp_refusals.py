@@ -15,7 +15,7 @@ WORDS = {
     "replicas that do not divide": ("ConfigError", "shard_size=3", "2 ranks"),
     "no layers": ("UnsupportedOperationError", "Linear has no layers to wrap", "Set _no_split_modules ="),
     "scalar parameter": ("UnsupportedOperationError", "temperature of Layered", "give them shape (1,)"),
-    "optimizer of another model": ("StrategyError", "belongs to another model", "that prepare returned"),
+    "optimizer of another model": ("StrategyError", "belongs to another model (Layered)", "that prepare returned"),
     "loss without a graph": ("StrategyError", "backward: the loss carries no graph", "detached"),
     "model that was not prepared": ("StrategyError", "has not prepared the model", "call prepare("),
     "step without backward": ("StrategyError", "optimizer_step: no backward", "call strategy.backward("),

@@ -108,7 +108,7 @@ class Checkpointing(Training):
         if found is None and not self.adopts:
             raise StrategyError(f"{call}: this strategy has not prepared the model ({type(model).__name__})")
         if found is not None and found.offloaded:
-            raise StrategyError(f"{call}: {type(found.module).__name__} was offloaded; call reload_model before")
+            raise StrategyError(f"{call}: {found.kind.__name__} was offloaded; call reload_model before")
         trained = found.trained if found is not None else trained
         known = None if trained is None else trained.scheduler
         module = self._models.unwrap(model)

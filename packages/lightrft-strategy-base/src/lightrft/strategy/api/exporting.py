@@ -72,5 +72,5 @@ class Exporting(Training):
         if found is None:
             raise StrategyError(f"{call}: this strategy has not prepared the model ({type(model).__name__})")
         if found.offloaded:
-            raise StrategyError(f"{call}: {type(found.module).__name__} was offloaded; call reload_model before")
+            raise StrategyError(f"{call}: {found.kind.__name__} was offloaded; call reload_model before")
         return found

@@ -43,9 +43,9 @@ class Preparing(Lifecycle):
         with self._running("create_optimizer"):
             found = self._models.find(model)
             if found is not None and found.trained is not None:
-                raise StrategyError(f"create_optimizer: {type(found.module).__name__} has an optimizer already")
+                raise StrategyError(f"create_optimizer: {found.kind.__name__} has an optimizer already")
             if found is not None and not found.options.training:
-                raise StrategyError(f"create_optimizer: {type(found.module).__name__} was prepared for inference")
+                raise StrategyError(f"create_optimizer: {found.kind.__name__} was prepared for inference")
             optimizer = self._create_optimizer(self._models.unwrap(model), **settings)
             if found is not None:
                 self._preparation.bind(model, optimizer)

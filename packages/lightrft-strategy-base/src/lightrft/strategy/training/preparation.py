@@ -112,7 +112,7 @@ class Preparation:
         for found in (self._models.owner(optimizer), self._models.find(module)):
             if found is not None and found.trained is not None:
                 raise StrategyError(
-                    f"prepare: {type(found.module).__name__} is in training already with its {type(found.trained.optimizer).__name__}; "
+                    f"prepare: {found.kind.__name__} is in training already with its {type(found.trained.optimizer).__name__}; "
                     f"prepare a model and its optimizer once, and use what prepare returned"
                 )
 
@@ -124,9 +124,7 @@ class Preparation:
     def _forward(self, prepared: PreparedModel) -> Iterator[None]:
         """Around every forward of a prepared model."""
         if prepared.offloaded:
-            raise StrategyError(
-                f"forward: {type(prepared.module).__name__} was offloaded; call reload_model before using it"
-            )
+            raise StrategyError(f"forward: {prepared.kind.__name__} was offloaded; call reload_model before using it")
         with self._operations.running("forward"), self._backend._forward_context(prepared.module, prepared.options):
             yield
 

@@ -66,13 +66,11 @@ class PreparedModels:
         if prepared.trained.optimizer is not optimizer:
             other = self.owner(optimizer)
             whose = (
-                f"belongs to another model ({type(other.module).__name__})"
-                if other
-                else "is not the one it was prepared with"
+                f"belongs to another model ({other.kind.__name__})" if other else "is not the one it was prepared with"
             )
             raise StrategyError(
                 f"{call}: the optimizer ({type(optimizer).__name__}) {whose}; this model is "
-                f"{type(prepared.module).__name__}. Pass the optimizer that prepare returned with the model"
+                f"{prepared.kind.__name__}. Pass the optimizer that prepare returned with the model"
             )
         return prepared.trained
 
