@@ -100,6 +100,29 @@ class Checkpointed(Regressor):
         return result
 
 
+class Shifted(Regressor):
+    """A regressor that takes a keyword."""
+
+    def forward(self, inputs: torch.Tensor, *, shift: float = 0.0) -> torch.Tensor:
+        return super().forward(inputs + shift)
+
+
+class Deep(nn.Module):
+    """Eight matrices of 16 MiB, to measure what moving them takes; (batch, WIDTH) to (batch, OUTPUTS)."""
+
+    _no_split_modules = ["Linear"]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(2048, 2048, bias=False) for _ in range(8)])
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = nn.functional.pad(inputs, (0, 2048 - WIDTH))
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden[:, :OUTPUTS]
+
+
 class Mixer(nn.Module):
     """A causal layer: each position sees the mean of those up to it."""
 
@@ -169,6 +192,8 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "uneven": Uneven,
     "wide": Wide,
     "checkpointed": Checkpointed,
+    "shifted": Shifted,
+    "deep": Deep,
     "language": LanguageModel,
     "llama": llama,
 }
@@ -202,9 +227,9 @@ def batch(number: int, rank: int, rows: int, language: bool) -> tuple[torch.Tens
     return inputs, targets
 
 
-def logits_of(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+def logits_of(model: nn.Module, inputs: torch.Tensor, **more: Any) -> torch.Tensor:
     """The outputs of ``model``, also where it wraps them."""
-    outputs = model(inputs)
+    outputs = model(inputs, **more)
     found: torch.Tensor = outputs if isinstance(outputs, torch.Tensor) else outputs.logits
     return found
 

@@ -108,6 +108,11 @@ class ReferenceModel:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
+    def set_decay(self, weight_decay: float) -> None:
+        """Change the decay of what decays, by hand."""
+        assert self.optimizer is not None
+        self.optimizer.param_groups[0]["weight_decay"] = weight_decay
+
     def _set_rate(self) -> None:
         if self.decay is not None:
             self.set_rate(self.rate / (1 + self.decay * self.scheduled))
@@ -221,11 +226,18 @@ class Reference:
     def _set_rate(self, model: str, lr: float) -> None:
         self.models[model].set_rate(lr)
 
-    def _forward(self, model: str, batch: int, rows: int = 2) -> list[torch.Tensor]:
+    def _set_decay(self, model: str, weight_decay: float) -> None:
+        self.models[model].set_decay(weight_decay)
+
+    def _backward_twice(self, model: str, batch: int) -> None:
+        self.models[model].backward(batch, 2, 1.5, None, 0)
+
+    def _forward(self, model: str, batch: int, rows: int = 2, **more: Any) -> list[torch.Tensor]:
         found = self.models[model]
+        language = models.is_language(found.module)
         with torch.no_grad():
             return [
-                models.logits_of(found.module, models.batch(batch, rank, rows, models.is_language(found.module))[0])
+                models.logits_of(found.module, models.batch(batch, rank, rows, language)[0], **more)
                 for rank in range(self.world)
             ]
 

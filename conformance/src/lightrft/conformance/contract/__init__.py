@@ -5,6 +5,8 @@ from lightrft.conformance.contract import (  # noqa: F401 - they register clause
     anything,
     collectives,
     data,
+    engine_life,
+    generation,
     life,
     media,
     misuse,
@@ -12,8 +14,9 @@ from lightrft.conformance.contract import (  # noqa: F401 - they register clause
     optimizers,
     parity,
     preparing,
-    rollouts,
     skips,
+    surroundings,
+    syncing,
     updates,
 )
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from typing_extensions import override
 
 from lightrft.conformance.clause import CONTRACT, Clause, Operation, Place, Program, Trial
-from lightrft.conformance.contract.drawing import BF16, FP32, SEEDS, geometry, trained, updates
+from lightrft.conformance.contract.drawing import BF16, FP32, SEEDS, geometry, micro_batch, trained, updates
 from lightrft.conformance.contract.near import LOOK, STATE, near
 
 OUT: list[Operation] = [{"do": "offload_optimizer", "model": "a"}, {"do": "offload_model", "model": "a"}]
@@ -53,13 +53,19 @@ class EveryBit(Clause):
 
 @CONTRACT.add
 class TrainingOn(Clause):
-    """Training with offload cycles in between equals training without."""
+    """Training with offload cycles in between, also within the micro-batches of an update, equals training without."""
 
     id = "OFF-2"
 
     @override
     def witnesses(self, place: Place) -> Sequence[Program]:
-        return [self._program(place, [0, 1, 2]), self._program(place, [3])]
+        return [self._program(place, [0, 1, 2]), self._program(place, [3]), self._inside(place)]
+
+    def _inside(self, place: Place) -> Program:
+        """With a gradient pending."""
+        first, second = micro_batch(1), micro_batch(2)
+        operations = (*trained(seed=3), *updates(1, 2), *first, *OUT, *BACK, *second, *updates(1, 2, first=9), LOOK)
+        return Program(operations=operations, settings={**settings(place), **geometry(place, 2)})
 
     def _program(self, place: Place, turns: Sequence[int], seed: int = 3) -> Program:
         operations = trained(seed=seed)

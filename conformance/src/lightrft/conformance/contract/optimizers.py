@@ -133,8 +133,37 @@ class LiveRates(Clause):
 
     @override
     def witnesses(self, place: Place) -> Sequence[Program]:
-        operations = [*trained(), *updates(1), {"do": "set_rate", "model": "a", "lr": 1e-2}, *updates(1, first=5), LOOK]
-        return [Program(operations=tuple(operations), settings={**FP32, **geometry(place)})]
+        changes: list[Operation] = [
+            {"do": "set_rate", "model": "a", "lr": 1e-2},
+            {"do": "set_decay", "model": "a", "weight_decay": 5.0},
+        ]
+        return [
+            Program(
+                operations=(*trained(), *updates(1), change, *updates(2, first=5), LOOK),
+                settings={**FP32, **geometry(place)},
+            )
+            for change in changes
+        ]
+
+    @override
+    def check(self, trial: Trial) -> None:
+        near(self, trial)
+
+
+@CONTRACT.add
+class OwnSettings(Clause):
+    """create_optimizer makes AdamW as it is asked to: with the rate, betas, eps and weight decay that it is given."""
+
+    id = "OPT-20"
+
+    @override
+    def witnesses(self, place: Place) -> Sequence[Program]:
+        return [self._program(place, betas=[0.5, 0.6]), self._program(place, eps=1e-2)]
+
+    def _program(self, place: Place, **given: object) -> Program:
+        build, optimizer, prepare = trained(seed=13, weight_decay=1.0)
+        operations = (build, {**optimizer, **given}, prepare, *updates(4), LOOK)
+        return Program(operations=operations, settings={**FP32, **geometry(place)})
 
     @override
     def check(self, trial: Trial) -> None:

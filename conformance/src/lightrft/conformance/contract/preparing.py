@@ -64,7 +64,8 @@ def _shape(argument: object) -> object:
 
 @CONTRACT.add
 class Unwrapping(Clause):
-    """unwrap_model gives the original module's class and parameter names, however often it is applied."""
+    """unwrap_model gives the model itself, of the original class and with the original parameter names, however often it
+    is applied, and no copy."""
 
     id = "PREP-2"
 
@@ -97,11 +98,13 @@ class Unwrapping(Clause):
         for rank, seen in enumerate(trial.last("unwrapped")):
             self.require(seen["is_own"], f"rank {rank}: unwrap_model gave another class")
             self.require(seen["names"] == names, f"rank {rank}: its parameters are {seen['names']}, wanted {names}")
+            self.require(seen["is_it"], f"rank {rank}: unwrap_model gave another object the second time")
+            self.require(seen["shares"], f"rank {rank}: its parameters are not those of the model that is called")
 
 
 @CONTRACT.add
 class SameFunction(Clause):
-    """A prepared model computes what the bare one did (fp32: 1e-6)."""
+    """A prepared model computes what the bare one did, whatever it is called with (fp32: 1e-6)."""
 
     id = "PREP-3"
 
@@ -115,10 +118,11 @@ class SameFunction(Clause):
             self._program(place, trained(seed=5)),
             self._program(place, inference),
             self._program(place, trained(kind="language", seed=5, actor=True)),
+            self._program(place, trained(kind="shifted", seed=5), shift=0.5),
         ]
 
-    def _program(self, place: Place, before: Sequence[Operation]) -> Program:
-        look: Operation = {"do": "forward", "model": "a", "batch": 3}
+    def _program(self, place: Place, before: Sequence[Operation], **keywords: float) -> Program:
+        look: Operation = {"do": "forward", "model": "a", "batch": 3, **keywords}
         return Program(operations=(*before, look, {**look, "batch": 4}), settings={**FP32, **geometry(place)})
 
     @override
@@ -199,6 +203,38 @@ class Inference(Clause):
         self.require(
             trial.last("state_sizes") == [0] * trial.place.world, "a model prepared for inference has optimizer state"
         )
+
+
+@CONTRACT.add
+class Modes(Clause):
+    """A model prepared for training is in training mode, dropout at work, as it was built; one prepared for inference is
+    in evaluation mode. Training, looking at weights and offloading change neither."""
+
+    id = "PREP-10"
+
+    @override
+    def witnesses(self, place: Place) -> Sequence[Program]:
+        other: list[Operation] = [{"do": "build", "model": "r", "seed": 2}, {"do": "prepare_inference", "model": "r"}]
+        modes: list[Operation] = [{"do": "modes", "model": "a"}, {"do": "modes", "model": "r"}]
+        away: list[Operation] = [
+            {"do": do, "model": model} for model in ("a", "r") for do in ("weights", "offload_model", "reload_model")
+        ]
+        return [
+            Program(
+                operations=(*trained(wrap_first=first), *other, *modes, *updates(1), *away, *modes),
+                settings={**FP32, **geometry(place)},
+            )
+            for first in (False, True)
+        ]
+
+    @override
+    def check(self, trial: Trial) -> None:
+        for index, operation, seen in trial.each("modes"):
+            wanted = operation["model"] == "a"
+            self.require(
+                seen == [[wanted]] * len(seen),
+                f"modes (operation {index}): {operation['model']} is in training mode: {seen}, wanted {wanted}",
+            )
 
 
 @CONTRACT.add

@@ -6,7 +6,7 @@ from typing import Any
 from hypothesis import strategies as st
 from typing_extensions import override
 
-from lightrft.conformance.clause import CONTRACT, Clause, Place, Program, Trial, show
+from lightrft.conformance.clause import CONTRACT, Clause, Operation, Place, Program, Trial, show
 from lightrft.conformance.contract import compare
 from lightrft.conformance.contract.drawing import FP32, SEEDS, geometry, micro_batch, trained, updates
 from lightrft.conformance.contract.near import LOOK, STATE, close, near
@@ -59,6 +59,25 @@ class Accumulation(Clause):
                 moved == said["applied"],
                 f"{part} {'moved' if moved else 'did not move'} in a step that was {'' if said['applied'] else 'not '}applied",
             )
+
+
+@CONTRACT.add
+class KeptGraph(Clause):
+    """backward(loss, ..., retain_graph=True) keeps the graph, so that another loss of the same forward may follow, and the
+    gradients of both add."""
+
+    id = "OPT-21"
+    level = "SHOULD"
+
+    @override
+    def witnesses(self, place: Place) -> Sequence[Program]:
+        twice: Operation = {"do": "backward_twice", "model": "a", "batch": 3}
+        operations = (*trained(), twice, {"do": "step", "model": "a"}, *updates(1, first=9), LOOK)
+        return [Program(operations=operations, settings={**FP32, **geometry(place)})]
+
+    @override
+    def check(self, trial: Trial) -> None:
+        near(self, trial)
 
 
 @CONTRACT.add

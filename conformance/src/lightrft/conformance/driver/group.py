@@ -139,6 +139,7 @@ class WorkerGroup:
             "LIGHTRFT_CONFORMANCE_FDS": f"{connection},{stacks}",
             "LIGHTRFT_CONFORMANCE_RANK": str(rank),
             "OMP_NUM_THREADS": "1",
+            "MALLOC_MMAP_THRESHOLD_": str(2 << 20),  # large tensors go back when freed, so that peaks can be measured
             "PYTHONPATH": os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH", "")])),
         }
         if self._ranks:

@@ -111,6 +111,24 @@ def _children() -> int:
 
 
 @operation
+def surroundings(session: Session) -> dict[str, Any]:
+    """What belongs to the whole process, and the state of its random streams."""
+    state: Any = np.random.get_state()
+    return {
+        "default dtype": str(torch.get_default_dtype()),
+        "default device": str(torch.get_default_device()),
+        "autograd": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "threads of torch": torch.get_num_threads(),
+        "working directory": os.getcwd(),
+        "Python's stream": digest(list(random.getstate()[1])),
+        "NumPy's stream": digest([state[1].tolist(), state[2]]),
+        "torch's stream": digest(torch.get_rng_state()),
+    }
+
+
+@operation
 def environ(session: Session, **variables: str) -> None:
     """Set environment variables, as a launcher would."""
     os.environ.update(variables)

@@ -34,6 +34,8 @@ def optimizer(
 ) -> None:
     """create_optimizer, or, ``by_hand``, torch's own AdamW over all parameters."""
     entry = session.models[model]
+    if "betas" in more:
+        more["betas"] = tuple(more["betas"])
     if by_hand:
         entry.optimizer = torch.optim.AdamW(entry.model.parameters(), lr=lr, weight_decay=weight_decay, **more)
     else:
@@ -130,7 +132,19 @@ def unwrapped(session: Session, model: str, times: int = 1) -> dict[str, Any]:
     for _ in range(times):
         inner = session.strategy.unwrap_model(inner)
     names = [name for name, _ in inner.named_parameters()]
-    return {"is_own": isinstance(inner, type(entry.module)), "names": names}
+    alive = {id(parameter) for parameter in entry.model.parameters()}
+    return {
+        "is_own": isinstance(inner, type(entry.module)),
+        "names": names,
+        "is_it": inner is session.strategy.unwrap_model(entry.model),
+        "shares": alive == {id(parameter) for parameter in inner.parameters()},
+    }
+
+
+@operation
+def modes(session: Session, model: str) -> list[bool]:
+    """Whether the model and its parts are in training mode: all that is found."""
+    return sorted({part.training for part in session.models[model].model.modules()})
 
 
 @operation

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lightrft.conformance.interpreter import memory
 from lightrft.conformance.interpreter.session import OPERATIONS, Session, operation
 
 
@@ -35,6 +36,15 @@ def sync(session: Session, model: str) -> int:
     """update_engine_weights; the version afterwards."""
     session.strategy.update_engine_weights(session.models[model].model)
     return version(session)
+
+
+@operation
+def measured_sync(session: Session, model: str) -> int:
+    """update_engine_weights; the bytes that it took at its peak, beyond what was held before."""
+    device = session.strategy.device
+    before = memory.begin(device)
+    session.strategy.update_engine_weights(session.models[model].model)
+    return memory.peak(device) - before
 
 
 @operation

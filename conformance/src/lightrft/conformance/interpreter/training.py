@@ -30,6 +30,18 @@ def backward(
 
 
 @operation
+def backward_twice(session: Session, model: str, batch: int) -> None:
+    """One forward, and two backwards through the same graph."""
+    entry = session.models[model]
+    inputs, targets = models.batch(batch, session.rank, 2, models.is_language(entry.module))
+    device = session.strategy.device
+    loss = models.loss_of(entry.model, inputs.to(device), targets.to(device))
+    assert entry.optimizer is not None
+    session.strategy.backward(loss, entry.model, entry.optimizer, retain_graph=True)
+    session.strategy.backward(0.5 * loss, entry.model, entry.optimizer)
+
+
+@operation
 def bad_backward(session: Session, model: str, what: str, batch: int = 0) -> None:
     """A loss that cannot be: "vector", "detached", "number"."""
     entry = session.models[model]
@@ -117,12 +129,12 @@ def state_sizes(session: Session, model: str) -> int:
 
 
 @operation
-def forward(session: Session, model: str, batch: int, rows: int = 2) -> torch.Tensor:
-    """The outputs for one batch, without a graph."""
+def forward(session: Session, model: str, batch: int, rows: int = 2, **more: Any) -> torch.Tensor:
+    """The outputs for one batch, without a graph; ``more`` are keywords of the model's."""
     entry = session.models[model]
     inputs, _ = models.batch(batch, session.rank, rows, models.is_language(entry.module))
     with torch.no_grad():
-        outputs = models.logits_of(entry.model, inputs.to(session.strategy.device))
+        outputs = models.logits_of(entry.model, inputs.to(session.strategy.device), **more)
     return outputs.float()
 
 
@@ -133,6 +145,15 @@ def set_rate(session: Session, model: str, lr: float) -> None:
     assert optimizer is not None
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+@operation
+def set_decay(session: Session, model: str, weight_decay: float) -> None:
+    """Change the weight decay in those param_groups that have any."""
+    optimizer = session.models[model].optimizer
+    assert optimizer is not None
+    for group in optimizer.param_groups:
+        group["weight_decay"] = weight_decay if group["weight_decay"] else 0.0
 
 
 @operation

@@ -56,8 +56,10 @@ def corpus() -> list[Saboteur]:
     """All saboteurs and controls."""
     from lightrft.conformance.saboteurs import (  # noqa: F401 - they register themselves
         collectives,
+        complaints,
         controls,
         data,
+        engines,
         life,
         media,
         misuse,

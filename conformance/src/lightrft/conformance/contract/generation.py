@@ -1,0 +1,237 @@
+"""GEN: prompts in, completions out."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from typing_extensions import override
+
+from lightrft.conformance import models, reference
+from lightrft.conformance.clause import CONTRACT, Clause, Operation, Place, Program, Trial, is_error, same, show
+from lightrft.conformance.contract.drawing import FP32, geometry
+from lightrft.conformance.contract.rollouts import GREEDY, PROMPTS, Rollouts, generate, rollout
+
+
+@CONTRACT.add
+class OwnCompletions(Rollouts):
+    """Each rank gets its own prompts' completions, in order, whatever the ranks' counts are (0 too); with n samples per
+    prompt, n in a row per prompt."""
+
+    id = "GEN-1"
+
+    @override
+    def witnesses(self, place: Place) -> Sequence[Program]:
+        return [self._program(place, PROMPTS, 1), self._program(place, PROMPTS, 3)]
+
+    def _program(self, place: Place, prompts: Sequence[Any], samples: int) -> Program:
+        return Program(
+            operations=(*rollout(place), {**generate(prompts, n=samples)}), settings={**FP32, **geometry(place)}
+        )
+
+    @override
+    def programs(self, place: Place) -> st.SearchStrategy[Program]:
+        prompt = st.lists(st.integers(0, models.VOCABULARY - 1), min_size=1, max_size=5)
+        counts = st.lists(st.lists(prompt, max_size=4), min_size=place.world, max_size=place.world)
+        return st.builds(lambda prompts, n: self._program(place, prompts, n), counts, st.integers(1, 3))
+
+    @override
+    def check(self, trial: Trial) -> None:
+        operation = trial.program.operations[-1]
+        model, samples = models.build(trial.place.language_model, 1), operation["sampling"]["n"]
+        for rank, seen in enumerate(trial.last("generate")):
+            own = [prompt for prompt in operation["prompts"][rank % len(operation["prompts"])] for _ in range(samples)]
+            self.require(
+                [it["prompt"] for it in seen] == own,
+                f"rank {rank}: completions of {[it['prompt'] for it in seen]}, wanted {own}",
+            )
+            for prompt, completion in zip(own, seen, strict=True):
+                tokens, _ = reference.greedy(model, prompt, GREEDY["max_tokens"])  # type: ignore[arg-type]
+                self.require(
+                    completion["tokens"] == tokens,
+                    f"rank {rank}: {prompt} gave {completion['tokens']}, wanted {tokens}",
+                )
+
+
+@CONTRACT.add
+class Repeatable(Clause):
+    """Greedy generation repeats; a seed makes sampling repeat, and another seed, or none, draws anew."""
+
+    id = "GEN-2"
+
+    @override
+    def witnesses(self, place: Place) -> Sequence[Program]:
+        hot: dict[str, Any] = {"temperature": 2.0, "max_tokens": 12, "n": 2}  # no engine has to take more
+        looks = [
+            generate(),
+            generate(),
+            generate(**hot, seed=3),
+            generate(**hot, seed=3),
+            generate(**hot, seed=4),
+            generate(**hot),
+            generate(**hot),
+        ]
+        return [Program(operations=(*rollout(place), *looks), settings={**FP32, **geometry(place)})]
+
+    @override
+    def check(self, trial: Trial) -> None:
+        greedy, greedy_again, seeded, seeded_again, other, free, free_again = [
+            seen for _, _, seen in trial.each("generate")
+        ]
+        for rank in range(trial.place.world):
+            if not greedy[rank]:
+                continue
+            self.require(same(greedy[rank], greedy_again[rank]), f"rank {rank}: greedy generation does not repeat")
+            self.require(same(seeded[rank], seeded_again[rank]), f"rank {rank}: sampling with a seed does not repeat")
+            for left, right, what in [(seeded, other, "two seeds"), (free, free_again, "two calls without a seed")]:
+                differ = _tokens(left[rank]) != _tokens(right[rank])
+                self.require(differ, f"rank {rank}: {what} drew the same {_tokens(left[rank])}")
+            samples = _tokens(seeded[rank])
+            self.require(samples[0] != samples[1], f"rank {rank}: the samples of one prompt are all {samples[0]}")
+
+
+def _tokens(completions: Sequence[Any]) -> list[list[int]]:
+    return [it["tokens"] for it in completions]
+
+
+@CONTRACT.add
+class EitherOr(Clause):
+    """engine_generate_local takes token ids or multimodal inputs: neither or both is a ValueError."""
+
+    id = "GEN-3"
+
+    @override
+    def witnesses(self, place: Place) -> Sequence[Program]:
+        call: Operation = {"do": "generate_local", "sampling": GREEDY, "may_fail": True}
+        both = {**call, "token_ids": [[1]], "inputs": [{"prompt": "x"}]}
+        return [
+            Program(
+                operations=(
+                    *rollout(place),
+                    call,
+                    both,
+                    {**call, "token_ids": [[1, 2]]},
+                    {**call, "token_ids": [3, 4]},
+                ),
+                settings={**FP32, **geometry(place)},
+            )
+        ]
+
+    @override
+    def check(self, trial: Trial) -> None:
+        neither, both, right, flat = [seen for _, _, seen in trial.each("generate_local")]
+        for rank in range(trial.place.world):
+            self.require_error(neither[rank], "ValueError", "prompt_token_ids", where=f"rank {rank}, neither")
+            self.require_error(both[rank], "ValueError", "prompt_token_ids", where=f"rank {rank}, both")
+            self.require(
+                not is_error(right[rank]) and right[rank][0]["prompt"] == [1, 2], f"rank {rank}: {show(right[rank])}"
+            )
+            self.require(
+                not is_error(flat[rank]) and flat[rank][0]["prompt"] == [3, 4], f"rank {rank}: {show(flat[rank])}"
+            )
+
+
+@CONTRACT.add
+class Agreement(Clause):
+    """Log-probabilities come back with the tokens, and agree with the training model's within the dtype's tolerance."""
+
+    id = "GEN-6"
+    level = "SHOULD"
+
+    @override
+    def witnesses(self, place: Place) -> Sequence[Program]:
+        return [
+            Program(
+                operations=(*rollout(place), generate(temperature=1.2, top_p=0.9, seed=5, max_tokens=8)),
+                settings={**FP32, **geometry(place)},
+            )
+        ]
+
+    @override
+    def check(self, trial: Trial) -> None:
+        model = models.build(trial.place.language_model, 1)
+        for rank, seen in enumerate(trial.last("generate")):
+            for it in seen:
+                self.require(it["logprobs"] is not None, f"rank {rank}: no log-probabilities")
+                wanted = torch.tensor(reference.score(model, it["prompt"], it["tokens"]), dtype=torch.float64)
+                worst = (it["logprobs"] - wanted).abs().max().item()
+                self.require(
+                    worst <= 1e-4, f"rank {rank}: log-probabilities differ by {worst:.3g} from the training model's"
+                )
+
+
+@CONTRACT.add
+class Endings(Rollouts):
+    """A completion ends with the first of the stop_token_ids that is drawn, which it includes, for the reason "stop", or
+    after max_tokens, for the reason "length"."""
+
+    id = "GEN-8"
+
+    @override
+    def witnesses(self, place: Place) -> Sequence[Program]:
+        model = models.build(place.language_model, 1)
+        prompt = [7, 8, 9, 10]
+        likely, _ = reference.greedy(model, prompt, 6)
+        looks = [
+            generate([[prompt]], max_tokens=6),
+            generate([[prompt]], max_tokens=1),
+            generate([[prompt]], max_tokens=6, stop_token_ids=[likely[-1]]),
+            generate([[prompt]], max_tokens=6, stop_token_ids=[likely[-1], likely[0]]),
+        ]
+        return [Program(operations=(*rollout(place), *looks), settings={**FP32, **geometry(place)})]
+
+    @override
+    def check(self, trial: Trial) -> None:
+        model = models.build(trial.place.language_model, 1)
+        for index, operation, seen in trial.each("generate"):
+            sampling, (prompt,) = operation["sampling"], operation["prompts"][0]
+            tokens, _ = reference.greedy(model, prompt, sampling["max_tokens"])
+            stops = [place for place, token in enumerate(tokens) if token in sampling.get("stop_token_ids", ())]
+            wanted = (tokens[: stops[0] + 1], "stop") if stops else (tokens, "length")
+            for rank, (completion,) in enumerate(seen):
+                found = (completion["tokens"], completion["reason"])
+                self.require(
+                    found == wanted, f"rank {rank}: generate (operation {index}) gave {found}, wanted {wanted}"
+                )
+
+
+@CONTRACT.add
+class Filters(Clause):
+    """Sampling draws from what top_k and top_p leave, and from nothing else: top_k=1 is greedy at any temperature."""
+
+    id = "GEN-9"
+
+    @override
+    def witnesses(self, place: Place) -> Sequence[Program]:
+        hot: dict[str, Any] = {"temperature": 5.0, "max_tokens": 10, "seed": 1}
+        looks = [
+            generate(**hot, top_k=1),
+            generate(**hot, top_k=3, n=2),
+            generate(**{**hot, "temperature": 1.0}, top_p=0.3, n=2),
+        ]
+        return [Program(operations=(*rollout(place), *looks), settings={**FP32, **geometry(place)})]
+
+    @override
+    def check(self, trial: Trial) -> None:
+        model = models.build(trial.place.language_model, 1)
+        for index, operation, seen in trial.each("generate"):
+            for rank, completions in enumerate(seen):
+                for it in completions:
+                    self._check_drawn(operation["sampling"], model, it, f"rank {rank}, generate (operation {index})")
+
+    def _check_drawn(self, sampling: dict[str, Any], model: torch.nn.Module, completion: Any, where: str) -> None:
+        """Each token must be among those that the filter leaves, rounding aside."""
+        prompt, tokens = completion["prompt"], completion["tokens"]
+        with torch.no_grad():
+            scores = models.logits_of(model, torch.tensor([[*prompt, *tokens]]))[0, len(prompt) - 1 : -1].double()
+        for place, (token, row) in enumerate(zip(tokens, scores, strict=True)):
+            more_likely = row > row[token] + 1e-3
+            if "top_k" in sampling:
+                holds, found = (
+                    int(more_likely.sum()) < sampling["top_k"],
+                    f"{int(more_likely.sum())} tokens are likelier",
+                )
+            else:
+                mass = float((row / sampling["temperature"]).softmax(dim=0)[more_likely].sum())
+                holds, found = mass < sampling["top_p"] + 1e-3, f"likelier tokens have {mass:.3f} of the probability"
+            self.require(holds, f"{where}: token {place} of {tokens} is {token}, but {found} ({sampling})")

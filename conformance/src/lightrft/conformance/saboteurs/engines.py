@@ -1,0 +1,95 @@
+"""Engines that end, draw, remember and take memory as they should not."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from typing_extensions import override
+
+from lightrft.conformance.saboteurs.catalogue import saboteur
+from lightrft.strategy import FakeStrategy
+from lightrft.strategy.rollout.engine import Completion, Prompt
+from lightrft.strategy.rollout.fake_engine import FakeEngine
+from lightrft.strategy.rollout.sampling import Sampling
+
+# mypy: disable-error-code="misc"
+
+
+@saboteur("GEN-8", engine=True)
+class StopIgnored(FakeEngine):
+    """stop_token_ids are ignored."""
+
+    @override
+    def _complete(self, prompt: Prompt, sampling: Sampling, seed: int, sample: int) -> Completion:
+        return super()._complete(prompt, replace(sampling, stop_token_ids=()), seed, sample)
+
+
+@saboteur("GEN-8", engine=True)
+class AlwaysStopped(FakeEngine):
+    """The reason is "stop" also where max_tokens ended it."""
+
+    @override
+    def _complete(self, prompt: Prompt, sampling: Sampling, seed: int, sample: int) -> Completion:
+        return replace(super()._complete(prompt, sampling, seed, sample), finish_reason="stop")
+
+
+@saboteur("GEN-8", engine=True)
+class StopTokenCutOff(FakeEngine):
+    """The stop token is not part of the completion."""
+
+    @override
+    def _complete(self, prompt: Prompt, sampling: Sampling, seed: int, sample: int) -> Completion:
+        done = super()._complete(prompt, sampling, seed, sample)
+        if done.finish_reason != "stop" or done.logprobs is None:
+            return done
+        return replace(done, output_token_ids=done.output_token_ids[:-1], logprobs=done.logprobs[:-1])
+
+
+@saboteur("GEN-9", engine=True)
+class TopKIgnored(FakeEngine):
+    """top_k is ignored."""
+
+    @override
+    def _complete(self, prompt: Prompt, sampling: Sampling, seed: int, sample: int) -> Completion:
+        return super()._complete(prompt, replace(sampling, top_k=-1), seed, sample)
+
+
+@saboteur("GEN-9", engine=True)
+class TopPIgnored(FakeEngine):
+    """top_p is ignored."""
+
+    @override
+    def _complete(self, prompt: Prompt, sampling: Sampling, seed: int, sample: int) -> Completion:
+        return super()._complete(prompt, replace(sampling, top_p=1.0), seed, sample)
+
+
+@saboteur("SYNC-5", engine=True)
+class PrefixesKept(FakeEngine):
+    """What was computed for a long prompt is kept, and used again after a sync."""
+
+    @override
+    def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
+        kept: dict[Any, list[Completion]] = self.__dict__.setdefault("kept", {})
+        found = []
+        for prompt in prompts:
+            key = (prompt.token_ids, sampling)
+            if len(prompt.token_ids or ()) < 32 or key not in kept:
+                kept[key] = super()._generate([prompt], sampling)
+            found += [replace(it, weight_version=self.weight_version) for it in kept[key]]
+        return found
+
+
+@saboteur("SYNC-6")
+class WholeModelAtOnce(FakeStrategy):
+    """A sync begins with a copy of the whole model."""
+
+    def full_parameters(
+        self, model: nn.Module, bucket_bytes: int | None = None, dtype: torch.dtype | None = None
+    ) -> Iterator[list[tuple[str, torch.Tensor]]]:
+        everything = [
+            [(name, tensor.clone()) for name, tensor in bucket]
+            for bucket in super().full_parameters(model, bucket_bytes, dtype)
+        ]
+        yield from everything
