@@ -57,6 +57,12 @@ def test_the_servers_environment_is_not_that_of_a_rank():
     assert not {"RANK", "TORCHELASTIC_RUN_ID", "SGLANG_USE_CPU_ENGINE"} & set(found)
 
 
+@pytest.mark.parametrize(("cores", "wanted"), [((0, 1, 2, 3, 4), "0,1|2,3"), ((7,), "7|7")])
+def test_ranks_on_a_cpu_share_its_cores(cores, wanted):
+    found = arguments.server_variables({}, "/folder", on_cpu=True, ranks=2, cores=cores)
+    assert found["SGLANG_CPU_OMP_THREADS_BIND"] == wanted
+
+
 # Requests
 
 

@@ -29,7 +29,7 @@ def model(seed: int = 3) -> Any:
             "num_key_value_heads": 1, "max_position_embeddings": 512, "tie_word_embeddings": True,
             "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}, "bos_token_id": None, "eos_token_id": None,
         },
-        vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2, "patch_size": 14},
+        vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2, "patch_size": 14, "in_chans": 3},
         image_token_id=known["<|image_pad|>"], video_token_id=known["<|video_pad|>"],
         vision_start_token_id=known["<|vision_start|>"], vision_end_token_id=known["<|vision_end|>"],
         tie_word_embeddings=True,

@@ -7,7 +7,7 @@ SGLang's own names, which wins.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ def server_arguments(
         "trust_remote_code": bool(extra("trust_remote_code", False)),
         "custom_weight_loader": [LOADER],
         "schedule_policy": "lpm",  # prompts with a common beginning wait for the first of them
+        "sleep_on_idle": True,  # or the model's processes take a core each while others train
         "host": "127.0.0.1",
         "log_level": "error",
         **(_on_cpu(source) if on_cpu else {}),
@@ -68,15 +69,29 @@ def server_arguments(
     }
 
 
-def server_variables(environment: Mapping[str, str], folder: str, *, on_cpu: bool) -> dict[str, str]:
-    """The environment of the server process, with ``folder`` for its temporary files."""
+def server_variables(
+    environment: Mapping[str, str], folder: str, *, on_cpu: bool, ranks: int = 1, cores: Sequence[int] = ()
+) -> dict[str, str]:
+    """The environment of the server process, with ``folder`` for its temporary files.
+
+    On a CPU its ``ranks`` share the ``cores``: SGLang would want a NUMA node for each.
+    """
     kept = {
         name: value
         for name, value in environment.items()
         if name not in LAUNCHER_VARIABLES and not name.startswith("TORCHELASTIC_")
     }
     kept.pop("SGLANG_USE_CPU_ENGINE", None)  # it would ask for kernels that SGLang's wheels do not have
+    if on_cpu and ranks > 1:
+        kept.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(_shares(cores, ranks)))
     return {**kept, **IMPORTED_WITH, **(IMPORTED_WITH_ON_CPU if on_cpu else {}), "TMPDIR": folder}
+
+
+def _shares(cores: Sequence[int], ranks: int) -> list[str]:
+    """The cores of each rank; all of them, where there are not enough."""
+    size = len(cores) // ranks
+    parts = [cores[rank * size : (rank + 1) * size] if size else cores for rank in range(ranks)]
+    return [",".join(map(str, part)) for part in parts]
 
 
 def _on_cpu(source: ModelSource) -> dict[str, Any]:

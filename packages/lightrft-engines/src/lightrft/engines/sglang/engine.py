@@ -150,7 +150,9 @@ class _Blocks:
     def send(self, bucket: Bucket, version: int) -> None:
         """Have a bucket loaded. Returns when nothing reads it any more."""
         entries, size = layout(bucket)
-        on_device = bool(bucket) and bucket[0][1].is_cuda
+        if not size:
+            return
+        on_device = bucket[0][1].is_cuda
         block = torch.empty(size, dtype=torch.uint8, device=bucket[0][1].device) if on_device else self._host(size)
         fill(block, entries, bucket)
         total = checksum(block) if self._engine._verify else None

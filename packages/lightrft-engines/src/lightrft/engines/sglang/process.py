@@ -43,8 +43,10 @@ class ServerProcess:
         self._log = Path(self._folder.name) / "log"
         ours, theirs = socket.socketpair()
         with theirs, self._log.open("wb") as log:
-            on_cpu = arguments.get("device") == "cpu"
-            variables = server_variables(os.environ, self._folder.name, on_cpu=on_cpu)
+            variables = server_variables(
+                os.environ, self._folder.name, on_cpu=arguments.get("device") == "cpu",
+                ranks=arguments["tp_size"], cores=sorted(os.sched_getaffinity(0)),
+            )  # fmt: skip
             self._pid = _started(variables, theirs.fileno(), log.fileno())
         self._gone = os.pidfd_open(self._pid)
         self._connection = Connection(ours.detach())
