@@ -10,8 +10,8 @@ from typing_extensions import override
 
 from lightrft.conformance import models
 from lightrft.conformance.clause import CONTRACT, Clause, Operation, Place, Program, Trial, show
-from lightrft.conformance.contract import compare
 from lightrft.conformance.contract.drawing import FP32, geometry, micro_batch, trained
+from lightrft.conformance.contract.near import astray
 from lightrft.conformance.contract.rollouts import generate
 
 MOVES = [
@@ -93,8 +93,8 @@ class AnyOrder(Clause):
             elif operation["do"] == "generate":
                 self._check_completions(operation, seen, predicted, where)
             elif operation["do"] == "weights":
-                fits = [compare.absolute(seen[0], trial.predicted(family)[index], 1e-5) for family in ("once", "each")]
-                self.require(None in fits, f"{operation['model']}: {fits[0]}")
+                fault = astray(trial, index, seen[0], 1e-5)
+                self.require(fault is None, f"{operation['model']}: {fault}")
 
     def _check_completions(self, operation: Operation, seen: Sequence[Any], model: nn.Module, where: str) -> None:
         """The tokens must be the likeliest under the weights of the last sync, or as likely within rounding."""

@@ -13,12 +13,18 @@ STATE: Operation = {"do": "state", "model": "a"}
 
 def near(clause: Clause, trial: Trial, model: str = "a") -> None:
     """Require the last weights to be the reference's, in one family or the other, within rounding."""
-    fits = [
-        compare.absolute(trial.last("weights")[0], reference_weights(trial, family, model))
-        for family in ("once", "each")
-    ]
-    clause.require(None in fits, f"the weights are not those of the reference: {fits[0]}")
+    index, _, seen = [look for look in trial.each("weights") if look[1]["model"] == model][-1]
+    fault = astray(trial, index, seen[0])
+    clause.require(fault is None, f"the weights are not those of the reference: {fault}")
     clause.require_alike(trial, "weights")
+
+
+def astray(trial: Trial, index: int, seen: compare.Weights, bound: float = compare.ABSOLUTE) -> str | None:
+    """How ``seen`` differs from what the reference says of operation ``index``, or None where one family fits."""
+    fault = compare.absolute(seen, trial.predicted("once")[index], bound)
+    if fault is None or compare.absolute(seen, trial.predicted("each")[index], bound) is None:
+        return None
+    return fault
 
 
 def reference_weights(trial: Trial, family: Family, model: str = "a") -> compare.Weights:

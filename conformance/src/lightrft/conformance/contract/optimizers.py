@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 from typing_extensions import override
 
 from lightrft.conformance.clause import CONTRACT, Clause, Operation, Place, Program, Trial
-from lightrft.conformance.contract import compare
 from lightrft.conformance.contract.drawing import FP32, SEEDS, geometry, micro_batch, trained, updates
-from lightrft.conformance.contract.near import LOOK, STATE, close, near
+from lightrft.conformance.contract.near import LOOK, STATE, astray, close, near
 
 
 @CONTRACT.add
@@ -203,5 +202,5 @@ class Averages(Clause):
     @override
     def check(self, trial: Trial) -> None:
         for index, operation, seen in trial.each("weights"):
-            fits = [compare.absolute(seen[0], trial.predicted(family)[index]) for family in ("once", "each")]
-            self.require(None in fits, f"{operation['model']}: {fits[0]}")
+            fault = astray(trial, index, seen[0])
+            self.require(fault is None, f"{operation['model']}: {fault}")
