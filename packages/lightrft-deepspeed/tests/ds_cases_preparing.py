@@ -29,12 +29,12 @@ def called_before_and_after(**settings: object) -> list[torch.Tensor]:
         return [output.detach().float() for output in outputs]
 
 
-def built_on_rank_0_alone(training: bool, **settings: object) -> dict[str, torch.Tensor]:
+def built_on_rank_0_alone(in_training: bool, **settings: object) -> dict[str, torch.Tensor]:
     with ds_cases.strategy(Program(), persist=False, **settings) as made:
         with made.init_model_context(meta_init=True):
             model: nn.Module = Mixed() if made.get_rank() else mixed()
         assert made.get_rank() == 0 or all(it.is_meta for it in model.parameters())
-        if training:
+        if in_training:
             model, _, _ = made.prepare((model, made.create_optimizer(model, lr=RATE), None))
         else:
             model = made.prepare(model)

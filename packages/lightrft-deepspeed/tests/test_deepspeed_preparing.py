@@ -41,10 +41,10 @@ def test_a_prepared_model_computes_what_it_did(two: Workers, stage: int, bf16: b
             torch.testing.assert_close(output, wanted, atol=0.05 if bf16 else 1e-6, rtol=0.05 if bf16 else 1e-6)
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("in_training", [True, False])
 @EACH_STAGE
-def test_a_model_that_only_rank_0_built_is_whole_everywhere(two: Workers, stage: int, training: bool) -> None:
-    for found in two.run(cases.built_on_rank_0_alone, training=training, zero_stage=stage):
+def test_a_model_that_only_rank_0_built_is_whole_everywhere(two: Workers, stage: int, in_training: bool) -> None:
+    for found in two.run(cases.built_on_rank_0_alone, in_training=in_training, zero_stage=stage):
         assert equal(found, mixed())
 
 
