@@ -154,6 +154,14 @@ def engines(session: nox.Session, engine: str) -> None:
 
 
 @session()
+def own_strategy(session: nox.Session) -> None:
+    """Certify a strategy that none of our packages knows, from a package of its own."""
+    example = f"--editable={ROOT / 'examples/ddp_strategy'}"
+    environment = Environment(("lightrft-conformance[transformers]",), unresolved=(example,))
+    _certify(session, environment, "run", "ddp", "--world-size=2", "--profile=smoke")
+
+
+@session()
 def saboteurs(session: nox.Session) -> None:
     """Measure the suite: each deliberate defect must be caught by its clause."""
     _judge(session, Environment(STRATEGIES["fake"].requirements), "saboteurs")
