@@ -19,6 +19,9 @@ LAYERS = [["config"], ["strategy"], ["deepspeed", "fsdp", "engines"], ["conforma
 DISTRIBUTIONS = {"strategy": "lightrft-strategy-base"}
 """Of the parts whose distribution is not called like them."""
 
+MODULES = {"PIL": ["pillow"]}
+"""Whose they are, of the modules that only an extra brings and whose name is another than their distribution's."""
+
 IMPORT_ALL = """
 import importlib, json, sys
 from importlib.metadata import distribution
@@ -128,8 +131,10 @@ def _imports(package) -> Iterator[tuple[str, str]]:
 def _distributions(imported: str, providers: Mapping[str, list[str]]) -> list[str]:
     """Those that may provide a module."""
     top, _, inner = imported.partition(".")
-    part = inner.partition(".")[0]
-    return [DISTRIBUTIONS.get(part, f"lightrft-{part}")] if top == "lightrft" else providers.get(top, [top])
+    if top == "lightrft":
+        part = inner.partition(".")[0]
+        return [DISTRIBUTIONS.get(part, f"lightrft-{part}")]
+    return providers.get(top) or MODULES.get(top, [top])
 
 
 def _metadata(package) -> Message:

@@ -3,12 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-from lightrft import config
-from lightrft.config import LightRFTError, StrategyError
+from lightrft.config import LightRFTError, StrategyError, errors
 from lightrft.strategy.distributed.collectives import Collectives
 
 _KINDS = {
-    name: kind for name, kind in vars(config).items() if isinstance(kind, type) and issubclass(kind, LightRFTError)
+    name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, LightRFTError)
 }
 
 
