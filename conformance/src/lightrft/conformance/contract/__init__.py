@@ -3,9 +3,11 @@
 from lightrft.conformance.clause import CONTRACT
 from lightrft.conformance.contract import (  # noqa: F401 - they register clauses, in this order
     anything,
+    checkpoints,
     collectives,
     data,
     engine_life,
+    exporting,
     generation,
     life,
     media,

@@ -55,11 +55,13 @@ def control(*, world: int = 1, **settings: Any) -> Callable[[Kind], Kind]:
 def corpus() -> list[Saboteur]:
     """All saboteurs and controls."""
     from lightrft.conformance.saboteurs import (  # noqa: F401 - they register themselves
+        checkpoints,
         collectives,
         complaints,
         controls,
         data,
         engines,
+        exporting,
         life,
         media,
         misuse,
