@@ -54,7 +54,7 @@ def processor() -> Any:
     )
     small = {"min_pixels": 28 * 28, "max_pixels": 28 * 28 * 4}
     return Qwen2VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**small),
+        image_processor=Qwen2VLImageProcessor(min_pixels=28 * 28 * 4, max_pixels=28 * 28 * 16),
         tokenizer=tokenizer,
         video_processor=Qwen2VLVideoProcessor(**small),
     )

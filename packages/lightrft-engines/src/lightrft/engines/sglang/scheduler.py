@@ -5,6 +5,8 @@ failures     a bucket that cannot be loaded is a failed call, not the end of the
 memory       on a CPU, where SGLang would only say that it gave memory back, it does
 """
 
+import contextlib
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -143,6 +145,8 @@ class HostMemory:
         self._sizes[tag] = [(storage, storage.nbytes()) for storage in storages.values()]
         for storage, _ in self._sizes[tag]:
             storage.resize_(0)
+        with contextlib.suppress(AttributeError):  # glibc keeps what was freed, until it is asked
+            ctypes.CDLL(None).malloc_trim(0)
 
     def resume(self, tag: str) -> None:
         """Take it again; what was in it is gone."""
