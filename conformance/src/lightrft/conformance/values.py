@@ -76,7 +76,8 @@ def materialize(description: Any, rank: int, device: torch.device | str = "cpu")
     """The argument of a collective on ``rank``, from its description.
 
     ``{"by_rank": [...]}`` differs between ranks, ``{"dict": [[key, description], ...]}`` is a dict,
-    ``{"tensor": dtype, "shape": [...], "seed": n}`` a tensor of its own on each rank, ``{"text": s}`` a string,
+    ``{"tensor": dtype, "shape": [...], "seed": n}`` a tensor of its own on each rank (``"transposed"``: its memory
+    is that of its transpose), ``{"text": s}`` a string,
     and anything else itself.
     """
     if isinstance(description, dict) and "by_rank" in description:
@@ -84,7 +85,8 @@ def materialize(description: Any, rank: int, device: torch.device | str = "cpu")
     if isinstance(description, dict) and "dict" in description:
         return {key: materialize(item, rank, device) for key, item in description["dict"]}
     if isinstance(description, dict) and "tensor" in description:
-        return _tensor(description, rank).to(device)
+        found = _tensor(description, rank).to(device)
+        return found.mT.contiguous().mT if description.get("transposed") else found
     if isinstance(description, dict) and "text" in description:
         return description["text"]
     if isinstance(description, dict) and "per_rank" in description:
@@ -103,6 +105,6 @@ def _tensor(description: dict[str, Any], rank: int) -> torch.Tensor:
         return torch.rand(shape, generator=generator) < 0.5
     if not dtype.is_floating_point:
         low, high = (0, 40) if dtype == torch.uint8 else (-30, 30)
-        large = 2**40 if dtype == torch.int64 else 1  # beyond what fp32 holds exactly
+        large = 2**54 + 1 if dtype == torch.int64 else 1  # beyond what float64 holds exactly
         return (torch.randint(low, high, shape, generator=generator) * large).to(dtype)
     return (4 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)

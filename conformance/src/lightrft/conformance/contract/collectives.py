@@ -118,11 +118,14 @@ class Reduction(Reducing):
     def witnesses(self, place: Place) -> Sequence[Program]:
         every = [["float", {"per_rank": [0.1, 0.7]}], ["int", {"per_rank": [2**53 + 1, 2]}]]
         every += [[dtype, {"tensor": dtype, "shape": [2, 3], "seed": 1}] for dtype in ("float32", "float64")]
+        strided = {"tensor": "float32", "shape": [3, 2], "seed": 4, "transposed": True}
         whole = [[dtype, {"tensor": dtype, "shape": [5], "seed": 2}] for dtype in INTEGERS]
         operations = tuple(
             {"do": "all_reduce", "data": {"dict": every + (whole if op != "mean" else [])}, "op": op} for op in OPS
         )
-        return [Program(operations=(*operations, {"do": "all_reduce", "data": {"per_rank": [1, 1]}}))]
+        alone = [{"do": "all_reduce", "data": data} for data in ({"per_rank": [1, 1]}, strided)]
+        exact = {"do": "all_reduce", "data": {"tensor": "int64", "shape": [5], "seed": 2}, "op": "sum"}
+        return [Program(operations=(*operations, *alone, exact))]
 
     @override
     def programs(self, place: Place) -> st.SearchStrategy[Program]:
@@ -320,7 +323,7 @@ class Gathering(Clause):
                 self._compare(found[key], expected[key], f"{where}[{key!r}]")
             return
         self.require(isinstance(found, torch.Tensor), f"{where}: {show(found)} is no tensor")
-        alike = found.shape == expected.shape and bool((found.double() == expected.double()).all())
+        alike = found.shape == expected.shape and torch.equal(found.to(expected.dtype), expected)
         self.require(alike, f"{where}: {show(found)}, wanted {show(expected)}")
         self.require(found.dtype == expected.dtype, f"{where}: dtype {found.dtype}, wanted {expected.dtype}")
 

@@ -144,7 +144,8 @@ def unwrapped(session: Session, model: str, times: int = 1) -> dict[str, Any]:
 @operation
 def modes(session: Session, model: str) -> list[bool]:
     """Whether the model and its parts are in training mode: all that is found."""
-    return sorted({part.training for part in session.models[model].model.modules()})
+    inner = session.strategy.unwrap_model(session.models[model].model)
+    return sorted({part.training for part in inner.modules()})
 
 
 @operation

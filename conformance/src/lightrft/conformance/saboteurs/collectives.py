@@ -42,6 +42,26 @@ class SinglePrecision(PlainStrategy):
 
 
 @saboteur("COLL-1", world=2)
+class WholeNumbersAsDoubles(PlainStrategy):
+    """int64 is summed as float64, which holds no more than 53 bits."""
+
+    def all_reduce(self, data: Any, op: Any = "mean") -> Any:
+        if isinstance(data, torch.Tensor) and data.dtype == torch.int64:
+            return super().all_reduce(data.double(), op).long()
+        return super().all_reduce(data, op)
+
+
+@saboteur("COLL-1", world=2)
+class OrderOfMemory(PlainStrategy):
+    """A tensor that does not lie in memory row by row comes back in the order in which it lies."""
+
+    def all_reduce(self, data: Any, op: Any = "mean") -> Any:
+        if isinstance(data, torch.Tensor) and data.ndim == 2 and not data.is_contiguous():
+            return super().all_reduce(data.t().contiguous(), op).reshape(data.shape)
+        return super().all_reduce(data, op)
+
+
+@saboteur("COLL-1", world=2)
 class WholeMeans(PlainStrategy):
     """The mean of a Python int is an int."""
 
