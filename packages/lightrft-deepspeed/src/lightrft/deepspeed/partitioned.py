@@ -14,7 +14,8 @@ from lightrft.deepspeed.engine import Engine
 from lightrft.deepspeed.masters import KeptMasters
 from lightrft.deepspeed.stages import Stage
 from lightrft.strategy.backend import cast
-from lightrft.strategy.shards import Shard
+from lightrft.strategy.shards import Shard, StateSlice
+from lightrft.strategy.training.optimizers import parameters_of
 from lightrft.strategy.training.trained_model import TrainedModel
 
 
@@ -87,6 +88,22 @@ class Partitioned(Stage):
         return Shard(name=name, shape=parameter.shape, offset=fragment.lp_fragment_address.start, values=values)
 
     @override
+    def state_slices(self, trained: TrainedModel) -> list[StateSlice]:
+        partitions = {_memory(partition): partition for partition in parameters_of(trained.optimizer)}
+        found = []
+        for name, parameter in trained.model.named_parameters():
+            shard = self._shard(name, parameter) if hasattr(parameter, "_hp_mapping") else None
+            if shard is not None:
+                key = partitions[_memory(shard.values)]
+                start = shard.values.storage_offset() - key.storage_offset()
+                found.append(StateSlice(shard=shard, key=key, start=start))
+        return found
+
+    @override
     def refresh(self, module: nn.Module) -> None:
         if module in self.engines:
             self.engines[module].optimizer.update_lp_params()
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -17,7 +17,7 @@ from lightrft.deepspeed.removal import check_whole, strip
 from lightrft.deepspeed.sharding import gather_in_forward, owned_part, shard
 from lightrft.deepspeed.stages import Stage
 from lightrft.strategy.backend import WrapOptions, cast
-from lightrft.strategy.shards import Shard
+from lightrft.strategy.shards import Shard, StateSlice
 from lightrft.strategy.training.trained_model import TrainedModel
 
 
@@ -96,6 +96,17 @@ class Sharded(Stage):
         held = _master(self.engines[module], parameter) if _has_master(parameter) else parameter.ds_tensor  # type: ignore[attr-defined]
         shape = self.full_shape(parameter)
         return Shard(name=name, shape=shape, offset=part.start, values=held.detach().view(-1)[: len(part)])
+
+    @override
+    def state_slices(self, trained: TrainedModel) -> list[StateSlice]:
+        optimizer = self.engines[trained.model].optimizer
+        found: list[tuple[int, StateSlice]] = []
+        for name, parameter in trained.model.named_parameters():
+            if _has_master(parameter):
+                group, start, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+                key, shard = optimizer.fp32_partitioned_groups_flat[group], self._shard(trained.model, name, parameter)
+                found.append((group, StateSlice(shard=shard, key=key, start=start)))
+        return [part for _, part in sorted(found, key=lambda pair: pair[0])]
 
     @override
     def refresh(self, module: nn.Module) -> None:

@@ -19,7 +19,7 @@ from lightrft.deepspeed.parking import Parking
 from lightrft.deepspeed.removal import check_whole, strip
 from lightrft.strategy.backend import WrapOptions, cast
 from lightrft.strategy.distributed.world import World
-from lightrft.strategy.shards import Shard
+from lightrft.strategy.shards import Shard, StateSlice
 from lightrft.strategy.training.modules import replicate, tensors_of
 from lightrft.strategy.training.trained_model import TrainedModel
 
@@ -103,6 +103,10 @@ class Stage(ABC):
     @abstractmethod
     def shards(self, module: nn.Module) -> list[Shard]:
         """See `Backend._shards`. After writing to them: `refresh`."""
+
+    def state_slices(self, trained: TrainedModel) -> list[StateSlice] | None:
+        """See `Backend._state_slices`; None where the optimizer knows the parameters themselves."""
+        return None
 
     def refresh(self, module: nn.Module) -> None:
         """Make the parameters what the masters are. Every rank calls it."""

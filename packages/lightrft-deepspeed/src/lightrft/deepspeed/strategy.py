@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightrft.deepspeed import ds_config, stage_limits
 from lightrft.deepspeed.environment import prepare_environment
 from lightrft.strategy.backend import WrapOptions
-from lightrft.strategy.shards import Shard
+from lightrft.strategy.shards import Shard, StateSlice
 from lightrft.strategy.strategy_base import StrategyBase
 from lightrft.strategy.training.optimizers import parameter_groups
 from lightrft.strategy.training.trained_model import TrainedModel
@@ -130,6 +130,11 @@ class DeepspeedStrategy(StrategyBase):
     @override
     def _shards(self, module: nn.Module) -> list[Shard]:
         return self._stage.shards(module)
+
+    @override
+    def _state_slices(self, trained: TrainedModel) -> list[StateSlice]:
+        slices = self._stage.state_slices(trained)
+        return super()._state_slices(trained) if slices is None else slices
 
     @override
     def _refresh(self, module: nn.Module) -> None:

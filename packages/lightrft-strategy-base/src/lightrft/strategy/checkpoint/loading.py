@@ -100,9 +100,8 @@ class Loading:
     def _allocations(self, checkpoint: Checkpoint, subject: Subject, name: str) -> list[Allocation]:
         if subject.trained is None or not self._options.optimizer:
             return []
-        return optimizer_state.plan(
-            self._backend._state_slices(subject.trained), checkpoint.names(f"{name}/optimizer/")
-        )
+        slices = optimizer_state.in_order(subject.trained.optimizer, self._backend._state_slices(subject.trained))
+        return optimizer_state.plan(slices, checkpoint.names(f"{name}/optimizer/"))
 
     def _verify(self, checkpoint: Checkpoint, names: set[str]) -> None:
         """Verify what will be read, each piece on some rank: files by their own rank where there are as many ranks."""

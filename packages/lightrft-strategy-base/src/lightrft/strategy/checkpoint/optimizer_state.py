@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lightrft.config import CheckpointError, UnsupportedOperationError
 from lightrft.strategy.checkpoint.plain_values import from_json, to_json
 from lightrft.strategy.shards import Shard, StateSlice
+from lightrft.strategy.training.optimizers import parameters_of
 from lightrft.strategy.training.trained_model import TrainedModel
 
 IMPLEMENTATION = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
@@ -108,6 +109,12 @@ def plan(slices: Sequence[StateSlice], stored: Stored) -> list[Allocation]:
     for part in slices:
         by_key.setdefault(id(part.key), []).append(part)
     return [_allocation(parts, kinds_of, stored) for parts in by_key.values()]
+
+
+def in_order(optimizer: Optimizer, slices: Sequence[StateSlice]) -> list[StateSlice]:
+    """``slices`` in the order in which the optimizer makes its state: that of its groups."""
+    order = {id(key): index for index, key in enumerate(parameters_of(optimizer))}
+    return sorted(slices, key=lambda it: order.get(id(it.key), 0))
 
 
 def _allocation(parts: list[StateSlice], kinds_of: Mapping[str, list[str]], stored: Stored) -> Allocation:
