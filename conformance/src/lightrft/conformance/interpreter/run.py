@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from lightrft.config import StrategyConfig
-from lightrft.conformance.interpreter import exporting, life, preparing, rollouts, training  # noqa: F401 - they register operations
+from lightrft.conformance.interpreter import checkpoints, exporting, life, preparing, rollouts, training  # noqa: F401 - they register operations
 from lightrft.conformance.interpreter.session import OPERATIONS, Session
 from lightrft.conformance.values import encode, error_record
 from lightrft.strategy import StrategyBase
