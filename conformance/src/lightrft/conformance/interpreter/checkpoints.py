@@ -165,8 +165,10 @@ def allow(session: Session) -> None:
 
 @operation
 def kept(session: Session, store: str = "s") -> list[str]:
-    """The names in a store that a listing shows, sorted."""
-    return sorted(path.name for path in (disk() / store).iterdir() if path.is_dir())
+    """The names in a store that a listing shows, sorted; no rank goes on before all have looked."""
+    found = sorted(path.name for path in (disk() / store).iterdir() if path.is_dir())
+    session.strategy.sync_and_clear_cache()
+    return found
 
 
 @operation
