@@ -77,7 +77,7 @@ def materialize(description: Any, rank: int, device: torch.device | str = "cpu")
 
     ``{"by_rank": [...]}`` differs between ranks, ``{"dict": [[key, description], ...]}`` is a dict,
     ``{"tensor": dtype, "shape": [...], "seed": n}`` a tensor of its own on each rank (``"transposed"``: its memory
-    is that of its transpose), ``{"text": s}`` a string,
+    is that of its transpose; ``"grad"``: it requires a gradient), ``{"text": s}`` a string,
     and anything else itself.
     """
     if isinstance(description, dict) and "by_rank" in description:
@@ -86,7 +86,8 @@ def materialize(description: Any, rank: int, device: torch.device | str = "cpu")
         return {key: materialize(item, rank, device) for key, item in description["dict"]}
     if isinstance(description, dict) and "tensor" in description:
         found = _tensor(description, rank).to(device)
-        return found.mT.contiguous().mT if description.get("transposed") else found
+        found = found.mT.contiguous().mT if description.get("transposed") else found
+        return found.requires_grad_() if description.get("grad") else found
     if isinstance(description, dict) and "text" in description:
         return description["text"]
     if isinstance(description, dict) and "per_rank" in description:

@@ -24,7 +24,7 @@ def tensors(dtypes: Sequence[str]) -> st.SearchStrategy[dict[str, Any]]:
 
 def numbers(floats_only: bool = False) -> st.SearchStrategy[Any]:
     """Numbers that differ between ranks."""
-    whole = st.integers(-(2**45), 2**45)
+    whole = st.integers(-(2**58), 2**58)
     wide = st.floats(-1e6, 1e6).map(lambda value: round(value, 3))
     kinds = wide if floats_only else whole | wide
     return kinds.map(lambda value: {"per_rank": [value, 3 if isinstance(value, int) else 0.25]})
@@ -95,6 +95,10 @@ class Reducing(Clause):
             )
         elif given.numel():
             # one rounding to the dtype, and for fp32 the order of the sum
+            self.require(
+                torch.equal(found.isnan(), expected.isnan()), f"{where}: {show(found)}, wanted {show(expected)}"
+            )
+            found, expected = found.nan_to_num(), expected.nan_to_num()
             resolution = torch.finfo(given.dtype).eps * (0.51 if given.dtype.itemsize < 4 else 4)
             worst = ((found.double() - expected).abs() - resolution * (expected.abs() + 1)).max().item()
             self.require(worst <= 0, f"{where}: {show(found)}, wanted {show(expected)}")
@@ -124,8 +128,10 @@ class Reduction(Reducing):
             {"do": "all_reduce", "data": {"dict": every + (whole if op != "mean" else [])}, "op": op} for op in OPS
         )
         alone = [{"do": "all_reduce", "data": data} for data in ({"per_rank": [1, 1]}, strided)]
-        exact = {"do": "all_reduce", "data": {"tensor": "int64", "shape": [5], "seed": 2}, "op": "sum"}
-        return [Program(operations=(*operations, *alone, exact))]
+        large = [{"tensor": "int64", "shape": [5], "seed": 2}, {"per_rank": [2**53 + 1, 2]}]
+        lost = {"by_rank": [{"tensor": "float32", "shape": [2], "fill": fill} for fill in (1.0, float("nan"))]}
+        exact = [{"do": "all_reduce", "data": data, "op": "sum"} for data in (*large, lost)]
+        return [Program(operations=(*operations, *alone, *exact, {"do": "all_reduce", "data": lost, "op": "max"}))]
 
     @override
     def programs(self, place: Place) -> st.SearchStrategy[Program]:
@@ -177,7 +183,7 @@ class IntegerMean(Clause):
 
 @CONTRACT.add
 class ArgumentsLeftAlone(Clause):
-    """The argument of a collective is never changed, and the result never shares memory with it."""
+    """The argument of a collective is never changed, and the result never shares memory with it, nor carries its graph."""
 
     id = "COLL-2"
 
@@ -190,7 +196,7 @@ class ArgumentsLeftAlone(Clause):
             ]
         }
         reductions = [{"do": "all_reduce", "data": data, "op": op} for op in ("sum", "max")]
-        single = {"tensor": "float64", "shape": [3], "seed": 1}
+        single = {"tensor": "float64", "shape": [3], "seed": 1, "grad": True}
         mean = {"do": "all_reduce", "data": single, "op": "mean"}
         return [
             Program(
@@ -212,6 +218,9 @@ class ArgumentsLeftAlone(Clause):
             for index, _, seen in trial.each(do):
                 for rank, observed in enumerate(seen):
                     self.require(observed["untouched"], f"rank {rank}: {do} (operation {index}) changed its argument")
+                    self.require(
+                        not observed["graph"], f"rank {rank}: the result of {do} (operation {index}) has a graph"
+                    )
                     self.require(
                         observed["apart"],
                         f"rank {rank}: the result of {do} (operation {index}) shares memory with its argument",
@@ -292,7 +301,12 @@ class Gathering(Clause):
             ]
         }
         return [
-            Program(operations=({"do": "all_gather", "data": data}, {"do": "all_gather", "data": {"per_rank": [3, 1]}}))
+            Program(
+                operations=tuple(
+                    {"do": "all_gather", "data": it}
+                    for it in (data, {"per_rank": [3, 1]}, {"tensor": "float32", "shape": [2, 1], "seed": 5}, flags)
+                )
+            )
         ]
 
     @override

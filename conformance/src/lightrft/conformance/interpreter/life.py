@@ -212,20 +212,28 @@ def end(session: Session) -> None:
 
 @operation
 def all_reduce(session: Session, data: Any, op: str | None = None) -> dict[str, Any]:
-    """Reduce; also whether the argument was left alone and shares no memory with the result."""
+    """Reduce; also whether the argument was left alone, and whether the result shares its memory or has a graph."""
     argument = materialize(data, session.rank, session.strategy.device)
     before = digest(argument)
     result = session.strategy.all_reduce(argument) if op is None else session.strategy.all_reduce(argument, op)  # type: ignore[arg-type]
-    return {"result": result, "untouched": digest(argument) == before, "apart": not _share(argument, result)}
+    return _outcome(argument, before, result)
 
 
 @operation
 def all_gather(session: Session, data: Any) -> dict[str, Any]:
-    """Gather; also whether the argument was left alone and shares no memory with the result."""
+    """Gather; also whether the argument was left alone, and whether the result shares its memory or has a graph."""
     argument = materialize(data, session.rank, session.strategy.device)
     before = digest(argument)
-    result = session.strategy.all_gather(argument)
-    return {"result": result, "untouched": digest(argument) == before, "apart": not _share(argument, result)}
+    return _outcome(argument, before, session.strategy.all_gather(argument))
+
+
+def _outcome(argument: Any, before: str, result: Any) -> dict[str, Any]:
+    return {
+        "result": result,
+        "untouched": digest(argument) == before,
+        "apart": not _share(argument, result),
+        "graph": any(tensor.requires_grad for tensor in _tensors(result)),
+    }
 
 
 def _share(left: Any, right: Any) -> bool:

@@ -62,6 +62,35 @@ class OrderOfMemory(PlainStrategy):
 
 
 @saboteur("COLL-1", world=2)
+class LosesNaN(PlainStrategy):
+    """The maximum passes over a NaN of one rank."""
+
+    def all_reduce(self, data: Any, op: Any = "mean") -> Any:
+        if op == "max" and isinstance(data, torch.Tensor) and data.is_floating_point():
+            return super().all_reduce(torch.nan_to_num(data, nan=-torch.inf), op)
+        return super().all_reduce(data, op)
+
+
+@saboteur("COLL-2", world=2)
+class FalseGraph(PlainStrategy):
+    """The result requires a gradient where the argument did, although nothing would flow back."""
+
+    def all_reduce(self, data: Any, op: Any = "mean") -> Any:
+        result = super().all_reduce(data, op)
+        return result.requires_grad_() if isinstance(data, torch.Tensor) and data.requires_grad else result
+
+
+@saboteur("COLL-4", world=2)
+class SqueezesColumns(PlainStrategy):
+    """A single column that is gathered comes back without its dimension."""
+
+    def all_gather(self, data: Any) -> Any:
+        found = super().all_gather(data)
+        single = isinstance(found, torch.Tensor) and found.ndim > 1 and found.shape[-1] == 1
+        return found.squeeze(-1) if single else found
+
+
+@saboteur("COLL-1", world=2)
 class WholeMeans(PlainStrategy):
     """The mean of a Python int is an int."""
 

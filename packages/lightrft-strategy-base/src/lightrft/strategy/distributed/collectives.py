@@ -93,12 +93,11 @@ class Collectives:
         found, _ = self._agreed(f"all_reduce {op}", data, lambda leaf: _check_reducible(leaf, op), first_dim=0)
         reduced: dict[int, Any] = {}
         for group in _grouped(found, lambda leaf: (leaf.tensor.device, _working_dtype(leaf, op))):
-            device, dtype = found[group[0]].tensor.device, _working_dtype(found[group[0]], op)
+            dtype = _working_dtype(found[group[0]], op)
             flat = [found[index].tensor.reshape(-1).to(dtype) for index in group]
             buffer = torch.cat(flat) if len(flat) > 1 else flat[0].clone()
             if self._world.size > 1:
-                kind = dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM
-                dist.all_reduce(buffer, kind, group=self._group_for(device))
+                buffer = self._reduced(buffer, op)
             if op == "mean":
                 buffer /= self._world.size
             for index, values in zip(group, buffer.split([part.numel() for part in flat]), strict=True):
@@ -143,6 +142,21 @@ class Collectives:
         return found, messages
 
     # Transport
+
+    def _reduced(self, buffer: torch.Tensor, op: ReduceOp) -> torch.Tensor:
+        """The sum, or the maximum, of ``buffer`` over the ranks. A NaN of any rank stays one."""
+        group = self._group_for(buffer.device)
+        if op != "max":
+            dist.all_reduce(buffer, dist.ReduceOp.SUM, group=group)
+            return buffer
+        if not buffer.is_floating_point():
+            dist.all_reduce(buffer, dist.ReduceOp.MAX, group=group)
+            return buffer
+        # gloo finds the larger of two numbers by a comparison, which a NaN loses
+        lost = buffer.isnan()
+        both = torch.cat([buffer.masked_fill(lost, -torch.inf), lost.to(buffer.dtype)])
+        dist.all_reduce(both, dist.ReduceOp.MAX, group=group)
+        return both[: buffer.numel()].masked_fill_(both[buffer.numel() :] > 0, torch.nan)
 
     def _group_for(self, device: torch.device) -> dist.ProcessGroup | None:
         return self._world.control if device.type == "cpu" else self._world.payload
