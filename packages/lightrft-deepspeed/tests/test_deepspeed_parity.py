@@ -62,10 +62,9 @@ def test_two_losses_in_a_micro_batch_add(two: Workers, stage: int, losses: str) 
     assert relative(trained(two, program, zero_stage=stage), reference(program, 2)) < 5e-5
 
 
-@pytest.mark.parametrize("losses", TWO_LOSSES)
 @pytest.mark.parametrize("stage", STAGES)
-def test_two_losses_in_a_micro_batch_add_in_bfloat16(two: Workers, stage: int, losses: str) -> None:
-    program = Program(updates=5, window=2, losses=losses)
+def test_two_losses_in_a_micro_batch_add_in_bfloat16(two: Workers, stage: int) -> None:
+    program = Program(updates=5, window=2, losses="forward, forward, backward, backward")
     assert relative(trained(two, program, zero_stage=stage, bf16=True), reference(program, 2)) < 0.1
 
 
