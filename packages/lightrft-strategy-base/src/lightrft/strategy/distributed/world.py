@@ -70,7 +70,7 @@ class World:
 
         `new_group` does not inherit the timeout of the default group, and backends make groups of their own.
         """
-        for group in set(_groups()) - self._found_groups:
+        for group in self._own_groups():
             distributed_c10d._set_pg_timeout(self.timeout, group)
 
     @contextmanager
@@ -94,8 +94,12 @@ class World:
         self._environment.clear()
         if self.owns_default_group and dist.is_initialized():
             dist.destroy_process_group()
-        for group in set(_groups()) - self._found_groups:
+        for group in self._own_groups():
             dist.destroy_process_group(group)
+
+    def _own_groups(self) -> set[dist.ProcessGroup]:
+        """Those made since this world began; none where it is alone, whatever else has groups in this process."""
+        return set() if self.control is None else set(_groups()) - self._found_groups
 
 
 def all_gather_flat(buffer: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:

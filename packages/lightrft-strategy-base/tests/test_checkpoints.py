@@ -1,0 +1,358 @@
+"""Checkpoints in one process: the store, the format, what fits what, and the end of a run."""
+
+import os
+import random
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from lightrft.config import (
+    ArgumentError,
+    ArgumentTypeError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigError,
+    StrategyError,
+)
+from lightrft.strategy import FakeStrategy, get_fake_strategy
+from lightrft.strategy.checkpoint.layout import Manifest, Piece, decode_header, encode_header, header_length
+from lightrft.strategy.checkpoint.plain_values import from_json, to_json
+from lightrft.strategy.checkpoint.ranges import check_covered, fragments, owners
+from lightrft.strategy.checkpoint.reading import Checkpoint
+from lightrft.strategy.checkpoint.store import Store
+
+
+@pytest.fixture
+def strategy():
+    with get_fake_strategy(bf16=False, train_batch_size=1) as made:
+        yield made
+
+
+def in_training(strategy, kind=None, width=4, **settings):
+    model = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width), nn.Linear(width, 1))
+    optimizer = (kind or torch.optim.AdamW)(model.parameters(), **{"lr": 0.01, **settings})
+    strategy.prepare((model, optimizer, None))
+    return model, optimizer
+
+
+def update(strategy, model, optimizer, count=1):
+    for _ in range(count):
+        strategy.backward(model(torch.randn(4, 3)).pow(2).mean(), model, optimizer)
+        strategy.optimizer_step(optimizer, model)
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def resumes_exactly(strategy, folder, kind, **settings):
+    model, optimizer = in_training(strategy, kind, **settings)
+    update(strategy, model, optimizer, 2)
+    strategy.save_ckpt(model, folder)
+    update(strategy, model, optimizer, 2)
+    other, its = in_training(strategy, kind, **settings)
+    strategy.load_ckpt(other, folder)
+    update(strategy, other, its, 2)
+    return same(weights(model), weights(other))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (torch.optim.AdamW, {"amsgrad": True}),
+        (torch.optim.SGD, {"momentum": 0.9}),
+        (torch.optim.SGD, {}),
+        (torch.optim.RMSprop, {"centered": True}),
+        (torch.optim.Adagrad, {}),
+        (torch.optim.Adafactor, {}),
+    ],
+)
+def test_every_optimizer_of_torch_resumes_exactly(strategy, tmp_path, kind, settings):
+    assert resumes_exactly(strategy, tmp_path, kind, **settings)
+
+
+def test_several_models_are_one_checkpoint_and_load_together_or_apart(strategy, tmp_path):
+    (actor, optimizer), (critic, its) = in_training(strategy), in_training(strategy, width=6)
+    update(strategy, actor, optimizer)
+    update(strategy, critic, its, 2)
+    kept, path = weights(critic), strategy.save_ckpt({"actor": actor, "critic": critic}, tmp_path)
+    assert path.name == "global_step1"
+    update(strategy, critic, its)
+    strategy.load_ckpt({"critic": critic}, tmp_path)
+    assert same(weights(critic), kept)
+    with pytest.raises(CheckpointError, match=r"holds 'actor', 'critic', and not 'model'"):
+        strategy.load_ckpt(actor, tmp_path)
+
+
+def test_one_model_does_not_take_the_place_of_another_under_the_same_tag(strategy, tmp_path):
+    (actor, _), (critic, _) = in_training(strategy), in_training(strategy)
+    strategy.save_ckpt(actor, tmp_path, tag="t")
+    strategy.save_ckpt(actor, tmp_path, tag="t")
+    with pytest.raises(StrategyError, match="would be lost; save models together"):
+        strategy.save_ckpt(critic, tmp_path, tag="t")
+
+
+def test_saving_under_a_tag_again_replaces_it_and_makes_it_the_newest(strategy, tmp_path):
+    model, optimizer = in_training(strategy)
+    for tag in ("a", "b", "a"):
+        update(strategy, model, optimizer)
+        strategy.save_ckpt(model, tmp_path, tag=tag)
+    kept = weights(model)
+    update(strategy, model, optimizer)
+    assert strategy.load_ckpt(model, tmp_path)[0].name == "a"
+    assert same(weights(model), kept)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "latest"]
+
+
+def test_what_is_not_to_be_the_latest_is_found_by_its_tag_alone(strategy, tmp_path):
+    model, _ = in_training(strategy)
+    strategy.save_ckpt(model, tmp_path, tag="a")
+    strategy.save_ckpt(model, tmp_path, tag="b", save_latest=False)
+    assert strategy.load_ckpt(model, tmp_path)[0].name == "a"
+    assert strategy.load_ckpt(model, tmp_path, tag="b")[0].name == "b"
+
+
+def test_a_directory_of_somebody_else_is_not_replaced(strategy, tmp_path):
+    model, _ = in_training(strategy)
+    (tmp_path / "t").mkdir()
+    with pytest.raises(CheckpointError, match="is no checkpoint that could be replaced"):
+        strategy.save_ckpt(model, tmp_path, tag="t")
+
+
+def test_a_replaced_checkpoint_counts_until_the_new_one_is_there(strategy, tmp_path):
+    model, optimizer = in_training(strategy)
+    strategy.save_ckpt(model, tmp_path, tag="t")
+    (tmp_path / "t").rename(tmp_path / ".t.replaced")  # killed between the two renames
+    assert strategy.load_ckpt(model, tmp_path, tag="t")[0].name == ".t.replaced"
+    update(strategy, model, optimizer)
+    strategy.save_ckpt(model, tmp_path, tag="u")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "t", "u"]
+
+
+def test_a_strangers_hidden_directory_is_not_cleaned_up(strategy, tmp_path):
+    model, _ = in_training(strategy)
+    (tmp_path / ".mine.writing").mkdir()
+    (tmp_path / ".mine.writing" / "notes.txt").touch()
+    strategy.save_ckpt(model, tmp_path, tag="t")
+    assert (tmp_path / ".mine.writing" / "notes.txt").exists()
+
+
+@pytest.mark.parametrize("tag", ["", ".x", "a/b", "latest", "a\0b"])
+def test_tags_that_are_no_names_of_directories(strategy, tmp_path, tag):
+    model, _ = in_training(strategy)
+    with pytest.raises(ArgumentError, match="wanted the name of a directory"):
+        strategy.save_ckpt(model, tmp_path, tag=tag)
+
+
+def test_a_missing_tag_names_those_that_are_there(strategy, tmp_path):
+    model, _ = in_training(strategy)
+    path = strategy.save_ckpt(model, tmp_path, tag="t")
+    with pytest.raises(CheckpointNotFoundError, match=r"no checkpoint 'u'.*there are: t"):
+        strategy.load_ckpt(model, tmp_path, tag="u")
+    with pytest.raises(CheckpointNotFoundError, match="it is a checkpoint itself: load from"):
+        strategy.load_ckpt(model, path)
+
+
+def test_limits_below_one_are_refused(strategy, tmp_path):
+    model, _ = in_training(strategy)
+    for limits in ({"max_num": 0}, {"max_mem": 0}):
+        with pytest.raises(ConfigError):
+            strategy.save_ckpt(model, tmp_path, **limits)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_of_another_shape_is_refused_by_name(strategy, tmp_path):
+    (model, _), (other, _) = in_training(strategy), in_training(strategy, width=5)
+    strategy.save_ckpt(model, tmp_path)
+    with pytest.raises(CheckpointError, match=r"0.weight has shape \(5, 3\), and \(4, 3\)"):
+        strategy.load_ckpt(other, tmp_path, load_module_strict=False)
+
+
+def test_weights_alone_go_where_an_optimizer_is_only_when_asked(strategy, tmp_path):
+    model, optimizer = in_training(strategy)
+    alone = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    strategy.prepare(alone)
+    strategy.save_ckpt(alone, tmp_path)
+    with pytest.raises(CheckpointError, match="no state for the optimizer .* load_optimizer_states=False"):
+        strategy.load_ckpt(model, tmp_path)
+    strategy.load_ckpt(model, tmp_path, load_module_only=True)
+    assert same(weights(model), weights(alone))
+
+
+def test_bare_models_are_taken_with_the_optimizer_that_is_passed(strategy, tmp_path):
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    update(strategy, model, optimizer)
+    strategy.save_ckpt(model, tmp_path)
+    other = nn.Linear(3, 1)
+    strategy.load_ckpt(other, tmp_path, optimizer=torch.optim.AdamW(other.parameters()))
+    assert same(weights(model), weights(other))
+
+
+def test_a_failure_in_the_background_is_raised_by_close(tmp_path, monkeypatch):
+    strategy = FakeStrategy(bf16=False, train_batch_size=1, async_ckpt=True)
+    model, _ = in_training(strategy)
+
+    def refused(self, written, manifest):
+        raise CheckpointError("no room")
+
+    monkeypatch.setattr(Store, "commit", refused)
+    strategy.save_ckpt(model, tmp_path)
+    with pytest.raises(CheckpointError, match="no room"):
+        strategy.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_sigterm_saves_at_the_next_boundary_and_ends(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    strategy = FakeStrategy(bf16=False, train_batch_size=2)
+    model, optimizer = in_training(strategy)
+    with (
+        pytest.raises(SystemExit) as ended,
+        strategy.saving_on_sigterm(lambda: strategy.save_ckpt(model, tmp_path)),
+    ):
+        strategy.backward(model(torch.randn(4, 3)).mean(), model, optimizer)
+        os.kill(os.getpid(), signal.SIGTERM)
+        strategy.optimizer_step(optimizer, model)  # not yet a boundary
+        assert not list(tmp_path.iterdir())
+        update(strategy, model, optimizer)
+    assert ended.value.code == 0
+    assert (tmp_path / "global_step1").is_dir()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_saving_on_sigterm_wants_the_main_thread(strategy):
+    raised = []
+
+    def enter():
+        try:
+            with strategy.saving_on_sigterm(lambda: None):
+                pass
+        except StrategyError as error:
+            raised.append(str(error))
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert "main thread" in raised[0]
+
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary(),
+    lambda inner: (
+        st.lists(inner) | st.lists(inner).map(tuple) | st.dictionaries(st.text() | st.integers(), inner)
+    ),
+    max_leaves=20,
+)  # fmt: skip
+
+
+@given(PLAIN)
+def test_plain_values_come_back_equal_and_of_their_types(value):
+    import json
+
+    assert repr(from_json(json.loads(json.dumps(to_json(value, "v"))))) == repr(value)
+
+
+def test_what_has_no_safe_form_is_named_by_its_place():
+    with pytest.raises(ArgumentTypeError, match=r"v\['a'\]\[1\] is a builtins.object"):
+        to_json({"a": [1, object()]}, "v")
+
+
+RANGES = st.lists(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3), st.integers(1, 4)), max_size=8, unique=True),
+    min_size=1, max_size=4,
+)  # fmt: skip
+
+
+@given(RANGES)
+def test_each_range_is_written_by_one_of_its_holders(held):
+    chosen = owners(held)
+    assert set(chosen) == {it for ranges in held for it in ranges}
+    assert all(it in held[rank] for it, rank in chosen.items())
+
+
+def test_replicas_share_the_writing():
+    whole = [(entry, 0, 10) for entry in range(8)]
+    chosen = list(owners([whole, whole, whole, whole]).values())
+    assert [chosen.count(rank) for rank in range(4)] == [2, 2, 2, 2]
+
+
+@given(st.integers(0, 20), st.lists(st.integers(0, 20), max_size=4), st.data())
+def test_any_range_is_put_together_from_any_pieces(numel, cuts, data):
+    bounds = sorted({0, numel, *(it for it in cuts if it < numel)})
+    pieces = [
+        (0, Piece(entry="e", dtype=torch.uint8, shape=(numel,), offset=begin, numel=end - begin))
+        for begin, end in zip(bounds, bounds[1:], strict=False)
+    ]
+    offset = data.draw(st.integers(0, numel))
+    length = data.draw(st.integers(0, numel - offset))
+    taken = [
+        piece.offset + start + index
+        for _, piece, start, count in fragments({"e": pieces}, "e", offset, length)
+        for index in range(count)
+    ]
+    assert taken == list(range(offset, offset + length))
+
+
+def test_a_gap_is_an_error():
+    check_covered("e", 10, [(5, 5), (0, 5)])
+    with pytest.raises(CheckpointError, match="from 4 of 10 of e are on no rank"):
+        check_covered("e", 10, [(5, 5), (0, 4)])
+
+
+def test_a_header_says_what_was_put_into_it():
+    pieces = [
+        Piece(entry=f"m/parameters/{name}", dtype=dtype, shape=(4, 2), offset=offset, numel=numel, checksum="0" * 8)
+        for name, dtype, offset, numel in [("a", torch.float32, 0, 5), ("b@1", torch.bfloat16, 3, 5)]
+    ]
+    header = encode_header(pieces)
+    assert header_length(header[:8], 10**6) == len(header)
+    found = decode_header(header)
+    assert [(it.entry, it.dtype, it.offset, it.numel) for it in found] == [
+        (it.entry, it.dtype, it.offset, it.numel) for it in pieces
+    ]
+    assert found[1].position - found[0].position == 20
+
+
+def test_the_files_are_safetensors(strategy, tmp_path):
+    from safetensors.torch import load_file
+
+    model, _ = in_training(strategy)
+    path = strategy.save_ckpt(model, tmp_path)
+    stored = load_file(path / "rank-00000-of-00001.safetensors")
+    assert torch.equal(stored["model/parameters/0.weight@0"], model[0].weight.detach().view(-1))
+
+
+def test_a_checkpoint_is_read_without_a_strategy(strategy, tmp_path):
+    model, _ = in_training(strategy)
+    with Checkpoint(strategy.save_ckpt(model, tmp_path)) as found:
+        found.verify()
+        assert found.models == ["model"]
+        assert torch.equal(found.tensor("model/parameters/0.weight"), model[0].weight)
+
+
+def test_every_changed_character_of_a_manifest_is_found(strategy, tmp_path):
+    model, _ = in_training(strategy)
+    text = (strategy.save_ckpt(model, tmp_path) / "manifest.json").read_text()
+    assert Manifest.from_text(text).to_text() == text
+    draw = random.Random(0)
+    for place in draw.sample(range(len(text)), 50):
+        with pytest.raises(CheckpointError):
+            Manifest.from_text(text[:place] + chr(ord(text[place]) ^ 1) + text[place + 1 :])
+
+
+def test_a_store_lists_what_is_committed_oldest_first(strategy, tmp_path):
+    model, _ = in_training(strategy)
+    for tag in ("b", "c", "a"):
+        strategy.save_ckpt(model, tmp_path, tag=tag)
+    assert [it.tag for it in Store(Path(tmp_path)).committed()] == ["b", "c", "a"]
