@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from typing_extensions import override
 
 from lightrft.conformance import models, reference
-from lightrft.conformance.clause import CONTRACT, Clause, Operation, Place, Program, Trial, is_error, same, show
+from lightrft.conformance.clause import CONTRACT, Clause, Operation, Place, Program, Trial, is_error, show
 from lightrft.conformance.contract.drawing import FP32, geometry
-from lightrft.conformance.contract.rollouts import GREEDY, PROMPTS, Rollouts, generate, rollout
+from lightrft.conformance.contract.rollouts import GREEDY, PROMPTS, Rollouts, alike, generate, rollout
 
 
 @CONTRACT.add
@@ -81,8 +81,8 @@ class Repeatable(Clause):
         for rank in range(trial.place.world):
             if not greedy[rank]:
                 continue
-            self.require(same(greedy[rank], greedy_again[rank]), f"rank {rank}: greedy generation does not repeat")
-            self.require(same(seeded[rank], seeded_again[rank]), f"rank {rank}: sampling with a seed does not repeat")
+            self.require(alike(greedy[rank], greedy_again[rank]), f"rank {rank}: greedy generation does not repeat")
+            self.require(alike(seeded[rank], seeded_again[rank]), f"rank {rank}: sampling with a seed does not repeat")
             for left, right, what in [(seeded, other, "two seeds"), (free, free_again, "two calls without a seed")]:
                 differ = _tokens(left[rank]) != _tokens(right[rank])
                 self.require(differ, f"rank {rank}: {what} drew the same {_tokens(left[rank])}")

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from lightrft.conformance import models, reference
-from lightrft.conformance.clause import Clause, Operation, Place, Trial
+from lightrft.conformance.clause import Clause, Operation, Place, Trial, same
 from lightrft.conformance.contract.drawing import trained
 
 GREEDY = {"temperature": 0.0, "max_tokens": 5}
@@ -34,6 +34,19 @@ def model_with(place: Place, weights: dict[str, torch.Tensor]) -> torch.nn.Modul
     model = models.build(place.language_model, 0)
     model.load_state_dict(weights, strict=False)
     return model
+
+
+def alike(left: Sequence[Any], right: Sequence[Any]) -> bool:
+    """Whether two calls gave the same completions. An engine that keeps the beginnings of prompts computes in another
+    order the second time: log-probabilities agree as closely as with the reference."""
+
+    def rest(completions: Sequence[Any]) -> list[Any]:
+        return [{name: value for name, value in it.items() if name != "logprobs"} for it in completions]
+
+    pairs = zip(left, right, strict=False)
+    return same(rest(left), rest(right)) and all(
+        torch.allclose(one["logprobs"], other["logprobs"], rtol=0, atol=1e-4) for one, other in pairs
+    )
 
 
 class Rollouts(Clause):

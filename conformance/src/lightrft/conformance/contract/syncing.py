@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 from typing_extensions import override
 
 from lightrft.conformance import models
-from lightrft.conformance.clause import CONTRACT, Clause, Operation, Place, Program, Trial, is_error, same
+from lightrft.conformance.clause import CONTRACT, Clause, Operation, Place, Program, Trial, is_error
 from lightrft.conformance.contract.drawing import FP32, SEEDS, geometry, trained, updates
 from lightrft.conformance.contract.near import LOOK
-from lightrft.conformance.contract.rollouts import Rollouts, generate, rollout, sleeps
+from lightrft.conformance.contract.rollouts import Rollouts, alike, generate, rollout, sleeps
 
 
 @CONTRACT.add
@@ -108,7 +108,7 @@ class Coverage(Clause):
                 trial.last("version")[rank] == 1,
                 f"rank {rank}: the version is {trial.last('version')[rank]} after a refused sync, wanted 1",
             )
-            self.require(same(before[rank], after[rank]), f"rank {rank}: a refused sync changed the completions")
+            self.require(alike(before[rank], after[rank]), f"rank {rank}: a refused sync changed the completions")
 
 
 @CONTRACT.add
