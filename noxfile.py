@@ -84,6 +84,8 @@ LAUNCHERS = {"sglang": ("python", "-m", "lightrft.engines.sglang.launcher")}
 AS_IT_SHOULD_BE = ("pass ", "skip ", "xfail ", "killed ", "at peace ")
 """How the suite's lines begin that tell of nothing to look at."""
 DEMO = "examples/rlvr_arithmetic/run.py"
+MOVING = Environment(("lightrft-conformance", "lightrft-deepspeed", "lightrft-fsdp"))
+"""What checkpoints move between."""
 ALONE = (*FOLDERS, "lightrft-engines[transformers]")
 """What somebody may install and have nothing else."""
 
@@ -168,6 +170,19 @@ def saboteurs(session: nox.Session) -> None:
 
 
 @session()
+def checkpoints(session: nox.Session) -> None:
+    """Move checkpoints between strategies and numbers of ranks; ``--all``: between all of them."""
+    _script(session, MOVING, "faults/crossing.py", *session.posargs)
+
+
+@session()
+def faults(session: nox.Session) -> None:
+    """Kill ranks while they save, damage files, fill the disk; ``--all``: as often as a night has room for."""
+    for script in ("faults/kills.py", "faults/damage.py"):
+        _script(session, MOVING, script, *session.posargs)
+
+
+@session()
 def examples(session: nox.Session) -> None:
     """Run the examples' tests, and a step of the demo."""
     environment = Environment(group("examples"), unresolved=group("model"))
@@ -220,6 +235,8 @@ def nightly(session: nox.Session) -> None:
     """Run everything, with as many programs as a night has room for."""
     for name in ("lint", "typecheck", "wheels", "tests", "saboteurs", "demo", "bench", "docs"):
         session.notify(name, posargs=())
+    for name in ("checkpoints", "faults"):
+        session.notify(name, posargs=("--all",))
     for name, world in CELLS:
         session.notify(f"conformance({name}-{world})", posargs=("--profile=nightly",))
     for name in ENGINES:

@@ -1,5 +1,6 @@
 """Checkpoints in one process: the store, the format, what fits what, and the end of a run."""
 
+import itertools
 import os
 import random
 import signal
@@ -179,11 +180,11 @@ def test_a_model_of_another_shape_is_refused_by_name(strategy, tmp_path):
 
 
 def test_weights_alone_go_where_an_optimizer_is_only_when_asked(strategy, tmp_path):
-    model, optimizer = in_training(strategy)
+    model, _ = in_training(strategy)
     alone = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
     strategy.prepare(alone)
     strategy.save_ckpt(alone, tmp_path)
-    with pytest.raises(CheckpointError, match="no state for the optimizer .* load_optimizer_states=False"):
+    with pytest.raises(CheckpointError, match=r"no state for the optimizer .* load_optimizer_states=False"):
         strategy.load_ckpt(model, tmp_path)
     strategy.load_ckpt(model, tmp_path, load_module_only=True)
     assert same(weights(model), weights(alone))
@@ -217,15 +218,16 @@ def test_sigterm_saves_at_the_next_boundary_and_ends(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     strategy = FakeStrategy(bf16=False, train_batch_size=2)
     model, optimizer = in_training(strategy)
-    with (
-        pytest.raises(SystemExit) as ended,
-        strategy.saving_on_sigterm(lambda: strategy.save_ckpt(model, tmp_path)),
-    ):
+
+    def run():
         strategy.backward(model(torch.randn(4, 3)).mean(), model, optimizer)
         os.kill(os.getpid(), signal.SIGTERM)
         strategy.optimizer_step(optimizer, model)  # not yet a boundary
         assert not list(tmp_path.iterdir())
         update(strategy, model, optimizer)
+
+    with strategy.saving_on_sigterm(lambda: strategy.save_ckpt(model, tmp_path)), pytest.raises(SystemExit) as ended:
+        run()
     assert ended.value.code == 0
     assert (tmp_path / "global_step1").is_dir()
     assert signal.getsignal(signal.SIGTERM) == before
@@ -292,7 +294,7 @@ def test_any_range_is_put_together_from_any_pieces(numel, cuts, data):
     bounds = sorted({0, numel, *(it for it in cuts if it < numel)})
     pieces = [
         (0, Piece(entry="e", dtype=torch.uint8, shape=(numel,), offset=begin, numel=end - begin))
-        for begin, end in zip(bounds, bounds[1:], strict=False)
+        for begin, end in itertools.pairwise(bounds)
     ]
     offset = data.draw(st.integers(0, numel))
     length = data.draw(st.integers(0, numel - offset))
