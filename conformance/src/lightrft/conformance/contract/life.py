@@ -59,11 +59,21 @@ class WhereAmI(Clause):
 
     @override
     def witnesses(self, place: Place) -> Sequence[Program]:
-        return [Program(operations=({"do": "place"},), settings=geometry(place, 3))]
+        plain = Program(operations=({"do": "place"},), settings=geometry(place, 3))
+        if not place.grouped or place.device != "cpu":
+            return [plain]
+        # every rank the first of its host, and then an environment that says otherwise than the group
+        first, changed = ({"do": "environ", name: "0"} for name in ("LOCAL_RANK", "RANK"))
+        hosts = (first, {"do": "place"}, changed, {"do": "place"})
+        return [plain, Program(operations=hosts, settings=geometry(place, 3))]
 
     @override
     def check(self, trial: Trial) -> None:
-        for rank, seen in enumerate(trial.last("place")):
+        for _, _, places in trial.each("place"):
+            self._check(trial, places)
+
+    def _check(self, trial: Trial, places: list[Any]) -> None:
+        for rank, seen in enumerate(places):
             wanted = (trial.place.world, rank, rank == 0)
             found = (seen["world_size"], seen["rank"], seen["is_rank_0"])
             self.require(found == wanted, f"rank {rank}: (world_size, rank, is_rank_0) is {found}, wanted {wanted}")

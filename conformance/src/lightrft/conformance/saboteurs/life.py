@@ -214,3 +214,19 @@ class LogsTwice(PlainStrategy):
     @override
     def _setup(self) -> None:
         logging.getLogger("lightrft").filters.clear()
+
+
+@saboteur("LIFE-2", world=2)
+class FirstOfEachHost(PlainStrategy):
+    """The first process of every host is rank 0."""
+
+    def is_rank_0(self) -> bool:
+        return self.local_rank == 0
+
+
+@saboteur("LIFE-2", world=2)
+class RankOfTheEnvironment(PlainStrategy):
+    """The rank is what the environment says now, not what the process group says."""
+
+    def get_rank(self) -> int:
+        return int(os.environ.get("RANK", "0"))

@@ -1,0 +1,103 @@
+"""What a report says, and that it says the same twice."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightrft.conformance.certification import Report, Request, certify
+from lightrft.conformance.expectations import Expectations
+from lightrft.conformance.judge import ClauseResult, Verdict
+from lightrft.conformance.provenance import environment, origin_of
+from lightrft.conformance.rendering import certificate
+from lightrft.strategy import FakeStrategy
+
+
+def without_times(report: dict[str, Any]) -> dict[str, Any]:
+    clauses = [{**clause, "seconds": 0} for clause in report["clauses"]]
+    return {**report, "clauses": clauses, "environment": {**report["environment"], "date": ""}}
+
+
+def test_the_same_seed_gives_the_same_report_and_another_seed_other_programs() -> None:
+    def run(seed: int) -> dict[str, Any]:
+        target = "lightrft.conformance.saboteurs.updates:SumOverMicroBatches"
+        asked = Request(strategy=target, profile="ci", clauses=("OPT-2", "OPT-6", "LIFE-2"), seed=seed)
+        return without_times(certify(asked).to_json())
+
+    first, again = run(3), run(3)
+    assert json.dumps(first) == json.dumps(again)
+    assert [clause["verdict"] for clause in first["clauses"]].count("fail") >= 1
+
+
+def test_a_report_names_the_distribution_and_what_it_requires() -> None:
+    origin = origin_of("fake", FakeStrategy)
+    assert origin["distribution"] == "lightrft-strategy-base"
+    assert origin["version"]
+    assert isinstance(origin["requirements"], dict) and "torch" in origin["requirements"]
+
+
+def test_code_of_no_distribution_is_known_by_a_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "loose_strategy.py").write_text("class Loose:\n    pass\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    from loose_strategy import Loose  # type: ignore[import-not-found]
+
+    origin = origin_of("loose_strategy:Loose", Loose)
+    sys.modules.pop("loose_strategy")
+    assert origin["distribution"] == ""
+    assert str(origin["source"]).startswith("loose_strategy.py sha256:")
+
+
+def result(verdict: Verdict, **more: Any) -> ClauseResult:
+    return ClauseResult(id="OPT-1", level=more.pop("level", "MUST"), verdict=verdict, **more)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "level", "code"),
+    [
+        ("pass", "MUST", 0), ("skip", "MUST", 0), ("xfail", "MUST", 0), ("fail", "SHOULD", 0),
+        ("fail", "MUST", 1), ("hang", "MUST", 1), ("error", "MUST", 2), ("error", "SHOULD", 2),
+    ],
+)  # fmt: skip
+def test_the_exit_code_is_that_of_the_worst_must(verdict: Verdict, level: str, code: int) -> None:
+    report = Report(request=Request(strategy="fake"), identity={}, results=[result(verdict, level=level)])
+    assert report.exit_code == code
+
+
+def test_a_certificate_has_all_that_is_needed_to_repeat_it() -> None:
+    asked = Request(strategy="fake", settings={"bf16": False}, seed=7)
+    identity = {
+        "class": "a.B",
+        "capabilities": [],
+        "distribution": "some",
+        "version": "1.2",
+        "requirements": {"x": "3"},
+    }
+    text = certificate(Report(request=asked, identity=identity, results=[result("pass", examples=4)]).to_json())
+    for words in ("some 1.2 (with x 3)", "--seed 7", "--set bf16=False", "OPT-1", environment()["platform"]):
+        assert str(words) in text
+
+
+def expectations(tmp_path: Path, text: str, **settings: Any) -> Expectations:
+    path = tmp_path / "expected.toml"
+    path.write_text(text, encoding="utf-8")
+    return Expectations.read(path, "fake", settings)
+
+
+def test_an_expected_failure_is_none_and_one_that_passes_is_a_failure(tmp_path: Path) -> None:
+    found = expectations(tmp_path, '["fake"]\n"OPT-1" = "upstream"\n')
+    assert found.applied(result("fail")).verdict == "xfail"
+    assert found.applied(result("pass")).verdict == "fail"
+    assert found.applied(result("error")).verdict == "error"
+    assert found.applied(result("skip")).verdict == "skip"
+
+
+def test_expected_failures_are_of_one_strategy_with_its_settings(tmp_path: Path) -> None:
+    text = '["other"]\n"OPT-1" = "x"\n["fake[bf16=False]"]\n"OPT-2" = "y"\n'
+    assert not expectations(tmp_path, text).reasons
+    assert expectations(tmp_path, text, bf16=False).reasons == {"OPT-2": "y"}
+
+
+def test_an_expected_failure_of_no_clause_is_found(tmp_path: Path) -> None:
+    assert "NO-1" in expectations(tmp_path, '["fake"]\n"NO-1" = "x"\n').unknown(["OPT-1"])
