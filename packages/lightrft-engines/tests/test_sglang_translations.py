@@ -139,6 +139,13 @@ def test_a_bucket_goes_through_shared_memory_unchanged():
         block.close()
 
 
+def test_pieces_are_the_bucket_and_none_is_larger_than_it_may_be_but_for_one_tensor():
+    bucket = [(str(size), torch.zeros(size, dtype=torch.uint8)) for size in (3, 4, 9, 1, 1)]
+    found = [[name for name, _ in piece] for piece in shared.pieces(bucket, 7)]
+    assert found == [["3", "4"], ["9"], ["1", "1"]]
+    assert list(shared.pieces([], 7)) == []
+
+
 def test_a_checksum_sees_each_byte_and_its_place():
     block = torch.randint(256, (4096,), dtype=torch.uint8)
     before = shared.checksum(block)

@@ -17,7 +17,7 @@ from lightrft.engines.sglang import requests
 from lightrft.engines.sglang.arguments import server_arguments
 from lightrft.engines.sglang.library import SGLANG
 from lightrft.engines.sglang.process import ServerDied, ServerProcess
-from lightrft.engines.sglang.shared import SharedBlock, checksum, fill, layout
+from lightrft.engines.sglang.shared import PIECE, SharedBlock, checksum, fill, layout, pieces
 from lightrft.engines.source import ModelSource
 from lightrft.strategy import Completion, EngineBase, EngineCapabilities, EngineRequest, Prompt, Sampling
 from lightrft.strategy.rollout.engine import PARTS, Part
@@ -149,10 +149,12 @@ class _Blocks:
 
     def send(self, bucket: Bucket, version: int) -> None:
         """Have a bucket loaded. Returns when nothing reads it any more."""
+        on_device = bool(bucket) and bucket[0][1].is_cuda
+        for piece in [bucket] if on_device else pieces(bucket, PIECE):
+            self._send(piece, version, on_device=on_device)
+
+    def _send(self, bucket: Sequence[tuple[str, torch.Tensor]], version: int, *, on_device: bool) -> None:
         entries, size = layout(bucket)
-        if not size:
-            return
-        on_device = bucket[0][1].is_cuda
         block = torch.empty(size, dtype=torch.uint8, device=bucket[0][1].device) if on_device else self._host(size)
         fill(block, entries, bucket)
         total = checksum(block) if self._engine._verify else None

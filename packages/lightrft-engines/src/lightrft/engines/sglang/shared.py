@@ -7,15 +7,31 @@ On CUDA there is none: the model's processes open the training's own memory.
 import json
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 ALIGNMENT = 64
 """Bytes at multiples of which tensors begin, so that each can be viewed in its own type."""
+PIECE = 32 << 20
+"""Bytes that go through host memory at a time: taking memory costs more than copying, and this much is taken once."""
 _WORDS = 1 << 20
 """Of eight bytes, that `checksum` takes at a time."""
+
+
+def pieces(bucket: Sequence[tuple[str, torch.Tensor]], limit: int) -> Iterator[Sequence[tuple[str, torch.Tensor]]]:
+    """A bucket in parts of at most ``limit`` bytes, one larger tensor alone."""
+    piece: list[tuple[str, torch.Tensor]] = []
+    size = 0
+    for name, tensor in bucket:
+        if piece and size + tensor.nbytes > limit:
+            yield piece
+            piece, size = [], 0
+        piece.append((name, tensor))
+        size += tensor.nbytes
+    if piece:
+        yield piece
 
 
 def layout(bucket: Sequence[tuple[str, torch.Tensor]]) -> tuple[list[dict[str, Any]], int]:
