@@ -277,7 +277,7 @@ class Rotation(OnDisk):
     def check(self, trial: Trial) -> None:
         saves = [operation for _, operation, _ in trial.each("save")]
         if saves[-1].get("max_num") == 0:
-            for it in self.errors(trial, 7):
+            for it in self.errors(trial, list(trial.each("save"))[-1][0]):
                 self.require_error(it, "ConfigError", "max_num", where="max_num=0")
             self.require(trial.last("kept")[0] == ["t"], f"after max_num=0 there are {trial.last('kept')[0]}")
             return
