@@ -31,7 +31,7 @@ class AnyOrder(Clause):
     @override
     def witnesses(self, place: Place) -> Sequence[Program]:
         turns = [(move, "ab"[number % 2], number) for number, move in enumerate(MOVES * 2)]
-        return [self._program(place, turns, True), self._program(place, list(reversed(turns)), False)]
+        return [self._program(place, turns, False), self._program(place, list(reversed(turns)), True)]
 
     @override
     def programs(self, place: Place) -> st.SearchStrategy[Program]:
