@@ -95,7 +95,7 @@ class Partitioned(Stage):
             shard = self._shard(name, parameter) if hasattr(parameter, "_hp_mapping") else None
             if shard is not None:
                 key = partitions[_memory(shard.values)]
-                start = shard.values.storage_offset() - key.storage_offset()
+                start = int(shard.values.storage_offset() - key.storage_offset())
                 found.append(StateSlice(shard=shard, key=key, start=start))
         return found
 
