@@ -40,26 +40,30 @@ def _tokenizer() -> Any:
 @operation
 def export(session: Session, model: str, batch: int, shard: str = "5GB") -> dict[str, Any]:
     """save_model in fp32; what transformers then makes of the directory, on every rank, and the model's own logits."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     strategy, entry = session.strategy, session.models[model]
     path = strategy.save_model(entry.model, _tokenizer(), _place() / "model", dtype=torch.float32, max_shard_size=shard)
     inputs, _ = models.batch(batch, 0, 2, language=True)
     with torch.no_grad():
         own = models.logits_of(entry.model, inputs.to(strategy.device)).float().cpu()
-        opened = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        found = {
-            "path": str(path),
-            "logits": opened(inputs).logits,
-            "own": own,
-            "weights": {name: it.detach() for name, it in opened.named_parameters()},
-            "tied": opened.get_input_embeddings().weight is opened.get_output_embeddings().weight,
-            "vocabulary": dict(sorted(AutoTokenizer.from_pretrained(path).get_vocab().items())),
-            "class": json.loads((path / "config.json").read_text())["architectures"],
-            "files": sorted(it.name for it in path.glob("*.safetensors")),
-        }
-    strategy.all_reduce(torch.zeros(1))  # nobody goes on, and writes there again, while others read
-    return found
+    try:
+        return {"path": str(path), "own": own, **_opened(path, inputs)}
+    finally:
+        strategy.all_reduce(torch.zeros(1))  # nobody goes on, and writes there again, while others read
+
+
+@torch.no_grad()
+def _opened(path: Path, inputs: torch.Tensor) -> dict[str, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    opened = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return {
+        "logits": opened(inputs).logits,
+        "weights": {name: it.detach() for name, it in opened.named_parameters()},
+        "tied": opened.get_input_embeddings().weight is opened.get_output_embeddings().weight,
+        "vocabulary": dict(sorted(AutoTokenizer.from_pretrained(path).get_vocab().items())),
+        "class": json.loads((path / "config.json").read_text())["architectures"],
+        "files": sorted(it.name for it in path.glob("*.safetensors")),
+    }
 
 
 @operation

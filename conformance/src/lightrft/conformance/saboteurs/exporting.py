@@ -71,12 +71,12 @@ class ExportsOnce(FakeStrategy):
 
 
 @saboteur("EXPORT-1", world=2)
-class ExportsPathsOfRank0(PlainStrategy):
-    """Only rank 0 is told where the model is: LightRFT's, which returns nothing."""
+class ExportsUnderManyNames(PlainStrategy):
+    """Each rank has a name of its own for where the model is."""
 
     def save_model(self, *arguments: Any, **more: Any) -> Path:
         folder = super().save_model(*arguments, **more)
-        return folder if self.is_rank_0() else Path(folder.anchor)
+        return folder if self.is_rank_0() else folder / ".." / folder.name
 
 
 @saboteur("EXPORT-2", world=2)
