@@ -90,13 +90,15 @@ def _from_mapping(source: Mapping[Any, Any]) -> dict[str, Any]:
 
 def _from_object(source: object) -> dict[str, Any]:
     """Public attributes of ``source`` that differ from those of a new one of its class."""
+    names = getattr(type(source), "__struct_fields__", None) or getattr(source, "__dict__", None)
     try:
-        default, found = type(source)(), vars(source) if hasattr(source, "__dict__") else {}
+        if names is None:
+            raise TypeError("it has no attributes")
+        default = type(source)()
     except TypeError as error:
         raise ArgumentError(
             f"Sampling: cannot read {source!r} ({type(source).__name__}); pass a Sampling or a dict"
         ) from error
-    names = getattr(type(source), "__struct_fields__", None) or found
     public = [name for name in names if not name.startswith("_")]
     return _from_mapping(
         {name: getattr(source, name) for name in public if getattr(source, name) != getattr(default, name, None)}
