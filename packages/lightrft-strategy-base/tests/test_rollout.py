@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightrft.config import ArgumentError, BackendNotInstalledError, ConfigError, EngineError, StaleWeightsError
-from lightrft.strategy import Completion, EngineBase, EngineCapabilities, Prompt, RolloutEngine, Sampling, is_engine
+from lightrft.strategy import (
+    Completion,
+    EngineBase,
+    EngineCapabilities,
+    Prompt,
+    RolloutEngine,
+    Sampling,
+    is_engine,
+    registry,
+)
 from lightrft.strategy.registry import engine_class, strategy_class
 from lightrft.strategy.rollout.engine import checked
 from lightrft.strategy.rollout.multimodal import build_prompts, media_by_prompt
@@ -162,7 +171,9 @@ def test_without_known_names_only_repetition_is_refused():
         list(checked([[A], [A]], None, "engine"))
 
 
-def test_unknown_engines_and_strategies():
+def test_unknown_engines_and_strategies(monkeypatch):
+    installed = registry.entry_points(group="lightrft.engines", name="fake")
+    monkeypatch.setattr(registry, "entry_points", lambda group: installed)
     with pytest.raises(BackendNotInstalledError, match=r"pip install 'lightrft-engines\[vllm\]'"):
         engine_class("vllm")
     with pytest.raises(ConfigError, match="did you mean 'fake'"):

@@ -5,6 +5,7 @@ Weights go from the training's memory into the model's on the same device, throu
 
 import contextlib
 import gc
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -218,7 +219,7 @@ def _device_bytes(model: torch.nn.Module) -> int:
 
 
 def _forget_groups() -> None:
-    """What vLLM keeps in globals, also of an engine whose building failed."""
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-    cleanup_dist_env_and_memory()
+    """What vLLM keeps in globals, also of an engine whose building failed; nothing where it was not imported."""
+    state = sys.modules.get("vllm.distributed.parallel_state")
+    if state is not None:
+        state.cleanup_dist_env_and_memory()
