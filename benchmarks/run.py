@@ -1,4 +1,7 @@
-"""Run the benchmarks, or those that are named: ``python benchmarks/run.py [steps.fsdp ...]``. Each prints its ratios."""
+"""Run the benchmarks, or those that are named: ``python benchmarks/run.py [steps.fsdp ...]``. Each prints its ratios.
+
+weight_sync.py runs by itself, in an environment that has the engine.
+"""
 
 import os
 import subprocess
@@ -27,6 +30,7 @@ BENCHMARKS = {
     "steps.fake": Benchmark("steps.py", ("fake", "--rounds=1000")),
     "steps.fsdp": Benchmark("steps.py", ("fsdp",), ranks=2),
     "steps.zero2": Benchmark("steps.py", ("zero2",), ranks=2),
+    "checkpoints": Benchmark("checkpoints.py"),
 }
 
 
