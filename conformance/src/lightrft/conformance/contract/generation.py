@@ -203,7 +203,7 @@ class Filters(Clause):
 
     @override
     def witnesses(self, place: Place) -> Sequence[Program]:
-        hot: dict[str, Any] = {"temperature": 5.0, "max_tokens": 10, "seed": 1}
+        hot: dict[str, Any] = {"temperature": 2.0, "max_tokens": 10, "seed": 1}  # no engine has to take more
         looks = [
             generate(**hot, top_k=1),
             generate(**hot, top_k=3, n=2),
