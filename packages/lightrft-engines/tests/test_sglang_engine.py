@@ -30,6 +30,7 @@ from lightrft.config import EngineError, StaleWeightsError
 from lightrft.engines.sglang import engine as engine_module
 
 __all__ = ["two"]  # a fixture
+BEFORE, QUIT_BEFORE = dict(os.environ), signal.getsignal(signal.SIGQUIT)
 LONG = {"temperature": 0.0, "max_tokens": 120}
 CHECKED = {"weight_sync_verify": "checksum", "weight_sync_bucket_bytes": 4096, "enable_engine_sleep": True}
 
@@ -84,9 +85,10 @@ def generate_without_end(made):
 
 
 def test_the_environment_of_the_training_is_left_alone(running):
-    assert not [name for name in os.environ if name.startswith(("SGLANG_", "SGL_", "NCCL_", "CUDA_DEVICE_MAX"))]
+    changed = {name for name in {*BEFORE, *os.environ} if BEFORE.get(name) != os.environ.get(name)}
+    assert not [name for name in changed if name.startswith(("SGLANG_", "SGL_", "NCCL_", "CUDA_DEVICE_MAX"))]
     assert threading.main_thread() is threading.current_thread()
-    assert signal.getsignal(signal.SIGQUIT) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGQUIT) == QUIT_BEFORE
 
 
 def test_a_seed_draws_the_same_alone_and_in_a_batch(made):
