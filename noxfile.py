@@ -148,7 +148,9 @@ def conformance(session: nox.Session, strategy: str, world: int) -> None:
 def engines(session: nox.Session, engine: str) -> None:
     """Certify one engine; hold it against transformers, under each strategy."""
     environment = replace(ENGINES[engine], under=LAUNCHERS.get(engine, ()))
-    profile = "smoke" if environment.complete else "ci"  # an engine that takes seconds to start runs the pinned witnesses
+    profile = (
+        "smoke" if environment.complete else "ci"
+    )  # an engine that takes seconds to start runs the pinned witnesses
     _certify(session, environment, "run-engine", engine, f"--profile={profile}")
     tests = FOLDERS["lightrft-engines"] / f"tests/test_{engine}_engine.py"
     if tests.is_file():
