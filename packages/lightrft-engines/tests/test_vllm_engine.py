@@ -256,7 +256,6 @@ def test_a_model_that_vllm_cannot_run_is_an_error_and_leaves_room_for_another(tm
     assert sync_and_compare("fake", lambda: llama(tied=False)) == 3
 
 
-@pytest.mark.skip(reason="does not pass yet: vLLM's experts on a CPU, read back and held against transformers")
 @pytest.mark.usefixtures("room")
 def test_experts_arrive_under_the_names_that_they_have_on_disk():
     assert sync_and_compare("fake", experts, weight_sync_verify="checksum") == 3
@@ -314,7 +313,6 @@ def test_two_ranks_train_and_vllm_follows(two, strategy, settings, size):
     assert found == [3, 3]
 
 
-@pytest.mark.skip(reason="does not pass yet: a stream that dies on one rank of two")
 @pytest.mark.parametrize(("size", "told"), [(1, [["OSError"], []]), (2, [["OSError"], []])])
 def test_a_stream_that_dies_on_one_rank_is_made_good_by_the_next_sync(two, size, told):
     assert two.run(fail_on_one_rank, strategy="fsdp", failing=0, engine_tp_size=size, deadline=300.0) == told

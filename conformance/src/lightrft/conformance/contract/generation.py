@@ -58,20 +58,15 @@ class Repeatable(Clause):
     """Greedy generation repeats; a seed makes sampling repeat, and another seed, or none, draws anew."""
 
     id = "GEN-2"
+    prompts = ([[1, 2, 3], [4]], [[5, 6]], [], [[5, 6], [4]])
+    """The first of each rank leaves the models in doubt: elsewhere they are so sure that two draws may well be alike."""
 
     @override
     def witnesses(self, place: Place) -> Sequence[Program]:
         hot: dict[str, Any] = {"temperature": 2.0, "max_tokens": 12, "n": 2}  # no engine has to take more
-        looks = [
-            generate(),
-            generate(),
-            generate(**hot, seed=3),
-            generate(**hot, seed=3),
-            generate(**hot, seed=4),
-            generate(**hot),
-            generate(**hot),
-        ]
-        return [Program(operations=(*rollout(place), *looks), settings={**FP32, **geometry(place)})]
+        looks = [{}, {}, {**hot, "seed": 3}, {**hot, "seed": 3}, {**hot, "seed": 4}, hot, hot]
+        operations = (*rollout(place), *(generate(self.prompts, **sampling) for sampling in looks))
+        return [Program(operations=operations, settings={**FP32, **geometry(place)})]
 
     @override
     def check(self, trial: Trial) -> None:

@@ -1,4 +1,7 @@
-"""What this process holds, and held at most: on the GPU by torch's own count, else by the kernel's."""
+"""What this process holds, and held at most: on the GPU by torch's own count, else by the kernel's.
+
+By the kernel's count pages of files, such as libraries, are left out: they come as code is first used.
+"""
 
 import ctypes
 import gc
@@ -16,7 +19,7 @@ def begin(device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set
-    return _resident("VmRSS")
+    return _resident("RssAnon") + _resident("RssShmem")
 
 
 def _give_back_at_once() -> None:
@@ -30,7 +33,9 @@ def _give_back_at_once() -> None:
 
 def peak(device: torch.device) -> int:
     """The most that was held since `begin`."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM")
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _resident("VmHWM") - _resident("RssFile")
 
 
 def _resident(name: str) -> int:

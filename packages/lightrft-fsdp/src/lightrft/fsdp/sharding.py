@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from lightrft.strategy.backend import cast
-from lightrft.strategy.distributed.world import World, all_gather_flat
+from lightrft.strategy.distributed.world import World, all_gather_rows
 from lightrft.strategy.training.modules import broadcast
 
 
@@ -116,13 +116,13 @@ def _gather_frame(shards: Sequence[DTensor], dtype: torch.dtype, device: torch.d
     group = shard_group(shards[0])
     ranks = dist.get_world_size(group)
     chunks = [-(-shard.shape[0] // ranks) * shard.shape[1:].numel() for shard in shards]
-    frame = torch.zeros(sum(chunks), dtype=dtype, device=device)
+    rows = torch.zeros(ranks, sum(chunks), dtype=dtype, device=device)
+    own = rows[dist.get_rank(group)]
     starts = [sum(chunks[:index]) for index in range(len(chunks))]
     for shard, start in zip(shards, starts, strict=True):
         values = local(shard)
-        frame[start : start + values.numel()].copy_(values)  # casts
-    rows = all_gather_flat(frame, group)
-    del frame  # what follows copies the rows, and no more than twice the whole should be here at a time
+        own[start : start + values.numel()].copy_(values)  # casts
+    all_gather_rows(rows, group)
     return [
         rows[:, start : start + chunk].reshape(-1)[: shard.shape.numel()].view(shard.shape)
         for shard, start, chunk in zip(shards, starts, chunks, strict=True)

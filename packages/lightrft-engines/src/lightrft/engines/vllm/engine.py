@@ -74,6 +74,7 @@ class VLLMEngine(EngineBase):
             self._territory.found()
             with self._inside():
                 self._vllm = library.load()
+                library.number_groups(self._territory.number)
                 with _translated("start"):
                     self._llm = self._vllm.LLM(**self._arguments)
         except BaseException:

@@ -16,6 +16,19 @@ def load() -> Any:
     return vllm
 
 
+def number_groups(first: int) -> None:
+    """Have vLLM number its process groups from ``first`` on.
+
+    On a CPU their names are those of blocks of shared memory, alike for every engine that external_launcher starts: two
+    that start at the same time on one host, or one after another that was killed while starting, get errno 17. A vLLM
+    that puts more than "//" into VLLM_DIST_IDENT makes this superfluous; seen in 0.32.
+    """
+    from vllm.distributed import parallel_state
+
+    numbers: dict[str, int] = vars(parallel_state).setdefault("_group_name_counter", {})
+    numbers.update(tp=first, pp=first)
+
+
 def _calls(vllm: Any) -> list[Call]:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine

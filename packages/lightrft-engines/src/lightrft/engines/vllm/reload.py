@@ -11,6 +11,7 @@ from lightrft.config import EngineError
 
 def reload(llm: Any, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
     """Have vLLM take a whole stream as one session. Raises `EngineError` where weights or caches are not renewed."""
+    llm.apply_model(_forget_packed_experts)
     llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
     if next(tensors, None) is not None:
         raise EngineError("vLLM left a part of the weight stream unread")
@@ -21,6 +22,14 @@ def reload(llm: Any, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
         raise EngineError("vLLM would not reset its prefix cache, which holds what older weights computed")
     llm.llm_engine.reset_mm_cache()
     llm.llm_engine.reset_encoder_cache()
+
+
+def _forget_packed_experts(model: nn.Module) -> None:
+    """Have vLLM pack experts again as at its start: on a CPU a reload leaves them as they came. Seen in 0.32."""
+    for layer in model.modules():
+        method = getattr(layer, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None and not any(it.is_cuda for it in layer.parameters()):
+            method.moe_kernel = None
 
 
 def _renewed(model: nn.Module) -> list[str]:

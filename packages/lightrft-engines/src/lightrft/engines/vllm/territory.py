@@ -82,9 +82,11 @@ class Territory:
         self.rank, self.size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         self._device, self._timeout = device, timeout
         self._token = _agree_on_token(group)
+        self.number = int(self._token, 16)
+        """No other territory has it; the same on all ranks of ``group``."""
         self._store: Store = HashStore() if group is None else distributed_c10d._get_default_store()
         self._own = _State.current()
-        self._own.groups = Groups(first_number=int(self._token, 16))
+        self._own.groups = Groups(first_number=self.number)
         self._other: _State | None = None  # the state outside, while inside
 
     def set_variables(self, variables: Mapping[str, str]) -> None:
@@ -102,10 +104,11 @@ class Territory:
             )  # fmt: skip
 
     def abandon(self) -> None:
-        """Destroy the process groups inside."""
+        """Destroy the process groups inside; those outside stay, by their names too."""
         with self.inside():
             if dist.is_initialized():
                 dist.destroy_process_group()
+        _register_names(distributed_c10d._world)
 
     @contextmanager
     def inside(self) -> Iterator[None]:
@@ -145,6 +148,16 @@ def _agree_on_token(group: dist.ProcessGroup | None) -> str:
     if group is not None:
         dist.broadcast_object_list(token, src=dist.get_global_rank(group, 0), group=group)
     return token[0]
+
+
+def _register_names(groups: distributed_c10d._World) -> None:
+    """Torch finds groups by name too, device meshes do it so, and forgets all names when any default group is destroyed."""
+    known = torch._C._distributed_c10d
+    for group, name in groups.pg_names.items():
+        try:
+            known._resolve_process_group(name)
+        except RuntimeError:
+            known._register_process_group(name, group)
 
 
 def _streams() -> tuple[Any, ...]:

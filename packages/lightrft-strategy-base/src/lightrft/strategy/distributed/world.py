@@ -102,13 +102,12 @@ class World:
         return set() if self.control is None else set(_groups()) - self._found_groups
 
 
-def all_gather_flat(buffer: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Every rank's 1-D ``buffer``, all of one length, as the rows of one tensor."""
-    rows = buffer.new_empty(dist.get_world_size(group), buffer.numel())
-    # torch 2.13 renamed all_gather_into_tensor; 2.11 has only the old name.
+def all_gather_rows(rows: torch.Tensor, group: dist.ProcessGroup | None) -> None:
+    """Fill the rows of a contiguous 2-D tensor, one for each rank, of which this rank has filled its own."""
+    # In place, since gloo takes as much again for itself. torch 2.13 renamed all_gather_into_tensor; 2.11 has only that.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(rows.view(-1), buffer, group=group)
-    return rows
+    if rows.shape[0] > 1:
+        gather(rows.view(-1), rows[dist.get_rank(group)], group=group)
 
 
 def device_of(config: StrategyConfig) -> torch.device:
