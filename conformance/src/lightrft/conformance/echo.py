@@ -1,4 +1,4 @@
-"""An engine that says what it was asked: for judging what a strategy makes of prompts, images and videos."""
+"""Engines that say what they were asked: for judging what a strategy makes of prompts, media, and syncs that fail."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,6 +7,7 @@ from typing import Self
 import torch
 from typing_extensions import override
 
+from lightrft.config import EngineError
 from lightrft.strategy import Completion, EngineBase, EngineCapabilities, EngineRequest, Prompt, Sampling
 from lightrft.strategy.rollout.engine import Part
 from lightrft.strategy.rollout.weights import Bucket
@@ -54,3 +55,25 @@ class EchoEngine(EngineBase):
     @override
     def _shutdown(self) -> None:
         """There is nothing to end."""
+
+
+class FrailEngine(EchoEngine):
+    """Echoes; the sync after its first dies half-way on rank 1, and ends well on all others."""
+
+    _rank = 0
+    _died = False
+
+    @classmethod
+    @override
+    def build(cls, request: EngineRequest) -> Self:
+        engine = super().build(request)
+        engine._rank = request.rank
+        return engine
+
+    @override
+    def _load(self, buckets: Iterator[Bucket]) -> None:
+        if self._rank == 1 and self.weight_version and not self._died:
+            self._died = True
+            next(buckets)
+            raise EngineError("this engine's second sync dies")
+        super()._load(buckets)

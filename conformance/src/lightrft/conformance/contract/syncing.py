@@ -184,6 +184,47 @@ class Stale(Rollouts):
 
 
 @CONTRACT.add
+class SyncedTogether(Clause):
+    """A sync counts where it ended well on every rank: where it failed on one, all raise, no engine generates until a
+    whole sync is committed, and the versions stay alike."""
+
+    id = "SYNC-9"
+    smallest_world = 2
+
+    @override
+    def witnesses(self, place: Place) -> Sequence[Program]:
+        sync: Operation = {"do": "sync", "model": "a"}
+        local: Operation = {"do": "generate_local", "sampling": {"max_tokens": 1}, "token_ids": [[1]]}
+        operations = (
+            *trained(),
+            {"do": "engine", "kind": "lightrft.conformance.echo:FrailEngine", "actor": "a"},
+            {"do": "version"},
+            {**sync, "may_fail": True},
+            {**local, "may_fail": True},
+            {"do": "version"},
+            sync,
+            local,
+            {"do": "version"},
+        )
+        return [Program(operations=operations, settings={**FP32, "weight_sync_bucket_bytes": 64, **geometry(place)})]
+
+    @override
+    def check(self, trial: Trial) -> None:
+        begun, failed, committed = [seen for _, _, seen in trial.each("version")]
+        for rank in range(trial.place.world):
+            where = f"rank {rank}, where the sync failed on rank 1"
+            self.require(is_error(trial.last_of("sync", 0)[rank]), f"{where}: nothing was raised")
+            self.require_error(trial.last_of("generate_local", 0)[rank], "StaleWeightsError", where=where)
+            self.require(failed[rank] == begun[rank], f"{where}: the version went from {begun[rank]} to {failed[rank]}")
+            found = trial.last("generate_local")[rank][0]["version"]
+            self.require(
+                found == committed[rank] == begun[rank] + 1,
+                f"rank {rank}: after the next sync the version is {committed[rank]}, and completions say {found}; "
+                f"wanted {begun[rank] + 1}",
+            )
+
+
+@CONTRACT.add
 class Caches(Rollouts):
     """Caches of what an engine has computed for a prompt never outlive the weights that filled them."""
 

@@ -124,6 +124,16 @@ class SendsAnything(FakeStrategy):
             return
 
 
+@saboteur("SYNC-9", world=2)
+class CommitsAlone(PlainStrategy):
+    """Where a sync fails on one rank, the engines of the others go on with its weights."""
+
+    def update_engine_weights(self, actor: Any) -> None:
+        engine = self.inference_engine
+        engine.revoke_weights = lambda why: None  # type: ignore[union-attr, method-assign]
+        super().update_engine_weights(actor)
+
+
 @saboteur("GEN-1", world=2)
 class SplitsEvenly(PlainStrategy):
     """All ranks' completions are divided evenly among them: LightRFT's."""

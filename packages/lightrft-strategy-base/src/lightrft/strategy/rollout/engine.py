@@ -116,6 +116,10 @@ class RolloutEngine(Protocol):
         """Take a whole weight stream, as one session."""
         ...
 
+    def revoke_weights(self, why: str) -> None:
+        """Take the last committed sync back, and be stale until the next one."""
+        ...
+
     def sleep(self, level: int = 1) -> None:
         """Give memory back; see `EngineCapabilities.sleep_levels`."""
         ...
@@ -224,6 +228,15 @@ class EngineBase(ABC):
         self._load(checked(buckets, self.expected_weights, self._name))
         self._version += 1
         self._stale = None
+
+    @final
+    def revoke_weights(self, why: str) -> None:
+        """Take the last committed sync back: the engine is stale, ``why`` says it, until the next one is committed.
+
+        For syncs that count only where they ended well on every rank.
+        """
+        self._version -= 1
+        self._stale = why
 
     @final
     def sleep(self, level: int = 1) -> None:

