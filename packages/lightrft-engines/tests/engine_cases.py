@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from lightrft.strategy import StrategyBase, get_strategy
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10]]
-GREEDY = {"temperature": 0.0, "max_tokens": 8}
+GREEDY = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True}
 NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 SMALL = {
     "vocab_size": 48, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -27,7 +27,8 @@ def test_a_call_that_is_missing_is_named_with_the_versions(call, words):
         TORCH.require([call])
 
 
-def test_a_library_that_is_not_there_says_how_to_install_it():
+@pytest.mark.parametrize("calls", [[], [Call(Sample, "gone")]])
+def test_a_library_that_is_not_there_says_how_to_install_it(calls):
     absent = Library(engine="sample", distributions=("no-such-distribution",), supported="1 to 2")
     with pytest.raises(BackendNotInstalledError, match=r"no-such-distribution.*1 to 2.*lightrft-engines\[sample\]"):
-        absent.require([Call(Sample, "gone")])
+        absent.require(calls)

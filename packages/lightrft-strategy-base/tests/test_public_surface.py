@@ -75,7 +75,7 @@ def test_the_methods_and_their_signatures():
 
 
 def test_nothing_else_is_public():
-    attributes = {"name", "honours", "capabilities", "adopts", "config", "world"}
+    attributes = {"name", "honours", "capabilities", "adopts", "transparent", "config", "world"}
     public = {name for name in dir(StrategyBase) if not name.startswith("_")}
     assert public - attributes == set(SIGNATURES) | PROPERTIES
 

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lightrft.config import ArgumentError, StrategyError
+from lightrft.config import ArgumentError, ArgumentTypeError, StrategyError
 from lightrft.strategy import get_fake_strategy
 from lightrft.strategy.rollout.weights import buckets_of
 from lightrft.strategy.training.data import ElasticSampler
@@ -172,3 +174,170 @@ def test_a_closed_strategy_says_so_and_can_begin_again():
     strategy.setup_distributed()
     assert strategy.all_reduce(1.0) == 1.0
     strategy.close()
+
+
+def loader_of(strategy, length=10):
+    return strategy.setup_dataloader(list(range(length)), batch_size=2, drop_last=False)
+
+
+def test_the_loop_over_epochs_goes_on_where_a_loaded_position_stands():
+    def seen(loader, epochs, until=None):
+        found = []
+        for epoch in range(loader.epoch, epochs):
+            loader.set_epoch(epoch)
+            for batch in loader:
+                found += batch.tolist()
+                if until is not None and len(found) >= until:
+                    return found
+        return found
+
+    with get_fake_strategy() as strategy:
+        whole = seen(loader_of(strategy), 3)
+        assert len(whole) == 30
+        assert len({tuple(whole[start : start + 10]) for start in (0, 10, 20)}) == 3
+        for until in (6, 10, 14, 20):
+            first, second = loader_of(strategy), loader_of(strategy)
+            begun = seen(first, 3, until)
+            second.load_state_dict(first.state_dict())
+            assert begun + seen(second, 3) == whole
+
+
+@pytest.mark.parametrize("position", [(1, -1), (1, 99), (-1, 0), (1.5, 0)])
+def test_a_position_that_is_none_is_refused(position):
+    with get_fake_strategy() as strategy, pytest.raises(ArgumentError, match="position of the data"):
+        loader_of(strategy).set_epoch(*position)
+
+
+def test_a_saved_position_that_lacks_a_part_is_refused():
+    with get_fake_strategy() as strategy, pytest.raises(ArgumentError, match="has no consumed_samples"):
+        loader_of(strategy).load_state_dict({"epoch": 1})
+
+
+# What trains, and what does not
+
+
+def in_training(strategy, model=None, optimizer=None):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)) if model is None else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5) if optimizer is None else optimizer
+    return strategy.prepare((model, optimizer, None))[:2]
+
+
+def update(strategy, model, optimizer, *arguments):
+    strategy.backward(model(torch.ones(3, 2)).sum(), model, optimizer)
+    return strategy.optimizer_step(optimizer, model, *arguments)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_is_frozen_in_an_optimizer_never_changes(when):
+    with get_fake_strategy(train_batch_size=1, bf16=False) as strategy:
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        if when == "before":
+            model[0].requires_grad_(False)
+        model, optimizer = in_training(strategy, model)
+        model[0].requires_grad_(False)
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        assert update(strategy, model, optimizer).applied
+        same = [torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)]
+        assert same == [True, True, False, False]
+
+
+def test_what_was_frozen_cannot_begin_to_train_unnoticed():
+    with get_fake_strategy(train_batch_size=1, bf16=False) as strategy:
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        model[0].requires_grad_(False)
+        model, optimizer = in_training(strategy, model)
+        model[0].requires_grad_(True)
+        with pytest.raises(StrategyError, match=r"2 parameters of Sequential were frozen .* \(0.weight first\)"):
+            update(strategy, model, optimizer)
+
+
+def test_a_loss_of_another_model_is_refused_before_its_gradients_are_made():
+    with get_fake_strategy(train_batch_size=1, bf16=False) as strategy:
+        (actor, optimizer), (critic, _) = in_training(strategy), in_training(strategy)
+        with pytest.raises(StrategyError, match="does not depend on any trainable parameter of Sequential"):
+            strategy.backward(critic(torch.ones(3, 2)).sum(), actor, optimizer)
+        assert all(parameter.grad is None for parameter in critic.parameters())
+        strategy.backward(actor(torch.ones(3, 2)).sum() + critic(torch.ones(3, 2)).sum(), actor, optimizer)
+
+
+def test_a_loss_that_reaches_its_model_through_a_checkpointed_block_is_taken():
+    from torch.utils.checkpoint import checkpoint
+
+    with get_fake_strategy(train_batch_size=1, bf16=False) as strategy:
+        model, optimizer = in_training(strategy)
+        inputs = torch.ones(3, 2, requires_grad=True)
+        for reentrant in (True, False):
+            strategy.backward(checkpoint(model, inputs, use_reentrant=reentrant).sum(), model, optimizer)
+
+
+def test_swapped_and_missing_arguments_are_named():
+    with get_fake_strategy(train_batch_size=1, bf16=False) as strategy:
+        model, optimizer = in_training(strategy)
+        loss = model(torch.ones(3, 2)).sum()
+        with pytest.raises(ArgumentTypeError, match="the model is a AdamW.*swapped"):
+            strategy.backward(loss, optimizer, model)
+        with pytest.raises(ArgumentTypeError, match="the optimizer is a NoneType"):
+            strategy.optimizer_step(None, model)
+        with pytest.raises(ArgumentTypeError, match="create_optimizer: the model is a NoneType"):
+            strategy.create_optimizer(None)
+        with pytest.raises(ArgumentTypeError, match="prepare: the optimizer is a str"):
+            strategy.prepare((nn.Linear(2, 2), "adam", None))
+
+
+@pytest.mark.parametrize("boundary", [1, "yes", torch.tensor(True)])
+def test_a_boundary_is_a_bool(boundary):
+    with get_fake_strategy(train_batch_size=1, bf16=False) as strategy:
+        model, optimizer = in_training(strategy)
+        strategy.backward(model(torch.ones(3, 2)).sum(), model, optimizer)
+        with pytest.raises(ArgumentTypeError, match="boundary="):
+            strategy.optimizer_step(optimizer, model, boundary=boundary)
+
+
+def test_a_scheduler_that_cannot_follow_updates_is_refused_before_anything_moves():
+    with get_fake_strategy(train_batch_size=1, bf16=False) as strategy:
+        (model, optimizer), (_, other) = in_training(strategy), in_training(strategy)
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        schedulers = torch.optim.lr_scheduler
+        for scheduler, words in [
+            ("cosine", "has no step"),
+            (schedulers.ReduceLROnPlateau(optimizer), "steps by a metric"),
+            (schedulers.ConstantLR(other), "belongs to another optimizer"),
+        ]:
+            with pytest.raises((ArgumentError, ArgumentTypeError, StrategyError), match=words):
+                update(strategy, model, optimizer, scheduler)
+        assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+def test_a_scheduler_that_was_prepared_and_is_never_passed_warns_once():
+    with get_fake_strategy(train_batch_size=1, bf16=False) as strategy:
+        model = nn.Linear(2, 2)
+        optimizer = strategy.create_optimizer(model, lr=0.1)
+        model, optimizer, _ = strategy.prepare((model, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer)))
+        with pytest.warns(UserWarning, match=r"prepared with a scheduler \(ConstantLR\), which moves only where"):
+            update(strategy, model, optimizer)
+        update(strategy, model, optimizer)
+
+
+def test_lists_come_back_as_lists_and_named_tuples_as_such():
+    class Pair(NamedTuple):
+        left: Any
+        right: Any
+
+    with get_fake_strategy() as strategy:
+        given = [nn.Linear(1, 1), None, None]
+        assert strategy.prepare(given) == given
+        pair = strategy.prepare(Pair(nn.Linear(1, 1), None))
+        assert isinstance(pair, Pair) and pair.right is None
+        assert not any(parameter.requires_grad for parameter in pair.left.parameters())
+
+
+def test_settings_that_a_script_leaves_out_are_the_strategys():
+    with get_fake_strategy(bf16=False, l2=0.3, adam_betas=(0.5, 0.6), critic_pretrain=True) as strategy:
+        given = SimpleNamespace(actor_learning_rate=7e-3)
+        (_, optimizer, _), (critic, other, _), _, _ = strategy.prepare_models_and_optimizers(
+            nn.Linear(2, 2), nn.Linear(2, 1), None, None, given, 10
+        )
+        assert optimizer.param_groups[0]["initial_lr"] == 7e-3
+        assert optimizer.param_groups[0]["betas"] == (0.5, 0.6)
+        assert optimizer.param_groups[0]["weight_decay"] == 0.3
+        assert critic is not None and other is not None

@@ -90,10 +90,8 @@ def _editable_sources(found: Distribution) -> Path | None:
 
 
 def _requirements(found: Distribution) -> dict[str, str]:
-    """The versions of what it requires, as far as that is installed."""
-    names = sorted(
-        {re.split(r"[^\w.-]", text, maxsplit=1)[0] for text in found.requires or () if "extra ==" not in text}
-    )
+    """The versions of what it requires, extras included, as far as that is installed."""
+    names = sorted({re.split(r"[^\w.-]", text, maxsplit=1)[0] for text in found.requires or ()})
     return {name: version_of(name) for name in names if _installed(name)}
 
 

@@ -118,20 +118,20 @@ class UnknownEngine(Clause):
     @override
     def witnesses(self, place: Place) -> Sequence[Program]:
         unknown = {"do": "engine", "kind": "no-such-engine", "actor": "a", "may_fail": True}
-        return [
-            Program(
-                operations=(*trained(kind=place.language_model), unknown, {"do": "status"}),
-                settings={**FP32, **geometry(place)},
-            )
-        ]
+        missing = {"do": "missing_engine", "actor": "a", "may_fail": True}
+        operations = (*trained(kind=place.language_model), unknown, missing, {"do": "status"})
+        return [Program(operations=operations, settings={**FP32, **geometry(place)})]
 
     @override
     def check(self, trial: Trial) -> None:
         for rank in range(trial.place.world):
-            observed = next(
-                trial.at(rank, index) for index, it in enumerate(trial.program.operations) if it["do"] == "engine"
+            self.require_error(
+                trial.last("engine")[rank], "LightRFTError", "no-such-engine", "fake", where=f"rank {rank}"
             )
-            self.require_error(observed, "LightRFTError", "no-such-engine", "fake", where=f"rank {rank}")
+            missing = trial.last("missing_engine")[rank]
+            if missing is not None:
+                where = f"rank {rank}, an engine that is not installed"
+                self.require_error(missing, "BackendNotInstalledError", "pip install", where=where)
             self.require(
                 trial.last("status")[rank] == "absent",
                 f"rank {rank}: the engine is {trial.last('status')[rank]} afterwards",

@@ -1,7 +1,7 @@
 """GEN: prompts in, completions out."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from hypothesis import strategies as st
@@ -58,7 +58,7 @@ class Repeatable(Clause):
     """Greedy generation repeats; a seed makes sampling repeat, and another seed, or none, draws anew."""
 
     id = "GEN-2"
-    prompts = ([[1, 2, 3], [4]], [[5, 6]], [], [[5, 6], [4]])
+    prompts: ClassVar[Sequence[Any]] = ([[1, 2, 3], [4]], [[5, 6]], [], [[5, 6], [4]])
     """The first of each rank leaves the models in doubt: elsewhere they are so sure that two draws may well be alike."""
 
     @override

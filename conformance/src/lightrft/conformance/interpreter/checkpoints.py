@@ -143,7 +143,7 @@ def _streams() -> list[Any]:
 def go_on(session: Session, name: str) -> list[Any]:
     """The samples of a loader from its position to the end of the epoch."""
     found = session.memory[name]
-    found.set_epoch(found.epoch, found.consumed_samples)
+    found.set_epoch(found.epoch)
     return [batch.tolist() for batch in found]
 
 

@@ -1,6 +1,7 @@
 """Operations on the rollout engine."""
 
 import contextlib
+import importlib.util
 import io
 from typing import Any
 
@@ -16,6 +17,14 @@ def engine(session: Session, kind: str = "fake", actor: str | None = None) -> st
     model = None if actor is None else session.models[actor].model
     session.strategy.setup_inference_engine(None, kind, actor=model)
     return status(session)
+
+
+@operation
+def missing_engine(session: Session, actor: str) -> str | None:
+    """setup_inference_engine with an engine whose library is not installed; None where all of them are."""
+    names = (name for name in ("sglang", "vllm", "transformers") if importlib.util.find_spec(name) is None)
+    name = next(names, None)
+    return None if name is None else engine(session, name, actor)
 
 
 @operation

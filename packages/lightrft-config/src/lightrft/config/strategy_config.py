@@ -139,6 +139,14 @@ class StrategyConfig(Settings):
         copy._source = self._source
         return copy
 
+    def overlaid(self, source: object) -> Self:
+        """A copy with the settings that ``source``, read as by `from_args`, names; a whole config is returned as it is."""
+        given = type(self).from_args(source)
+        if given is source:
+            return given
+        named = {name: getattr(given, name) for name in given.model_fields_set - {"extra_args"}}
+        return self.replace(**named, extra_args={**self.extra_args, **given.extra_args})
+
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """`replace`, under pydantic's name; what pydantic's own does not, it checks ``update``."""
         return super().model_copy(deep=deep) if not update else self.replace(**update)

@@ -3,6 +3,7 @@
 from torch.optim import Adagrad, Optimizer
 
 from lightrft.config import StrategyError
+from lightrft.strategy.training.trained_model import TrainedModel
 
 
 def check_groups(optimizer: Optimizer) -> None:
@@ -28,4 +29,14 @@ def check_can_be_partitioned(optimizer: Optimizer) -> None:
         raise StrategyError(
             f"prepare: the optimizer ({kind}) has stepped already, and DeepSpeed would drop its state; prepare before the "
             f"first step, and load a checkpoint afterwards"
+        )
+
+
+def check_still_trained(trained: TrainedModel) -> None:
+    """Raise `StrategyError` where a parameter was frozen since ZeRO put it into a partition, where it would go on moving."""
+    frozen = sum(not parameter.requires_grad for parameter in trained.parameters)
+    if frozen:
+        raise StrategyError(
+            f"optimizer_step: {frozen} parameters of {trained.kind} were frozen after it was prepared, and ZeRO would go on "
+            f"updating them; freeze them before, or use zero_stage=0"
         )

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightrft.deepspeed.ds_config import computes_in_bf16
 from lightrft.deepspeed.engine import Engine
-from lightrft.deepspeed.removal import check_whole, strip
+from lightrft.deepspeed.removal import strip
 from lightrft.deepspeed.sharding import gather_in_forward, owned_part, shard
 from lightrft.deepspeed.stages import Stage
 from lightrft.strategy.backend import WrapOptions, cast
@@ -31,7 +31,6 @@ class Sharded(Stage):
 
     @override
     def wrap(self, module: nn.Module, options: WrapOptions) -> None:
-        check_whole(module)
         secondary = groups._get_zero_param_intra_parallel_group() if options.training else None
         shard(module, self.world, groups._get_data_parallel_group(), secondary)
         if options.training:
@@ -44,7 +43,7 @@ class Sharded(Stage):
         self._unbound.pop(trained.model)()
         if not computes_in_bf16(self.config):
             return _with_fp32_overflow(super()._make_engine(trained))
-        kept = {parameter: parameter.ds_tensor.data for parameter in trained.parameters}
+        kept: dict[Any, torch.Tensor] = {it: it.ds_tensor.data for it in trained.parameters}  # type: ignore[attr-defined]
         for parameter in trained.model.parameters():
             _store_as(parameter, torch.bfloat16)
         engine = _with_fp32_overflow(super()._make_engine(trained))

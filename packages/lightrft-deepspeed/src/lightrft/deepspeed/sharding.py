@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from lightrft.strategy.distributed.world import World
-from lightrft.strategy.training.modules import broadcast, check_materialized
+from lightrft.strategy.training.modules import broadcast
 
 
 def shard(module: nn.Module, world: World, group: ProcessGroup, secondary: ProcessGroup | None) -> None:
@@ -22,7 +22,6 @@ def shard(module: nn.Module, world: World, group: ProcessGroup, secondary: Proce
     ``secondary``: the ranks of the ZeRO++ secondary partition. Parameters that were on the meta device are
     replaced. Every rank calls this.
     """
-    check_materialized(module, world)
     # A module, so that it also installs the linear which lets go of gathered weights between forward and backward.
     init = Init(module=nn.Module(), data_parallel_group=group, zero_param_parallel_group=secondary)
 

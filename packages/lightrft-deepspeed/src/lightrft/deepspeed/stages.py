@@ -16,7 +16,7 @@ from lightrft.deepspeed.ds_config import computes_in_bf16, fit_bucket
 from lightrft.deepspeed.engine import Engine
 from lightrft.deepspeed.inputs import cast_inputs
 from lightrft.deepspeed.parking import Parking
-from lightrft.deepspeed.removal import check_whole, strip
+from lightrft.deepspeed.removal import strip
 from lightrft.strategy.backend import WrapOptions, cast
 from lightrft.strategy.distributed.world import World
 from lightrft.strategy.shards import Shard, StateSlice
@@ -54,7 +54,6 @@ class Stage(ABC):
 
     def wrap(self, module: nn.Module, options: WrapOptions) -> None:
         """Put ``module`` on the device, with rank 0's weights."""
-        check_whole(module)
         replicate(module, self.world)
 
     def bind(self, trained: TrainedModel) -> None:

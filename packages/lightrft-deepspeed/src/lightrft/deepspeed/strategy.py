@@ -15,7 +15,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightrft.deepspeed import ds_config, stage_limits
+from lightrft.deepspeed.checks import check_still_trained
 from lightrft.deepspeed.environment import prepare_environment
+from lightrft.deepspeed.removal import check_whole
 from lightrft.strategy.backend import WrapOptions
 from lightrft.strategy.shards import Shard, StateSlice
 from lightrft.strategy.strategy_base import StrategyBase
@@ -36,6 +38,13 @@ class DeepspeedStrategy(StrategyBase):
 
     name = "deepspeed"
     honours = frozenset({"zero_stage", "zpg", "overlap_comm", "grad_accum_dtype", "adam_offload"})
+    transparent = frozenset(
+        {
+            "PreBackwardFunctionForModuleBackward",
+            "PostBackwardFunctionModuleBackward",
+            "LinearFunctionForZeroStage3Backward",
+        }
+    )
 
     @override
     def _setup(self) -> None:
@@ -79,6 +88,10 @@ class DeepspeedStrategy(StrategyBase):
     # Preparing
 
     @override
+    def _check_model(self, module: nn.Module, options: WrapOptions) -> None:
+        check_whole(module)
+
+    @override
     def _wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
         self._stage.wrap(module, options)
         return module
@@ -108,6 +121,8 @@ class DeepspeedStrategy(StrategyBase):
 
     @override
     def _update(self, trained: TrainedModel, factor: float) -> float:
+        if self.config.zero_stage > 0:
+            check_still_trained(trained)
         norm = self._stage.update(trained, factor)
         return super()._update(trained, factor) if norm is None else norm
 

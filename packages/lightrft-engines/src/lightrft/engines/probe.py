@@ -36,11 +36,12 @@ class Library:
         )
 
     def require(self, calls: "Iterable[Call]") -> None:
-        """Raise `EngineError`, with the version found and those supported, unless every call can be made."""
-        missing = [found for call in calls if (found := call.missing()) is not None]
+        """Raise `BackendNotInstalledError` where it is not there, and `EngineError` unless every call can be made."""
+        found = self.found
+        missing = [lack for call in calls if (lack := call.missing()) is not None]
         if missing:
             raise EngineError(
-                f"engine {self.engine!r} cannot drive {self.found}: {'; '.join(missing)}. Supported are the versions "
+                f"engine {self.engine!r} cannot drive {found}: {'; '.join(missing)}. Supported are the versions "
                 f"{self.supported}"
             )
 

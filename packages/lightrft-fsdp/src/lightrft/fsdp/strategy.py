@@ -22,7 +22,6 @@ from lightrft.strategy import StrategyBase
 from lightrft.strategy.backend import WrapOptions
 from lightrft.strategy.shards import Shard
 from lightrft.strategy.training.gradients import GradientShards
-from lightrft.strategy.training.modules import check_materialized
 from lightrft.strategy.training.trained_model import TrainedModel
 
 _REDUCE_DTYPES = {None: torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -41,9 +40,12 @@ class FSDPV2Strategy(StrategyBase):
     # Preparing
 
     @override
-    def _wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
-        check_materialized(module, self.world)
+    def _check_model(self, module: nn.Module, options: WrapOptions) -> None:
         _check_shardable(module)
+        layers_to_shard(module, mixed_modalities=self.config.mixed_mm_data)
+
+    @override
+    def _wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
         layers = layers_to_shard(module, mixed_modalities=self.config.mixed_mm_data)
         if options.training:
             _make_uniform(module)
@@ -127,6 +129,8 @@ class FSDPV2Strategy(StrategyBase):
         found: dict[dist.ProcessGroup, list[torch.Tensor]] = {}
         for parameter in trained.parameters:
             assert isinstance(parameter, DTensor)
+            if parameter.grad is None:  # frozen after it was prepared
+                continue
             assert isinstance(parameter.grad, DTensor)
             # Not the gradient's: that may carry the mesh of an earlier lifetime, see sharding.forget_meshes.
             found.setdefault(sharding.shard_group(parameter), []).append(parameter.grad.to_local())

@@ -55,6 +55,8 @@ class Backend(ABC):
     """What this strategy can do beyond the contract; see `lightrft.strategy.capabilities`."""
     adopts: ClassVar[bool] = False
     """Whether a bare model and optimizer may be used without `prepare`: only where nothing is replaced."""
+    transparent: ClassVar[frozenset[str]] = frozenset()
+    """Names of the backend's own autograd functions that stand in the graph between a loss and the parameters."""
 
     config: StrategyConfig
     world: World
@@ -72,6 +74,9 @@ class Backend(ABC):
         """Give back what `_setup` and preparing models made. The process groups still exist."""
 
     # Preparing
+
+    def _check_model(self, module: nn.Module, options: WrapOptions) -> None:
+        """Raise where this backend cannot take ``module``. What one rank raises, all do; `_wrap` is called after it."""
 
     @abstractmethod
     def _wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
@@ -109,6 +114,7 @@ class Backend(ABC):
         Returns the norm before clipping, equal on all ranks. Where it is not finite nothing but the gradient
         has changed.
         """
+        gradients.require_some(trained.parameters, trained.kind)
         gradients.fill_missing(trained.parameters)
         shards = self._gradient_shards(trained)
         norm = gradients.global_norm(shards).item() * factor

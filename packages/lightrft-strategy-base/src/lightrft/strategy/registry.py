@@ -55,10 +55,12 @@ def engine_class(name: str) -> "type[EngineBase]":
 
 
 def _load(group: str, name: str, what: str) -> Any:
+    if not isinstance(name, str):
+        raise ConfigError(f"{what} {name!r} is a {type(name).__name__}; wanted a registered name, or module:attribute")
     points = registered(group)
     if name in points:
         return _import(points[name], group, what)
-    if ":" in name:
+    if all(part.isidentifier() for part in name.replace(":", ".", 1).split(".")) and ":" in name:
         return _import(EntryPoint(name=name, value=name, group=group), group, what)
     package = _PACKAGES.get((group, name))
     if package is not None:

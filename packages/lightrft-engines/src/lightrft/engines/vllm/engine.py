@@ -52,6 +52,7 @@ class VLLMEngine(EngineBase):
     @classmethod
     @override
     def build(cls, request: EngineRequest) -> Self:
+        library.VLLM.require(())
         if VLLMEngine._alive is not None:
             raise EngineError(
                 "engine 'vllm': there is one in this process already, and vLLM has room for one; shutdown() that first"

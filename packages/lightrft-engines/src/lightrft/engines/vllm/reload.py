@@ -27,7 +27,7 @@ def reload(llm: Any, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
 def _forget_packed_experts(model: nn.Module) -> None:
     """Have vLLM pack experts again as at its start: on a CPU a reload leaves them as they came. Seen in 0.32."""
     for layer in model.modules():
-        method = getattr(layer, "quant_method", None)
+        method: Any = getattr(layer, "quant_method", None)
         if getattr(method, "moe_kernel", None) is not None and not any(it.is_cuda for it in layer.parameters()):
             method.moe_kernel = None
 

@@ -62,7 +62,7 @@ class Lifecycle(Backend):
             with self.world.remembering_environment():
                 self._setup()
             self._models = PreparedModels()
-            self._preparation = Preparation(self, self._models, self._operations, self._window())
+            self._preparation = Preparation(self, self._models, self._operations, self._collectives, self._window())
             self._averages = MovingAverages(self, self._collectives)
             self._checkpoints = Checkpoints(self, self._collectives, self._operations, self._averages)
             self._termination = Termination(self._collectives)

@@ -13,6 +13,7 @@ from lightrft.strategy.api.lifecycle import Lifecycle
 from lightrft.strategy.backend import WrapOptions
 from lightrft.strategy.training.data import ResumableLoader, make_loader
 from lightrft.strategy.training.meta_loading import nothing_loaded
+from lightrft.strategy.training.optimizers import check_kinds
 from lightrft.strategy.training.schedules import cosine_schedule
 
 FOREVER = int(1e8)
@@ -41,6 +42,7 @@ class Preparing(Lifecycle):
         bare, for `prepare` to wrap with the optimizer, or wrapped by `prepare_model`, and is then in training.
         """
         with self._running("create_optimizer"):
+            check_kinds("create_optimizer", model)
             found = self._models.find(model)
             if found is not None and found.trained is not None:
                 raise StrategyError(f"create_optimizer: {found.kind.__name__} has an optimizer already")
@@ -122,7 +124,7 @@ class Preparing(Lifecycle):
         return prepared
 
     def _config_of(self, args: object) -> StrategyConfig:
-        return self.config if args is None or args is self.args else StrategyConfig.from_args(args)
+        return self.config if args is None or args is self.args else self.config.overlaid(args)
 
     @final
     def unwrap_model(self, model: nn.Module) -> nn.Module:

@@ -81,7 +81,9 @@ class Rollouts(Checkpointing):
         """
         config = self._config_of(args)
         with self._running("setup_inference_engine"):
-            self._rollout.setup(engine_type or config.engine_type, config, lambda: self._skeleton_of(actor))
+            self._rollout.setup(
+                config.engine_type if engine_type is None else engine_type, config, lambda: self._skeleton_of(actor)
+            )
         if actor is not None:
             self.update_engine_weights(actor)
         self.maybe_sleep_inference_engine()
@@ -118,7 +120,10 @@ class Rollouts(Checkpointing):
                 raise StrategyError(
                     f"update_engine_weights: this strategy has not prepared the model ({type(actor).__name__})"
                 )
-            self._rollout.sync(lambda: weights.full_shapes(self, found.module), lambda: self.full_parameters(actor))
+            self._rollout.sync(
+                lambda: weights.full_shapes(self, found.module),
+                lambda: self.full_parameters(actor, self._rollout.bucket_bytes),
+            )
 
     @final
     def engine_generate_local(

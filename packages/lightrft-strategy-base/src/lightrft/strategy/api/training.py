@@ -9,6 +9,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightrft.config import StrategyError
 from lightrft.strategy.api.preparing import Preparing
+from lightrft.strategy.training.optimizers import check_kinds
 from lightrft.strategy.training.trained_model import StepResult, TrainedModel
 
 
@@ -39,8 +40,9 @@ class Training(Preparing):
         """End a micro-batch; at the K-th since the last update, make one: reduce, clip, step, schedule.
 
         ``boundary`` True or False says whether to update now, for batches whose number varies; all ranks pass
-        the same. Where the gradient is not finite on some rank, all ranks skip: parameters, optimizer state,
-        ``scheduler`` and counters stay as they are, and `StepResult.skipped` says so. ``name`` is for messages.
+        the same. ``scheduler`` moves with each update that is applied, and only if it is passed.
+        Where the gradient is not finite on some rank, all ranks skip: parameters, optimizer state, schedule and
+        counters stay as they are, and `StepResult.skipped` says so. ``name`` is for messages.
 
         Raises `StrategyError` after ``max_skipped_updates`` skips in a row, on every rank.
         """
@@ -63,6 +65,7 @@ class Training(Preparing):
             raise SystemExit(0)
 
     def _trained(self, model: nn.Module, optimizer: Optimizer, call: str) -> TrainedModel:
+        check_kinds(call, model, optimizer)
         if self.adopts:
             found = self._models.find(model)
             if (found is None or (found.options.training and found.trained is None)) and self._models.owner(

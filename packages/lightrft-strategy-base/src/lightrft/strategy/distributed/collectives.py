@@ -6,6 +6,7 @@ error on every rank, and no rank is left waiting in a collective that another on
 one collective for each dtype and device.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -61,6 +62,12 @@ class Collectives:
     def agree(self, call: str, value: Any) -> None:
         """Raise `StrategyError` on every rank unless all make this ``call`` with an equal ``value``."""
         _compare(call, self.exchange(call, value))
+
+    def agree_on_all(self, call: str, entries: Sequence[Any]) -> None:
+        """Like `agree`, for a long list of JSON values: the ranks compare digests, and the lists only where these differ."""
+        digest = hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+        if len(set(self.exchange(call, digest))) > 1:
+            self.agree(call, list(entries))
 
     def barrier(self) -> None:
         """Wait for every rank."""
@@ -122,7 +129,7 @@ class Collectives:
         """The leaves of ``data``, once all ranks are known to pass leaves of the same schema, and no errors."""
         found: list[Leaf] = []
         message: dict[str, Any] = {}
-        own: LightRFTError | None = None
+        own: Exception | None = None
         try:
             found = list(leaves(data))
             for leaf in found:
@@ -130,9 +137,10 @@ class Collectives:
             order = _canonical(found)
             message["schema"] = [found[index].schema(first_dim) for index in order]
             message["rows"] = [_rows(found[index]) for index in order]
-        except (ArgumentError, ArgumentTypeError) as error:
+        except Exception as error:  # noqa: BLE001 - carried to the other ranks, and raised on all
             own = error
-            message["error"] = [type(error).__name__, str(error)]
+            text = str(error) if isinstance(error, LightRFTError) else f"{type(error).__name__}: {error}"
+            message["error"] = [type(error).__name__, text]
         messages = self.exchange(call, message)
         errors = [(rank, *it["error"]) for rank, it in enumerate(messages) if "error" in it]
         if errors:
@@ -146,6 +154,8 @@ class Collectives:
     def _reduced(self, buffer: torch.Tensor, op: ReduceOp) -> torch.Tensor:
         """The sum, or the maximum, of ``buffer`` over the ranks. A NaN of any rank stays one."""
         group = self._group_for(buffer.device)
+        if op == "sum" and buffer.dtype is torch.int64:
+            return self._sum_of_integers(buffer, group)
         if op != "max":
             dist.all_reduce(buffer, dist.ReduceOp.SUM, group=group)
             return buffer
@@ -157,6 +167,17 @@ class Collectives:
         both = torch.cat([buffer.masked_fill(lost, -torch.inf), lost.to(buffer.dtype)])
         dist.all_reduce(both, dist.ReduceOp.MAX, group=group)
         return both[: buffer.numel()].masked_fill_(both[buffer.numel() :] > 0, torch.nan)
+
+    @staticmethod
+    def _sum_of_integers(buffer: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+        """In halves, since an int64 sum that is too large would wrap around. Raises `ArgumentError` on every rank there."""
+        halves = torch.stack([buffer >> 32, buffer & 0xFFFFFFFF])
+        dist.all_reduce(halves, dist.ReduceOp.SUM, group=group)
+        high, low = halves[0] + (halves[1] >> 32), halves[1] & 0xFFFFFFFF
+        limits = torch.iinfo(torch.int32)
+        if high.numel() and (high.min() < limits.min or high.max() > limits.max):
+            raise ArgumentError("all_reduce: a sum of integers does not fit torch.int64; cast them to a float first")
+        return (high << 32) | low
 
     def _group_for(self, device: torch.device) -> dist.ProcessGroup | None:
         return self._world.control if device.type == "cpu" else self._world.payload
@@ -244,8 +265,9 @@ def _difference(schema: Any, schemas: Sequence[Any]) -> str:
     """What one rank passed, less what all ranks passed alike."""
     if not isinstance(schema, list):
         return repr(schema)
-    alike = [entry for entry in schema if all(entry in other for other in schemas)]
-    return ", ".join(_words(entry) for entry in schema if entry not in alike) or "nothing else"
+    own = [_words(entry) for entry in schema if not all(entry in other for other in schemas)]
+    more = f" and {len(own) - 4} more" if len(own) > 4 else ""
+    return ", ".join(own[:4]) + more or "nothing else"
 
 
 def _words(entry: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from lightrft.config import ArgumentTypeError
+from lightrft.config import ArgumentError, ArgumentTypeError
 
 DTYPES = (
     torch.float64, torch.float32, torch.bfloat16, torch.float16,
@@ -51,11 +51,13 @@ def leaves(data: Any, path: tuple[Any, ...] = ()) -> Iterator[Leaf]:
 
 
 def _leaf(value: Any, path: tuple[Any, ...]) -> Leaf:
+    where = Leaf(path=path, tensor=torch.empty(0)).name
     if isinstance(value, (int, float)):
         number = float if isinstance(value, float) else int
+        if number is int and not -(2**63) <= value < 2**63:
+            raise ArgumentError(f"{where} is {value}, which does not fit 64 bits; pass a float")
         dtype = torch.float64 if number is float else torch.int64
         return Leaf(path=path, tensor=torch.tensor(value, dtype=dtype), number=number)
-    where = Leaf(path=path, tensor=torch.empty(0)).name
     if not isinstance(value, torch.Tensor):
         raise ArgumentTypeError(
             f"{where} is {value!r} ({type(value).__name__}); wanted a tensor, a number, or a dict of these"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lightrft.config import EngineError, StrategyConfig, StrategyError
+from lightrft.config import ConfigError, EngineError, StrategyConfig
 from lightrft.strategy.distributed.collectives import Collectives
 from lightrft.strategy.distributed.world import World
 from lightrft.strategy.log import say
@@ -37,13 +37,14 @@ class Rollout:
         self.engine: RolloutEngine | None = None
         self._status = EngineStatus.ABSENT  # of ranks that share an engine and do not hold it
         self._sleeps = config.enable_engine_sleep
+        self.bucket_bytes = config.weight_sync_bucket_bytes
         self.mp_group, self.dp_group = self._make_groups()
 
     def _make_groups(self) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
         """The ranks that share this rank's engine, and the ranks with the same place in other engines."""
         size, share = self._world.size, self._config.engine_tp_size
         if size % share:
-            raise StrategyError(
+            raise ConfigError(
                 f"engine_tp_size={share} does not divide the {size} ranks; each engine takes {share} of them"
             )
         if self._world.control is None:
@@ -66,8 +67,13 @@ class Rollout:
 
     def setup(self, engine_type: str, config: StrategyConfig, skeleton: Callable[[], Any]) -> RolloutEngine | None:
         """Build the engine; None on ranks that share one and do not hold it."""
+        if config.engine_tp_size != self._config.engine_tp_size:
+            raise ConfigError(
+                f"setup_inference_engine: engine_tp_size={config.engine_tp_size}, and this strategy was made with "
+                f"{self._config.engine_tp_size}, by which its ranks share engines; give it to get_strategy"
+            )
         self.shutdown()
-        self._sleeps = config.enable_engine_sleep
+        self._sleeps, self.bucket_bytes = config.enable_engine_sleep, config.weight_sync_bucket_bytes
         try:
             with self._collectives.together("setup_inference_engine"):
                 kind = engine_class(engine_type)

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Self
 
 import torch
@@ -18,6 +19,16 @@ _ALIASES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "sam
 """SGLang's names."""
 _NEUTRAL = {"logprobs": (None, True, False, 0), "detokenize": (True, False), "no_stop_trim": (None, True, False)}
 """Settings of the engines that change what comes back, not what is drawn, with the values that change nothing here."""
+
+
+_WHOLE, _REAL, _FLAG = (Integral, "an integer"), (Real, "a number"), (bool, "True or False")
+_KINDS: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(("n", "top_k", "max_tokens", "min_tokens"), _WHOLE),
+    **dict.fromkeys(("temperature", "top_p", "min_p"), _REAL),
+    **dict.fromkeys(("repetition_penalty", "presence_penalty", "frequency_penalty"), _REAL),
+    **dict.fromkeys(("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"), _FLAG),
+    "seed": ((Integral, type(None)), "an integer or None"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +57,10 @@ class Sampling:
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
+        for name, (kind, words) in _KINDS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+                raise ArgumentError(f"Sampling: {name}={value!r} ({type(value).__name__}); allowed is {words}")
         ranges = [
             ("n", self.n >= 1, ">= 1"),
             ("temperature", self.temperature >= 0, ">= 0"),
@@ -89,7 +104,7 @@ def _from_mapping(source: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _from_object(source: object) -> dict[str, Any]:
-    """Public attributes of ``source`` that differ from those of a new one of its class."""
+    """Public attributes of ``source``: those that `Sampling` has too, and others that differ from a new one's."""
     names = getattr(type(source), "__struct_fields__", None) or getattr(source, "__dict__", None)
     try:
         if names is None:
@@ -99,16 +114,15 @@ def _from_object(source: object) -> dict[str, Any]:
         raise ArgumentError(
             f"Sampling: cannot read {source!r} ({type(source).__name__}); pass a Sampling or a dict"
         ) from error
-    public = [name for name in names if not name.startswith("_")]
-    return _from_mapping(
-        {name: getattr(source, name) for name in public if getattr(source, name) != getattr(default, name, None)}
-    )
+    found = {name: getattr(source, name) for name in names if not name.startswith("_")}
+    same = {field.name for field in dataclasses.fields(Sampling)}
+    return _from_mapping({name: it for name, it in found.items() if name in same or it != getattr(default, name, None)})
 
 
 def _plain(name: str, value: Any) -> Any:
     if name in ("stop", "stop_token_ids"):
-        return (value,) if isinstance(value, str) else tuple(value or ())
-    return value
+        return (value,) if isinstance(value, (str, int)) else tuple(value or ())
+    return value.item() if hasattr(value, "item") else value  # NumPy's numbers
 
 
 # Drawing

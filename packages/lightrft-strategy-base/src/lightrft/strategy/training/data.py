@@ -35,17 +35,20 @@ class ElasticSampler(Sampler[int]):
         drop_last: bool,
         consumed_samples: int = 0,
     ) -> None:
-        if not 0 <= consumed_samples <= length:
-            raise ArgumentError(
-                f"setup_dataloader: consumed_samples={consumed_samples} is not within the {length} samples of an epoch; "
-                f"count from the start of the epoch, and name the epoch with set_epoch"
-            )
         self.length, self.rank, self.ranks = length, rank, ranks
         self.shuffle, self.seed, self.drop_last = shuffle, seed, drop_last
-        self.epoch, self.consumed_samples = 0, consumed_samples
+        self.set_epoch(0, consumed_samples)
 
     def set_epoch(self, epoch: int, consumed_samples: int = 0) -> None:
         """Go to ``consumed_samples`` of ``epoch``."""
+        for name, value in (("epoch", epoch), ("consumed_samples", consumed_samples)):
+            if not isinstance(value, int) or value < 0:
+                raise ArgumentError(f"position of the data: {name}={value!r}; allowed is an integer >= 0")
+        if consumed_samples > self.length:
+            raise ArgumentError(
+                f"position of the data: consumed_samples={consumed_samples} is not within the {self.length} samples of an "
+                f"epoch; count from the start of the epoch, and name the epoch with set_epoch"
+            )
         self.epoch, self.consumed_samples = epoch, consumed_samples
 
     def order(self) -> list[int]:
@@ -73,7 +76,13 @@ class ElasticSampler(Sampler[int]):
 class ResumableLoader(DataLoader[Any]):
     """A `DataLoader` that knows how many samples, over all ranks, it has handed out in this epoch.
 
-    The position counts what was handed out, whatever workers have read ahead.
+    The position counts what was handed out, whatever workers have read ahead. It is in checkpoints, so that this loop
+    goes on where a loaded one stood::
+
+        for epoch in range(loader.epoch, epochs):
+            loader.set_epoch(epoch)
+            for batch in loader:
+                ...
     """
 
     def __init__(self, dataset: Dataset[Any], sampler: ElasticSampler, **settings: Any) -> None:
@@ -83,7 +92,7 @@ class ResumableLoader(DataLoader[Any]):
 
     @property
     def epoch(self) -> int:
-        """The epoch under way."""
+        """The epoch under way, or the next one where the last batch of one was handed out."""
         return self._elastic.epoch
 
     @property
@@ -91,8 +100,13 @@ class ResumableLoader(DataLoader[Any]):
         """Samples of this epoch that were handed out, over all ranks."""
         return min(self._elastic.length, self._elastic.consumed_samples + self._handed_out * self._elastic.ranks)
 
-    def set_epoch(self, epoch: int, consumed_samples: int = 0) -> None:
-        """Go to ``consumed_samples`` of ``epoch``; takes effect when iteration begins."""
+    def set_epoch(self, epoch: int, consumed_samples: int | None = None) -> None:
+        """Go to ``consumed_samples`` of ``epoch``; takes effect when iteration begins.
+
+        Without ``consumed_samples``: stay where it is in the epoch under way, or go to the beginning of another.
+        """
+        if consumed_samples is None:
+            consumed_samples = self.consumed_samples if epoch == self.epoch else 0
         self._elastic.set_epoch(epoch, consumed_samples)
         self._handed_out = 0
 
@@ -102,10 +116,13 @@ class ResumableLoader(DataLoader[Any]):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go to a position that `state_dict` gave, with whatever number of ranks."""
+        missing = {"epoch", "consumed_samples"} - state.keys()
+        if missing:
+            raise ArgumentError(f"load_state_dict: the position of the data has no {' and no '.join(sorted(missing))}")
         self.set_epoch(state["epoch"], state["consumed_samples"])
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """This rank's batches from the position on. After the last one the position is the epoch's start.
+        """This rank's batches from the position on. After the last one the position is the next epoch's start.
 
         An iteration that is broken off begins again where it began.
         """
@@ -114,7 +131,7 @@ class ResumableLoader(DataLoader[Any]):
         for batch in super().__iter__():
             self._handed_out = min(share, self._handed_out + batch_size)
             yield batch
-        self._elastic.consumed_samples, self._handed_out = 0, 0
+        self.set_epoch(self.epoch + 1, 0)
 
 
 def make_loader(

@@ -4,11 +4,16 @@ Pure functions over tensors. A gradient may lie in several sets of shards, each 
 process group (FSDP2 meshes, for example); every element counts once in the norm, whoever holds it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import BackwardCFunction
+
+from lightrft.config import StrategyError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,15 +25,48 @@ class GradientShards:
     """The ranks that hold the other parts; None where this rank holds all of it."""
 
 
+def leads_to(loss: torch.Tensor, parameters: Collection[int], transparent: Collection[str] = ()) -> bool:
+    """Whether the graph of ``loss`` leads to one of ``parameters``, given by their ``id``, as far as can be seen.
+
+    Behind a function of somebody's own, such as one that checkpoints activations, may be anything; but for those whose
+    classes are called one of ``transparent``, through which the graph goes on. Breadth first: the last layers are near.
+    """
+    if id(loss) in parameters:
+        return True
+    pending: deque[Any] = deque([] if loss.grad_fn is None else [loss.grad_fn])
+    seen = set(pending)
+    while pending:
+        node = pending.popleft()
+        if id(getattr(node, "variable", None)) in parameters:
+            return True
+        if isinstance(node, BackwardCFunction) and type(node).__name__ not in transparent:
+            return True
+        following = [it for it, _ in node.next_functions if it is not None and it not in seen]
+        seen.update(following)
+        pending.extend(following)
+    return False
+
+
 def fill_missing(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Give a zero gradient to parameters that got none.
+    """Give a zero gradient to parameters that got none, and none to those that were frozen meanwhile.
 
     A parameter that no rank used has a zero gradient, so that its moments and its weight decay move: ZeRO
     does it so by construction, and all strategies must do the same.
     """
     for parameter in parameters:
-        if parameter.grad is None:
+        if not parameter.requires_grad:
+            parameter.grad = None
+        elif parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
+
+
+def require_some(parameters: Sequence[torch.nn.Parameter], kind: str) -> None:
+    """Raise `StrategyError` where no parameter of a model of class ``kind`` has a gradient, whatever backward was given."""
+    if all(parameter.grad is None for parameter in parameters):
+        raise StrategyError(
+            f"optimizer_step: no parameter of {kind} has a gradient, although backward was called; the loss was another "
+            f"model's, or depends on no parameter"
+        )
 
 
 def global_norm(shards: Sequence[GradientShards]) -> torch.Tensor:

@@ -46,6 +46,19 @@ def tensors_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from module.named_buffers()
 
 
+def schema_of(module: nn.Module) -> list[list[object]]:
+    """Name, type, shape and whether it trains, of every parameter and buffer: what must be alike on all ranks."""
+    return [
+        [
+            name,
+            str(tensor.dtype).removeprefix("torch."),
+            list(tensor.shape),
+            "trains" if tensor.requires_grad else "frozen",
+        ]
+        for name, tensor in tensors_of(module)
+    ]
+
+
 def raise_precision(module: nn.Module) -> None:
     """Make trainable parameters of fewer than 32 bits fp32, in place: updates accumulate in these."""
     for parameter in module.parameters():
@@ -107,7 +120,6 @@ def check_materialized(module: nn.Module, world: World) -> None:
 
 def replicate(module: nn.Module, world: World) -> None:
     """Move ``module`` to the device, whole, with rank 0's parameters and buffers. Every rank calls it."""
-    check_materialized(module, world)
     materialize(module, world.device)
     module.to(world.device)
     if world.size > 1:

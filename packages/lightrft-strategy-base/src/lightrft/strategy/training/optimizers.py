@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightrft.config import StrategyError
+from lightrft.config import ArgumentTypeError, StrategyError
 
 _NORM_NAME = re.compile(r"(^|_)(norm|ln|layernorm|rmsnorm|batchnorm|groupnorm)\d*(_\w+)?$", re.IGNORECASE)
 
@@ -45,6 +45,17 @@ def parameters_of(optimizer: Optimizer) -> Iterator[nn.Parameter]:
     """Every parameter of every group."""
     for group in optimizer.param_groups:
         yield from group["params"]
+
+
+def check_kinds(call: str, model: object, *optimizers: object) -> None:
+    """Raise `ArgumentTypeError` unless ``model`` is a module, and what follows an optimizer."""
+    wanted = [(model, nn.Module, "model"), *((it, Optimizer, "optimizer") for it in optimizers)]
+    for value, kind, what in wanted:
+        if not isinstance(value, kind):
+            swapped = "; model and optimizer are swapped" if isinstance(value, (nn.Module, Optimizer)) else ""
+            raise ArgumentTypeError(
+                f"{call}: the {what} is a {type(value).__name__}; wanted a torch {kind.__name__}{swapped}"
+            )
 
 
 def check_belongs(optimizer: Optimizer, module: nn.Module, call: str) -> None:

@@ -14,9 +14,18 @@ from torch.optim import Optimizer
 
 from lightrft.config import ArgumentError, StrategyError
 from lightrft.strategy.backend import Backend, WrapOptions
+from lightrft.strategy.distributed.collectives import Collectives
 from lightrft.strategy.distributed.operations import Operations
-from lightrft.strategy.training.modules import check_actor, guard_forward, inner_model, raise_precision, skeleton
-from lightrft.strategy.training.optimizers import check_belongs, rebind
+from lightrft.strategy.training.modules import (
+    check_actor,
+    check_materialized,
+    guard_forward,
+    inner_model,
+    raise_precision,
+    schema_of,
+    skeleton,
+)
+from lightrft.strategy.training.optimizers import check_belongs, check_kinds, rebind
 from lightrft.strategy.training.prepared import PreparedModel, PreparedModels
 from lightrft.strategy.training.trained_model import TrainedModel
 
@@ -24,8 +33,11 @@ from lightrft.strategy.training.trained_model import TrainedModel
 class Preparation:
     """Prepares models for one backend."""
 
-    def __init__(self, backend: Backend, models: PreparedModels, operations: Operations, window: int) -> None:
-        self._backend, self._models, self._operations, self._window = backend, models, operations, window
+    def __init__(
+        self, backend: Backend, models: PreparedModels, operations: Operations, collectives: Collectives, window: int
+    ) -> None:
+        self._backend, self._models, self._window = backend, models, window
+        self._operations, self._collectives = operations, collectives
 
     def prepare(self, argument: Any) -> Any:
         """One argument of `StrategyBase.prepare`, in the structure in which it came."""
@@ -36,7 +48,8 @@ class Preparation:
         if _is_training_triple(argument):
             return self.triple(*argument)
         if isinstance(argument, (list, tuple)):
-            return type(argument)(self.prepare(item) for item in argument)
+            items = [self.prepare(item) for item in argument]
+            return type(argument)(*items) if hasattr(argument, "_fields") else type(argument)(items)
         raise ArgumentError(
             f"prepare: got {argument!r} ({type(argument).__name__}); wanted a model, (model, optimizer, scheduler), a list "
             f"of models, or None"
@@ -48,6 +61,7 @@ class Preparation:
             return None, optimizer, scheduler
         if optimizer is None:
             return self.model(model, WrapOptions(training=True)), None, scheduler
+        check_kinds("prepare", model, optimizer)
         inner = self._models.unwrap(model)
         self._check_free(optimizer, inner)
         check_belongs(optimizer, inner, "prepare")
@@ -68,11 +82,16 @@ class Preparation:
                 )
             return model
         inner = inner_model(model)
+        with self._collectives.together("prepare"):
+            if options.training:
+                check_actor(model)
+            check_materialized(inner, self._backend.world)
+            self._backend._check_model(inner, options)
         if options.training:
-            check_actor(model)
             raise_precision(inner)
         else:
             inner.eval().requires_grad_(False)
+        self._collectives.agree_on_all("prepare", schema_of(inner))
         kind, copy = type(inner), skeleton(inner) if options.training else None
         with self._backend.world.remembering_environment():
             wrapped = self._backend._wrap(inner, options)
@@ -89,7 +108,7 @@ class Preparation:
         assert found is not None
         check_belongs(optimizer, found.module, "prepare")
         names = {id(parameter): name for name, parameter in found.module.named_parameters()}
-        found.trained = TrainedModel(self._backend, found.module, optimizer, names, self._window)
+        found.trained = TrainedModel(self._backend, found.module, found.kind, optimizer, names, self._window)
         with self._backend.world.remembering_environment():
             self._backend._bind(found.trained)
         self._backend.world.impose_timeout()
@@ -130,9 +149,9 @@ class Preparation:
 
 
 def _is_training_triple(argument: object) -> bool:
-    """Whether this is (model, optimizer, scheduler), any of which may be None, and not a list of models."""
+    """Whether this is (model, optimizer, scheduler), any of which may be None, and not several models."""
     return (
-        isinstance(argument, (list, tuple))
+        isinstance(argument, tuple)
         and len(argument) == 3
         and (argument[0] is None or isinstance(argument[0], nn.Module))
         and not isinstance(argument[1], nn.Module)
