@@ -274,7 +274,7 @@ def test_swapped_and_missing_arguments_are_named():
     with get_fake_strategy(train_batch_size=1, bf16=False) as strategy:
         model, optimizer = in_training(strategy)
         loss = model(torch.ones(3, 2)).sum()
-        with pytest.raises(ArgumentTypeError, match="the model is a AdamW.*swapped"):
+        with pytest.raises(ArgumentTypeError, match=r"the model is a AdamW.*swapped"):
             strategy.backward(loss, optimizer, model)
         with pytest.raises(ArgumentTypeError, match="the optimizer is a NoneType"):
             strategy.optimizer_step(None, model)

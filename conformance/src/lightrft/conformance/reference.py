@@ -44,10 +44,11 @@ class ReferenceModel:
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
-    def train_with(self, lr: float, weight_decay: float, **more: Any) -> None:
-        """Plain AdamW; biases and norms do not decay."""
-        spared = [p for name, p in self.module.named_parameters() if p.requires_grad and _is_spared(name)]
-        others = [p for name, p in self.module.named_parameters() if p.requires_grad and not _is_spared(name)]
+    def train_with(self, lr: float, weight_decay: float, *, all_decay: bool = False, **more: Any) -> None:
+        """Plain AdamW; biases and norms do not decay, unless all do."""
+        trainable = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+        spared = [p for name, p in trainable if _is_spared(name) and not all_decay]
+        others = [p for name, p in trainable if not _is_spared(name) or all_decay]
         groups = [{"params": others, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=lr, **more)
         self.rate = lr
@@ -173,7 +174,7 @@ class Reference:
         self.sleeping = settings.get("enable_engine_sleep", False)
         predictions: list[Any] = []
         for operation in operations:
-            if "optimizer_of" in operation:  # an error wherever it is right
+            if {"optimizer_of", "loss_of"} & operation.keys():  # an error wherever it is right
                 predictions.append(None)
                 continue
             arguments = {key: value for key, value in operation.items() if key not in ("do", "ranks", "may_fail")}
@@ -200,7 +201,7 @@ class Reference:
     def _optimizer(
         self, model: str, lr: float = 1e-3, weight_decay: float = 0.0, by_hand: bool = False, **more: Any
     ) -> None:
-        self.models[model].train_with(lr, weight_decay, **more)
+        self.models[model].train_with(lr, weight_decay, all_decay=by_hand, **more)
 
     def _schedule(self, model: str, decay: float = 0.5) -> None:
         self.models[model].schedule(decay)

@@ -356,8 +356,8 @@ BAD_PAIRS: dict[str, list[Any]] = {
 
 @CONTRACT.add
 class Mismatches(Clause):
-    """An unknown op, or mismatched keys, dtypes or trailing shapes between ranks, raises on every rank; no rank hangs
-    and no rank returns. Afterwards collectives work as before."""
+    """An unknown op, or mismatched keys, dtypes or trailing shapes between ranks, or an integer or a sum of integers that
+    does not fit 64 bits, raises on every rank; no rank hangs and no rank returns. Afterwards collectives work as before."""
 
     id = "COLL-5"
     smallest_world = 2
@@ -366,8 +366,12 @@ class Mismatches(Clause):
     def witnesses(self, place: Place) -> Sequence[Program]:
         return [self._program(place, call, what, 1) for what in BAD_PAIRS for call in ("all_reduce", "all_gather")] + [
             self._program(place, "all_reduce", "first dim", 1),
-            Program(operations=({"do": "all_reduce", "data": 1.0, "op": "median", "may_fail": True}, AFTERWARDS)),
+            *(self._reducing(*it) for it in ((1.0, "median"), ({"per_rank": [2**70, 1]}, "sum"), (2**62, "sum"))),
         ]
+
+    def _reducing(self, data: Any, op: str) -> Program:
+        operations = ({"do": "all_reduce", "data": data, "op": op, "may_fail": True}, AFTERWARDS)
+        return Program(operations=operations, settings={"timeout": 15.0}, seconds=40)
 
     def _program(self, place: Place, call: str, what: str, odd: int) -> Program:
         usual, other = (

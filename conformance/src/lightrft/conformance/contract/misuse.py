@@ -11,8 +11,8 @@ from lightrft.conformance.contract.near import LOOK, near, norm_fits
 
 @CONTRACT.add
 class BadLosses(Clause):
-    """A loss that is not a scalar, or carries no graph, or an optimizer that belongs to another model, or a model that
-    this strategy has not prepared, raises an error that names which."""
+    """A loss that is not a scalar, or carries no graph, or is another model's, or an optimizer that belongs to another
+    model, or a model that this strategy has not prepared, raises an error that names which."""
 
     id = "OPT-11"
 
@@ -24,6 +24,7 @@ class BadLosses(Clause):
         ]
         mixed = {"do": "backward", "model": "a", "batch": 0, "optimizer_of": "b", "may_fail": True}
         mixed_step = {"do": "step", "model": "a", "optimizer_of": "b", "may_fail": True}
+        others = {"do": "backward", "model": "a", "batch": 0, "loss_of": "b", "may_fail": True}
         build = {"do": "build", "model": "c", "seed": 4}
         inference: list[Operation] = [
             build,
@@ -37,6 +38,7 @@ class BadLosses(Clause):
             *bad,
             mixed,
             mixed_step,
+            others,
             *inference,
             unused,
             *updates(2),
@@ -64,6 +66,9 @@ class BadLosses(Clause):
                         "optimizer",
                         where=f"rank {rank}, {operation['do']} with the optimizer of another model",
                     )
+                elif "loss_of" in operation:
+                    where = f"rank {rank}, backward of the loss of another model"
+                    self.require_error(observed, "StrategyError", "loss", where=where)
                 elif operation["do"] == "backward" and operation["model"] == "c":
                     self.require(
                         is_error(observed), f"rank {rank}: backward of a model that is not in training raised nothing"

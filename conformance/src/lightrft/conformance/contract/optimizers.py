@@ -69,16 +69,19 @@ class Decay(Clause):
 
     @override
     def witnesses(self, place: Place) -> Sequence[Program]:
-        return [self._program(place, kind) for kind in ("regressor", "frozen", "unused")]
+        return [
+            *(self._program(place, kind) for kind in ("regressor", "frozen", "unused")),
+            self._program(place, "frozen", by_hand=True),
+        ]
 
     def _program(
-        self, place: Place, kind: str, seed: int = 8, weight_decay: float = 10.0, wrap_first: bool = False
-    ) -> Program:
-        operations = [
-            *trained(kind=kind, seed=seed, weight_decay=weight_decay, wrap_first=wrap_first),
-            *updates(3),
-            LOOK,
-        ]
+        self, place: Place, kind: str, seed: int = 8, weight_decay: float = 10.0, wrap_first: bool = False,
+        by_hand: bool = False,
+    ) -> Program:  # fmt: skip
+        """``by_hand``: with an optimizer that was given all parameters, frozen ones too, to decay alike."""
+        begun = trained(kind=kind, seed=seed, weight_decay=weight_decay, wrap_first=wrap_first)
+        begun = [{**it, "by_hand": by_hand} if it["do"] == "optimizer" else it for it in begun]
+        operations = [*begun, *updates(3), LOOK]
         return Program(operations=tuple(operations), settings={**FP32, **geometry(place)})
 
     @override

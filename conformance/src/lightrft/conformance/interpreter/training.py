@@ -14,13 +14,13 @@ POISONS = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf"), "hug
 @operation
 def backward(
     session: Session, model: str, batch: int, rows: int = 2, weight: float = 1.0, poison: str | None = None,
-    poisoned_rank: int = 0, optimizer_of: str | None = None,
+    poisoned_rank: int = 0, optimizer_of: str | None = None, loss_of: str | None = None,
 ) -> float:  # fmt: skip
     """Forward and backward of one batch; ``poison`` spoils the gradient on one rank. Returns the loss."""
-    entry = session.models[model]
-    inputs, targets = models.batch(batch, session.rank, rows, models.is_language(entry.module))
+    entry, source = session.models[model], session.models[loss_of or model]
+    inputs, targets = models.batch(batch, session.rank, rows, models.is_language(source.module))
     device = session.strategy.device
-    loss = weight * models.loss_of(entry.model, inputs.to(device), targets.to(device))
+    loss = weight * models.loss_of(source.model, inputs.to(device), targets.to(device))
     if poison is not None and session.rank == poisoned_rank:
         loss = loss * POISONS[poison]
     owner = session.models[optimizer_of or model].optimizer

@@ -43,6 +43,15 @@ class SaysNothing(FakeStrategy):
         super().backward(loss, model, optimizer)
 
 
+@saboteur("OPT-11")
+class TakesAnyLoss(FakeStrategy):
+    """The loss of another model is taken, and makes an update from no gradient."""
+
+    @override
+    def _leaves(self, trained: TrainedModel) -> frozenset[int]:
+        return frozenset(id(parameter) for found in self._models for parameter in found.module.parameters())
+
+
 @saboteur("OPT-12")
 class SaysApplied(Stepping):
     """A skipped update is reported as applied."""

@@ -47,6 +47,18 @@ class DecaysEverything(FakeStrategy):
 
 
 @saboteur("OPT-7")
+class DecaysTheFrozenGiven(FakeStrategy):
+    """What is frozen decays, where the optimizer was given it."""
+
+    @override
+    def _update(self, trained: TrainedModel, factor: float) -> float:
+        frozen = [p for group in trained.optimizer.param_groups for p in group["params"] if not p.requires_grad]
+        for parameter in frozen:
+            parameter.grad = torch.zeros_like(parameter)
+        return super()._update(trained, factor)
+
+
+@saboteur("OPT-7")
 class LeavesTheUnused(FakeStrategy):
     """A parameter that got no gradient does not decay."""
 

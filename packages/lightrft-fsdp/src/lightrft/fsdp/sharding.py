@@ -51,12 +51,22 @@ def let_go_of_groups(module: nn.Module) -> None:
                     getattr(mesh, "_pg_registry", {}).clear()  # newer than torch 2.11
 
 
+def gathered_parameters(module: nn.Module) -> set[int]:
+    """What FSDP2 puts in place of the shards for a forward, by ``id``: where the graph of a loss ends."""
+    parts = (part for part in module.modules() if isinstance(part, FSDPModule))
+    held = (it for part in parts for group in _parameter_groups(part) for it in group.fsdp_params)
+    return {id(it._unsharded_param) for it in held if hasattr(it, "_unsharded_param")}
+
+
 def _mesh_infos(part: FSDPModule) -> Iterator[Any]:
+    for group in _parameter_groups(part):
+        yield from filter(None, (group.mesh_info, group.post_forward_mesh_info))
+
+
+def _parameter_groups(part: FSDPModule) -> Iterator[Any]:
     state: Any = part._get_fsdp_state()
     groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # torch 2.11 has one at most
-    for group in groups:
-        if group is not None:
-            yield from filter(None, (group.mesh_info, group.post_forward_mesh_info))
+    yield from (group for group in groups if group is not None)
 
 
 def offset_of(tensor: DTensor) -> int:

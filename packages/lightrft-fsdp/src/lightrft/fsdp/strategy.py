@@ -1,7 +1,7 @@
 """`FSDPV2Strategy`: parameters, gradients and optimizer state sharded by PyTorch's FSDP2."""
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -35,6 +35,7 @@ class FSDPV2Strategy(StrategyBase):
     """
 
     name = "fsdp"
+    transparent = frozenset({"RegisterPostBackwardFunctionBackward"})
     honours = frozenset({"fsdp_shard_size", "fsdp_cpu_offload", "mixed_mm_data", "grad_accum_dtype"})
 
     # Preparing
@@ -105,6 +106,10 @@ class FSDPV2Strategy(StrategyBase):
         gc.collect()  # meshes are cycles, which would keep process groups, their threads and sockets, for a while
 
     # A step
+
+    @override
+    def _leaves(self, trained: TrainedModel) -> Collection[int]:
+        return sharding.gathered_parameters(trained.model)
 
     @contextmanager
     @override

@@ -8,7 +8,7 @@ whose gradients are, after `_backward`, the mean over the ranks.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -99,6 +99,10 @@ class Backend(ABC):
         return torch.autocast(self.world.device.type, torch.bfloat16) if self.config.bf16 else nullcontext()
 
     # A step
+
+    def _leaves(self, trained: "TrainedModel") -> Collection[int]:
+        """The tensors, by their ``id``, at which the graph of a loss of ``trained`` ends: its trainable parameters."""
+        return trained.identities
 
     def _backward(self, trained: "TrainedModel", loss: torch.Tensor, retain_graph: bool) -> None:
         """Add the gradient of ``loss``, averaged over the ranks now or in `_update`, to what is there."""

@@ -49,7 +49,7 @@ class TrainedModel:
         self.backend, self.model, self.optimizer, self.window = backend, model, optimizer, window
         self.parameters = [parameter for parameter in parameters_of(optimizer) if parameter.requires_grad]
         """Those that train; what is frozen in ``optimizer`` stays as it is."""
-        self._own = frozenset(map(id, self.parameters))
+        self.identities = frozenset(map(id, self.parameters))
         self._frozen = [parameter for parameter in parameters_of(optimizer) if not parameter.requires_grad]
         self._names = names
         self.group_names = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
@@ -73,7 +73,7 @@ class TrainedModel:
     def backward(self, loss: torch.Tensor, *, retain_graph: bool = False) -> None:
         """Add the gradient of ``loss``, a scalar with a graph, to the window's."""
         check_loss(loss)
-        if not leads_to(loss, self._own, self.backend.transparent):
+        if not leads_to(loss, self.backend._leaves(self), self.backend.transparent):
             raise StrategyError(
                 f"backward: the loss does not depend on any trainable parameter of {self.kind}; pass the model that "
                 f"computed it"
