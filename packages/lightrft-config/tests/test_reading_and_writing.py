@@ -8,41 +8,59 @@ import warnings
 from unittest.mock import MagicMock
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from lightrft.config import ConfigError, StrategyConfig
 from lightrft.config.settings import Settings
 
-RATE = st.floats(0, 1, allow_nan=False)
-POSITIVE = st.integers(1, 2**31)
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12)
+LIKE_NUMBERS = st.from_regex(r"[-+]?[0-9.]{1,3}([eE][-+]?[0-9]{1,2})?", fullmatch=True)
+SCHEMA = StrategyConfig.json_schema()["properties"]
+
+
+def values_of(schema):
+    """Any value that a JSON schema allows, as `StrategyConfig` takes it."""
+    if "anyOf" in schema:
+        return st.one_of(*map(values_of, schema["anyOf"]))
+    if "const" in schema or "enum" in schema:
+        return st.sampled_from(schema.get("enum", [schema.get("const")]))
+    if "prefixItems" in schema:
+        return st.tuples(*map(values_of, schema["prefixItems"]))
+    if schema["type"] == "array":
+        return st.lists(values_of(schema["items"]), max_size=3).map(tuple)
+    bounds = {
+        "min_value": schema.get("minimum", schema.get("exclusiveMinimum")),
+        "max_value": schema.get("maximum", schema.get("exclusiveMaximum", 2**31)),
+    }
+    if schema["type"] == "integer":
+        low = bounds["min_value"] + ("exclusiveMinimum" in schema) if bounds["min_value"] is not None else -(2**31)
+        return st.integers(low, bounds["max_value"] - ("exclusiveMaximum" in schema))
+    if schema["type"] == "number":
+        excluded = {"exclude_min": "exclusiveMinimum" in schema, "exclude_max": "exclusiveMaximum" in schema}
+        return st.floats(**bounds, **excluded, allow_nan=False, allow_infinity=False)
+    return {"boolean": st.booleans(), "string": TEXT | LIKE_NUMBERS, "null": st.none()}[schema["type"]]
 
 
 @st.composite
 def settings(draw):
     """Any valid settings, as keyword arguments."""
-    micro = draw(st.integers(1, 64))
-    return draw(
-        st.fixed_dictionaries(
-            {"micro_train_batch_size": st.just(micro), "train_batch_size": st.integers(1, 64).map(lambda n: n * micro)},
-            optional={
-                "seed": st.integers(0, 2**32 - 1), "max_norm": st.none() | RATE, "timeout": st.floats(1e-3, 1e9),
-                "bf16": st.booleans(), "strategy": st.just("auto") | TEXT, "device": st.sampled_from(["auto", "cpu", "cuda"]),
-                "grad_accum_dtype": st.sampled_from([None, "fp32", "bf16"]), "zero_stage": st.integers(0, 3), "zpg": POSITIVE,
-                "adam_betas": st.tuples(RATE.filter(lambda b: b < 1), RATE.filter(lambda b: b < 1)),
-                "actor_learning_rate": RATE, "remote_rm_url": st.none() | TEXT | st.lists(TEXT, max_size=3).map(tuple),
-                "n_samples_per_prompt": st.integers(2, 64), "use_tensorboard": st.none() | st.booleans() | TEXT,
-                "kl_estimator": st.sampled_from(["k1", "k2", "k3"]), "pretrain_data": st.none() | TEXT,
-                "weight_sync_bucket_bytes": POSITIVE, "local_rank": st.integers(-1, 64),
-            },
-        )
-    )  # fmt: skip
+    some = draw(st.lists(st.sampled_from(sorted(SCHEMA.keys() - {"extra_args"})), unique=True, max_size=12))
+    given = {name: draw(values_of(SCHEMA[name])) for name in some}
+    micro = given["micro_train_batch_size"] = draw(st.integers(1, 64))
+    given["train_batch_size"] = micro * draw(st.integers(1, 64))
+    try:
+        StrategyConfig(**given)
+    except ConfigError:
+        assume(False)
+    return given
 
 
 EXTRA = st.dictionaries(
-    TEXT.map("mine_".__add__), st.none() | st.integers() | TEXT | st.lists(st.integers(), max_size=2), max_size=3
+    TEXT.map("mine_".__add__),
+    st.none() | st.integers() | TEXT | LIKE_NUMBERS | st.lists(st.integers(), max_size=2),
+    max_size=3,
 )
 
 
@@ -176,14 +194,6 @@ def test_an_empty_yaml_file_means_the_defaults(tmp_path):
     assert StrategyConfig.from_yaml(tmp_path / "c.yaml") == StrategyConfig()
 
 
-def test_what_cannot_be_written_is_refused_and_nothing_is_written(tmp_path):
-    config = StrategyConfig.from_args({"mine": object()})
-    for write in (config.to_json, config.to_yaml):
-        with pytest.raises(ConfigError, match="extra_args cannot be written"):
-            write(tmp_path / "c")
-    assert not (tmp_path / "c").exists()
-
-
 def test_the_parser_keeps_its_own_options():
     parser = argparse.ArgumentParser()
     parser.add_argument("--seed", type=int, default=1)
@@ -210,3 +220,93 @@ def test_the_summary_shows_what_differs():
     lines = StrategyConfig.from_args({"zero_stage": 3, "mine": 1}).summary().splitlines()
     assert [line.split()[0] for line in lines] == ["setting", "-" * 18, "zero_stage", "extra_args['mine']"]
     assert lines[2].split() == ["zero_stage", "3", "2", "strategy"]
+
+
+@pytest.mark.parametrize(
+    "text", ["1e5", "1E-5", "-3e2", ".5e3", "1.e4", "+1e5", "1e+5", "0x1f", "yes", "null", "~", ""]
+)
+def test_a_string_that_looks_like_something_else_stays_a_string(tmp_path, text):
+    config = StrategyConfig(**({"pretrain_data": text} if text else {}), extra_args={"mine": text, "more": [text]})
+    config.to_yaml(tmp_path / "c.yaml")
+    assert StrategyConfig.from_yaml(tmp_path / "c.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [((1, 2), r"\['mine'\] is \(1, 2\) \(tuple\)"), ({1: 2}, r"\['mine'\] has the key 1 \(int\)"),
+     ([float("nan")], r"\['mine'\]\[0\] is nan"), ({"a": object()}, r"\['mine'\]\['a'\]")],
+)  # fmt: skip
+@pytest.mark.parametrize("form", ["json", "yaml"])
+def test_what_would_not_come_back_as_it_is_is_not_written(tmp_path, value, words, form):
+    config = StrategyConfig(extra_args={"mine": value})
+    with pytest.raises(ConfigError, match=words):
+        getattr(config, f"to_{form}")(tmp_path / "config")
+    assert not (tmp_path / "config").exists()
+
+
+@pytest.mark.parametrize(("form", "text"), [("yaml", "seed: 1\nseed: 2\n"), ("json", '{"seed": 1, "seed": 2}')])
+def test_a_setting_that_stands_twice_in_a_file_is_refused(tmp_path, form, text):
+    (tmp_path / "config").write_text(text)
+    with pytest.raises(ConfigError, match=r"config: 'seed' stands there twice"):
+        getattr(StrategyConfig, f"from_{form}")(tmp_path / "config")
+
+
+class Raising:
+    @property
+    def seed(self):
+        raise OSError("no disk")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [(it for it in ()), frozenset(), bytearray(), 1j, len, test_a_setting_that_stands_twice_in_a_file_is_refused, json],
+)
+def test_what_has_no_names_is_refused(source):
+    with pytest.raises(ConfigError, match="wanted an argparse Namespace, a mapping"):
+        StrategyConfig.from_args(source)
+
+
+def test_an_attribute_that_cannot_be_read_is_named():
+    with pytest.raises(ConfigError, match="reading 'seed' of the Raising raised OSError: no disk"):
+        StrategyConfig.from_args(Raising())
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("fspd", "fsdp"), ("bf61", "bf16"), ("sed", "seed"), ("zgp", "zpg"), ("timeuot", "timeout")]
+)
+def test_a_slip_in_a_short_name_warns(name, meant):
+    with pytest.warns(UserWarning, match=f"did you mean '{meant}'"):
+        StrategyConfig.from_args({name: 1})
+
+
+@pytest.mark.parametrize("name", ["lr", "l1", "fp16", "max_len", "learning_rate", "lora_rank"])
+def test_a_name_of_its_own_does_not_warn(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        StrategyConfig.from_args({name: 1})
+
+
+def test_a_setting_among_the_extra_arguments_is_refused():
+    with pytest.raises(ConfigError, match="extra_args has 'seed'"):
+        StrategyConfig.from_args({"extra_args": {"seed": 1}})
+
+
+def test_several_urls_can_be_given():
+    parser = StrategyConfig.add_arguments(argparse.ArgumentParser())
+    assert StrategyConfig.from_args(parser.parse_args(["--remote_rm_url", "a", "b"])).remote_rm_url == ("a", "b")
+    assert StrategyConfig.from_args(parser.parse_args(["--remote_rm_url", "a"])).remote_rm_url == "a"
+
+
+def test_pydantics_own_ways_raise_our_errors():
+    with pytest.raises(ConfigError, match="seed: got 'x'"):
+        StrategyConfig.model_validate({"seed": "x"})
+    with pytest.raises(ConfigError, match=r"seed: a StrategyConfig does not change.*config\.replace\(seed=1\)"):
+        StrategyConfig().seed = 1
+
+
+def test_overlaid_takes_what_is_named_and_keeps_the_rest():
+    config = StrategyConfig(seed=1, l2=0.5, extra_args={"mine": 1})
+    found = config.overlaid({"seed": 2, "yours": 3})
+    assert (found.seed, found.l2, found.extra_args) == (2, 0.5, {"mine": 1, "yours": 3})
+    other = StrategyConfig(seed=3)
+    assert config.overlaid(other) is other

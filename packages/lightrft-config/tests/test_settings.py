@@ -6,7 +6,6 @@ import pickle
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from lightrft.config import ConfigError, StrategyConfig
 from lightrft.config.settings import Settings
@@ -38,11 +37,6 @@ def test_every_setting_has_a_description_and_an_owner():
     for name, field in StrategyConfig.model_fields.items():
         assert field.description, name
         assert StrategyConfig.owner(name) in ("strategy", "engine", "trainer")
-
-
-def test_it_is_frozen():
-    with pytest.raises(ValidationError, match="frozen"):
-        StrategyConfig().seed = 1
 
 
 def test_an_unknown_name_is_refused_with_the_nearest():

@@ -1,6 +1,7 @@
 """Settings on the command line and in YAML."""
 
 import argparse
+import math
 import re
 import types
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic.fields import FieldInfo
 
+from lightrft.config.errors import ConfigError
 from lightrft.config.settings import Settings
 
 
@@ -38,6 +40,8 @@ def _reading(field: FieldInfo) -> dict[str, Any]:
         return {"type": parse, "choices": [*choices, None] if type(None) in options else choices}
     if get_origin(kinds[0]) is tuple:
         return {"type": float, "nargs": len(get_args(kinds[0]))}
+    if any(get_origin(kind) is tuple for kind in kinds):
+        return {"type": _parser_of([str], optional=type(None) in options), "nargs": "+", "action": _OneOrMore}
     return {"type": _parser_of(kinds, optional=type(None) in options)}
 
 
@@ -63,12 +67,59 @@ def _parser_of(kinds: list[Any], *, optional: bool) -> Callable[[str], Any]:
     return parse
 
 
+class _OneOrMore(argparse.Action):
+    """Stores one value as it is, and several as a tuple."""
+
+    def __call__(self, parser: object, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else tuple(values))
+
+
+# Files
+
+
 class YamlLoader(yaml.SafeLoader):
-    """YAML whose ``1e-5`` is a number, as in YAML 1.2; in YAML 1.1, PyYAML's, it is a string."""
+    """YAML whose ``1e-5`` is a number, as in YAML 1.2; in YAML 1.1, PyYAML's, it is a string. No name stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping. Raises where one of its keys stands twice: YAML forbids it, and PyYAML takes the last."""
+        unique([(self.construct_object(key, deep=True), None) for key, _ in node.value])
+        return super().construct_mapping(node, deep)
 
 
-YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
+class YamlDumper(yaml.SafeDumper):
+    """Writes what `YamlLoader` reads: a string that looks like a number there is quoted."""
+
+
+for _kind in (YamlLoader, YamlDumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+        list("-+0123456789."),
+    )
+
+
+def unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """The pairs of a JSON object or a YAML mapping, in a dict. Raises `ConfigError` where a name stands twice."""
+    found: dict[Any, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ConfigError(f"{name!r} stands there twice; give each setting once")
+        found[name] = value
+    return found
+
+
+def check_plain(value: object, where: str) -> None:
+    """Raise `ConfigError` unless ``value`` comes back equal from JSON and from YAML."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise ConfigError(f"{where} has the key {key!r} ({type(key).__name__}); JSON has strings only")
+            check_plain(item, f"{where}[{key!r}]")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            check_plain(item, f"{where}[{index}]")
+    elif not (value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value))):
+        raise ConfigError(
+            f"{where} is {value!r} ({type(value).__name__}), which does not come back from a file as it is; make it a "
+            f"string, a finite number, a bool, None, or a list or dict of these"
+        )

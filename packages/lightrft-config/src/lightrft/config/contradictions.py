@@ -12,6 +12,8 @@ from lightrft.config.settings import Settings
 def contradictions(settings: Settings) -> Iterator[str]:
     """One sentence for each contradiction in ``settings``, with the numbers and the remedy."""
     s = settings
+    for name in s.extra_args.keys() & type(s).model_fields.keys():
+        yield f"extra_args has {name!r} ({s.extra_args[name]!r}), which is a setting; give it as one"
     if s.fsdp and s.strategy not in ("auto", "fsdp"):
         yield f"fsdp=True asks for FSDP2 and strategy={s.strategy!r} for another strategy; give one of the two"
     if s.train_batch_size % s.micro_train_batch_size:

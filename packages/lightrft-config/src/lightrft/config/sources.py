@@ -3,12 +3,17 @@
 import dataclasses
 import inspect
 from collections.abc import Mapping
-from types import FunctionType, MethodType
+from types import BuiltinFunctionType, FunctionType, GeneratorType, MethodType, ModuleType
 from typing import Any
 
 from pydantic import BaseModel
 
 from lightrft.config.errors import ConfigError
+
+_NAMELESS = (
+    type, str, bytes, bytearray, int, float, complex, list, tuple, set, frozenset, FunctionType, MethodType,
+    BuiltinFunctionType, ModuleType, GeneratorType,
+)  # fmt: skip
 
 
 def read(source: object) -> dict[str, Any]:
@@ -16,11 +21,11 @@ def read(source: object) -> dict[str, Any]:
 
     Takes a mapping, a dataclass instance, a pydantic model, an argparse Namespace, or any other object
     with public data attributes, its own or its class's. Raises `ConfigError` for anything that has no
-    names to read: None, a string, a number, a sequence, a class.
+    names to read: None, a string, a number, a sequence, an array, a class, a function, a module.
     """
     if isinstance(source, Mapping):
         return _with_string_keys(source)
-    if isinstance(source, type) or source is None or isinstance(source, (str, bytes, int, float, list, tuple, set)):
+    if source is None or isinstance(source, _NAMELESS) or hasattr(type(source), "__array__"):
         raise ConfigError(
             f"from_args: got {source!r} ({type(source).__name__}); wanted an argparse Namespace, a mapping, "
             f"a dataclass, a pydantic model, or an object with attributes"
@@ -52,6 +57,10 @@ def _attributes(source: object) -> dict[str, Any]:
             found[name] = getattr(source, name)
         except AttributeError:  # a slot that was never set
             continue
+        except Exception as error:
+            raise ConfigError(
+                f"from_args: reading {name!r} of the {type(source).__name__} raised {type(error).__name__}: {error}"
+            ) from error
     return found
 
 

@@ -13,7 +13,7 @@ from pydantic import PrivateAttr, ValidationError
 from lightrft.config import arguments, validation
 from lightrft.config.contradictions import contradictions
 from lightrft.config.errors import ConfigError
-from lightrft.config.names import NEAR_MISS, nearest
+from lightrft.config.names import near_miss
 from lightrft.config.settings import Owner, Settings
 from lightrft.config.sources import read
 
@@ -41,7 +41,23 @@ class StrategyConfig(Settings):
 
     __hash__ = None  # type: ignore[assignment]  # extra_args is a dict
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in type(self).model_fields:
+            raise ConfigError(
+                f"{name}: a StrategyConfig does not change; make another: config.replace({name}={value!r})"
+            )
+        super().__setattr__(name, value)
+
     # Reading
+
+    @classmethod
+    def model_validate(cls, obj: object, **_: Any) -> Self:
+        """Build one directly from a mapping, under pydantic's name. Raises `ConfigError`, as the constructor does."""
+        if not isinstance(obj, (cls, Mapping)):
+            raise ConfigError(
+                f"model_validate: got {obj!r} ({type(obj).__name__}); wanted settings by name, or from_args"
+            )
+        return obj if isinstance(obj, cls) else cls(**obj)
 
     @classmethod
     def from_args(cls, source: object) -> Self:
@@ -71,7 +87,9 @@ class StrategyConfig(Settings):
     @classmethod
     def from_json(cls, path: str | Path) -> Self:
         """Read a JSON file. Unknown names raise, as when built directly."""
-        return cls._from_file(path, json.loads, json.JSONDecodeError)
+        return cls._from_file(
+            path, lambda text: json.loads(text, object_pairs_hook=arguments.unique), json.JSONDecodeError
+        )
 
     @classmethod
     def _from_file(cls, path: str | Path, parse: Any, syntax_error: type[Exception]) -> Self:
@@ -79,6 +97,8 @@ class StrategyConfig(Settings):
             content = parse(Path(path).read_text(encoding="utf-8"))
         except (syntax_error, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: cannot be read: {error}") from error
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
         if content is None:
             content = {}
         if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
@@ -162,15 +182,14 @@ class StrategyConfig(Settings):
 
     def to_yaml(self, path: str | Path) -> None:
         """Write all settings to a file that `from_yaml` reads."""
-        self._write(path, lambda settings: yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+        self._write(
+            path, lambda settings: yaml.dump(settings, Dumper=arguments.YamlDumper, sort_keys=False, allow_unicode=True)
+        )
 
     def _write(self, path: str | Path, render: Any) -> None:
+        arguments.check_plain(self.extra_args, f"{path}: extra_args")
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in self.to_dict().items()}
-        try:
-            text = render(plain)
-        except (TypeError, ValueError, yaml.YAMLError) as error:
-            raise ConfigError(f"{path}: a value in extra_args cannot be written: {error}") from error
-        Path(path).write_text(text, encoding="utf-8")
+        Path(path).write_text(render(plain), encoding="utf-8")
 
     @classmethod
     def json_schema(cls) -> dict[str, Any]:
@@ -193,7 +212,7 @@ class StrategyConfig(Settings):
 
 def _warn_of_near_misses(extra: Mapping[str, Any]) -> None:
     for name in extra:
-        likely = nearest(name, Settings.model_fields, at_least=NEAR_MISS)
+        likely = near_miss(name, Settings.model_fields)
         if likely:
             warnings.warn(
                 f"StrategyConfig.from_args: {name!r} is not a setting and was kept in extra_args; "
