@@ -53,11 +53,11 @@ class StrategyConfig(Settings):
     @classmethod
     def model_validate(cls, obj: object, **_: Any) -> Self:
         """Build one directly from a mapping, under pydantic's name. Raises `ConfigError`, as the constructor does."""
-        if not isinstance(obj, (cls, Mapping)):
-            raise ConfigError(
-                f"model_validate: got {obj!r} ({type(obj).__name__}); wanted settings by name, or from_args"
-            )
-        return obj if isinstance(obj, cls) else cls(**obj)
+        if isinstance(obj, Mapping):
+            return cls(**obj)
+        if isinstance(obj, cls):
+            return obj
+        raise ConfigError(f"model_validate: got {obj!r} ({type(obj).__name__}); wanted settings by name, or from_args")
 
     @classmethod
     def from_args(cls, source: object) -> Self:
