@@ -96,7 +96,6 @@ def test_deepspeed_knows_every_name_in_it(given: dict[str, object]) -> None:
         ({"zero_stage": 2, "zpg": 2}, 2, "zpg", "at zero_stage 3 only"),
         ({"zero_stage": 3, "zpg": 3}, 4, "zpg", "4 ranks do not divide into partitions of 3"),
         ({"zero_stage": 0, "grad_accum_dtype": "bf16"}, 2, "grad_accum_dtype", "accumulates in fp32"),
-        ({"zero_stage": 2, "bf16": False, "grad_accum_dtype": "bf16"}, 2, "grad_accum_dtype", "gradients are fp32"),
     ],
 )
 def test_what_a_stage_cannot_honour_is_refused_or_warned_of(

@@ -21,6 +21,10 @@ def contradictions(settings: Settings) -> Iterator[str]:
             f"train_batch_size={s.train_batch_size} is not a multiple of "
             f"micro_train_batch_size={s.micro_train_batch_size}; an update is a whole number of micro-batches"
         )
+    if s.grad_accum_dtype == "bf16" and not s.bf16:
+        yield "grad_accum_dtype='bf16' accumulates what bf16=False computes in fp32; set bf16, or leave it out"
+    if s.fsdp_shard_size == 0:
+        yield "fsdp_shard_size=0; give a number of ranks, or -1 for all"
     if s.fsdp_cpu_offload and s.adam_offload:
         yield "fsdp_cpu_offload=True already keeps the optimizer in host memory; leave adam_offload out"
     if s.reward_running_norm_minus_mean and not s.reward_running_norm:

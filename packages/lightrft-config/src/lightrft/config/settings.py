@@ -100,7 +100,8 @@ class Settings(BaseModel):
     mixed_mm_data: bool = of("strategy", False, backend="fsdp")
     """Batches mix text with images: keep vision layers in the root, so that ranks may skip them."""
     use_mp_opt: bool = of("strategy", False, backend="fsdp")
-    """LightRFT's optimizer that keeps fp32 master weights beside bf16 parameters."""
+    """LightRFT's optimizer that keeps fp32 master weights beside bf16 parameters. FSDP2 has fp32 masters here anyway:
+    asking for this is refused."""
 
     # The rollout engine's
     engine_type: str = of("engine", "vllm", min_length=1)

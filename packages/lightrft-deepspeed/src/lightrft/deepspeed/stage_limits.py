@@ -18,8 +18,6 @@ def unsupported(config: StrategyConfig, ranks: int) -> Iterator[tuple[str, str]]
         yield "zpg", f"{ranks} ranks do not divide into partitions of {config.zpg}; use a divisor of {ranks}"
     if config.grad_accum_dtype == "bf16" and stage == 0:
         yield "grad_accum_dtype", "zero_stage 0 accumulates in fp32; use a higher stage or leave it out"
-    elif config.grad_accum_dtype == "bf16" and not config.bf16:
-        yield "grad_accum_dtype", "with bf16=False gradients are fp32; set bf16 or leave it out"
 
 
 def honourable(config: StrategyConfig, world: World) -> StrategyConfig:

@@ -31,7 +31,8 @@ class FSDPV2Strategy(StrategyBase):
     """FSDP2 over all ranks, or, with ``fsdp_shard_size``, over groups of them that replicate each other (HSDP).
 
     Gradients are reduced at each backward, so no rank ever holds a whole gradient. With ``bf16`` parameters
-    are gathered and used in bf16, gradients reduced in fp32, and the shards are fp32 master weights.
+    are gathered and used in bf16, gradients reduced in fp32, and the shards are fp32 master weights. FSDP2 gathers a layer
+    as one buffer: where a model in training has parameters of several types, frozen ones are fp32 too.
     """
 
     name = "fsdp"

@@ -27,6 +27,7 @@ from lightrft.strategy.rollout.weights import Bucket
 class SGLangEngine(EngineBase):
     """Generates with SGLang, in a server process that this rank holds."""
 
+    honours = frozenset({"engine_mem_util"})
     leader_only = True
 
     def __init__(self, request: EngineRequest, source: ModelSource) -> None:

@@ -30,6 +30,7 @@ from lightrft.strategy.rollout.weights import Bucket
 class VLLMEngine(EngineBase):
     """Generates with vLLM. All ranks that share an engine call it alike."""
 
+    honours = frozenset({"engine_mem_util"})
     _alive: "VLLMEngine | None" = None  # vLLM keeps its groups in globals: one engine a process
 
     def __init__(self, request: EngineRequest, source: ModelSource) -> None:

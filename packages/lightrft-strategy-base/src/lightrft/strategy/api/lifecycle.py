@@ -10,14 +10,14 @@ from typing import Any, Self, final
 import numpy as np
 import torch
 
-from lightrft.config import ConfigError, StrategyConfig, StrategyError
+from lightrft.config import ArgumentTypeError, ConfigError, StrategyConfig, StrategyError
 from lightrft.strategy import log, memory
 from lightrft.strategy.backend import Backend
 from lightrft.strategy.checkpoint.checkpoints import Checkpoints
 from lightrft.strategy.checkpoint.termination import Termination
 from lightrft.strategy.distributed.collectives import Collectives, ReduceOp
 from lightrft.strategy.distributed.operations import Operations, Watch
-from lightrft.strategy.distributed.world import local_rank
+from lightrft.strategy.distributed.world import current_rank, local_rank
 from lightrft.strategy.rollout.rollout import Rollout
 from lightrft.strategy.settings_check import honourable
 from lightrft.strategy.training.moving_average import MovingAverages
@@ -48,6 +48,8 @@ class Lifecycle(Backend):
         """
         if not self._open:
             self._begin()
+        if timeout is not None and not (isinstance(timeout, timedelta) and timeout > timedelta(0)):
+            raise ArgumentTypeError(f"setup_distributed: timeout={timeout!r}; allowed is a datetime.timedelta above 0")
         if timeout is not None and timeout != self.world.timeout:
             self.world.timeout = timeout
             self._operations.timeout = timeout.total_seconds()
@@ -59,6 +61,7 @@ class Lifecycle(Backend):
         self._collectives = Collectives(self.world, self._operations)
         log.speak_as(self.world.rank)
         try:
+            self._collectives.agree_on_all("get_strategy", self._shared_settings())
             with self.world.remembering_environment():
                 self._setup()
             self._models = PreparedModels()
@@ -74,6 +77,11 @@ class Lifecycle(Backend):
         self._watch = Watch(self._operations) if self.world.size > 1 and self.world.device.type == "cuda" else None
         self._open = True
         self.set_seed(self.config.seed)
+
+    def _shared_settings(self) -> list[list[object]]:
+        """The settings that must be alike on all ranks, as JSON values."""
+        own = {name: value for name, value in self.config.to_dict().items() if name not in ("extra_args", "local_rank")}
+        return [[name, list(it) if isinstance(it, tuple) else it] for name, it in own.items()]
 
     def _window(self) -> int:
         """K, the micro-batches of an update. Raises `ConfigError` on every rank where it is not whole."""
@@ -103,7 +111,7 @@ class Lifecycle(Backend):
             if self._watch is not None:
                 self._watch.close()
             self.world.close()
-            log.speak_as(0)
+            log.speak_as(current_rank())  # of another strategy in this process
 
     @final
     def __enter__(self) -> Self:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Sampler
 
-from lightrft.config import StrategyConfig, StrategyError
+from lightrft.config import ArgumentError, ConfigError, StrategyConfig, StrategyError
 from lightrft.strategy.api.lifecycle import Lifecycle
 from lightrft.strategy.backend import WrapOptions
 from lightrft.strategy.training.data import ResumableLoader, make_loader
@@ -76,6 +76,10 @@ class Preparing(Lifecycle):
         """
         if not isinstance(model, nn.Module):
             return model
+        if not (isinstance(shard_size, int) and (shard_size == -1 or shard_size > 0)):
+            raise ConfigError(
+                f"prepare_model: shard_size={shard_size!r}; allowed is a number of ranks, or -1 for the setting"
+            )
         options = WrapOptions(training=is_training, shard_size=shard_size, reshard_after_forward=reshard_after_forward)
         with self._running("prepare_model"):
             return self._preparation.model(model, options)
@@ -97,6 +101,9 @@ class Preparing(Lifecycle):
         scheduler), reward_models, initial_model)``, with None where there is none.
         """
         config = self._config_of(args)
+        if not isinstance(max_steps, int) or max_steps < 1:
+            raise ArgumentError(f"prepare_models_and_optimizers: max_steps={max_steps!r}; allowed is an integer >= 1")
+        check_kinds("prepare_models_and_optimizers", actor)
         actor.is_actor = True  # type: ignore[assignment]
         trained_actor = self._with_optimizer(actor, config, config.actor_learning_rate, max_steps)
         trained_critic: tuple[Any, Any, Any] = (None, None, None)

@@ -32,9 +32,7 @@ class Rollouts(Checkpointing):
         (default: the setting), or one larger tensor, and is valid until the next one is asked for; it may be
         the model's own memory. All ranks must ask for all buckets.
         """
-        found = self._models.find(model)
-        if found is None:
-            raise StrategyError(f"full_parameters: this strategy has not prepared the model ({type(model).__name__})")
+        found = self._models.at_hand(model, "full_parameters")
         limit = self.config.weight_sync_bucket_bytes if bucket_bytes is None else bucket_bytes
         chosen = dtype or (torch.bfloat16 if self.config.bf16 else None)
         buckets = weights.full_parameters(self, found.module, limit, chosen)
@@ -115,11 +113,7 @@ class Rollouts(Checkpointing):
         engine's checkpoint. Where sending fails, the engine is stale, and refuses to generate, until a sync ends well.
         """
         with self._running("update_engine_weights"):
-            found = self._models.find(actor)
-            if found is None:
-                raise StrategyError(
-                    f"update_engine_weights: this strategy has not prepared the model ({type(actor).__name__})"
-                )
+            found = self._models.at_hand(actor, "update_engine_weights")
             self._rollout.sync(
                 lambda: weights.full_shapes(self, found.module),
                 lambda: self.full_parameters(actor, self._rollout.bucket_bytes),

@@ -88,7 +88,9 @@ class Training(Preparing):
             if found is None or found.trained is None:
                 raise StrategyError("moving_average: the model is not in training with this strategy; prepare it first")
             place = None if device is None else torch.device(device)
-            self._averages.move(found.trained, self._models.unwrap(model_ema), beta, place)
+            self._models.at_hand(model, "moving_average")
+            average = self._models.at_hand(model_ema, "moving_average").module
+            self._averages.move(found.trained, average, beta, place)
 
     # Memory
 

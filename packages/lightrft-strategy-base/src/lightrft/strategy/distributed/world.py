@@ -102,6 +102,11 @@ class World:
         return set() if self.control is None else set(_groups()) - self._found_groups
 
 
+def current_rank() -> int:
+    """This process's rank in the default process group; 0 where there is none."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def all_gather_rows(rows: torch.Tensor, group: dist.ProcessGroup | None) -> None:
     """Fill the rows of a contiguous 2-D tensor, one for each rank, of which this rank has filled its own."""
     # In place, since gloo takes as much again for itself. torch 2.13 renamed all_gather_into_tensor; 2.11 has only that.

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lightrft.config import ArgumentError, EngineError, StaleWeightsError, StrategyConfig
+from lightrft.config import ArgumentError, EngineError, LightRFTError, StaleWeightsError, StrategyConfig
 from lightrft.strategy.rollout.sampling import Sampling
 from lightrft.strategy.rollout.weights import Bucket
 
@@ -136,6 +136,8 @@ class RolloutEngine(Protocol):
 class EngineBase(ABC):
     """The promises that all engines keep alike, over a few hooks."""
 
+    honours: ClassVar[frozenset[str]] = frozenset()
+    """The settings of some engines alone with which this one does something; see `lightrft.strategy.settings_check`."""
     leader_only: ClassVar[bool] = False
     """Of the ranks that share an engine, only the first holds it; else all call it alike."""
     capabilities: EngineCapabilities = EngineCapabilities()
@@ -211,7 +213,12 @@ class EngineBase(ABC):
                 f"{self._name}: generate refused, since {', '.join(PARTS - self._awake)} are asleep; wake_up first"
             )
         self._check(prompts, sampling)
-        return self._generate(prompts, sampling) if prompts else []
+        try:
+            return self._generate(prompts, sampling) if prompts else []
+        except LightRFTError:
+            raise
+        except Exception as error:
+            raise EngineError(f"{self._name}: generate failed: {type(error).__name__}: {error}") from error
 
     @final
     def update_weights(self, buckets: Iterable[Bucket]) -> None:
@@ -285,7 +292,7 @@ class EngineBase(ABC):
         if not self.capabilities.multimodal and any(prompt.images or prompt.videos for prompt in prompts):
             raise EngineError(f"{self._name} takes no images and no videos; use an engine that does")
         if sampling.stop and not self.capabilities.stop_strings:
-            raise EngineError(f"{self._name} has no tokenizer and takes no stop strings; use stop_token_ids")
+            raise EngineError(f"{self._name} takes no stop strings here; use stop_token_ids")
 
 
 def is_engine(candidate: object) -> bool:

@@ -5,7 +5,8 @@ loses the placeholders of that kind, and nothing else.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from lightrft.config import ArgumentError
@@ -81,6 +82,10 @@ def prompts_of_inputs(inputs: Sequence[dict[str, Any]]) -> list[Prompt]:
     """From LightRFT's dicts: ``{"prompt": text, "multi_modal_data": {"image": [...], "video": [...]}}``."""
     prompts = []
     for item in inputs:
+        if not isinstance(item, Mapping) or not isinstance(item.get("prompt"), str):
+            raise ArgumentError(
+                f"generate: {item!r} has no 'prompt'; wanted {{'prompt': text, 'multi_modal_data': ...}}"
+            )
         media = item.get("multi_modal_data") or {}
         images, videos = _listed(media.get("image")), _listed(media.get("video"))
         text = strip_placeholders(item["prompt"], images, videos)
@@ -106,7 +111,14 @@ def one_kind_of_prompts(token_ids: Sequence[Any] | None, inputs: Sequence[dict[s
 
 
 def _ints(tokens: Any) -> tuple[int, ...]:
-    return tuple(tokens.tolist() if hasattr(tokens, "tolist") else map(int, tokens))
+    """Token ids, from a list, an array or a tensor of integers."""
+    plain = tokens.tolist() if hasattr(tokens, "tolist") else tokens
+    if isinstance(plain, (str, bytes)) or not isinstance(plain, Sequence):
+        raise ArgumentError(f"generate: a prompt's token ids are {tokens!r}; wanted a list of integers for each prompt")
+    strange = [token for token in plain if isinstance(token, bool) or not isinstance(token, Integral) or token < 0]
+    if strange:
+        raise ArgumentError(f"generate: {strange[0]!r} is among a prompt's token ids; wanted integers from 0 on")
+    return tuple(map(int, plain))
 
 
 def _optional_ints(tokens: Any) -> tuple[int, ...] | None:

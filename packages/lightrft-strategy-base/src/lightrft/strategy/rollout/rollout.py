@@ -19,6 +19,7 @@ from lightrft.strategy.registry import engine_class
 from lightrft.strategy.rollout.engine import Completion, EngineRequest, Prompt, RolloutEngine
 from lightrft.strategy.rollout.sampling import Sampling
 from lightrft.strategy.rollout.weights import Bucket
+from lightrft.strategy.settings_check import check_engine
 
 
 class EngineStatus(Enum):
@@ -77,6 +78,7 @@ class Rollout:
         try:
             with self._collectives.together("setup_inference_engine"):
                 kind = engine_class(engine_type)
+                check_engine(config, engine_type, kind)
                 if not (kind.leader_only and self._world.rank % config.engine_tp_size):
                     self.engine = kind.build(
                         EngineRequest(

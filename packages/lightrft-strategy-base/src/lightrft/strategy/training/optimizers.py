@@ -58,6 +58,14 @@ def check_kinds(call: str, model: object, *optimizers: object) -> None:
             )
 
 
+def check_steps(optimizer: Optimizer, call: str) -> None:
+    """Raise `StrategyError` for an optimizer whose step needs more than the gradient."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise StrategyError(
+            f"{call}: LBFGS evaluates the loss again at each step, which no update here can; use another"
+        )
+
+
 def check_belongs(optimizer: Optimizer, module: nn.Module, call: str) -> None:
     """Raise `StrategyError` unless ``optimizer`` holds parameters of ``module`` and no others."""
     known = {id(parameter) for parameter in module.parameters()}

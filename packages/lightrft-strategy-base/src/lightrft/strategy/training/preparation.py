@@ -25,7 +25,7 @@ from lightrft.strategy.training.modules import (
     schema_of,
     skeleton,
 )
-from lightrft.strategy.training.optimizers import check_belongs, check_kinds, rebind
+from lightrft.strategy.training.optimizers import check_belongs, check_kinds, check_steps, rebind
 from lightrft.strategy.training.prepared import PreparedModel, PreparedModels
 from lightrft.strategy.training.trained_model import TrainedModel
 
@@ -107,6 +107,7 @@ class Preparation:
         found = self._models.find(model)
         assert found is not None
         check_belongs(optimizer, found.module, "prepare")
+        check_steps(optimizer, "prepare")
         names = {id(parameter): name for name, parameter in found.module.named_parameters()}
         found.trained = TrainedModel(self._backend, found.module, found.kind, optimizer, names, self._window)
         with self._backend.world.remembering_environment():

@@ -58,11 +58,21 @@ class PreparedModels:
         """What became of ``model``, or None where it was not prepared."""
         return self._models.get(id(self.unwrap(model)))
 
+    def at_hand(self, model: nn.Module, call: str) -> PreparedModel:
+        """What became of ``model``. Raises `StrategyError` where it was not prepared, or was offloaded."""
+        found = self.find(model)
+        if found is None:
+            raise StrategyError(f"{call}: this strategy has not prepared the model ({type(model).__name__})")
+        if found.offloaded:
+            raise StrategyError(f"{call}: {found.kind.__name__} was offloaded; call reload_model before")
+        return found
+
     def trained(self, model: nn.Module, optimizer: Optimizer, call: str) -> TrainedModel:
         """``model`` in training with ``optimizer``. Raises `StrategyError` that says which of the two is wrong."""
         prepared = self.find(model)
         if prepared is None or prepared.trained is None:
             raise StrategyError(f"{call}: {_why_not_trained(model, prepared)}")
+        self.at_hand(model, call)
         if prepared.trained.optimizer is not optimizer:
             other = self.owner(optimizer)
             whose = (
