@@ -94,6 +94,15 @@ LAUNCHERS = {"sglang": ("python", "-m", "lightrft.engines.sglang.launcher")}
 AS_IT_SHOULD_BE = ("pass ", "skip ", "xfail ", "killed ", "at peace ")
 """How the suite's lines begin that tell of nothing to look at."""
 DEMO = "examples/rlvr_arithmetic/run.py"
+DEMOS = {
+    "fsdp": (),
+    "zero3": ("--strategy=deepspeed", "--zero-stage=3"),
+    "fake": ("--strategy=fake",),
+    "vllm": ("--engine=vllm",),
+    "sglang": ("--engine=sglang",),
+}
+LEAST_GAIN = 30
+"""Points of held-out exact match that each of them must gain."""
 MOVING = Environment(("lightrft-conformance", "lightrft-deepspeed", "lightrft-fsdp"))
 """What checkpoints move between."""
 ALONE = (*FOLDERS, "lightrft-engines[transformers]")
@@ -213,6 +222,13 @@ def demo(session: nox.Session) -> None:
 
 
 @session(default=False)
+@nox.parametrize("run", [nox.param(name, id=name) for name in DEMOS])
+def learning(session: nox.Session, run: str) -> None:
+    """Run the demo on one strategy or engine, and fail unless it learns."""
+    _demo(session, *DEMOS[run], f"--least-gain={LEAST_GAIN}", f"--output=runs/learning-{run}", *session.posargs)
+
+
+@session(default=False)
 def bench(session: nox.Session) -> None:
     """Measure, and write the numbers down."""
     ours = ("lightrft-deepspeed", "lightrft-engines[transformers]", "lightrft-fsdp")
@@ -259,7 +275,9 @@ def gpu(session: nox.Session, strategy: str) -> None:
 @session(default=False)
 def nightly(session: nox.Session) -> None:
     """Run everything, with as many programs as a night has room for."""
-    for name in ("lint", "typecheck", "wheels", "tests", "saboteurs", "demo", "bench", "docs"):
+    for name in ("lint", "typecheck", "wheels", "tests", "saboteurs", "examples", "own_strategy", "bench", "docs"):
+        session.notify(name, posargs=())
+    for name in ("learning", "versions"):
         session.notify(name, posargs=())
     for name in ("checkpoints", "faults"):
         session.notify(name, posargs=("--all",))

@@ -94,7 +94,10 @@ class Environment:
         first, *others = (*self.under, program)
         command = (str(self.folder / "bin" / first), *others, *map(str, arguments))
         with session.chdir(cwd or session.cache_dir):
-            session.run(*command, env=self._variables() | variables, stdout=output, external=True)
+            session.run(
+                *command, env=self._variables() | variables, stdout=output, external=True, interrupt_timeout=60.0,
+                terminate_timeout=10.0,
+            )  # fmt: skip
 
     def _make(self, session: nox.Session, wheels: Mapping[str, Path]) -> None:
         uv(session, "venv", "--clear", "--python", sys.executable, self.folder)

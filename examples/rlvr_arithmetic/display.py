@@ -35,7 +35,9 @@ class Display:
 
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
-        if self._speaks and self._rows:
+        if self._speaks and not self._rows:
+            self._console.print("it ended before anything was measured")
+        elif self._speaks:
             self._draw()
             self._say_table()
             self._console.print(f"metrics and picture: {self._output}", highlight=False)
@@ -108,5 +110,7 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     axes.set(xlabel="step", ylabel="part answered right, in the asked form", ylim=(0, 1), title=title)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
-    figure.savefig(path)
+    whole = path.with_name(f".{path.name}")
+    figure.savefig(whole, format="png")
     plt.close(figure)
+    whole.replace(path)  # whoever looks, or interrupts, finds a whole picture
