@@ -35,6 +35,9 @@ def session(*, default: bool = True) -> Callable[[Callable[..., None]], object]:
 
 # What is certified
 
+EXPECTED = ROOT / "conformance/expected-failures.toml"
+"""What our strategies cannot have, with reasons."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy:
@@ -54,7 +57,7 @@ class Strategy:
     @property
     def arguments(self) -> tuple[str, ...]:
         """What names it on the command line."""
-        return (self.name, *(f"--set={setting}" for setting in self.settings))
+        return (self.name, *(f"--set={setting}" for setting in self.settings), f"--expected={EXPECTED}")
 
 
 def _zero(stage: int) -> Strategy:
@@ -180,9 +183,10 @@ def engines(session: nox.Session, engine: str) -> None:
 @session()
 def own_strategy(session: nox.Session) -> None:
     """Certify a strategy that none of our packages knows, from a package of its own."""
-    example = f"--editable={ROOT / 'examples/ddp_strategy'}"
-    environment = Environment(("lightrft-conformance[transformers]",), unresolved=(example,))
-    _certify(session, environment, "run", "ddp", "--world-size=2", "--profile=smoke")
+    folder = ROOT / "examples/ddp_strategy"
+    environment = Environment(("lightrft-conformance[transformers]",), unresolved=(f"--editable={folder}",))
+    expected = f"--expected={folder / 'expected-failures.toml'}"
+    _certify(session, environment, "run", "ddp", "--world-size=2", "--profile=smoke", expected)
 
 
 @session()

@@ -11,9 +11,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
+from lightrft.config import UnsupportedOperationError
 from lightrft.strategy import StrategyBase
 from lightrft.strategy.backend import WrapOptions
 from lightrft.strategy.training.modules import replicate
+from lightrft.strategy.training.trained_model import TrainedModel
 
 
 class DDPStrategy(StrategyBase):
@@ -21,6 +23,7 @@ class DDPStrategy(StrategyBase):
 
     name = "ddp"
     capabilities = frozenset({"uneven_modules"})
+    transparent = frozenset({"_DDPSinkBackward"})
 
     @override
     def _wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
@@ -34,6 +37,12 @@ class DDPStrategy(StrategyBase):
 
     def _device_ids(self) -> list[torch.device] | None:
         return [self.world.device] if self.world.device.type == "cuda" else None
+
+    @override
+    def _backward(self, trained: TrainedModel, loss: torch.Tensor, retain_graph: bool) -> None:
+        if retain_graph and self.world.size > 1:
+            raise UnsupportedOperationError("backward with retain_graph=True: DDP averages gradients once a forward")
+        super()._backward(trained, loss, retain_graph)
 
     @override
     def _teardown(self) -> None:

@@ -11,6 +11,7 @@ from deepspeed.utils import groups, safe_get_full_fp32_param
 from torch import nn
 from typing_extensions import override
 
+from lightrft.config import UnsupportedOperationError
 from lightrft.deepspeed.ds_config import computes_in_bf16
 from lightrft.deepspeed.engine import Engine
 from lightrft.deepspeed.removal import strip
@@ -51,6 +52,15 @@ class Sharded(Stage):
             if _has_master(parameter):
                 _master(engine, parameter).copy_(values)
         return engine
+
+    @override
+    def backward(self, trained: TrainedModel, loss: torch.Tensor, retain_graph: bool) -> None:
+        if retain_graph:
+            raise UnsupportedOperationError(
+                f"backward of {trained.kind} with retain_graph=True: at zero_stage 3 the graph holds parameters that are "
+                f"given back as it is walked, so it cannot be walked twice; add the losses up and call backward once"
+            )
+        super().backward(trained, loss, retain_graph)
 
     @override
     def update(self, trained: TrainedModel, factor: float) -> float | None:
