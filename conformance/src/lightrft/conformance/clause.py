@@ -51,6 +51,8 @@ class Program:
     seconds: float = 60.0
     """The deadline of the whole group."""
     seed: int = 0
+    afterwards: "Program | None" = None
+    """To be run then, by processes that know nothing of these."""
 
     def command(self, place: Place) -> dict[str, Any]:
         """As it is sent to a worker."""
@@ -72,7 +74,8 @@ class Trial:
     place: Place
     program: Program
     observations: Sequence[Sequence[Any]]
-    """By rank, then by operation; decoded."""
+    """By rank, then by operation; decoded. None of a rank that was told to die."""
+    afterwards: "Trial | None" = None
 
     _predicted: dict[Family, list[Any]] = field(default_factory=dict)
 

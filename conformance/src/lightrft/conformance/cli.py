@@ -1,6 +1,7 @@
 """The command line: run, certificate, clauses."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -144,13 +145,17 @@ def saboteurs(
     seed: Annotated[int, typer.Option(help="Of the programs that are drawn")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from --seed on")] = 1,
     only: Annotated[list[str] | None, typer.Option(help="Only this saboteur; may be repeated")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes; by default one a core")] = len(os.sched_getaffinity(0)),
 ) -> None:
     """Judge the suite: every saboteur must be killed by its own clause, no control accused. Exit 0 or 1."""
     console = Console(soft_wrap=True)
+    strange = set(only or ()) - {it.name for it in corpus()}
+    if strange:
+        raise typer.BadParameter(f"--only {', '.join(sorted(strange))}: there is no such saboteur")
     chosen = [it for it in corpus() if not only or it.name in only]
     wrong = []
     for number in range(seed, seed + seeds):
-        outcomes = run_corpus(chosen, profile, number, lambda it: _show_outcome(console, it))
+        outcomes = run_corpus(chosen, profile, number, lambda it: _show_outcome(console, it), jobs)
         wrong += [it for it in outcomes if not it.right]
     covered = {it.clause for it in chosen if it.clause}
     bare = [

@@ -20,6 +20,9 @@ from lightrft.conformance.clause import Clause, Level, Place, Program, Trial, Un
 from lightrft.conformance.driver.group import RankReport, WorkerGroup
 from lightrft.conformance.profiles import Profile
 
+FATAL = ("end", "kill_within")
+"""Operations by which a program ends ranks."""
+
 Verdict = Literal["pass", "fail", "hang", "error", "skip", "xfail"]
 
 
@@ -182,7 +185,11 @@ class Judge:
         if any(report.state == "hung" for report in reports):
             raise Hang(program, _hung(reports, program.seconds))
         answers = [report.answer if report.state == "answered" else {"observations": []} for report in reports]
-        return Trial(place=self.place, program=program, observations=decoded(answers))
+        afterwards = None
+        if program.afterwards is not None:
+            self.group.close()
+            afterwards = self.run(program.afterwards)
+        return Trial(place=self.place, program=program, observations=decoded(answers), afterwards=afterwards)
 
     def _send(self, program: Program) -> list[RankReport]:
         return self.group.run(program.command(self.place), program.seconds)
@@ -190,7 +197,7 @@ class Judge:
 
 def _unexpected_dead(program: Program, reports: Sequence[RankReport], killed: bool = False) -> list[int]:
     """The ranks that died without being told to; of these, those ``killed`` from outside."""
-    told = {rank for it in program.operations if it["do"] == "end" for rank in it["ranks"]}
+    told = {rank for it in program.operations if it["do"] in FATAL for rank in it["ranks"]}
     return [
         rank
         for rank, report in enumerate(reports)

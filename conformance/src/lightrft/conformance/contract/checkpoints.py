@@ -1,6 +1,7 @@
-"""CKPT: checkpoints. (CKPT-5, being killed while saving, is put to the test by the session `faults`.)"""
+"""CKPT: checkpoints."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from hypothesis import strategies as st
@@ -296,6 +297,49 @@ DAMAGES: list[tuple[str, float, int]] = [
     ("flip", 0.0, 0), ("flip", 0.01, 3), ("flip", 0.5, 7), ("flip", 0.999, 1), ("truncate", 0.5, 0),
     ("truncate", 0.999, 0), ("truncate", 0.0, 0), ("remove", 0.0, 0),
 ]  # fmt: skip
+
+
+@CONTRACT.add
+class Killed(OnDisk):
+    """Killed at any instant (any rank), the store still loads its last committed checkpoint; what was half-written is
+    never picked and is cleaned up by the next save."""
+
+    id = "CKPT-5"
+    ends_workers = True
+
+    @override
+    def witnesses(self, place: Place) -> Sequence[Program]:
+        everybody = list(range(place.world))
+        last = everybody[-1:]
+        return [self._program(place, 0.5, last), self._program(place, 0.95, everybody, asynchronous=place.world > 1)]
+
+    def _program(self, place: Place, part: float, ranks: list[int], asynchronous: bool = False) -> Program:
+        """Save, train, and be killed while saving and rotating. What is loaded was waited for."""
+        program = self.program(
+            place, *trained(), saved("zero"), loaded("zero"), *updates(1), {"do": "note_weights", "model": "a", "name": "one"},
+            {"do": "count_calls"}, saved("one", max_num=1), loaded("one"), *updates(1, first=5),
+            {"do": "note_weights", "model": "a", "name": "two"}, {"do": "kill_within", "part": part, "ranks": ranks},
+            saved("two", max_num=1, may_fail=True), {"do": "close", "may_fail": True},
+            {"do": "end", "ranks": list(range(place.world))}, async_ckpt=asynchronous,
+        )  # fmt: skip
+        after = (
+            *trained(seed=9), {"do": "kept"}, loaded(None), {"do": "noted_weights", "model": "a"}, saved("three"),
+            loaded("three"), {"do": "hidden"}, DONE,
+        )  # fmt: skip
+        return replace(program, operations=program.operations[:-1], afterwards=replace(program, operations=after))
+
+    @override
+    def check(self, trial: Trial) -> None:
+        after = trial.afterwards
+        assert after is not None
+        after.at(0, len(after.program.operations) - 1)
+        names, path = after.last("kept")[0], after.last_of("load", 0)[0]["path"]
+        newest = "two" if "two" in names else "one"
+        self.require(path == f"s/{newest}", f"of {names}, {path} was loaded; wanted s/{newest}")
+        for rank, noted in enumerate(after.last("noted_weights")):
+            self.require(noted == [newest], f"rank {rank}: the weights are those noted as {noted}; wanted {newest}")
+        left = after.last("hidden")[0]
+        self.require(not left, f"after the next save there is still {', '.join(left)}")
 
 
 @CONTRACT.add

@@ -8,8 +8,11 @@ import pickle
 import random
 import resource
 import shutil
+import signal
+import sys
 import tempfile
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +250,72 @@ def trap(session: Session, replace: bool, store: str = "s", tag: str = "t") -> N
 def sprung(session: Session) -> bool:
     """Whether one of the traps went off."""
     return (disk() / "sprung").exists()
+
+
+# Being killed
+
+
+class _Watch:
+    """Counts what this process asks of the file system below `disk`, as Python's audit events, and kills it at one."""
+
+    CALLS = frozenset(
+        {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.truncate", "os.scandir"}
+    )
+
+    def __init__(self) -> None:
+        self.calls, self.last = 0, 0
+        self.below = str(disk())
+        sys.addaudithook(self)
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event in self.CALLS and self.below in str(arguments[:2]):
+            self.calls += 1
+            if self.calls == self.last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+@cache
+def _watch() -> _Watch:
+    return _Watch()
+
+
+@operation
+def count_calls(session: Session) -> None:
+    """Count this process's calls of the file system from now on."""
+    _watch().calls, _watch().last = 0, 0
+
+
+@operation
+def kill_within(session: Session, part: float) -> None:
+    """Kill this process in the midst of as many calls as were counted: after this part of them."""
+    watch = _watch()
+    watch.calls, watch.last = 0, max(1, round(part * watch.calls))
+
+
+@operation
+def note_weights(session: Session, model: str, name: str) -> None:
+    """Write down what the weights are, for processes to come."""
+    found = _digest_of_weights(session, model)
+    if session.rank == 0:
+        (disk() / f"{name}.weights").write_text(found)
+
+
+@operation
+def noted_weights(session: Session, model: str) -> list[str]:
+    """The names under which these weights were written down."""
+    found = _digest_of_weights(session, model)
+    return sorted(path.stem for path in disk().glob("*.weights") if path.read_text() == found)
+
+
+def _digest_of_weights(session: Session, model: str) -> str:
+    stream = session.strategy.full_parameters(session.models[model].model, dtype=torch.float32)
+    return digest([tensor.clone() for bucket in stream for _, tensor in bucket])
+
+
+@operation
+def hidden(session: Session, store: str = "s") -> list[str]:
+    """The names in a store that a listing does not show."""
+    return sorted(path.name for path in (disk() / store).iterdir() if path.name.startswith("."))
 
 
 # Other strategies

@@ -1,14 +1,20 @@
 """Running the corpus: each saboteur against the clause that must kill it, each control against all."""
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 
 from lightrft.conformance.certification import Certification, Request
 from lightrft.conformance.contract import CONTRACT
 from lightrft.conformance.driver.group import WorkerGroup
 from lightrft.conformance.judge import ClauseResult, Unjudgeable
 from lightrft.conformance.saboteurs.catalogue import Saboteur
+
+TOGETHER = 8
+"""Saboteurs that use the same workers, one after another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,16 +40,33 @@ class Outcome:
 
 
 def run_corpus(
-    chosen: Sequence[Saboteur], profile: str, seed: int, tell: Callable[[Outcome], None] = lambda outcome: None
-) -> list[Outcome]:
-    """Run ``chosen``; the workers of a world size are shared by all that need it."""
+    chosen: Sequence[Saboteur], profile: str, seed: int, tell: Callable[[Outcome], None] = lambda outcome: None,
+    jobs: int = 1,
+) -> list[Outcome]:  # fmt: skip
+    """Run ``chosen``, in ``jobs`` processes; ``tell`` hears of each as it is done."""
+    run = partial(_run_together, profile=profile, seed=seed)
     outcomes = []
-    for world in sorted({it.world for it in chosen}):
-        with WorkerGroup(world, ranks=world > 1) as group:
-            for it in (saboteur for saboteur in chosen if saboteur.world == world):
-                outcomes.append(run_one(it, group, profile, seed))
-                tell(outcomes[-1])
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(run, together) for together in _batches(chosen)]):
+            for outcome in done.result():
+                outcomes.append(outcome)
+                tell(outcome)
     return outcomes
+
+
+def _batches(chosen: Sequence[Saboteur]) -> Iterator[tuple[Saboteur, ...]]:
+    """Controls, which take longest, one by one; then a few saboteurs of the same world size at a time."""
+    yield from ((it,) for it in chosen if not it.clause)
+    for world in sorted({it.world for it in chosen}):
+        these = [it for it in chosen if it.clause and it.world == world]
+        yield from (tuple(these[start : start + TOGETHER]) for start in range(0, len(these), TOGETHER))
+
+
+def _run_together(chosen: Sequence[Saboteur], profile: str, seed: int) -> list[Outcome]:
+    """Run ``chosen``, which are of one world size, with the same workers."""
+    world = chosen[0].world
+    with WorkerGroup(world, ranks=world > 1) as group:
+        return [run_one(it, group, profile, seed) for it in chosen]
 
 
 def run_one(saboteur: Saboteur, group: WorkerGroup, profile: str, seed: int) -> Outcome:
