@@ -209,7 +209,7 @@ def checkpoints(session: nox.Session) -> None:
     _script(session, MOVING, "faults/crossing.py", *session.posargs)
 
 
-@session(default=False)
+@session()
 def faults(session: nox.Session) -> None:
     """Kill ranks while they save, damage files, fill the disk; ``--all``: as often as a night has room for."""
     for script in ("faults/kills.py", "faults/damage.py"):

@@ -12,19 +12,26 @@ import json
 import os
 import random
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lightrft.config import LightRFTError
+from lightrft.conformance.saboteurs.plain import PlainStrategy
 from lightrft.strategy import get_fake_strategy
 
+FORKS = get_context("forkserver")
+FORKS.set_forkserver_preload(["torch", "lightrft.strategy", "lightrft.conformance.saboteurs.plain"])
 WIDTH = 192
 PATIENCE = 120.0
 
@@ -39,10 +46,16 @@ def model(step: int) -> torch.nn.Module:
     return made
 
 
-def victim(folder: Path, asynchronous: bool) -> None:
-    """One rank: save step 1, say so, wait for the word, save step 2, say so, and again."""
-    from lightrft.conformance.saboteurs.plain import PlainStrategy
+def victim(folder: Path, place: dict[str, str], asynchronous: bool, driver: Connection) -> None:
+    """One rank, until it ends, or another one did."""
+    os.environ |= place
+    torch.set_num_threads(1)
+    with suppress(LightRFTError, EOFError):
+        save_again_and_again(folder, asynchronous, driver)
 
+
+def save_again_and_again(folder: Path, asynchronous: bool, driver: Connection) -> None:
+    """Save step 1, say so, wait for the word, save step 2, 3 and 4, and say so."""
     strategy = PlainStrategy(bf16=False, device="cpu", timeout=60.0, train_batch_size=2, async_ckpt=asynchronous)
     trained = model(1)
     optimizer = strategy.create_optimizer(trained, lr=1e-3)
@@ -52,13 +65,13 @@ def victim(folder: Path, asynchronous: bool) -> None:
             for parameter, values in zip(trained.parameters(), model(step).parameters(), strict=True):
                 parameter.copy_(values)
         if step == 2:
-            print("ready", flush=True)
-            sys.stdin.readline()
+            driver.send("ready")
+            driver.recv()
         strategy.save_ckpt(trained, folder, tag=f"step{step}", max_num=2)
         if step == 1:
             strategy._checkpoints.finish()
     strategy.close()
-    print("done", flush=True)
+    driver.send("done")
 
 
 class Run:
@@ -66,49 +79,48 @@ class Run:
 
     def __init__(self, folder: Path, ranks: int, asynchronous: bool) -> None:
         port = str(20000 + random.randrange(20000))
-        self.ranks = [self._start(folder, rank, ranks, port, asynchronous) for rank in range(ranks)]
+        self.ranks: list[tuple[BaseProcess, Connection]] = []
+        for rank in range(ranks):
+            place = {
+                "RANK": rank,
+                "WORLD_SIZE": ranks,
+                "LOCAL_RANK": rank,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            mine, its = FORKS.Pipe()
+            arguments = (folder, {name: str(it) for name, it in place.items()}, asynchronous, its)
+            process = FORKS.Process(target=victim, args=arguments)
+            process.start()
+            its.close()
+            self.ranks.append((process, mine))
 
-    def _start(self, folder: Path, rank: int, ranks: int, port: str, asynchronous: bool) -> "subprocess.Popen[str]":
-        place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = {**os.environ, **{name: str(it) for name, it in place.items()}, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, __file__, "--victim", str(folder), *(["--asynchronous"] if asynchronous else [])]
-        return subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-
-    def begin(self) -> bool:
+    def begin(self) -> None:
         """Wait until all have saved the first, and let them go on."""
-        ready = all(it.stdout is not None and "ready" in it.stdout.readline() for it in self.ranks)
-        for it in self.ranks:
-            assert it.stdin is not None
-            it.stdin.write("go\n")
-            it.stdin.flush()
-        return ready
+        self.hear("ready")
+        for _, connection in self.ranks:
+            connection.send("go")
+
+    def hear(self, word: str) -> None:
+        """Wait until all have said ``word``."""
+        for rank, (_, connection) in enumerate(self.ranks):
+            assert connection.poll(PATIENCE), f"rank {rank} did not say {word!r}"
+            assert connection.recv() == word
 
     def kill(self, chosen: list[int]) -> None:
         """SIGKILL these, and give the others a moment to notice."""
         for rank in chosen:
-            self.ranks[rank].send_signal(signal.SIGKILL)
-        for it in self.ranks:
-            try:
-                it.wait(10)
-            except subprocess.TimeoutExpired:
-                it.kill()
-                it.wait()
+            self.ranks[rank][0].kill()
+        for process, _ in self.ranks:
+            process.join(10)
+        self.close()
 
     def close(self) -> None:
         """Nothing of it is left."""
-        for it in self.ranks:
-            it.kill()
-            it.wait()
-            for pipe in (it.stdin, it.stdout):
-                if pipe is not None:
-                    pipe.close()
+        for process, connection in self.ranks:
+            process.kill()
+            process.join()
+            connection.close()
 
 
 def examine(folder: Path) -> str:
@@ -128,37 +140,33 @@ def examine(folder: Path) -> str:
         return path.name
 
 
-def one(number: int, draw: random.Random, ranks: int, span: float) -> tuple[str, float]:
-    """One kill."""
+@contextmanager
+def running(ranks: int, asynchronous: bool) -> Iterator[tuple[Path, Run]]:
+    """Ranks that have saved once, and a store."""
     folder = Path(tempfile.mkdtemp(prefix="lightrft-kill-"))
-    run = Run(folder, ranks, asynchronous=number % 2 == 1)
+    run = Run(folder, ranks, asynchronous)
     try:
-        assert run.begin(), "a rank did not come up"
-        begun = time.monotonic()
-        instant = draw.uniform(0, span)
-        time.sleep(instant)
-        chosen = list(range(ranks)) if draw.random() < 0.5 else [draw.randrange(ranks)]
-        run.kill(chosen)
-        return examine(folder), time.monotonic() - begun
+        run.begin()
+        yield folder, run
     finally:
         run.close()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def one(number: int, draw: random.Random, ranks: int, span: float) -> str:
+    """One kill; the step that was loaded."""
+    with running(ranks, asynchronous=number % 2 == 1) as (folder, run):
+        time.sleep(draw.uniform(0, span))
+        run.kill(list(range(ranks)) if draw.random() < 0.5 else [draw.randrange(ranks)])
+        return examine(folder)
 
 
 def measured(ranks: int) -> float:
     """Seconds that three saves take, undisturbed: the span of the instants."""
-    folder = Path(tempfile.mkdtemp(prefix="lightrft-kill-"))
-    run = Run(folder, ranks, asynchronous=False)
-    try:
-        assert run.begin(), "a rank did not come up"
+    with running(ranks, asynchronous=False) as (_, run):
         begun = time.monotonic()
-        for it in run.ranks:
-            assert it.stdout is not None
-            assert "done" in it.stdout.readline()
+        run.hear("done")
         return time.monotonic() - begun
-    finally:
-        run.close()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def main() -> None:
@@ -166,19 +174,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=20, help="kills")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--victim", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--asynchronous", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--all", action="store_true", help="as many as a night has room for: 200")
     asked = parser.parse_args()
     count = 200 if asked.all else asked.count
-    if asked.victim is not None:
-        victim(asked.victim, asked.asynchronous)
-        return
     draw, found, lost = random.Random(asked.seed), Counter[str](), []
     span = 1.2 * measured(ranks=2)
     for number in range(count):
         try:
-            found[one(number, draw, 2, span)[0]] += 1
+            found[one(number, draw, 2, span)] += 1
         except Exception as error:  # noqa: BLE001 - counted
             lost.append(f"run {number}: {type(error).__name__}: {error}")
             print("LOST", lost[-1], flush=True)
