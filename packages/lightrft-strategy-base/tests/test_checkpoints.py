@@ -22,6 +22,7 @@ from lightrft.config import (
     StrategyError,
 )
 from lightrft.strategy import FakeStrategy, get_fake_strategy
+from lightrft.strategy.checkpoint import files
 from lightrft.strategy.checkpoint.layout import Manifest, Piece, decode_header, encode_header, header_length
 from lightrft.strategy.checkpoint.plain_values import from_json, to_json
 from lightrft.strategy.checkpoint.ranges import check_covered, fragments, owners
@@ -198,6 +199,60 @@ def test_bare_models_are_taken_with_the_optimizer_that_is_passed(strategy, tmp_p
     other = nn.Linear(3, 1)
     strategy.load_ckpt(other, tmp_path, optimizer=torch.optim.AdamW(other.parameters()))
     assert same(weights(model), weights(other))
+
+
+def test_tensors_whose_memory_is_in_another_order_come_back_as_they_were(strategy, tmp_path):
+    def in_another_order():
+        model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten(), nn.Linear(4, 1)).to(memory_format=torch.channels_last)
+        model.register_buffer("transposed", torch.randn(2, 3).t())
+        model.register_buffer("every_second", torch.randn(6)[::2])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        strategy.prepare((model, optimizer, None))
+        return model, optimizer
+
+    def train(model, optimizer):
+        inputs = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
+        strategy.backward(model(inputs).pow(2).mean(), model, optimizer)
+        strategy.optimizer_step(optimizer, model)
+
+    model, optimizer = in_another_order()
+    train(model, optimizer)
+    kept = weights(model)
+    strategy.save_ckpt(model, tmp_path)
+    train(model, optimizer)
+    other, its = in_another_order()
+    strategy.load_ckpt(other, tmp_path)
+    assert same(weights(other), kept)
+    train(other, its)
+    assert same(weights(model), weights(other))
+    assert other[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_moving_average_of_tensors_in_another_order(strategy):
+    model = nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)
+    average = nn.Conv2d(3, 4, 2)
+    average.load_state_dict(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    strategy.prepare((model, optimizer, None), average)
+    before = model.weight.detach().clone()
+    strategy.backward(model(torch.randn(1, 3, 2, 2)).sum(), model, optimizer)
+    strategy.optimizer_step(optimizer, model)
+    strategy.moving_average(model, average, beta=0.5)
+    assert torch.equal(average.weight, before * 0.5 + model.weight * 0.5)
+
+
+def test_a_type_that_files_cannot_hold_is_named(strategy, tmp_path):
+    model, _ = in_training(strategy)
+    model.register_buffer("wave", torch.zeros(2, dtype=torch.complex64))
+    with pytest.raises(CheckpointError, match=r"model/buffers/wave is torch.complex64, which .* hold float64, float32"):
+        strategy.save_ckpt(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool])
+def test_a_single_element_has_bytes_whatever_its_stride(dtype):
+    single = torch.ones(10, dtype=dtype)[::5][:1]
+    assert bytes(files.bytes_of(single)) == bytes(files.bytes_of(torch.ones(1, dtype=dtype)))
 
 
 def test_a_failure_in_the_background_is_raised_by_close(tmp_path, monkeypatch):

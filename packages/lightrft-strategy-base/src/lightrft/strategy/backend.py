@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightrft.config import StrategyConfig
+from lightrft.strategy import flat
 from lightrft.strategy.distributed.world import World
 from lightrft.strategy.shards import Shard, StateSlice
 from lightrft.strategy.training import gradients
@@ -152,7 +153,7 @@ class Backend(ABC):
     def _shards(self, module: nn.Module) -> list[Shard]:
         """The parameters of ``module``, a prepared model, that this rank holds: views, in their master precision."""
         return [
-            Shard(name=name, shape=parameter.shape, offset=0, values=parameter.detach().view(-1))
+            Shard(name=name, shape=parameter.shape, offset=0, values=flat.elements(parameter))
             for name, parameter in module.named_parameters()
         ]
 

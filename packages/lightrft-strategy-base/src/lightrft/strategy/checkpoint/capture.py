@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from lightrft.strategy import flat
 from lightrft.strategy.backend import Backend
 from lightrft.strategy.checkpoint import checksums, files, optimizer_state, streams
 from lightrft.strategy.checkpoint.agreement import Agreement
@@ -29,7 +30,8 @@ from lightrft.strategy.training.moving_average import MovingAverages
 def tensors(backend: Backend, subjects: Sequence[Subject], shared: Sequence[Sequence[str]]) -> list[Shard]:
     """Everything that this rank holds, views of it where that is possible, by entry.
 
-    ``shared``: for each subject the buffers that are alike on all ranks, as `shared_buffers` says.
+    ``shared``: for each subject the buffers that are alike on all ranks, as `shared_buffers` says. Raises
+    `CheckpointError` for a type that files cannot hold.
     """
     rank = backend.world.rank
     found = [shard for subject in subjects for shard in _sharded(backend, subject)]
@@ -41,6 +43,8 @@ def tensors(backend: Backend, subjects: Sequence[Subject], shared: Sequence[Sequ
             found.append(_whole(entry, buffer))
     for name, values in streams.capture(backend.world.device).items():
         found.append(_whole(f"{RANKS}/{rank}/random/{name}", values))
+    for shard in found:
+        files.type_name(shard.name, shard.values.dtype)
     return [shard for shard in found if shard.values.numel() or not shard.shape.numel()]
 
 
@@ -53,7 +57,7 @@ def _sharded(backend: Backend, subject: Subject) -> Iterator[Shard]:
 
 
 def _whole(entry: str, tensor: torch.Tensor) -> Shard:
-    return Shard(name=entry, shape=tensor.shape, offset=0, values=tensor.detach().reshape(-1))
+    return Shard(name=entry, shape=tensor.shape, offset=0, values=flat.elements(tensor))
 
 
 def shared_buffers(subjects: Sequence[Subject], agreement: Agreement) -> list[list[str]]:

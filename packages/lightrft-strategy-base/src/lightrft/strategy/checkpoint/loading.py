@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lightrft.config import CheckpointError
+from lightrft.strategy import flat
 from lightrft.strategy.backend import Backend
 from lightrft.strategy.checkpoint import fit, optimizer_state, streams
 from lightrft.strategy.checkpoint.agreement import Agreement
@@ -153,7 +154,7 @@ class Loading:
         for buffer, tensor in subject.buffers().items():
             entry = next((it + buffer for it in (own, shared) if it + buffer in checkpoint.index), None)
             if entry is not None:
-                found.append(Shard(name=entry, shape=tensor.shape, offset=0, values=tensor.detach().view(-1)))
+                found.append(Shard(name=entry, shape=tensor.shape, offset=0, values=flat.elements(tensor)))
         return found
 
     def _redealt(self, checkpoint: Checkpoint) -> str:

@@ -40,7 +40,10 @@ def share_of(held: Sequence[Shard], collectives: Collectives, world: World) -> l
     chosen = ranges.owners(everywhere)
     _check_covered(held, chosen)
     return [
-        (Piece(entry=it.name, dtype=it.values.dtype, shape=tuple(it.shape), offset=it.offset, numel=key[2]), it.values)
+        (
+            Piece(entry=it.name, dtype=it.values.dtype, shape=tuple(it.shape), offset=it.offset, numel=key[2]),
+            it.values.contiguous().view(-1),
+        )
         for it, key in zip(held, own, strict=True)
         if chosen[key] == world.rank
     ]

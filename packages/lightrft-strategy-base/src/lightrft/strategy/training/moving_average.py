@@ -71,6 +71,6 @@ class MovingAverages:
 
 def _towards(target: Shard, weight: torch.Tensor, beta: float, device: torch.device | None) -> None:
     values = target.values.to(device or target.values.device)  # the same memory where it is there already
-    values.mul_(beta).add_(weight.to(values.device, values.dtype), alpha=1 - beta)
+    values.mul_(beta).add_(weight.to(values.device, values.dtype).reshape(values.shape), alpha=1 - beta)
     if values.data_ptr() != target.values.data_ptr():
         target.values.copy_(values)
