@@ -4,6 +4,8 @@ import itertools
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from lightrft.strategy.checkpoint.layout import Manifest, Piece, decode_header, 
 from lightrft.strategy.checkpoint.plain_values import from_json, to_json
 from lightrft.strategy.checkpoint.ranges import check_covered, fragments, owners
 from lightrft.strategy.checkpoint.reading import Checkpoint
+from lightrft.strategy.checkpoint.saving import Saving
 from lightrft.strategy.checkpoint.store import Store
 
 
@@ -267,6 +270,58 @@ def test_a_failure_in_the_background_is_raised_by_close(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="no room"):
         strategy.close()
     assert not list(tmp_path.iterdir())
+
+
+ENDING = """
+import sys, time
+from pathlib import Path
+from torch import nn
+from lightrft.strategy import FakeStrategy
+from lightrft.strategy.checkpoint.saving import Saving
+
+begin = Saving._begin
+Saving._begin = lambda self: time.sleep(1) or begin(self)
+strategy = FakeStrategy(bf16=False, train_batch_size=1, async_ckpt=True)
+strategy.save_ckpt(strategy.prepare(nn.Linear(1000, 1000)), sys.argv[1], tag="t")
+"""
+
+
+def ended_while_saving(folder):
+    return subprocess.run([sys.executable, "-c", ENDING, str(folder)], capture_output=True, text=True, timeout=100)
+
+
+def test_a_process_that_ends_waits_for_its_last_checkpoint(tmp_path):
+    assert ended_while_saving(tmp_path).stderr == ""
+    with Checkpoint(tmp_path / "t") as found:
+        found.verify()
+
+
+def test_a_failure_that_nobody_asks_for_is_written_to_stderr(tmp_path):
+    (tmp_path / "t").mkdir()
+    assert (
+        f"rank 0: {tmp_path}/t was not saved: CheckpointError: {tmp_path}/t is there"
+        in ended_while_saving(tmp_path).stderr
+    )
+
+
+def test_a_relative_directory_is_meant_as_it_was_when_save_ckpt_was_called(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    begin = Saving._begin
+
+    def late(self):
+        moved.wait()
+        return begin(self)
+
+    moved = threading.Event()
+    monkeypatch.setattr(Saving, "_begin", late)
+    with FakeStrategy(bf16=False, train_batch_size=1, async_ckpt=True) as strategy:
+        path = strategy.save_ckpt(in_training(strategy)[0], "checkpoints", tag="t")
+        monkeypatch.chdir(tmp_path / "there")
+        moved.set()
+    assert path == tmp_path / "here" / "checkpoints" / "t"
+    assert path.is_dir()
 
 
 def test_sigterm_saves_at_the_next_boundary_and_ends(tmp_path):

@@ -16,9 +16,9 @@ OF_GLOO = [
 
 @pytest.mark.parametrize("error", [*map(RuntimeError, OF_GLOO), dist.DistBackendError("NCCL error")], ids=str)
 def test_what_torch_raises_for_a_lost_rank_names_the_call(error):
-    with pytest.raises(StrategyError, match="backward: rank 0 of 2 waited for another rank") as caught:
-        with Operations(0, 2, 3.0).running("backward"):
-            raise error
+    waited = "backward: rank 0 of 2 waited for another rank"
+    with pytest.raises(StrategyError, match=waited) as caught, Operations(0, 2, 3.0).running("backward"):
+        raise error
     assert caught.value.__cause__ is error
 
 

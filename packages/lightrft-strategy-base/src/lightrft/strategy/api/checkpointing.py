@@ -37,7 +37,8 @@ class Checkpointing(Training):
         is committed. ``save_latest``: whether `load_ckpt` without a tag may find it. ``client_state``: None, bool, int,
         float, str, bytes, list, tuple, dict; rank 0's is stored. Optimizer and scheduler are those of `prepare`;
         a model that has none is saved alone. With ``async_ckpt`` this returns as soon as the state is copied; what
-        then goes wrong is raised by the next save, load or `close`.
+        then goes wrong is written to stderr at once, and raised by the next save, load or `close`. A process that
+        ends without any of these waits for what is being written.
 
         Returns the path, the same on every rank; hosts must share the file system. Raises on every rank, and leaves
         older checkpoints as they were: `StrategyError` for a gradient that awaits its update, `ArgumentTypeError` for
@@ -48,7 +49,7 @@ class Checkpointing(Training):
             subjects = self._subjects("save_ckpt", model, optimizer, scheduler)
             updates = next((it.trained.updates for it in subjects if it.trained is not None), 0)
             target = Target(
-                directory=Path(save_dir), tag=f"global_step{updates}" if tag is None else tag, latest=save_latest,
+                directory=Path(save_dir).absolute(), tag=f"global_step{updates}" if tag is None else tag, latest=save_latest,
                 max_num=max_num, max_mem=max_mem,
             )  # fmt: skip
             return self._checkpoints.save(subjects, target, client_state)

@@ -62,15 +62,17 @@ def _whole(entry: str, tensor: torch.Tensor) -> Shard:
 
 def shared_buffers(subjects: Sequence[Subject], agreement: Agreement) -> list[list[str]]:
     """For each subject the buffers that are alike on all ranks. Every rank calls it."""
-    prints = [
-        {name: checksums.of(files.bytes_of(buffer.detach().cpu().contiguous()), "crc32") for name, buffer in it}
-        for it in (subject.buffers().items() for subject in subjects)
-    ]
-    everywhere = agreement.everywhere("comparing buffers", lambda: prints)
+    prints = agreement.everywhere("comparing buffers", lambda: [_prints(subject) for subject in subjects])
     return [
-        [name for name in own if all(other[index].get(name) == own[name] for other in everywhere)]
-        for index, own in enumerate(prints)
+        [name for name in own if all(other[index].get(name) == own[name] for other in prints)]
+        for index, own in enumerate(prints[agreement.rank])
     ]
+
+
+def _prints(subject: Subject) -> dict[str, str]:
+    """A checksum of each buffer."""
+    buffers = ((name, buffer.detach().cpu().contiguous()) for name, buffer in subject.buffers().items())
+    return {name: checksums.of(files.bytes_of(buffer), "crc32") for name, buffer in buffers}
 
 
 def facts(

@@ -19,7 +19,7 @@ from lightrft.strategy.checkpoint.background import Background
 from lightrft.strategy.checkpoint.fit import Options
 from lightrft.strategy.checkpoint.loading import Loaded, Loading
 from lightrft.strategy.checkpoint.plain_values import dumps, to_json
-from lightrft.strategy.checkpoint.saving import Saving, Target, share_of
+from lightrft.strategy.checkpoint.saving import Saving, Target, held_everywhere, share_of
 from lightrft.strategy.checkpoint.subjects import Subject
 from lightrft.strategy.distributed.collectives import Collectives
 from lightrft.strategy.distributed.operations import Operations
@@ -54,20 +54,17 @@ class Checkpoints:
         self.finish()
         agreement = self._agreement("save_ckpt")
         agreement.alike([str(target.path), target.latest, target.max_num, target.max_mem, [it.name for it in subjects]])
-        state: dict[str, Any] = {}
-        agreement.everywhere("looking", lambda: state.update(self._look(subjects, target, client_state)))
+        state = agreement.here("looking", lambda: self._look(subjects, target, client_state))
         shared = capture.shared_buffers(subjects, agreement)
-        held: list[Any] = []
-        agreement.everywhere("collecting", lambda: held.extend(capture.tensors(self._backend, subjects, shared)))
+        held = agreement.here("collecting", lambda: capture.tensors(self._backend, subjects, shared))
         world = self._backend.world
-        saving = Saving(
-            target=target, rank=world.rank, ranks=world.size, state=state,
-            share=share_of(held, self._collectives, world),
-        )  # fmt: skip
+        everywhere = held_everywhere(held, self._collectives, world)
+        share = agreement.here("sharing", lambda: share_of(held, everywhere, world.rank))
+        saving = Saving(target=target, rank=world.rank, ranks=world.size, state=state, share=share)
         if self._background is None:
             saving.write(agreement)
         else:
-            self._background.start(saving.detached())
+            self._background.start(agreement.here("copying", saving.detached))
         self._written[target.path] = [weakref.ref(it.module) for it in subjects]
         return target.path
 
