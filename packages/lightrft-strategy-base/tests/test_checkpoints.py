@@ -1,5 +1,6 @@
 """Checkpoints in one process: the store, the format, what fits what, and the end of a run."""
 
+import enum
 import itertools
 import os
 import random
@@ -7,8 +8,10 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -23,7 +26,7 @@ from lightrft.config import (
     ConfigError,
     StrategyError,
 )
-from lightrft.strategy import FakeStrategy, get_fake_strategy
+from lightrft.strategy import FakeStrategy, StepResult, get_fake_strategy
 from lightrft.strategy.checkpoint import files
 from lightrft.strategy.checkpoint.layout import Manifest, Piece, decode_header, encode_header, header_length
 from lightrft.strategy.checkpoint.plain_values import from_json, to_json
@@ -192,6 +195,36 @@ def test_weights_alone_go_where_an_optimizer_is_only_when_asked(strategy, tmp_pa
         strategy.load_ckpt(model, tmp_path)
     strategy.load_ckpt(model, tmp_path, load_module_only=True)
     assert same(weights(model), weights(alone))
+
+
+@pytest.mark.parametrize("here", [torch.optim.SGD, torch.optim.Adam])
+def test_the_state_of_another_optimizer_is_refused(strategy, tmp_path, here):
+    (model, optimizer), (other, _) = in_training(strategy), in_training(strategy, here)
+    update(strategy, model, optimizer)
+    strategy.save_ckpt(model, tmp_path)
+    before = weights(other)
+    with pytest.raises(CheckpointError, match=rf"state of AdamW for the optimizer .* which is {here.__name__} here"):
+        strategy.load_ckpt(other, tmp_path)
+    assert same(weights(other), before)
+    strategy.load_ckpt(other, tmp_path, load_optimizer_states=False)
+    assert same(weights(other), weights(model))
+
+
+def test_the_state_of_another_schedule_is_refused(strategy, tmp_path):
+    def scheduled(kind, **settings):
+        model = nn.Linear(3, 1)
+        optimizer = torch.optim.AdamW(model.parameters())
+        return strategy.prepare((model, optimizer, kind(optimizer, **settings)))[0]
+
+    model = scheduled(torch.optim.lr_scheduler.ExponentialLR, gamma=0.9)
+    other = scheduled(torch.optim.lr_scheduler.StepLR, step_size=2)
+    strategy.save_ckpt(model, tmp_path)
+    before = weights(other)
+    with pytest.raises(CheckpointError, match=r"state of ExponentialLR for the scheduler .* which is StepLR here"):
+        strategy.load_ckpt(other, tmp_path)
+    assert same(weights(other), before)
+    strategy.load_ckpt(other, tmp_path, load_lr_scheduler_states=False)
+    assert same(weights(other), weights(model))
 
 
 def test_bare_models_are_taken_with_the_optimizer_that_is_passed(strategy, tmp_path):
@@ -373,6 +406,44 @@ def test_plain_values_come_back_equal_and_of_their_types(value):
     import json
 
     assert repr(from_json(json.loads(json.dumps(to_json(value, "v"))))) == repr(value)
+
+
+class Mode(enum.StrEnum):
+    FAST = "fast"
+
+
+class Level(enum.IntEnum):
+    HIGH = 3
+
+
+@pytest.mark.parametrize(
+    "value",
+    [Mode.FAST, Level.HIGH, np.float64(0.5), np.int64(1), np.bool_(True), OrderedDict(a=1), StepResult(applied=True, skipped=False, grad_norm=None)],
+    ids=repr,
+)  # fmt: skip
+def test_what_would_come_back_as_something_else_is_refused_before_anything_is_written(strategy, tmp_path, value):
+    model, _ = in_training(strategy)
+    with pytest.raises(
+        ArgumentTypeError, match=r"client_state\['run'\]\[0\] is a .*, which would not come back as it is"
+    ):
+        strategy.save_ckpt(model, tmp_path, client_state={"run": [value]})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_key_that_would_come_back_as_something_else_is_refused():
+    with pytest.raises(ArgumentTypeError, match=r"a key of v is a .*\.Mode, which"):
+        to_json({Mode.FAST: 1}, "v")
+
+
+def test_rates_that_are_numpys_do_not_keep_a_run_from_being_saved(strategy, tmp_path):
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=np.float64(0.5))
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, np.float64(0.5))
+    strategy.prepare((model, optimizer, scheduler))
+    strategy.save_ckpt(model, tmp_path)
+    optimizer.param_groups[0]["lr"] = scheduler.gamma = 0.25
+    strategy.load_ckpt(model, tmp_path)
+    assert (optimizer.param_groups[0]["lr"], scheduler.gamma) == (0.5, 0.5)
 
 
 def test_what_has_no_safe_form_is_named_by_its_place():

@@ -92,6 +92,10 @@ class Backend(ABC):
         """The optimizer of `create_optimizer`. Default: unfused ``torch.optim.AdamW``."""
         return adamw(module, **settings)
 
+    def _algorithm(self, optimizer: Optimizer) -> str:
+        """What ``optimizer`` computes, however it does: those of one name go on from each other's state."""
+        return type(optimizer).__name__
+
     def _bind(self, trained: "TrainedModel") -> None:
         """The optimizer of ``trained`` is known now, and holds the parameters as `_wrap` left them."""
 

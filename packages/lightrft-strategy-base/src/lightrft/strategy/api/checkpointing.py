@@ -35,7 +35,7 @@ class Checkpointing(Training):
         ``tag``: by default ``global_stepN``, N updates; what was saved under it before is replaced when the new one
         is there. ``max_num`` and ``max_mem`` (GB) limit the checkpoints in ``save_dir``: the oldest go, after this one
         is committed. ``save_latest``: whether `load_ckpt` without a tag may find it. ``client_state``: None, bool, int,
-        float, str, bytes, list, tuple, dict; rank 0's is stored. Optimizer and scheduler are those of `prepare`;
+        float, str, bytes, list, tuple, dict, and no subclasses of these; rank 0's is stored. Optimizer and scheduler are those of `prepare`;
         a model that has none is saved alone. With ``async_ckpt`` this returns as soon as the state is copied; what
         then goes wrong is written to stderr at once, and raised by the next save, load or `close`. A process that
         ends without any of these waits for what is being written.

@@ -84,7 +84,7 @@ def facts(
         "ranks": backend.world.size,
         "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, **_own_version()},
-        "models": {subject.name: _model_facts(subject, averages) for subject in subjects},
+        "models": {subject.name: _model_facts(backend, subject, averages) for subject in subjects},
         "loaders": [{"samples": len(it.dataset), **it.state_dict()} for it in loaders],  # type: ignore[arg-type]
     }
 
@@ -93,13 +93,18 @@ def _own_version() -> dict[str, str]:
     return {"lightrft-strategy-base": version("lightrft-strategy-base")}
 
 
-def _model_facts(subject: Subject, averages: MovingAverages) -> dict[str, Any]:
+def _model_facts(backend: Backend, subject: Subject, averages: MovingAverages) -> dict[str, Any]:
     trained, scheduler = subject.trained, subject.scheduler
     return {
         "class": type(subject.module).__name__,
         "configuration": configuration_texts(subject.module),
         "average": averages.seen(subject.module),
-        "scheduler": None if scheduler is None else to_json(scheduler.state_dict(), "the scheduler's state"),
+        "scheduler": None
+        if scheduler is None
+        else {
+            "class": type(scheduler).__name__,
+            "state": to_json(scheduler.state_dict(), "the scheduler's state", exact=False),
+        },
         "training": None
         if trained is None
         else {
@@ -107,6 +112,7 @@ def _model_facts(subject: Subject, averages: MovingAverages) -> dict[str, Any]:
             "skipped": trained.skipped,
             "skipped_in_a_row": trained.skipped_in_a_row,
             "optimizer": type(trained.optimizer).__name__,
+            "algorithm": backend._algorithm(trained.optimizer),
             "groups": optimizer_state.groups(trained),
         },
     }

@@ -184,7 +184,7 @@ class Loading:
             facts = checkpoint.state["models"][names[subject.name]]
             self._averages.set_seen(subject.module, facts["average"])
             if subject.scheduler is not None and self._options.scheduler:
-                subject.scheduler.load_state_dict(from_json(facts["scheduler"]))
+                subject.scheduler.load_state_dict(from_json(facts["scheduler"]["state"]))
             if subject.trained is not None and facts["training"] is not None:
                 for counter in ("updates", "skipped", "skipped_in_a_row"):
                     setattr(subject.trained, counter, facts["training"][counter])

@@ -72,7 +72,7 @@ def groups(trained: TrainedModel) -> list[dict[str, Any]]:
         {
             "names": names,
             "settings": {
-                key: to_json(_number(value), f"param_groups[{index}][{key!r}]")
+                key: to_json(_number(value), f"param_groups[{index}][{key!r}]", exact=False)
                 for key, value in group.items()
                 if key not in IMPLEMENTATION
             },
