@@ -63,8 +63,8 @@ class Checkpointing(Training):
         """Go on from checkpoint ``tag`` in ``load_dir``, by default from the newest, whatever strategy and however
         many ranks saved it. Returns its path and the client state.
 
-        ``model``: one, or several by name, all of a checkpoint's or some. Prepare first: models, optimizers and
-        loaders must be there. Rank r takes the random streams of rank r modulo the number of ranks that saved.
+        ``model``: one, or several by name, all of a checkpoint's or some. Prepare first: models and
+        optimizers must be there; loaders may be made before or after, in the order in which they were made. Rank r takes the random streams of rank r modulo the number of ranks that saved.
         ``load_module_strict`` False loads the parameters that both have. ``load_optimizer_states`` False leaves the
         optimizer's state and hyperparameters as they are, ``load_lr_scheduler_states`` False the schedule;
         ``load_module_only`` loads weights and buffers, and nothing else.

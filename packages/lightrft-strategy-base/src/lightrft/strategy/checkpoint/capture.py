@@ -19,11 +19,11 @@ from lightrft.strategy import flat
 from lightrft.strategy.backend import Backend
 from lightrft.strategy.checkpoint import checksums, files, optimizer_state, streams
 from lightrft.strategy.checkpoint.agreement import Agreement
+from lightrft.strategy.checkpoint.loaders import Loaders
 from lightrft.strategy.checkpoint.plain_values import to_json
 from lightrft.strategy.checkpoint.subjects import RANKS, Subject
 from lightrft.strategy.export.companions import configuration_texts
 from lightrft.strategy.shards import Shard
-from lightrft.strategy.training.data import ResumableLoader
 from lightrft.strategy.training.moving_average import MovingAverages
 
 
@@ -75,9 +75,7 @@ def _prints(subject: Subject) -> dict[str, str]:
     return {name: checksums.of(files.bytes_of(buffer), "crc32") for name, buffer in buffers}
 
 
-def facts(
-    backend: Backend, subjects: Sequence[Subject], averages: MovingAverages, loaders: Sequence[ResumableLoader]
-) -> dict[str, Any]:
+def facts(backend: Backend, subjects: Sequence[Subject], averages: MovingAverages, loaders: Loaders) -> dict[str, Any]:
     """What is no tensor, as JSON values; the same on all ranks but for hyperparameters that a script makes differ."""
     return {
         "strategy": backend.name,
@@ -85,7 +83,7 @@ def facts(
         "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, **_own_version()},
         "models": {subject.name: _model_facts(backend, subject, averages) for subject in subjects},
-        "loaders": [{"samples": len(it.dataset), **it.state_dict()} for it in loaders],  # type: ignore[arg-type]
+        "loaders": loaders.positions(),
     }
 
 

@@ -12,7 +12,6 @@ from lightrft.strategy.checkpoint import optimizer_state
 from lightrft.strategy.checkpoint.optimizer_state import Allocation, Numbers
 from lightrft.strategy.checkpoint.reading import Checkpoint
 from lightrft.strategy.checkpoint.subjects import ALONE, Subject
-from lightrft.strategy.training.data import ResumableLoader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,17 +116,6 @@ def _check_kind(checkpoint: Checkpoint, there: str | None, here: str | None, wha
         f"{checkpoint.path} has the state of {there} for the {what} of {kind}, which is {here} here; make it as it was, or "
         f"pass {option}, or load_module_only=True"
     )
-
-
-def check_loaders(checkpoint: Checkpoint, loaders: Sequence[ResumableLoader]) -> None:
-    """Raise `CheckpointError` where a loader has other data than the one whose position it would take."""
-    for index, (loader, position) in enumerate(zip(loaders, checkpoint.state["loaders"], strict=False)):
-        samples = len(loader.dataset)  # type: ignore[arg-type]
-        if samples != position["samples"]:
-            raise CheckpointError(
-                f"loader {index} that setup_dataloader made has {samples} samples, and had {position['samples']} in "
-                f"{checkpoint.path}; make the loaders in the same order from the same data, or pass load_module_only=True"
-            )
 
 
 def no_numbers(checkpoint: Checkpoint, subject: Subject, name: str) -> Numbers:
