@@ -124,3 +124,11 @@ def stumbled(program: Program) -> dict[str, torch.Tensor]:
             made.backward(program.loss(model, update, micro, made.get_rank()), model, optimizer)
             made.optimizer_step(optimizer, model)
         return training.whole(made, model)
+
+
+def saved(path: str) -> dict[str, torch.Tensor]:
+    """The weights of a model that `save_model` wrote."""
+    with strategy(Program()) as made:
+        model, _ = prepared(made)
+        made.save_model(model, None, path, dtype=torch.float32)
+        return training.whole(made, model)

@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import exports
+import fsdp_cases
 import imports
 import pytest
 import torch
 from llamas import llama
+from safetensors.torch import load_file
 from workers import Workers
 
 transformers = pytest.importorskip("transformers")
@@ -37,6 +39,13 @@ def test_what_one_run_saves_transformers_opens_and_another_run_loads(
         assert all(torch.equal(found[name], it) for name, it in weights.items())
         assert close(found_logits, logits, bound)
         assert 0 < max(float((updated[name] - it).abs().max()) for name, it in found.items()) < 0.02
+
+
+def test_parameters_of_one_element_are_saved(two: Workers, tmp_path: Path) -> None:
+    weights, _ = two.run(fsdp_cases.saved, path=str(tmp_path / "out"))
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written["layers.0.scale"].shape == (1,)
+    assert all(torch.equal(weights[name], it) for name, it in written.items())
 
 
 @pytest.mark.parametrize("in_training", [True, False])

@@ -1,12 +1,17 @@
 """Checkpoints in one process: the store, the format, what fits what, and the end of a run."""
 
+import enum
 import itertools
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
+from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -21,11 +26,13 @@ from lightrft.config import (
     ConfigError,
     StrategyError,
 )
-from lightrft.strategy import FakeStrategy, get_fake_strategy
+from lightrft.strategy import FakeStrategy, StepResult, get_fake_strategy
+from lightrft.strategy.checkpoint import files
 from lightrft.strategy.checkpoint.layout import Manifest, Piece, decode_header, encode_header, header_length
 from lightrft.strategy.checkpoint.plain_values import from_json, to_json
 from lightrft.strategy.checkpoint.ranges import check_covered, fragments, owners
 from lightrft.strategy.checkpoint.reading import Checkpoint
+from lightrft.strategy.checkpoint.saving import Saving
 from lightrft.strategy.checkpoint.store import Store
 
 
@@ -190,6 +197,36 @@ def test_weights_alone_go_where_an_optimizer_is_only_when_asked(strategy, tmp_pa
     assert same(weights(model), weights(alone))
 
 
+@pytest.mark.parametrize("here", [torch.optim.SGD, torch.optim.Adam])
+def test_the_state_of_another_optimizer_is_refused(strategy, tmp_path, here):
+    (model, optimizer), (other, _) = in_training(strategy), in_training(strategy, here)
+    update(strategy, model, optimizer)
+    strategy.save_ckpt(model, tmp_path)
+    before = weights(other)
+    with pytest.raises(CheckpointError, match=rf"state of AdamW for the optimizer .* which is {here.__name__} here"):
+        strategy.load_ckpt(other, tmp_path)
+    assert same(weights(other), before)
+    strategy.load_ckpt(other, tmp_path, load_optimizer_states=False)
+    assert same(weights(other), weights(model))
+
+
+def test_the_state_of_another_schedule_is_refused(strategy, tmp_path):
+    def scheduled(kind, **settings):
+        model = nn.Linear(3, 1)
+        optimizer = torch.optim.AdamW(model.parameters())
+        return strategy.prepare((model, optimizer, kind(optimizer, **settings)))[0]
+
+    model = scheduled(torch.optim.lr_scheduler.ExponentialLR, gamma=0.9)
+    other = scheduled(torch.optim.lr_scheduler.StepLR, step_size=2)
+    strategy.save_ckpt(model, tmp_path)
+    before = weights(other)
+    with pytest.raises(CheckpointError, match=r"state of ExponentialLR for the scheduler .* which is StepLR here"):
+        strategy.load_ckpt(other, tmp_path)
+    assert same(weights(other), before)
+    strategy.load_ckpt(other, tmp_path, load_lr_scheduler_states=False)
+    assert same(weights(other), weights(model))
+
+
 def test_bare_models_are_taken_with_the_optimizer_that_is_passed(strategy, tmp_path):
     model = nn.Linear(3, 1)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -198,6 +235,60 @@ def test_bare_models_are_taken_with_the_optimizer_that_is_passed(strategy, tmp_p
     other = nn.Linear(3, 1)
     strategy.load_ckpt(other, tmp_path, optimizer=torch.optim.AdamW(other.parameters()))
     assert same(weights(model), weights(other))
+
+
+def test_tensors_whose_memory_is_in_another_order_come_back_as_they_were(strategy, tmp_path):
+    def in_another_order():
+        model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten(), nn.Linear(4, 1)).to(memory_format=torch.channels_last)
+        model.register_buffer("transposed", torch.randn(2, 3).t())
+        model.register_buffer("every_second", torch.randn(6)[::2])
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        strategy.prepare((model, optimizer, None))
+        return model, optimizer
+
+    def train(model, optimizer):
+        inputs = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
+        strategy.backward(model(inputs).pow(2).mean(), model, optimizer)
+        strategy.optimizer_step(optimizer, model)
+
+    model, optimizer = in_another_order()
+    train(model, optimizer)
+    kept = weights(model)
+    strategy.save_ckpt(model, tmp_path)
+    train(model, optimizer)
+    other, its = in_another_order()
+    strategy.load_ckpt(other, tmp_path)
+    assert same(weights(other), kept)
+    train(other, its)
+    assert same(weights(model), weights(other))
+    assert other[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_moving_average_of_tensors_in_another_order(strategy):
+    model = nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)
+    average = nn.Conv2d(3, 4, 2)
+    average.load_state_dict(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    strategy.prepare((model, optimizer, None), average)
+    before = model.weight.detach().clone()
+    strategy.backward(model(torch.randn(1, 3, 2, 2)).sum(), model, optimizer)
+    strategy.optimizer_step(optimizer, model)
+    strategy.moving_average(model, average, beta=0.5)
+    assert torch.equal(average.weight, before * 0.5 + model.weight * 0.5)
+
+
+def test_a_type_that_files_cannot_hold_is_named(strategy, tmp_path):
+    model, _ = in_training(strategy)
+    model.register_buffer("wave", torch.zeros(2, dtype=torch.complex64))
+    with pytest.raises(CheckpointError, match=r"model/buffers/wave is torch.complex64, which .* hold float64, float32"):
+        strategy.save_ckpt(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool])
+def test_a_single_element_has_bytes_whatever_its_stride(dtype):
+    single = torch.ones(10, dtype=dtype)[::5][:1]
+    assert bytes(files.bytes_of(single)) == bytes(files.bytes_of(torch.ones(1, dtype=dtype)))
 
 
 def test_a_failure_in_the_background_is_raised_by_close(tmp_path, monkeypatch):
@@ -212,6 +303,58 @@ def test_a_failure_in_the_background_is_raised_by_close(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="no room"):
         strategy.close()
     assert not list(tmp_path.iterdir())
+
+
+ENDING = """
+import sys, time
+from pathlib import Path
+from torch import nn
+from lightrft.strategy import FakeStrategy
+from lightrft.strategy.checkpoint.saving import Saving
+
+begin = Saving._begin
+Saving._begin = lambda self: time.sleep(1) or begin(self)
+strategy = FakeStrategy(bf16=False, train_batch_size=1, async_ckpt=True)
+strategy.save_ckpt(strategy.prepare(nn.Linear(1000, 1000)), sys.argv[1], tag="t")
+"""
+
+
+def ended_while_saving(folder):
+    return subprocess.run([sys.executable, "-c", ENDING, str(folder)], capture_output=True, text=True, timeout=100)
+
+
+def test_a_process_that_ends_waits_for_its_last_checkpoint(tmp_path):
+    assert ended_while_saving(tmp_path).stderr == ""
+    with Checkpoint(tmp_path / "t") as found:
+        found.verify()
+
+
+def test_a_failure_that_nobody_asks_for_is_written_to_stderr(tmp_path):
+    (tmp_path / "t").mkdir()
+    assert (
+        f"rank 0: {tmp_path}/t was not saved: CheckpointError: {tmp_path}/t is there"
+        in ended_while_saving(tmp_path).stderr
+    )
+
+
+def test_a_relative_directory_is_meant_as_it_was_when_save_ckpt_was_called(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    begin = Saving._begin
+
+    def late(self):
+        moved.wait()
+        return begin(self)
+
+    moved = threading.Event()
+    monkeypatch.setattr(Saving, "_begin", late)
+    with FakeStrategy(bf16=False, train_batch_size=1, async_ckpt=True) as strategy:
+        path = strategy.save_ckpt(in_training(strategy)[0], "checkpoints", tag="t")
+        monkeypatch.chdir(tmp_path / "there")
+        moved.set()
+    assert path == tmp_path / "here" / "checkpoints" / "t"
+    assert path.is_dir()
 
 
 def test_sigterm_saves_at_the_next_boundary_and_ends(tmp_path):
@@ -263,6 +406,44 @@ def test_plain_values_come_back_equal_and_of_their_types(value):
     import json
 
     assert repr(from_json(json.loads(json.dumps(to_json(value, "v"))))) == repr(value)
+
+
+class Mode(enum.StrEnum):
+    FAST = "fast"
+
+
+class Level(enum.IntEnum):
+    HIGH = 3
+
+
+@pytest.mark.parametrize(
+    "value",
+    [Mode.FAST, Level.HIGH, np.float64(0.5), np.int64(1), np.bool_(True), OrderedDict(a=1), StepResult(applied=True, skipped=False, grad_norm=None)],
+    ids=repr,
+)  # fmt: skip
+def test_what_would_come_back_as_something_else_is_refused_before_anything_is_written(strategy, tmp_path, value):
+    model, _ = in_training(strategy)
+    with pytest.raises(
+        ArgumentTypeError, match=r"client_state\['run'\]\[0\] is a .*, which would not come back as it is"
+    ):
+        strategy.save_ckpt(model, tmp_path, client_state={"run": [value]})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_key_that_would_come_back_as_something_else_is_refused():
+    with pytest.raises(ArgumentTypeError, match=r"a key of v is a .*\.Mode, which"):
+        to_json({Mode.FAST: 1}, "v")
+
+
+def test_rates_that_are_numpys_do_not_keep_a_run_from_being_saved(strategy, tmp_path):
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=np.float64(0.5))
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, np.float64(0.5))
+    strategy.prepare((model, optimizer, scheduler))
+    strategy.save_ckpt(model, tmp_path)
+    optimizer.param_groups[0]["lr"] = scheduler.gamma = 0.25
+    strategy.load_ckpt(model, tmp_path)
+    assert (optimizer.param_groups[0]["lr"], scheduler.gamma) == (0.5, 0.5)
 
 
 def test_what_has_no_safe_form_is_named_by_its_place():

@@ -341,3 +341,30 @@ def test_settings_that_a_script_leaves_out_are_the_strategys():
         assert optimizer.param_groups[0]["betas"] == (0.5, 0.6)
         assert optimizer.param_groups[0]["weight_decay"] == 0.3
         assert critic is not None and other is not None
+
+
+def averaged(strategy):
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    strategy.prepare((model, optimizer, None))
+    strategy.backward(model(torch.ones(1, 2)).sum(), model, optimizer)
+    strategy.optimizer_step(optimizer, model)
+    return model
+
+
+def test_an_average_that_was_refused_did_not_move():
+    with get_fake_strategy(bf16=False, train_batch_size=1) as strategy:
+        model, other = averaged(strategy), strategy.prepare(nn.Sequential(nn.Linear(2, 1)))
+        for _ in range(2):
+            with pytest.raises(ArgumentError, match="the average has no weight"):
+                strategy.moving_average(model, other)
+
+
+def test_an_average_inherits_nothing_from_one_that_is_gone():
+    with get_fake_strategy(bf16=False, train_batch_size=1) as strategy:
+        averages = strategy._averages
+        for _ in range(20):  # memory is used again, and so is its address
+            average = nn.Linear(2, 1)
+            assert averages.seen(average) is None
+            averages.set_seen(average, 1)
+            del average

@@ -73,7 +73,7 @@ class ForgetsThePosition(Saves):
 
     def load_ckpt(self, model: Any, *arguments: Any, **more: Any) -> Any:
         result = super().load_ckpt(model, *arguments, **more)
-        for loader in self._checkpoints._living:
+        for loader in self._checkpoints.loaders._living:
             loader.set_epoch(loader.epoch, 0)
         return result
 

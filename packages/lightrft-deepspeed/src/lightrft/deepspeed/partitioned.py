@@ -13,6 +13,7 @@ from lightrft.deepspeed.ds_config import computes_in_bf16
 from lightrft.deepspeed.engine import Engine
 from lightrft.deepspeed.masters import KeptMasters
 from lightrft.deepspeed.stages import Stage
+from lightrft.strategy import flat
 from lightrft.strategy.backend import cast
 from lightrft.strategy.shards import Shard, StateSlice
 from lightrft.strategy.training.optimizers import parameters_of
@@ -80,7 +81,7 @@ class Partitioned(Stage):
     @staticmethod
     def _shard(name: str, parameter: nn.Parameter) -> Shard | None:
         if not hasattr(parameter, "_hp_mapping"):
-            return Shard(name=name, shape=parameter.shape, offset=0, values=parameter.detach().view(-1))
+            return Shard(name=name, shape=parameter.shape, offset=0, values=flat.elements(parameter))
         fragment = parameter._hp_mapping
         if fragment is None:
             return None

@@ -5,6 +5,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightrft.deepspeed.stages import Stage
+from lightrft.strategy import flat
 from lightrft.strategy.shards import Shard
 from lightrft.strategy.training.trained_model import TrainedModel
 
@@ -32,6 +33,6 @@ class Replicated(Stage):
     @override
     def shards(self, module: nn.Module) -> list[Shard]:
         return [
-            Shard(name=name, shape=parameter.shape, offset=0, values=parameter.detach().view(-1))
+            Shard(name=name, shape=parameter.shape, offset=0, values=flat.elements(parameter))
             for name, parameter in module.named_parameters()
         ]

@@ -106,6 +106,12 @@ class DeepspeedStrategy(StrategyBase):
         return cpu_adam(parameter_groups(module, weight_decay), **settings)
 
     @override
+    def _algorithm(self, optimizer: Optimizer) -> str:
+        if type(optimizer).__name__ in ("DeepSpeedCPUAdam", "FusedAdam"):
+            return "AdamW" if optimizer.adam_w_mode else "Adam"  # type: ignore[attr-defined]
+        return super()._algorithm(optimizer)
+
+    @override
     def _bind(self, trained: TrainedModel) -> None:
         self._stage.bind(trained)
 

@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightrft.config import StrategyConfig
+from lightrft.strategy import flat
 from lightrft.strategy.distributed.world import World
 from lightrft.strategy.shards import Shard, StateSlice
 from lightrft.strategy.training import gradients
@@ -91,6 +92,10 @@ class Backend(ABC):
         """The optimizer of `create_optimizer`. Default: unfused ``torch.optim.AdamW``."""
         return adamw(module, **settings)
 
+    def _algorithm(self, optimizer: Optimizer) -> str:
+        """What ``optimizer`` computes, however it does: those of one name go on from each other's state."""
+        return type(optimizer).__name__
+
     def _bind(self, trained: "TrainedModel") -> None:
         """The optimizer of ``trained`` is known now, and holds the parameters as `_wrap` left them."""
 
@@ -152,7 +157,7 @@ class Backend(ABC):
     def _shards(self, module: nn.Module) -> list[Shard]:
         """The parameters of ``module``, a prepared model, that this rank holds: views, in their master precision."""
         return [
-            Shard(name=name, shape=parameter.shape, offset=0, values=parameter.detach().view(-1))
+            Shard(name=name, shape=parameter.shape, offset=0, values=flat.elements(parameter))
             for name, parameter in module.named_parameters()
         ]
 

@@ -19,7 +19,7 @@ class Shard:
     offset: int
     """Of the range's first element in the flattened whole."""
     values: torch.Tensor
-    """1-D, a view: what is written here is written in the model."""
+    """A view: what is written here is written in the model. 1-D, or a whole tensor as it is; see `flat.elements`."""
 
     @property
     def range(self) -> tuple[str, int, int]:
@@ -31,8 +31,8 @@ class Shard:
         return Shard(name=name, shape=self.shape, offset=self.offset, values=self.values)
 
     def of(self, whole: torch.Tensor) -> torch.Tensor:
-        """The same range of another whole tensor of this shape, 1-D."""
-        return whole.reshape(-1)[self.offset : self.offset + self.values.numel()]
+        """The same range of another whole tensor of this shape, shaped like the values."""
+        return whole.reshape(-1)[self.offset : self.offset + self.values.numel()].view(self.values.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,6 @@ class StateSlice:
         return self.shard.values.numel() == self.shard.shape.numel() == self.key.numel()
 
     def of(self, values: torch.Tensor, name: str) -> Shard:
-        """This range of a state tensor, whose flattened local part is ``values``."""
-        part = values[self.start : self.start + self.shard.values.numel()]
+        """This range of a state tensor, whose local part is ``values``, see `flat.elements`."""
+        part = values if self.whole else values[self.start : self.start + self.shard.values.numel()]
         return Shard(name=name, shape=self.shard.shape, offset=self.shard.offset, values=part)

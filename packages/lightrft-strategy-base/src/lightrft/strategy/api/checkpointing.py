@@ -35,9 +35,10 @@ class Checkpointing(Training):
         ``tag``: by default ``global_stepN``, N updates; what was saved under it before is replaced when the new one
         is there. ``max_num`` and ``max_mem`` (GB) limit the checkpoints in ``save_dir``: the oldest go, after this one
         is committed. ``save_latest``: whether `load_ckpt` without a tag may find it. ``client_state``: None, bool, int,
-        float, str, bytes, list, tuple, dict; rank 0's is stored. Optimizer and scheduler are those of `prepare`;
+        float, str, bytes, list, tuple, dict, and no subclasses of these; rank 0's is stored. Optimizer and scheduler are those of `prepare`;
         a model that has none is saved alone. With ``async_ckpt`` this returns as soon as the state is copied; what
-        then goes wrong is raised by the next save, load or `close`.
+        then goes wrong is written to stderr at once, and raised by the next save, load or `close`. A process that
+        ends without any of these waits for what is being written.
 
         Returns the path, the same on every rank; hosts must share the file system. Raises on every rank, and leaves
         older checkpoints as they were: `StrategyError` for a gradient that awaits its update, `ArgumentTypeError` for
@@ -48,7 +49,7 @@ class Checkpointing(Training):
             subjects = self._subjects("save_ckpt", model, optimizer, scheduler)
             updates = next((it.trained.updates for it in subjects if it.trained is not None), 0)
             target = Target(
-                directory=Path(save_dir), tag=f"global_step{updates}" if tag is None else tag, latest=save_latest,
+                directory=Path(save_dir).absolute(), tag=f"global_step{updates}" if tag is None else tag, latest=save_latest,
                 max_num=max_num, max_mem=max_mem,
             )  # fmt: skip
             return self._checkpoints.save(subjects, target, client_state)
@@ -62,8 +63,8 @@ class Checkpointing(Training):
         """Go on from checkpoint ``tag`` in ``load_dir``, by default from the newest, whatever strategy and however
         many ranks saved it. Returns its path and the client state.
 
-        ``model``: one, or several by name, all of a checkpoint's or some. Prepare first: models, optimizers and
-        loaders must be there. Rank r takes the random streams of rank r modulo the number of ranks that saved.
+        ``model``: one, or several by name, all of a checkpoint's or some. Prepare first: models and
+        optimizers must be there; loaders may be made before or after, in the order in which they were made. Rank r takes the random streams of rank r modulo the number of ranks that saved.
         ``load_module_strict`` False loads the parameters that both have. ``load_optimizer_states`` False leaves the
         optimizer's state and hyperparameters as they are, ``load_lr_scheduler_states`` False the schedule;
         ``load_module_only`` loads weights and buffers, and nothing else.

@@ -151,7 +151,9 @@ class Preparing(Lifecycle):
         The order depends on the seed and the epoch (``loader.set_epoch``) alone. ``consumed_samples`` of the
         epoch, over all ranks, are passed over. With ``drop_last`` what does not fill the last round and batch
         is left out; without, each rank gets as many, by repeating at most one sample fewer than there are ranks.
-        Its position is in every checkpoint, unless it has a ``sampler`` of the caller's own.
+        Its position is in every checkpoint, as long as it is alive and unless it has a ``sampler`` of the caller's own,
+        and goes back to the loader that is made in the same place of the order, before `load_ckpt` or after it.
+        Raises `CheckpointError` where a loaded checkpoint has the position of another one.
         """
         loader = make_loader(
             replay_buffer, batch_size, rank=self.world.rank, ranks=self.world.size, seed=self.config.seed,
@@ -159,5 +161,5 @@ class Preparing(Lifecycle):
             collate_fn=collate_fn, pin_memory=pin_memory,
         )  # fmt: skip
         if isinstance(loader, ResumableLoader):
-            self._checkpoints.track(loader)
+            self._checkpoints.loaders.add(loader)
         return loader

@@ -1,11 +1,12 @@
 """Steps that succeed on all ranks or raise on all: an error on one rank is the same error on every rank."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from lightrft.config import LightRFTError, StrategyError, errors
 from lightrft.strategy.distributed.collectives import Collectives
 
+Result = TypeVar("Result")
 _KINDS = {
     name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, LightRFTError)
 }
@@ -15,7 +16,7 @@ class Agreement:
     """The steps of one call. Every rank makes the same ones in the same order."""
 
     def __init__(self, collectives: Collectives, call: str, rank: int) -> None:
-        self._collectives, self._call, self._rank = collectives, call, rank
+        self._collectives, self._call, self.rank = collectives, call, rank
 
     def alike(self, value: Any) -> None:
         """Raise `StrategyError` on every rank unless all pass an equal ``value``."""
@@ -43,6 +44,12 @@ class Agreement:
             raise kind(f"{self._call}: " + "; ".join(f"rank {rank}: {text}" for rank, _, text in failures))
         return [value for value, _ in answers]
 
+    def here(self, doing: str, step: Callable[[], Result]) -> Result:
+        """Do ``step`` on every rank, like `everywhere`; its result on this one, of any type."""
+        results: list[Result] = []
+        self.everywhere(doing, lambda: results.append(step()))
+        return results[0]
+
     def on_rank_0(self, doing: str, step: Callable[[], Any]) -> Any:
         """Do ``step`` on rank 0 alone; its result, a JSON value, on every rank."""
-        return self.everywhere(doing, lambda: step() if self._rank == 0 else None)[0]
+        return self.everywhere(doing, lambda: step() if self.rank == 0 else None)[0]

@@ -1,7 +1,9 @@
 """Writing while training goes on: one checkpoint at a time, and what went wrong with it, told at the next occasion."""
 
+import sys
 import threading
 from dataclasses import replace
+from weakref import WeakSet
 
 import torch.distributed as dist
 
@@ -11,6 +13,18 @@ from lightrft.strategy.checkpoint.saving import Saving
 from lightrft.strategy.distributed.collectives import Collectives
 from lightrft.strategy.distributed.operations import Operations, is_lost_peer
 from lightrft.strategy.distributed.world import World
+
+_threads: WeakSet[threading.Thread] = WeakSet()
+
+
+def _wait() -> None:
+    for thread in list(_threads):
+        thread.join()
+
+
+# atexit comes too late: it follows the end of concurrent.futures, without which nothing large can be written. What is
+# registered here, and later than concurrent.futures, which `saving` imports, comes before it.
+threading._register_atexit(_wait)  # type: ignore[attr-defined]
 
 
 class Background:
@@ -27,6 +41,7 @@ class Background:
     def start(self, saving: Saving) -> None:
         """Begin to write ``saving``, whose values are its own. `finish` was called before."""
         self._thread = threading.Thread(target=self._run, args=(saving,), name="lightrft-save")
+        _threads.add(self._thread)
         self._thread.start()
 
     def _run(self, saving: Saving) -> None:
@@ -35,6 +50,9 @@ class Background:
         except BaseException as error:  # noqa: BLE001 - raised by `finish`
             error.add_note(f"while {saving.target.path} was written in the background")
             self._failure = error
+            # The logger speaks on rank 0 only, and nobody may ever ask.
+            reason = f"{saving.target.path} was not saved: {type(error).__name__}: {error}"
+            print(f"lightrft: rank {self._world.rank}: {reason}", file=sys.stderr, flush=True)
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written. Raises `CheckpointError` where it failed, on every rank, once."""

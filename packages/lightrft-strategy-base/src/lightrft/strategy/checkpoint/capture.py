@@ -15,21 +15,23 @@ from typing import Any
 
 import torch
 
+from lightrft.strategy import flat
 from lightrft.strategy.backend import Backend
 from lightrft.strategy.checkpoint import checksums, files, optimizer_state, streams
 from lightrft.strategy.checkpoint.agreement import Agreement
+from lightrft.strategy.checkpoint.loaders import Loaders
 from lightrft.strategy.checkpoint.plain_values import to_json
 from lightrft.strategy.checkpoint.subjects import RANKS, Subject
 from lightrft.strategy.export.companions import configuration_texts
 from lightrft.strategy.shards import Shard
-from lightrft.strategy.training.data import ResumableLoader
 from lightrft.strategy.training.moving_average import MovingAverages
 
 
 def tensors(backend: Backend, subjects: Sequence[Subject], shared: Sequence[Sequence[str]]) -> list[Shard]:
     """Everything that this rank holds, views of it where that is possible, by entry.
 
-    ``shared``: for each subject the buffers that are alike on all ranks, as `shared_buffers` says.
+    ``shared``: for each subject the buffers that are alike on all ranks, as `shared_buffers` says. Raises
+    `CheckpointError` for a type that files cannot hold.
     """
     rank = backend.world.rank
     found = [shard for subject in subjects for shard in _sharded(backend, subject)]
@@ -41,6 +43,8 @@ def tensors(backend: Backend, subjects: Sequence[Subject], shared: Sequence[Sequ
             found.append(_whole(entry, buffer))
     for name, values in streams.capture(backend.world.device).items():
         found.append(_whole(f"{RANKS}/{rank}/random/{name}", values))
+    for shard in found:
+        files.type_name(shard.name, shard.values.dtype)
     return [shard for shard in found if shard.values.numel() or not shard.shape.numel()]
 
 
@@ -53,33 +57,33 @@ def _sharded(backend: Backend, subject: Subject) -> Iterator[Shard]:
 
 
 def _whole(entry: str, tensor: torch.Tensor) -> Shard:
-    return Shard(name=entry, shape=tensor.shape, offset=0, values=tensor.detach().reshape(-1))
+    return Shard(name=entry, shape=tensor.shape, offset=0, values=flat.elements(tensor))
 
 
 def shared_buffers(subjects: Sequence[Subject], agreement: Agreement) -> list[list[str]]:
     """For each subject the buffers that are alike on all ranks. Every rank calls it."""
-    prints = [
-        {name: checksums.of(files.bytes_of(buffer.detach().cpu().contiguous()), "crc32") for name, buffer in it}
-        for it in (subject.buffers().items() for subject in subjects)
-    ]
-    everywhere = agreement.everywhere("comparing buffers", lambda: prints)
+    prints = agreement.everywhere("comparing buffers", lambda: [_prints(subject) for subject in subjects])
     return [
-        [name for name in own if all(other[index].get(name) == own[name] for other in everywhere)]
-        for index, own in enumerate(prints)
+        [name for name in own if all(other[index].get(name) == own[name] for other in prints)]
+        for index, own in enumerate(prints[agreement.rank])
     ]
 
 
-def facts(
-    backend: Backend, subjects: Sequence[Subject], averages: MovingAverages, loaders: Sequence[ResumableLoader]
-) -> dict[str, Any]:
+def _prints(subject: Subject) -> dict[str, str]:
+    """A checksum of each buffer."""
+    buffers = ((name, buffer.detach().cpu().contiguous()) for name, buffer in subject.buffers().items())
+    return {name: checksums.of(files.bytes_of(buffer), "crc32") for name, buffer in buffers}
+
+
+def facts(backend: Backend, subjects: Sequence[Subject], averages: MovingAverages, loaders: Loaders) -> dict[str, Any]:
     """What is no tensor, as JSON values; the same on all ranks but for hyperparameters that a script makes differ."""
     return {
         "strategy": backend.name,
         "ranks": backend.world.size,
         "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, **_own_version()},
-        "models": {subject.name: _model_facts(subject, averages) for subject in subjects},
-        "loaders": [{"samples": len(it.dataset), **it.state_dict()} for it in loaders],  # type: ignore[arg-type]
+        "models": {subject.name: _model_facts(backend, subject, averages) for subject in subjects},
+        "loaders": loaders.positions(),
     }
 
 
@@ -87,13 +91,18 @@ def _own_version() -> dict[str, str]:
     return {"lightrft-strategy-base": version("lightrft-strategy-base")}
 
 
-def _model_facts(subject: Subject, averages: MovingAverages) -> dict[str, Any]:
+def _model_facts(backend: Backend, subject: Subject, averages: MovingAverages) -> dict[str, Any]:
     trained, scheduler = subject.trained, subject.scheduler
     return {
         "class": type(subject.module).__name__,
         "configuration": configuration_texts(subject.module),
         "average": averages.seen(subject.module),
-        "scheduler": None if scheduler is None else to_json(scheduler.state_dict(), "the scheduler's state"),
+        "scheduler": None
+        if scheduler is None
+        else {
+            "class": type(scheduler).__name__,
+            "state": to_json(scheduler.state_dict(), "the scheduler's state", exact=False),
+        },
         "training": None
         if trained is None
         else {
@@ -101,6 +110,7 @@ def _model_facts(subject: Subject, averages: MovingAverages) -> dict[str, Any]:
             "skipped": trained.skipped,
             "skipped_in_a_row": trained.skipped_in_a_row,
             "optimizer": type(trained.optimizer).__name__,
+            "algorithm": backend._algorithm(trained.optimizer),
             "groups": optimizer_state.groups(trained),
         },
     }

@@ -17,13 +17,13 @@ from lightrft.strategy.checkpoint import capture, store
 from lightrft.strategy.checkpoint.agreement import Agreement
 from lightrft.strategy.checkpoint.background import Background
 from lightrft.strategy.checkpoint.fit import Options
+from lightrft.strategy.checkpoint.loaders import Loaders
 from lightrft.strategy.checkpoint.loading import Loaded, Loading
 from lightrft.strategy.checkpoint.plain_values import dumps, to_json
-from lightrft.strategy.checkpoint.saving import Saving, Target, share_of
+from lightrft.strategy.checkpoint.saving import Saving, Target, held_everywhere, share_of
 from lightrft.strategy.checkpoint.subjects import Subject
 from lightrft.strategy.distributed.collectives import Collectives
 from lightrft.strategy.distributed.operations import Operations
-from lightrft.strategy.training.data import ResumableLoader
 from lightrft.strategy.training.moving_average import MovingAverages
 
 
@@ -35,16 +35,8 @@ class Checkpoints:
     ) -> None:
         self._backend, self._collectives, self._averages = backend, collectives, averages
         self._background = Background(backend.world, operations) if backend.config.async_ckpt else None
-        self._loaders: list[weakref.ref[ResumableLoader]] = []
+        self.loaders = Loaders()
         self._written: dict[Path, list[weakref.ref[nn.Module]]] = {}
-
-    def track(self, loader: ResumableLoader) -> None:
-        """Save the position of ``loader``, as long as it lives."""
-        self._loaders.append(weakref.ref(loader))
-
-    @property
-    def _living(self) -> list[ResumableLoader]:
-        return [loader for it in self._loaders if (loader := it()) is not None]
 
     def _agreement(self, call: str) -> Agreement:
         return Agreement(self._collectives, call, self._backend.world.rank)
@@ -54,20 +46,17 @@ class Checkpoints:
         self.finish()
         agreement = self._agreement("save_ckpt")
         agreement.alike([str(target.path), target.latest, target.max_num, target.max_mem, [it.name for it in subjects]])
-        state: dict[str, Any] = {}
-        agreement.everywhere("looking", lambda: state.update(self._look(subjects, target, client_state)))
+        state = agreement.here("looking", lambda: self._look(subjects, target, client_state))
         shared = capture.shared_buffers(subjects, agreement)
-        held: list[Any] = []
-        agreement.everywhere("collecting", lambda: held.extend(capture.tensors(self._backend, subjects, shared)))
+        held = agreement.here("collecting", lambda: capture.tensors(self._backend, subjects, shared))
         world = self._backend.world
-        saving = Saving(
-            target=target, rank=world.rank, ranks=world.size, state=state,
-            share=share_of(held, self._collectives, world),
-        )  # fmt: skip
+        everywhere = held_everywhere(held, self._collectives, world)
+        share = agreement.here("sharing", lambda: share_of(held, everywhere, world.rank))
+        saving = Saving(target=target, rank=world.rank, ranks=world.size, state=state, share=share)
         if self._background is None:
             saving.write(agreement)
         else:
-            self._background.start(saving.detached())
+            self._background.start(agreement.here("copying", saving.detached))
         self._written[target.path] = [weakref.ref(it.module) for it in subjects]
         return target.path
 
@@ -77,7 +66,7 @@ class Checkpoints:
         _check_limits(target)
         _check_settled(subjects, "save_ckpt")
         self._check_same_models(subjects, target.path)
-        state = capture.facts(self._backend, subjects, self._averages, self._living)
+        state = capture.facts(self._backend, subjects, self._averages, self.loaders)
         state["client_state"] = to_json({} if client_state is None else client_state, "client_state")
         dumps(state)  # raises for what JSON has no form for
         return state
@@ -98,7 +87,7 @@ class Checkpoints:
         agreement = self._agreement("load_ckpt")
         agreement.alike([str(directory), tag, repr(options), [it.name for it in subjects]])
         agreement.everywhere("looking", lambda: _check_settled(subjects, "load_ckpt"))
-        return Loading(self._backend, agreement, self._averages, self._living, subjects, options).run(directory, tag)
+        return Loading(self._backend, agreement, self._averages, self.loaders, subjects, options).run(directory, tag)
 
     def finish(self) -> None:
         """Wait for what is written in the background; raises where that failed."""

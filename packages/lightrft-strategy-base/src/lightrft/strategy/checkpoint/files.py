@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from lightrft.config import CheckpointError
+from lightrft.strategy import flat
 from lightrft.strategy.checkpoint import checksums
 from lightrft.strategy.checkpoint.checksums import Checksum
-from lightrft.strategy.checkpoint.layout import File, Piece, encode_header
+from lightrft.strategy.checkpoint.layout import DTYPES, File, Piece, encode_header
 
 CHUNK = 16 * 2**20
 """Bytes that are copied, summed and written at a time."""
@@ -34,8 +35,16 @@ def naming(path: Path, doing: str) -> Iterator[None]:
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU."""
-    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    array: Any = flat.as_bytes(tensor).numpy()
     return memoryview(array)
+
+
+def type_name(tensor: str, dtype: torch.dtype) -> str:
+    """safetensors' name of ``dtype``. Raises `CheckpointError` that names ``tensor`` where it has none."""
+    if dtype not in DTYPES:
+        supported = ", ".join(str(it).removeprefix("torch.") for it in DTYPES)
+        raise CheckpointError(f"{tensor} is {dtype}, which these files cannot hold; they hold {supported}: cast it")
+    return DTYPES[dtype]
 
 
 def write_tensors(path: Path, pieces: Iterable[tuple[Piece, torch.Tensor]], kind: checksums.Kind) -> File:

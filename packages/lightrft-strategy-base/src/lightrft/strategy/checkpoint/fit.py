@@ -12,7 +12,6 @@ from lightrft.strategy.checkpoint import optimizer_state
 from lightrft.strategy.checkpoint.optimizer_state import Allocation, Numbers
 from lightrft.strategy.checkpoint.reading import Checkpoint
 from lightrft.strategy.checkpoint.subjects import ALONE, Subject
-from lightrft.strategy.training.data import ResumableLoader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +53,17 @@ def check(backend: Backend, checkpoint: Checkpoint, subject: Subject, name: str,
     _check_tensors(checkpoint, f"{name}/parameters/", parameters, f"the parameters of {kind}", strict=options.strict)
     buffers = {it: tensor.shape for it, tensor in subject.buffers().items()}
     _check_buffers(checkpoint, name, buffers, kind, strict=options.strict)
-    facts = checkpoint.state["models"][name]
+    training, schedule = (checkpoint.state["models"][name][it] for it in ("training", "scheduler"))
     if options.optimizer:
-        _check_both(checkpoint, facts["training"] is not None, subject.trained is not None, "optimizer", kind)
+        there = None if training is None else training["algorithm"]
+        here = None if subject.trained is None else backend._algorithm(subject.trained.optimizer)
+        _check_kind(checkpoint, there, here, "optimizer", kind)
     if options.scheduler:
-        _check_both(checkpoint, facts["scheduler"] is not None, subject.scheduler is not None, "scheduler", kind)
+        there = None if schedule is None else schedule["class"]
+        here = None if subject.scheduler is None else type(subject.scheduler).__name__
+        _check_kind(checkpoint, there, here, "scheduler", kind)
     if options.optimizer and subject.trained is not None:
-        optimizer_state.check_groups(subject.trained, facts["training"]["groups"])
+        optimizer_state.check_groups(subject.trained, training["groups"])
 
 
 def _check_tensors(
@@ -95,29 +98,24 @@ def _listed(what: str, names: Iterable[str]) -> str:
     return f"{what}: {', '.join(found[:3])}{more}; " if found else ""
 
 
-def _check_both(checkpoint: Checkpoint, there: bool, here: bool, what: str, kind: str) -> None:
+def _check_kind(checkpoint: Checkpoint, there: str | None, here: str | None, what: str, kind: str) -> None:
+    if there == here:
+        return
     option = {"optimizer": "load_optimizer_states=False", "scheduler": "load_lr_scheduler_states=False"}[what]
-    if there and not here:
+    if here is None:
         raise CheckpointError(
             f"{checkpoint.path} has the state of the {what} of {kind}, and none is known here; prepare the model with its "
             f"{what}, or pass {what}=..., or {option}, or load_module_only=True"
         )
-    if here and not there:
+    if there is None:
         raise CheckpointError(
             f"{checkpoint.path} has no state for the {what} of {kind}: it was saved without one; pass {option}, or "
             f"load_module_only=True"
         )
-
-
-def check_loaders(checkpoint: Checkpoint, loaders: Sequence[ResumableLoader]) -> None:
-    """Raise `CheckpointError` where a loader has other data than the one whose position it would take."""
-    for index, (loader, position) in enumerate(zip(loaders, checkpoint.state["loaders"], strict=False)):
-        samples = len(loader.dataset)  # type: ignore[arg-type]
-        if samples != position["samples"]:
-            raise CheckpointError(
-                f"loader {index} that setup_dataloader made has {samples} samples, and had {position['samples']} in "
-                f"{checkpoint.path}; make the loaders in the same order from the same data, or pass load_module_only=True"
-            )
+    raise CheckpointError(
+        f"{checkpoint.path} has the state of {there} for the {what} of {kind}, which is {here} here; make it as it was, or "
+        f"pass {option}, or load_module_only=True"
+    )
 
 
 def no_numbers(checkpoint: Checkpoint, subject: Subject, name: str) -> Numbers:

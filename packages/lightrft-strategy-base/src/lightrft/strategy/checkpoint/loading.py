@@ -12,17 +12,18 @@ from typing import Any
 import torch
 
 from lightrft.config import CheckpointError
+from lightrft.strategy import flat
 from lightrft.strategy.backend import Backend
 from lightrft.strategy.checkpoint import fit, optimizer_state, streams
 from lightrft.strategy.checkpoint.agreement import Agreement
 from lightrft.strategy.checkpoint.fit import Options
+from lightrft.strategy.checkpoint.loaders import Loaders
 from lightrft.strategy.checkpoint.optimizer_state import Allocation, Numbers
 from lightrft.strategy.checkpoint.plain_values import from_json
 from lightrft.strategy.checkpoint.reading import Checkpoint
 from lightrft.strategy.checkpoint.store import Store
 from lightrft.strategy.checkpoint.subjects import RANKS, Subject
 from lightrft.strategy.shards import Shard
-from lightrft.strategy.training.data import ResumableLoader
 from lightrft.strategy.training.moving_average import MovingAverages
 
 
@@ -38,7 +39,7 @@ class Loading:
     """One `load_ckpt`."""
 
     def __init__(
-        self, backend: Backend, agreement: Agreement, averages: MovingAverages, loaders: Sequence[ResumableLoader],
+        self, backend: Backend, agreement: Agreement, averages: MovingAverages, loaders: Loaders,
         subjects: Sequence[Subject], options: Options,
     ) -> None:  # fmt: skip
         self._backend, self._agreement = backend, agreement
@@ -94,7 +95,7 @@ class Loading:
             fit.check(self._backend, checkpoint, subject, names[subject.name], self._options)
             self._allocations(checkpoint, subject, names[subject.name])
         if not self._options.module_only:
-            fit.check_loaders(checkpoint, self._loaders)
+            self._loaders.check(checkpoint.state["loaders"])
         return names
 
     def _allocations(self, checkpoint: Checkpoint, subject: Subject, name: str) -> list[Allocation]:
@@ -153,7 +154,7 @@ class Loading:
         for buffer, tensor in subject.buffers().items():
             entry = next((it + buffer for it in (own, shared) if it + buffer in checkpoint.index), None)
             if entry is not None:
-                found.append(Shard(name=entry, shape=tensor.shape, offset=0, values=tensor.detach().view(-1)))
+                found.append(Shard(name=entry, shape=tensor.shape, offset=0, values=flat.elements(tensor)))
         return found
 
     def _redealt(self, checkpoint: Checkpoint) -> str:
@@ -183,12 +184,11 @@ class Loading:
             facts = checkpoint.state["models"][names[subject.name]]
             self._averages.set_seen(subject.module, facts["average"])
             if subject.scheduler is not None and self._options.scheduler:
-                subject.scheduler.load_state_dict(from_json(facts["scheduler"]))
+                subject.scheduler.load_state_dict(from_json(facts["scheduler"]["state"]))
             if subject.trained is not None and facts["training"] is not None:
                 for counter in ("updates", "skipped", "skipped_in_a_row"):
                     setattr(subject.trained, counter, facts["training"][counter])
-        for loader, position in zip(self._loaders, checkpoint.state["loaders"], strict=False):
-            loader.load_state_dict(position)
+        self._loaders.restore(checkpoint.state["loaders"])
         prefix = f"{self._redealt(checkpoint)}random/"
         found = {name: checkpoint.tensor(prefix + name) for name in checkpoint.names(prefix)}
         streams.restore(found, self._backend.world.device)

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightrft.config import CheckpointError, UnsupportedOperationError
+from lightrft.strategy import flat
 from lightrft.strategy.checkpoint.plain_values import from_json, to_json
 from lightrft.strategy.shards import Shard, StateSlice
 from lightrft.strategy.training.optimizers import parameters_of
@@ -23,9 +24,9 @@ IMPLEMENTATION = frozenset({"params", "foreach", "fused", "capturable", "differe
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of ``tensor``, 1-D, a view."""
+    """This rank's part of ``tensor``, a view; see `flat.elements`."""
     part = tensor.detach()
-    return (part.to_local() if isinstance(part, DTensor) else part).view(-1)
+    return flat.elements(part.to_local() if isinstance(part, DTensor) else part)
 
 
 # Saving
@@ -71,7 +72,7 @@ def groups(trained: TrainedModel) -> list[dict[str, Any]]:
         {
             "names": names,
             "settings": {
-                key: to_json(_number(value), f"param_groups[{index}][{key!r}]")
+                key: to_json(_number(value), f"param_groups[{index}][{key!r}]", exact=False)
                 for key, value in group.items()
                 if key not in IMPLEMENTATION
             },

@@ -8,53 +8,59 @@ import base64
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from types import NoneType
 from typing import Any
 
 from lightrft.config import ArgumentTypeError, CheckpointError
 
 _MARK = "$"
 _DEEPEST = 200
+_KINDS = (bool, int, float, str, bytes, list, tuple, Counter, dict)
 
 
-def to_json(value: Any, name: str) -> Any:
+def to_json(value: Any, name: str, *, exact: bool = True) -> Any:
     """``value`` as JSON values. ``name``: what it is called in errors.
 
-    Raises `ArgumentTypeError` for anything but None, bool, int, float, str, bytes, list, tuple and dict.
+    Raises `ArgumentTypeError`, with the place of the value, for anything but None, bool, int, float, str, bytes, list,
+    tuple, dict and Counter. What is of a type below these would not come back as it is: unless ``exact`` is False,
+    where it counts as one of these, it raises too.
     """
-    return _encode(value, name, 0)
+    return _encode(value, name, 0, exact)
 
 
-def _encode(value: Any, place: str, depth: int) -> Any:
+def _encode(value: Any, place: str, depth: int, exact: bool) -> Any:
     if depth > _DEEPEST:
         raise ArgumentTypeError(f"{place[:200]}: nested more than {_DEEPEST} deep, or contains itself")
-    if value is None or isinstance(value, bool):
+
+    def inside(item: Any, where: str) -> Any:
+        return _encode(item, where, depth + 1, exact)
+
+    kind = type(value) if exact else next((it for it in _KINDS if isinstance(value, it)), type(value))
+    if kind is NoneType or kind is bool:
         return value
-    if isinstance(value, int):
+    if kind is int:
         return int(value) if abs(value) < 2**63 else {f"{_MARK}int": hex(value)}
-    if isinstance(value, float):
+    if kind is float:
         return float(value) if math.isfinite(value) else {f"{_MARK}float": repr(float(value))}
-    if isinstance(value, str):
-        return str(value)
-    if isinstance(value, bytes):
+    if kind is str:
+        return str.__str__(value)
+    if kind is bytes:
         return {f"{_MARK}bytes": base64.b64encode(value).decode("ascii")}
-    if isinstance(value, (list, tuple)):
-        items = [_encode(item, f"{place}[{index}]", depth + 1) for index, item in enumerate(value)]
-        return items if isinstance(value, list) else {f"{_MARK}tuple": items}
-    if isinstance(value, Mapping):
-        return _encode_mapping(value, place, depth)
+    if kind is list or kind is tuple:
+        items = [inside(item, f"{place}[{index}]") for index, item in enumerate(value)]
+        return items if kind is list else {f"{_MARK}tuple": items}
+    if kind is dict or kind is Counter:
+        pairs = [(inside(key, f"a key of {place}"), inside(item, f"{place}[{key!r}]")) for key, item in value.items()]
+        return _encoded_pairs(pairs, kind)
     raise ArgumentTypeError(
-        f"{place} is a {type(value).__module__}.{type(value).__qualname__}, which cannot be stored safely; store None, "
-        f"bool, int, float, str, bytes, list, tuple or dict (a tensor or an array: its .tolist())"
+        f"{place} is a {type(value).__module__}.{type(value).__qualname__}, which would not come back as it is; store None, "
+        f"bool, int, float, str, bytes, list, tuple or dict (of an enum its .value, of a NumPy scalar its .item(), of an "
+        f"array or a tensor its .tolist())"
     )
 
 
-def _encode_mapping(value: Mapping[Any, Any], place: str, depth: int) -> Any:
-    pairs = [
-        (_encode(key, f"a key of {place}", depth + 1), _encode(item, f"{place}[{key!r}]", depth + 1))
-        for key, item in value.items()
-    ]
-    if isinstance(value, Counter):
+def _encoded_pairs(pairs: list[tuple[Any, Any]], kind: type) -> Any:
+    if kind is Counter:
         return {f"{_MARK}counter": [list(pair) for pair in pairs]}
     if all(isinstance(key, str) and not key.startswith(_MARK) for key, _ in pairs):
         return dict(pairs)

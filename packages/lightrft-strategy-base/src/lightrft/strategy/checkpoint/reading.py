@@ -132,7 +132,7 @@ class Checkpoint:
     # Values
 
     def read(self, wanted: Iterable[tuple[str, int, torch.Tensor]]) -> None:
-        """Fill tensors, 1-D on any device and of any type, with the ranges that begin at their offset in their entry."""
+        """Fill tensors, on any device and of any type, with the ranges that begin at their offset in their entry."""
         with self._workers() as pool:
             for _ in pool.map(lambda one: self._fill(*one), wanted):
                 pass
@@ -147,6 +147,11 @@ class Checkpoint:
         return whole
 
     def _fill(self, entry: str, offset: int, values: torch.Tensor) -> None:
+        if values.ndim != 1:  # whole, and its memory is in another order
+            row = torch.empty(values.numel(), dtype=values.dtype)
+            self._fill(entry, offset, row)
+            values.copy_(row.view(values.shape))
+            return
         done = 0
         for index, piece, start, length in ranges.fragments(self.index, entry, offset, values.numel()):
             position = piece.position + start * piece.dtype.itemsize

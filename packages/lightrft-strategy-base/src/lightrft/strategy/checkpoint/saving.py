@@ -27,22 +27,36 @@ PATIENCE = 5.0
 """Seconds in which a shared file system may show another host what one host wrote."""
 
 
-def share_of(held: Sequence[Shard], collectives: Collectives, world: World) -> list[tuple[Piece, torch.Tensor]]:
-    """What this rank writes of what it holds: each range once over all ranks. Every rank calls it.
+def ranges_of(held: Sequence[Shard]) -> list[ranges.Range]:
+    """The range of each shard."""
+    return [(ranges.fingerprint(it.name), it.offset, it.values.numel()) for it in held]
 
-    Raises `CheckpointError` where some elements are on no rank.
-    """
-    own = [(ranges.fingerprint(it.name), it.offset, it.values.numel()) for it in held]
-    rows = torch.tensor([(world.rank, *it) for it in own], dtype=torch.int64).view(-1, 4)
+
+def held_everywhere(held: Sequence[Shard], collectives: Collectives, world: World) -> list[list[ranges.Range]]:
+    """What every rank holds, by rank. Every rank calls it."""
+    rows = torch.tensor([(world.rank, *it) for it in ranges_of(held)], dtype=torch.int64).view(-1, 4)
     everywhere: list[list[ranges.Range]] = [[] for _ in range(world.size)]
     for holder, entry, offset, numel in collectives.all_gather(rows).tolist():
         everywhere[holder].append((entry, offset, numel))
+    return everywhere
+
+
+def share_of(
+    held: Sequence[Shard], everywhere: Sequence[Sequence[ranges.Range]], rank: int
+) -> list[tuple[Piece, torch.Tensor]]:
+    """What ``rank`` writes of what it holds: each range once over all ranks.
+
+    Raises `CheckpointError` where some elements are on no rank.
+    """
     chosen = ranges.owners(everywhere)
     _check_covered(held, chosen)
     return [
-        (Piece(entry=it.name, dtype=it.values.dtype, shape=tuple(it.shape), offset=it.offset, numel=key[2]), it.values)
-        for it, key in zip(held, own, strict=True)
-        if chosen[key] == world.rank
+        (
+            Piece(entry=it.name, dtype=it.values.dtype, shape=tuple(it.shape), offset=it.offset, numel=key[2]),
+            it.values.contiguous().view(-1),
+        )
+        for it, key in zip(held, ranges_of(held), strict=True)
+        if chosen[key] == rank
     ]
 
 

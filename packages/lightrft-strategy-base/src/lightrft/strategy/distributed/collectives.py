@@ -19,6 +19,7 @@ from lightrft.config import ArgumentError, ArgumentTypeError, LightRFTError, Str
 from lightrft.strategy.distributed.nested import Leaf, leaves, rebuild
 from lightrft.strategy.distributed.operations import Operations
 from lightrft.strategy.distributed.world import World
+from lightrft.strategy.flat import as_bytes
 
 ReduceOp = Literal["mean", "sum", "max"]
 FRAME = 1024
@@ -287,8 +288,8 @@ def _row_bytes(tensor: torch.Tensor) -> int:
 
 
 def _padded_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    flat = tensor.reshape(-1).contiguous().view(torch.uint8)
-    return torch.nn.functional.pad(flat, (0, _aligned(flat.numel()) - flat.numel()))
+    row = as_bytes(tensor.contiguous())
+    return torch.nn.functional.pad(row, (0, _aligned(row.numel()) - row.numel()))
 
 
 def _unpacked(frame: torch.Tensor, like: Sequence[torch.Tensor], counts: Sequence[int]) -> list[torch.Tensor]:

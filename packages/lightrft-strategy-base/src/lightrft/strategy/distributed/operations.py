@@ -4,6 +4,7 @@ torch reports a lost peer as a transport error deep inside a collective. Every p
 runs inside `Operations.running(its name)`, which turns such an error into a `StrategyError` under that name.
 """
 
+import re
 import sys
 import threading
 import time
@@ -14,17 +15,17 @@ import torch.distributed as dist
 
 from lightrft.config import StrategyError
 
-_TRANSPORT = (
-    "gloo", "Timed out waiting", "Connection closed by peer", "Connection reset by peer", "NCCL",
-    "Application timeout", "Broken pipe", "Socket Timeout", "wait timeout after",
-)  # fmt: skip
+_GLOO = re.compile(
+    r"\[[^\]]*/gloo/gloo/[^\]]*:\d+\] |Gloo connectFullMesh failed with |Application timeout caused pair closure"
+)
+"""How the messages begin of gloo, whose errors torch raises as plain ``RuntimeError``."""
 
 
 def is_lost_peer(error: BaseException) -> bool:
     """Whether ``error`` says that another rank did not answer: a timeout, or a closed connection."""
     if isinstance(error, dist.DistError):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _TRANSPORT)
+    return type(error) is RuntimeError and _GLOO.match(str(error)) is not None
 
 
 class Operations:
@@ -48,7 +49,7 @@ class Operations:
         try:
             yield
         except RuntimeError as error:
-            if isinstance(error, StrategyError) or not is_lost_peer(error):
+            if not is_lost_peer(error):
                 raise
             raise StrategyError(self.lost_peer(name)) from error
         finally:

@@ -15,7 +15,6 @@ import torch
 
 from lightrft.config import CheckpointError
 from lightrft.strategy.checkpoint import files
-from lightrft.strategy.checkpoint.layout import DTYPES
 
 Contents = Mapping[str, torch.Tensor]
 """Tensors on the meta device: the names, shapes and types of what is to be written."""
@@ -72,7 +71,7 @@ def _layout(file: str, contents: Contents) -> FileLayout:
     for name, tensor in ordered:
         begins[name], end = end, end + tensor.nbytes
         table[name] = {
-            "dtype": _type_name(name, tensor),
+            "dtype": files.type_name(name, tensor.dtype),
             "shape": list(tensor.shape),
             "data_offsets": [begins[name], end],
         }
@@ -84,12 +83,6 @@ def _layout(file: str, contents: Contents) -> FileLayout:
         for name, tensor in ordered
     }
     return FileLayout(name=file, header=header, places=places)
-
-
-def _type_name(name: str, tensor: torch.Tensor) -> str:
-    if tensor.dtype not in DTYPES:
-        raise CheckpointError(f"{name} is {tensor.dtype}, which safetensors files cannot hold; save in another dtype")
-    return DTYPES[tensor.dtype]
 
 
 def index_of(layouts: Iterable[FileLayout]) -> dict[str, Any]:

@@ -110,6 +110,14 @@ class ResumableLoader(DataLoader[Any]):
         self._elastic.set_epoch(epoch, consumed_samples)
         self._handed_out = 0
 
+    def order(self) -> dict[str, Any]:
+        """What decides which samples come at a position: JSON values, equal on all ranks."""
+        own = self._elastic
+        return {
+            "samples": own.length, "shuffle": own.shuffle, "seed": own.seed if own.shuffle else None,
+            "drop_last": own.drop_last, "ranks": own.ranks, "batch_size": self.batch_size,
+        }  # fmt: skip
+
     def state_dict(self) -> dict[str, int]:
         """The position, equal on all ranks."""
         return {"epoch": self.epoch, "consumed_samples": self.consumed_samples}

@@ -11,6 +11,7 @@ from torch import nn
 
 from lightrft.config import StrategyError
 from lightrft.strategy.distributed.world import World
+from lightrft.strategy.flat import as_bytes
 
 
 def is_actor(model: object) -> bool:
@@ -129,10 +130,10 @@ def replicate(module: nn.Module, world: World) -> None:
 
 def broadcast(tensor: torch.Tensor, world: World) -> None:
     """Give ``tensor``, on `World.device`, rank 0's values on every rank."""
-    flat = tensor.contiguous()
-    dist.broadcast(flat.view(torch.uint8) if flat.ndim else flat, src=0, group=world.payload)
-    if flat.data_ptr() != tensor.data_ptr():
-        tensor.copy_(flat)
+    whole = tensor.contiguous()
+    dist.broadcast(as_bytes(whole), src=0, group=world.payload)
+    if whole.data_ptr() != tensor.data_ptr():
+        tensor.copy_(whole)
 
 
 def guard_forward(module: nn.Module, around: Callable[[], AbstractContextManager[object]]) -> Callable[[], None]:

@@ -1,5 +1,7 @@
 """Exponential moving averages of a trained model's weights, kept in a model of their own."""
 
+from weakref import WeakKeyDictionary
+
 import torch
 from torch import nn
 
@@ -16,18 +18,18 @@ class MovingAverages:
 
     def __init__(self, backend: Backend, collectives: Collectives) -> None:
         self._backend, self._collectives = backend, collectives
-        self._seen: dict[int, int] = {}
-        """Updates of its source that each average has seen, by the ``id`` of its module."""
+        self._seen: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+        """Updates of its source that each average has seen."""
 
     def seen(self, average: nn.Module) -> int | None:
         """Updates of its source that ``average`` has seen; None for a model that is no average."""
-        return self._seen.get(id(average))
+        return self._seen.get(average)
 
     def set_seen(self, average: nn.Module, updates: int | None) -> None:
         """Go on from what `seen` said."""
-        self._seen.pop(id(average), None)
+        self._seen.pop(average, None)
         if updates is not None:
-            self._seen[id(average)] = updates
+            self._seen[average] = updates
 
     @torch.no_grad()
     def move(self, source: TrainedModel, average: nn.Module, beta: float, device: torch.device | None) -> None:
@@ -38,9 +40,8 @@ class MovingAverages:
         """
         if not 0 <= beta < 1:
             raise ArgumentError(f"moving_average: beta={beta!r}; allowed is >= 0 and < 1")
-        if self._seen.get(id(average), 0) == source.updates:
+        if self._seen.get(average, 0) == source.updates:
             return
-        self._seen[id(average)] = source.updates
         self._backend._settle(source.model)
         self._backend._settle(average)
         weights = trainable(source.model)
@@ -50,6 +51,7 @@ class MovingAverages:
             raise ArgumentError(
                 f"moving_average: the average has no {unknown[0]}; make it as a copy of the model it averages"
             )
+        self._seen[average] = source.updates
         own = {shard.name: shard for shard in self._backend._shards(source.model)}
         if self._same_layout(own, targets, weights):
             for name in weights.keys() & targets.keys():
@@ -71,6 +73,6 @@ class MovingAverages:
 
 def _towards(target: Shard, weight: torch.Tensor, beta: float, device: torch.device | None) -> None:
     values = target.values.to(device or target.values.device)  # the same memory where it is there already
-    values.mul_(beta).add_(weight.to(values.device, values.dtype), alpha=1 - beta)
+    values.mul_(beta).add_(weight.to(values.device, values.dtype).reshape(values.shape), alpha=1 - beta)
     if values.data_ptr() != target.values.data_ptr():
         target.values.copy_(values)

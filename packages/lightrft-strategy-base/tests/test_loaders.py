@@ -1,0 +1,100 @@
+"""The positions of loaders in checkpoints."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightrft.config import CheckpointError
+from lightrft.strategy import get_fake_strategy
+
+PROMPTS, EXTRA = list(range(12)), list(range(100, 120))
+
+
+@pytest.fixture
+def strategy():
+    with get_fake_strategy() as made:
+        yield made
+
+
+def loader(strategy, data=PROMPTS, batch_size=2, **settings):
+    return strategy.setup_dataloader(data, batch_size, **settings)
+
+
+def rest(loader):
+    return [sample for batch in loader for sample in batch.tolist()]
+
+
+def begun(strategy, folder, *loaders):
+    """Save after another number of batches of each loader; what is left of each."""
+    iterators = [iter(it) for it in loaders]
+    for count, iterator in enumerate(iterators, 1):
+        for _ in range(count):
+            next(iterator)
+    strategy.save_ckpt(nn.Linear(1, 1), folder)
+    return [[sample for batch in it for sample in batch.tolist()] for it in iterators]
+
+
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_loaders_go_on_whether_they_are_made_before_loading_or_after(strategy, tmp_path, before):
+    left = begun(strategy, tmp_path, loader(strategy), loader(strategy, EXTRA))
+    with get_fake_strategy() as other:
+        made = [loader(other, data) for data in (PROMPTS, EXTRA)[:before]]
+        other.load_ckpt(nn.Linear(1, 1), tmp_path)
+        made += [loader(other, data) for data in (PROMPTS, EXTRA)[before:]]
+        assert [rest(it) for it in made] == left
+        third = loader(other)
+        assert sorted(rest(third)) == PROMPTS
+
+
+def test_positions_that_wait_are_saved_again(strategy, tmp_path):
+    left = begun(strategy, tmp_path, loader(strategy), loader(strategy, EXTRA))
+    for _ in range(2):
+        with get_fake_strategy() as other:
+            other.load_ckpt(nn.Linear(1, 1), tmp_path)
+            first = loader(other)
+            other.save_ckpt(nn.Linear(1, 1), tmp_path)
+            assert [rest(first), rest(loader(other, EXTRA))] == left
+
+
+def test_a_loader_that_is_sent_elsewhere_stays_there(strategy, tmp_path):
+    begun(strategy, tmp_path, loader(strategy))
+    with get_fake_strategy() as other:
+        other.load_ckpt(nn.Linear(1, 1), tmp_path)
+        assert loader(other, consumed_samples=6).consumed_samples == 6
+
+
+OTHERS = [
+    ({"data": EXTRA}, "samples=20", "samples=12"),
+    ({"shuffle": False}, "shuffle=False, seed=None", "shuffle=True, seed=42"),
+    ({"drop_last": False}, "drop_last=False", "drop_last=True"),
+    ({"batch_size": 3}, "batch_size=3", "batch_size=2"),
+]
+
+
+@pytest.mark.parametrize(("settings", "here", "there"), OTHERS)
+@pytest.mark.parametrize("made_first", [True, False])
+def test_the_position_of_another_loader_is_refused_by_name(strategy, tmp_path, settings, here, there, made_first):
+    begun(strategy, tmp_path, loader(strategy))
+    model = nn.Linear(1, 1)
+    weight = model.weight.detach().clone()
+    with get_fake_strategy() as other:
+        wanted = rf"loader 0 .* has {here}, and the one .* had {there}"
+        if made_first:
+            made = loader(other, **settings)
+            with pytest.raises(CheckpointError, match=wanted):
+                other.load_ckpt(model, tmp_path)
+            assert torch.equal(model.weight, weight)
+            assert made.consumed_samples == 0
+        else:
+            other.load_ckpt(model, tmp_path)
+            with pytest.raises(CheckpointError, match=wanted):
+                loader(other, **settings)
+
+
+def test_another_seed_is_another_order(strategy, tmp_path):
+    begun(strategy, tmp_path, loader(strategy))
+    with get_fake_strategy(seed=7) as other:
+        made = loader(other)
+        with pytest.raises(CheckpointError, match=r"has seed=7, .* had seed=42"):
+            other.load_ckpt(nn.Linear(1, 1), tmp_path)
+        assert made.consumed_samples == 0
