@@ -102,9 +102,24 @@ def rename(source: Path, target: Path) -> None:
         synchronise(target.parent)
 
 
-def synchronise(directory: Path) -> None:
-    """Make the names in ``directory`` survive a crash of the host."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it, for good, where they are missing."""
+    missing = [it for it in (path, *path.parents) if not it.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        synchronise(made.parent)
+
+
+def synchronise_all(directory: Path) -> None:
+    """Make all that is below ``directory`` survive a crash of the host."""
+    for folder, _, names in os.walk(directory):
+        for path in (Path(folder), *(Path(folder, name) for name in names)):
+            synchronise(path)
+
+
+def synchronise(path: Path) -> None:
+    """Make a file, or the names in a directory, survive a crash of the host."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -55,6 +55,18 @@ def read_manifest(path: Path) -> Manifest:
         raise CheckpointError(f"{file} is damaged: {error}; load another tag") from error
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether ``path`` is the directory of a checkpoint, be it damaged or unfinished."""
+    return path.is_dir() and ((path / MANIFEST).exists() or any(path.glob("rank-*-of-*.safetensors")))
+
+
+def checkpoints_at(path: Path) -> list[Path]:
+    """What of checkpoints is at ``path``, or in it."""
+    if is_checkpoint(path):
+        return [path]
+    return sorted(it for it in path.iterdir() if is_checkpoint(it)) if path.is_dir() else []
+
+
 class Store:
     """The checkpoints below ``directory``."""
 
