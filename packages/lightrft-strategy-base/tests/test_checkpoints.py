@@ -27,6 +27,7 @@ from lightrft.strategy.checkpoint.plain_values import from_json, to_json
 from lightrft.strategy.checkpoint.ranges import check_covered, fragments, owners
 from lightrft.strategy.checkpoint.reading import Checkpoint
 from lightrft.strategy.checkpoint.store import Store
+from lightrft.strategy.checkpoint.tag_writer import TagWriter
 
 
 @pytest.fixture
@@ -204,10 +205,10 @@ def test_a_failure_in_the_background_is_raised_by_close(tmp_path, monkeypatch):
     strategy = FakeStrategy(bf16=False, train_batch_size=1, async_ckpt=True)
     model, _ = in_training(strategy)
 
-    def refused(self, written, manifest):
+    def refused(self, manifest):
         raise CheckpointError("no room")
 
-    monkeypatch.setattr(Store, "commit", refused)
+    monkeypatch.setattr(TagWriter, "commit", refused)
     strategy.save_ckpt(model, tmp_path)
     with pytest.raises(CheckpointError, match="no room"):
         strategy.close()

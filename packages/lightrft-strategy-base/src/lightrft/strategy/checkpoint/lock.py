@@ -9,6 +9,8 @@ import errno
 import fcntl
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 SUFFIX = "lightrft-lock"
@@ -49,6 +51,16 @@ class Lock:
                 self.path.unlink(missing_ok=True)
             finally:
                 os.close(descriptor)
+
+
+@contextmanager
+def holding(directory: Path, name: str) -> Iterator[bool]:
+    """Hold a lock in the body, which is told whether it could be had."""
+    lock = Lock(directory, name)
+    try:
+        yield lock.take()
+    finally:
+        lock.release()
 
 
 def _lock(descriptor: int) -> bool:
