@@ -44,7 +44,7 @@ def test_links_are_neither_cleaned_up_nor_rotated_nor_replaced(strategy, model, 
     strategy.save_ckpt(model, store, tag="e", max_num=1)
     assert names(store) == [".b.writing", ".c.replaced", ".d.removing", "e", "latest", "t"]
     assert names(elsewhere) == ["manifest.json", "rank-00000-of-00001.safetensors"]
-    with pytest.raises(CheckpointError, match=r"store/t .*symbolic link.*use another tag, or remove it"):
+    with pytest.raises(CheckpointError, match=r"store/t .*symbolic link.*use another tag or directory, or remove it"):
         strategy.save_ckpt(model, store, tag="t")
     assert strategy.load_ckpt(model, store, tag="t")[0] == store / "t"
 
@@ -107,7 +107,7 @@ def test_files_of_somebody_outlive_a_killed_rotation(strategy, model, tmp_path, 
 
 def test_what_another_process_is_saving_is_left_alone(strategy, model, tmp_path):
     other = TagWriter(tmp_path, "t")
-    other.begin("token")
+    other.begin("token", {})
     strategy.save_ckpt(model, tmp_path, tag="u", max_num=1)
     assert (other.folder / "token").read_text() == "token"
     with pytest.raises(CheckpointError, match=r"another process is saving .*/t, and holds .*give each run a directory"):
@@ -129,7 +129,7 @@ def test_a_killed_process_holds_nothing(strategy, model, tmp_path):
     code = f"""
 from pathlib import Path
 from lightrft.strategy.checkpoint.tag_writer import TagWriter
-TagWriter(Path({str(tmp_path)!r}), "t").begin("token")
+TagWriter(Path({str(tmp_path)!r}), "t").begin("token", {{}})
 import os
 os.kill(os.getpid(), 9)
 """
@@ -171,6 +171,60 @@ def test_a_file_system_without_locks_is_written_to_all_the_same(strategy, model,
     monkeypatch.setattr("fcntl.flock", none)
     strategy.save_ckpt(model, tmp_path, tag="t")
     assert names(tmp_path) == ["latest", "t"]
+
+
+# Other runs and other models
+
+
+def test_rotation_leaves_other_runs_alone(tmp_path):
+    for run in ("one", "two"):
+        with FakeStrategy(bf16=False, train_batch_size=1) as strategy:
+            model = strategy.prepare_model(nn.Linear(3, 2))
+            for step in range(3):
+                strategy.save_ckpt(model, tmp_path, tag=f"{run}{step}", max_num=2)
+    assert names(tmp_path) == ["latest", "one1", "one2", "two1", "two2"]
+
+
+def test_rotation_goes_on_where_a_run_does(tmp_path):
+    for run in ("one", "two"):
+        with FakeStrategy(bf16=False, train_batch_size=1) as strategy:
+            model = strategy.prepare_model(nn.Linear(3, 2))
+            if run == "two":
+                strategy.load_ckpt(model, tmp_path)
+            for step in range(2):
+                strategy.save_ckpt(model, tmp_path, tag=f"{run}{step}", max_num=2)
+    assert names(tmp_path) == ["latest", "two0", "two1"]
+
+
+def test_weights_alone_do_not_make_a_run_go_on(tmp_path):
+    for tag in ("one", "two"):
+        with FakeStrategy(bf16=False, train_batch_size=1) as strategy:
+            model = strategy.prepare_model(nn.Linear(3, 2))
+            if tag == "two":
+                strategy.load_ckpt(model, tmp_path, load_module_only=True)
+            strategy.save_ckpt(model, tmp_path, tag=tag, max_num=1)
+    assert names(tmp_path) == ["latest", "one", "two"]
+
+
+def test_rotation_leaves_other_models_alone(strategy, model, tmp_path):
+    critic = strategy.prepare_model(nn.Linear(3, 2))
+    for step in range(2):
+        strategy.save_ckpt(model, tmp_path, tag=f"actor{step}", max_num=1)
+        strategy.save_ckpt(critic, tmp_path, tag=f"critic{step}", max_num=1)
+        strategy.save_ckpt({"a": model, "c": critic}, tmp_path, tag=f"both{step}", max_num=1)
+    assert names(tmp_path) == ["actor1", "both1", "critic1", "latest"]
+
+
+def test_a_checkpoint_of_other_models_is_not_replaced(strategy, model, tmp_path):
+    strategy.save_ckpt({"actor": model}, tmp_path, tag="t")
+    with FakeStrategy(bf16=False, train_batch_size=1) as other:
+        for name, module in (("critic", nn.Linear(3, 2)), ("actor", nn.Bilinear(3, 2, 1))):
+            critic = other.prepare_model(module)
+            with pytest.raises(
+                CheckpointError, match=r"/t is there.*other models: 'actor' \(Linear\), and here.*use another"
+            ):
+                other.save_ckpt({name: critic}, tmp_path, tag="t")
+        other.save_ckpt({"actor": other.prepare_model(nn.Linear(3, 2))}, tmp_path, tag="t")
 
 
 # When the disk, or the host, gives up

@@ -33,8 +33,9 @@ class Checkpointing(Training):
 
         ``model``: one, or several by name, which are then in one checkpoint: ``{"actor": actor, "critic": critic}``.
         ``tag``: by default ``global_stepN``, N updates; what was saved under it before is replaced when the new one
-        is there. ``max_num`` and ``max_mem`` (GB) limit the checkpoints in ``save_dir``: the oldest go, after this one
-        is committed. ``save_latest``: whether `load_ckpt` without a tag may find it. ``client_state``: None, bool, int,
+        is there, unless it is of other models. ``max_num`` and ``max_mem`` (GB) limit the checkpoints in ``save_dir``
+        that this run saved of the same models, or that the run saved from which it went on by `load_ckpt`: the oldest
+        go, after this one is committed; those of other runs and other models stay. ``save_latest``: whether `load_ckpt` without a tag may find it. ``client_state``: None, bool, int,
         float, str, bytes, list, tuple, dict; rank 0's is stored. Optimizer and scheduler are those of `prepare`;
         a model that has none is saved alone. With ``async_ckpt`` this returns as soon as the state is copied; what
         then goes wrong is raised by the next save, load or `close`.

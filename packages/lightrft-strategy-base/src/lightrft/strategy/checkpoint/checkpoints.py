@@ -4,6 +4,7 @@ Save: look (nothing is pending, all can be stored), deal out who writes what, th
 Load: find, compare, verify, and only then change anything (`loading`).
 """
 
+import secrets
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ class Checkpoints:
         self._backend, self._collectives, self._averages = backend, collectives, averages
         self._background = Background(backend.world, operations) if backend.config.async_ckpt else None
         self._loaders: list[weakref.ref[ResumableLoader]] = []
+        self._lineages: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self._written: dict[Path, list[weakref.ref[nn.Module]]] = {}
 
     def track(self, loader: ResumableLoader) -> None:
@@ -78,6 +80,8 @@ class Checkpoints:
         _check_settled(subjects, "save_ckpt")
         self._check_same_models(subjects, target.path)
         state = capture.facts(self._backend, subjects, self._averages, self._living)
+        for it in subjects:
+            state["models"][it.name]["lineage"] = self._lineages.setdefault(it.module, secrets.token_hex(8))
         state["client_state"] = to_json({} if client_state is None else client_state, "client_state")
         dumps(state)  # raises for what JSON has no form for
         return state
@@ -98,7 +102,10 @@ class Checkpoints:
         agreement = self._agreement("load_ckpt")
         agreement.alike([str(directory), tag, repr(options), [it.name for it in subjects]])
         agreement.everywhere("looking", lambda: _check_settled(subjects, "load_ckpt"))
-        return Loading(self._backend, agreement, self._averages, self._living, subjects, options).run(directory, tag)
+        loaded = Loading(self._backend, agreement, self._averages, self._living, subjects, options).run(directory, tag)
+        if not options.module_only:
+            self._lineages.update((it.module, loaded.lineages[it.name]) for it in subjects)
+        return loaded
 
     def finish(self) -> None:
         """Wait for what is written in the background; raises where that failed."""

@@ -144,6 +144,11 @@ class Manifest:
     """JSON values: models, loaders, client state, and where they come from."""
 
     @property
+    def lineages(self) -> dict[str, str]:
+        """By model, the name that it keeps from one checkpoint to the next, over restarts that load them."""
+        return {name: facts["lineage"] for name, facts in self.state["models"].items()}
+
+    @property
     def ranks(self) -> int:
         """The ranks that wrote it."""
         return len(self.files)

@@ -32,6 +32,8 @@ class Loaded:
 
     path: Path
     client_state: Any
+    lineages: dict[str, str]
+    """By the subjects' names."""
 
 
 class Loading:
@@ -56,7 +58,11 @@ class Loading:
         finally:
             for checkpoint in opened:
                 checkpoint.close()
-        return Loaded(path=path, client_state=from_json(opened[0].state["client_state"]))
+        names, lineages = fit.names_in(opened[0], self._subjects), opened[0].manifest.lineages
+        return Loaded(
+            path=path, client_state=from_json(opened[0].state["client_state"]),
+            lineages={own: lineages[its] for own, its in names.items()},
+        )  # fmt: skip
 
     def _open(self, path: Path, opened: list[Checkpoint]) -> Any:
         if not path.is_dir():

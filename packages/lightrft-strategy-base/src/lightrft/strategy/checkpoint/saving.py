@@ -105,7 +105,7 @@ class Saving:
 
     def _begin(self) -> str:
         token = secrets.token_hex(16)
-        self._writer.begin(token)
+        self._writer.begin(token, self.state["models"])
         return token
 
     def _check_shared(self, token: str) -> None:
@@ -133,7 +133,7 @@ class Saving:
             checksum=self.target.checksum, files=tuple(written), state=self.state,
         )  # fmt: skip
         self._writer.commit(manifest)
-        self._writer.rotate(self.target.max_num, self.target.max_mem)
+        self._writer.rotate(manifest, self.target.max_num, self.target.max_mem)
 
 
 def _appears(seen: Any) -> bool:

@@ -1,7 +1,9 @@
 """Saving one checkpoint into a store: what the one process does that makes the directory, and publishes it."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lightrft.config import CheckpointError
 from lightrft.strategy.checkpoint import files, leftovers
@@ -11,6 +13,8 @@ from lightrft.strategy.checkpoint.store import Store, aside, read_manifest
 
 TOKEN = "token"
 GB = 10**9
+Models = Mapping[str, Mapping[str, Any]]
+"""What a manifest says of each model."""
 _PATIENCE = 1.0
 """Seconds in which another process may be done with looking after what is left of a tag."""
 
@@ -23,10 +27,11 @@ class TagWriter:
         self.target = directory / tag
         self.folder = aside(self.target, "writing")
 
-    def begin(self, token: str) -> None:
+    def begin(self, token: str, models: Models) -> None:
         """Make `folder`, in which all ranks write; what killed processes left behind in the store is removed.
 
-        Raises `CheckpointError` where another process is saving the tag, or where it is there, and is no checkpoint.
+        Raises `CheckpointError` where another process is saving the tag, or where it is there, and is no checkpoint of
+        such ``models``.
         """
         directory = self._store.directory
         with files.naming(directory, "cannot save to"):
@@ -38,20 +43,23 @@ class TagWriter:
                 )
             leftovers.settle(self.target)
             leftovers.clean(directory)
-            self._check_replaceable()
+            self._check_replaceable(models)
             self.folder.mkdir()
         files.write_text(self.folder / TOKEN, token)
 
-    def _check_replaceable(self) -> None:
+    def _check_replaceable(self, models: Models) -> None:
         if not os.path.lexists(self.target):
             return
         try:
             if self.target.is_symlink():
                 raise CheckpointError("it is a symbolic link")
-            read_manifest(self.target)
+            there, new = _kinds(read_manifest(self.target).state["models"]), _kinds(models)
+            if there != new:
+                raise CheckpointError(f"it holds other models: {_listed(there)}, and here {_listed(new)}")
         except CheckpointError as error:
             raise CheckpointError(
-                f"{self.target} is there, and is no checkpoint that could be replaced ({error}); use another tag, or remove it"
+                f"{self.target} is there, and is no checkpoint that could be replaced ({error}); use another tag or "
+                f"directory, or remove it"
             ) from error
 
     def commit(self, manifest: Manifest) -> None:
@@ -70,9 +78,10 @@ class TagWriter:
         if manifest.latest:
             files.replace_text(self._store.directory / LATEST, f"{manifest.tag}\n")
 
-    def rotate(self, max_num: int, max_mem: float) -> None:
-        """Remove the oldest checkpoints until there are ``max_num`` and ``max_mem`` GB at most; the newest stays."""
-        kept = [it for it in self._store.committed() if it.is_in_place]
+    def rotate(self, newest: Manifest, max_num: int, max_mem: float) -> None:
+        """Remove the oldest checkpoints of the same lineages until there are ``max_num`` and ``max_mem`` GB at most."""
+        alike = [it for it in self._store.committed() if it.manifest.lineages == newest.lineages]
+        kept = [it for it in alike if it.is_in_place]
         protected = {self.target.name, self._store.named_latest()}
         for oldest in [it for it in kept if it.tag not in protected]:
             if len(kept) <= max_num and sum(it.manifest.nbytes for it in kept) <= max_mem * GB:
@@ -86,3 +95,12 @@ class TagWriter:
             leftovers.settle(self.target)
             with leftovers.warned(self._lock.path, "cannot remove"):
                 self._lock.release()
+
+
+def _kinds(models: Models) -> dict[str, str]:
+    """The class of each model, by name."""
+    return {name: facts["class"].removeprefix("FSDP") for name, facts in models.items()}  # FSDP2 makes its own
+
+
+def _listed(kinds: Mapping[str, str]) -> str:
+    return ", ".join(f"{name!r} ({kind})" for name, kind in kinds.items())
