@@ -3,6 +3,7 @@
 import itertools
 import os
 import random
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -22,7 +23,7 @@ from lightrft.config import (
     StrategyError,
 )
 from lightrft.strategy import FakeStrategy, get_fake_strategy
-from lightrft.strategy.checkpoint.layout import Manifest, Piece, decode_header, encode_header, header_length
+from lightrft.strategy.checkpoint.layout import Manifest, Piece, Stamp, decode_header, encode_header, header_length
 from lightrft.strategy.checkpoint.plain_values import from_json, to_json
 from lightrft.strategy.checkpoint.ranges import check_covered, fragments, owners
 from lightrft.strategy.checkpoint.reading import Checkpoint
@@ -318,9 +319,11 @@ def test_a_header_says_what_was_put_into_it():
         Piece(entry=f"m/parameters/{name}", dtype=dtype, shape=(4, 2), offset=offset, numel=numel, checksum="0" * 8)
         for name, dtype, offset, numel in [("a", torch.float32, 0, 5), ("b@1", torch.bfloat16, 3, 5)]
     ]
-    header = encode_header(pieces)
+    stamp = Stamp(tag="t", nonce="n")
+    header = encode_header(pieces, stamp)
     assert header_length(header[:8], 10**6) == len(header)
-    found = decode_header(header)
+    found, its = decode_header(header)
+    assert its == stamp
     assert [(it.entry, it.dtype, it.offset, it.numel) for it in found] == [
         (it.entry, it.dtype, it.offset, it.numel) for it in pieces
     ]
@@ -342,6 +345,17 @@ def test_a_checkpoint_is_read_without_a_strategy(strategy, tmp_path):
         found.verify()
         assert found.models == ["model"]
         assert torch.equal(found.tensor("model/parameters/0.weight"), model[0].weight)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "rank-00000-of-00001.safetensors"])
+def test_files_of_two_saves_do_not_mix(strategy, tmp_path, name):
+    model = strategy.prepare_model(nn.Linear(3, 2))
+    one, other = (strategy.save_ckpt(model, tmp_path, tag=tag, client_state={"tag": tag}) for tag in ("one", "two"))
+    rank_file = other / "rank-00000-of-00001.safetensors"
+    assert rank_file.stat().st_size == (one / rank_file.name).stat().st_size
+    shutil.copyfile(one / name, other / name)
+    with pytest.raises(CheckpointError, match=rf"two/{rank_file.name} .* is of another save, of tag '(one|two)'"):
+        strategy.load_ckpt(model, tmp_path, tag="two")
 
 
 def test_every_changed_character_of_a_manifest_is_found(strategy, tmp_path):

@@ -13,7 +13,7 @@ import torch
 from lightrft.config import CheckpointError
 from lightrft.strategy.checkpoint import checksums
 from lightrft.strategy.checkpoint.checksums import Checksum
-from lightrft.strategy.checkpoint.layout import File, Piece, encode_header
+from lightrft.strategy.checkpoint.layout import File, Piece, Stamp, encode_header
 
 CHUNK = 16 * 2**20
 """Bytes that are copied, summed and written at a time."""
@@ -38,7 +38,7 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(array)
 
 
-def write_tensors(path: Path, pieces: Iterable[tuple[Piece, torch.Tensor]], kind: checksums.Kind) -> File:
+def write_tensors(path: Path, pieces: Iterable[tuple[Piece, torch.Tensor]], stamp: Stamp, kind: checksums.Kind) -> File:
     """Write a safetensors file of ``pieces`` with their values, 1-D on any device, and synchronise it.
 
     At most `CHUNK` bytes are copied at a time, and none where they are in host memory already.
@@ -47,12 +47,12 @@ def write_tensors(path: Path, pieces: Iterable[tuple[Piece, torch.Tensor]], kind
     ordered = sorted(pieces, key=lambda pair: -pair[0].dtype.itemsize)
     blank = checksums.of(b"", kind)
     with naming(path, "cannot write"), path.open("xb", buffering=0) as file:
-        header = encode_header([replace(piece, checksum=blank) for piece, _ in ordered])
+        header = encode_header([replace(piece, checksum=blank) for piece, _ in ordered], stamp)
         _write_all(file.fileno(), header)
         with ThreadPoolExecutor(1, thread_name_prefix="lightrft-sum") as beside:
             sums = [_write_piece(file.fileno(), values, checksums.begin(kind), beside) for _, values in ordered]
             summed = [replace(piece, checksum=found()) for (piece, _), found in zip(ordered, sums, strict=True)]
-        header = encode_header(summed)
+        header = encode_header(summed, stamp)
         os.pwrite(file.fileno(), header, 0)
         os.fsync(file.fileno())
     size = len(header) + sum(piece.nbytes for piece in summed)

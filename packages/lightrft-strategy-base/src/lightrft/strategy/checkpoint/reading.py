@@ -79,9 +79,12 @@ class Checkpoint:
         with files.naming(place, "cannot read"):
             try:
                 header = os.pread(descriptor, layout.header_length(os.pread(descriptor, 8, 0), file.nbytes), 0)
+                pieces, stamp = layout.decode_header(header)
+                if stamp != self.manifest.stamp:
+                    raise CheckpointError(f"it is of another save, of tag {stamp.tag!r}, than the manifest beside it")
                 if checksums.of(header, self.manifest.checksum) != file.header:
                     raise CheckpointError("its header does not fit its checksum in the manifest")
-                return layout.decode_header(header)
+                return pieces
             except CheckpointError as error:
                 raise self._damaged(place, str(error)) from error
 

@@ -15,7 +15,7 @@ import torch
 from lightrft.config import CheckpointError
 from lightrft.strategy.checkpoint import checksums, files, layout, ranges
 from lightrft.strategy.checkpoint.agreement import Agreement
-from lightrft.strategy.checkpoint.layout import File, Manifest, Piece
+from lightrft.strategy.checkpoint.layout import File, Manifest, Piece, Stamp
 from lightrft.strategy.checkpoint.store import Store
 from lightrft.strategy.checkpoint.tag_writer import TOKEN, TagWriter
 from lightrft.strategy.distributed.collectives import Collectives
@@ -97,8 +97,8 @@ class Saving:
         try:
             token = agreement.on_rank_0("beginning", self._begin)
             agreement.everywhere("looking at the directory", lambda: self._check_shared(token))
-            written = agreement.everywhere("writing", self._write)
-            agreement.on_rank_0("publishing", lambda: self._publish([File(**it) for it in written]))
+            written = agreement.everywhere("writing", lambda: self._write(token))
+            agreement.on_rank_0("publishing", lambda: self._publish([File(**it) for it in written], token))
         finally:
             self._writer.end()
         return self.target.path
@@ -116,11 +116,16 @@ class Saving:
                 f"that all hosts share"
             )
 
-    def _write(self) -> dict[str, Any]:
+    def _write(self, token: str) -> dict[str, Any]:
         name = layout.file_name(self.rank, self.ranks)
-        return vars(files.write_tensors(self._writer.folder / name, self.share, self.target.checksum))
+        return vars(
+            files.write_tensors(self._writer.folder / name, self.share, self._stamp(token), self.target.checksum)
+        )
 
-    def _publish(self, written: Sequence[File]) -> None:
+    def _stamp(self, token: str) -> Stamp:
+        return Stamp(tag=self.target.tag, nonce=token)
+
+    def _publish(self, written: Sequence[File], token: str) -> None:
         for rank, file in enumerate(written):
             place = self._writer.folder / file.name
             if not _appears(lambda place=place, file=file: place.stat().st_size == file.nbytes):
@@ -129,7 +134,7 @@ class Saving:
                     f"that all hosts share"
                 )
         manifest = Manifest(
-            tag=self.target.tag, sequence=Store(self.target.directory).next_sequence(), latest=self.target.latest,
+            stamp=self._stamp(token), sequence=Store(self.target.directory).next_sequence(), latest=self.target.latest,
             checksum=self.target.checksum, files=tuple(written), state=self.state,
         )  # fmt: skip
         self._writer.commit(manifest)
