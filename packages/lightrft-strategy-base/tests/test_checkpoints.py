@@ -1,6 +1,7 @@
 """Checkpoints in one process: the store, the format, what fits what, and the end of a run."""
 
 import itertools
+import logging
 import os
 import random
 import shutil
@@ -125,6 +126,77 @@ def test_what_is_not_to_be_the_latest_is_found_by_its_tag_alone(strategy, tmp_pa
     assert strategy.load_ckpt(model, tmp_path, tag="b")[0].name == "b"
 
 
+def latest_of(folder):
+    return (folder / "latest").read_text().strip()
+
+
+def test_rotation_keeps_what_is_loaded_without_a_tag(strategy, tmp_path):
+    model, _ = in_training(strategy)
+    strategy.save_ckpt(model, tmp_path, tag="a", max_num=1)
+    (tmp_path / "latest").unlink()
+    for tag in ("b", "c"):
+        strategy.save_ckpt(model, tmp_path, tag=tag, max_num=1, save_latest=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "c", "latest"]
+    assert strategy.load_ckpt(model, tmp_path)[0].name == latest_of(tmp_path) == "a"
+    strategy.save_ckpt(model, tmp_path, tag="d", max_num=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d", "latest"]
+
+
+def test_latest_never_names_what_may_not_be_loaded_without_its_tag(strategy, tmp_path):
+    model, _ = in_training(strategy)
+    for tag in ("a", "b"):
+        strategy.save_ckpt(model, tmp_path, tag=tag)
+    strategy.save_ckpt(model, tmp_path, tag="b", save_latest=False)
+    assert latest_of(tmp_path) == "a"
+    strategy.save_ckpt(model, tmp_path, tag="a", save_latest=False)
+    assert not (tmp_path / "latest").exists()
+    with pytest.raises(CheckpointNotFoundError, match=r"may be loaded without its tag .*there are: b, a"):
+        strategy.load_ckpt(model, tmp_path)
+
+
+def spoil(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize("damage", [spoil, Path.unlink])
+@pytest.mark.parametrize("named", [True, False])
+def test_a_damaged_newest_checkpoint_is_named_with_those_that_are_whole(strategy, tmp_path, damage, named):
+    model, _ = in_training(strategy)
+    for tag in ("a", "b", "c"):
+        strategy.save_ckpt(model, tmp_path, tag=tag)
+    damage(tmp_path / "c" / "manifest.json")
+    if not named:
+        (tmp_path / "latest").unlink()
+    for tag in (None, "c"):
+        with pytest.raises(
+            CheckpointError, match=r"c/manifest.json.*load another tag \(those with a whole manifest: a, b\)"
+        ):
+            strategy.load_ckpt(model, tmp_path, tag=tag)
+    assert strategy.load_ckpt(model, tmp_path, tag="b")[0].name == "b"
+
+
+def test_an_older_damaged_checkpoint_is_passed_over_with_a_warning(strategy, tmp_path, caplog):
+    model, _ = in_training(strategy)
+    for tag in ("a", "b"):
+        strategy.save_ckpt(model, tmp_path, tag=tag)
+    spoil(tmp_path / "a" / "manifest.json")
+    with caplog.at_level(logging.WARNING):
+        assert strategy.load_ckpt(model, tmp_path)[0].name == "b"
+    assert f"cannot read {tmp_path / 'a' / 'manifest.json'}: its checksum" in caplog.text
+
+
+def test_a_directory_that_cannot_be_read_is_named(strategy, tmp_path, monkeypatch):
+    model, _ = in_training(strategy)
+    strategy.save_ckpt(model, tmp_path)
+
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    with pytest.raises(CheckpointError, match=rf"cannot look into {tmp_path}: Permission denied"):
+        strategy.load_ckpt(model, tmp_path)
+
+
 def test_a_directory_of_somebody_else_is_not_replaced(strategy, tmp_path):
     model, _ = in_training(strategy)
     (tmp_path / "t").mkdir()
@@ -150,11 +222,31 @@ def test_a_strangers_hidden_directory_is_not_cleaned_up(strategy, tmp_path):
     assert (tmp_path / ".mine.writing" / "notes.txt").exists()
 
 
-@pytest.mark.parametrize("tag", ["", ".x", "a/b", "latest", "a\0b"])
+@pytest.mark.parametrize("tag", ["", ".", "..", ".x", "a/b", "/a", "latest", "a\0b", "a\nb", "a "])
 def test_tags_that_are_no_names_of_directories(strategy, tmp_path, tag):
     model, _ = in_training(strategy)
-    with pytest.raises(ArgumentError, match="wanted the name of a directory"):
-        strategy.save_ckpt(model, tmp_path, tag=tag)
+    for call in (strategy.save_ckpt, strategy.load_ckpt):
+        with pytest.raises(ArgumentError, match=r"tag=.* wanted the name of a directory"):
+            call(model, tmp_path, tag=tag)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("tag", [5, True, b"t", ["t"], Path("t"), object()])
+def test_tags_that_are_no_strings(strategy, tmp_path, tag):
+    model, _ = in_training(strategy)
+    for call in (strategy.save_ckpt, strategy.load_ckpt):
+        with pytest.raises(ArgumentTypeError, match=r"tag=.* wanted a string"):
+            call(model, tmp_path, tag=tag)
+
+
+@pytest.mark.parametrize(
+    "limits", [{"max_num": True}, {"max_num": 2.0}, {"max_num": "2"}, {"max_mem": True}, {"max_mem": "9"}]
+)
+def test_limits_that_are_no_numbers(strategy, tmp_path, limits):
+    model, _ = in_training(strategy)
+    with pytest.raises(ArgumentTypeError, match=rf"save_ckpt: {next(iter(limits))}=.* wanted int"):
+        strategy.save_ckpt(model, tmp_path, **limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_tag_names_those_that_are_there(strategy, tmp_path):
@@ -168,8 +260,8 @@ def test_a_missing_tag_names_those_that_are_there(strategy, tmp_path):
 
 def test_limits_below_one_are_refused(strategy, tmp_path):
     model, _ = in_training(strategy)
-    for limits in ({"max_num": 0}, {"max_mem": 0}):
-        with pytest.raises(ConfigError):
+    for limits in ({"max_num": 0}, {"max_num": -1}, {"max_mem": 0}, {"max_mem": float("nan")}):
+        with pytest.raises(ConfigError, match=next(iter(limits))):
             strategy.save_ckpt(model, tmp_path, **limits)
     assert not list(tmp_path.iterdir())
 

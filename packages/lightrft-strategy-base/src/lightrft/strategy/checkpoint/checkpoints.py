@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from lightrft.config import ConfigError, StrategyError
+from lightrft.config import ArgumentTypeError, ConfigError, StrategyError
 from lightrft.strategy.backend import Backend
 from lightrft.strategy.checkpoint import capture, store
 from lightrft.strategy.checkpoint.agreement import Agreement
@@ -55,6 +55,7 @@ class Checkpoints:
         """Save ``subjects`` to ``target``; in the background where the settings say so."""
         self.finish()
         agreement = self._agreement("save_ckpt")
+        agreement.everywhere("checking", lambda: _check_target(target))
         agreement.alike([str(target.path), target.latest, target.max_num, target.max_mem, [it.name for it in subjects]])
         state: dict[str, Any] = {}
         agreement.everywhere("looking", lambda: state.update(self._look(subjects, target, client_state)))
@@ -75,8 +76,6 @@ class Checkpoints:
 
     def _look(self, subjects: Sequence[Subject], target: Target, client_state: object) -> dict[str, Any]:
         """What is no tensor, once it is known that a checkpoint may be made now. Raises before anything is written."""
-        store.check_tag(target.tag)
-        _check_limits(target)
         _check_settled(subjects, "save_ckpt")
         self._check_same_models(subjects, target.path)
         state = capture.facts(self._backend, subjects, self._averages, self._living)
@@ -100,6 +99,7 @@ class Checkpoints:
         """Load ``subjects`` from checkpoint ``tag`` in ``directory``, or from the newest."""
         self.finish()
         agreement = self._agreement("load_ckpt")
+        agreement.everywhere("checking", lambda: store.check_tag(tag) if tag is not None else None)
         agreement.alike([str(directory), tag, repr(options), [it.name for it in subjects]])
         agreement.everywhere("looking", lambda: _check_settled(subjects, "load_ckpt"))
         loaded = Loading(self._backend, agreement, self._averages, self._living, subjects, options).run(directory, tag)
@@ -118,7 +118,12 @@ def _check_settled(subjects: Sequence[Subject], call: str) -> None:
         subject.check_settled(call)
 
 
-def _check_limits(target: Target) -> None:
+def _check_target(target: Target) -> None:
+    store.check_tag(target.tag)
+    for name, value, kinds in (("max_num", target.max_num, (int,)), ("max_mem", target.max_mem, (int, float))):
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            wanted = " or ".join(kind.__name__ for kind in kinds)
+            raise ArgumentTypeError(f"save_ckpt: {name}={value!r} ({type(value).__name__}); wanted {wanted}")
     if target.max_num < 1:
         raise ConfigError(f"save_ckpt: max_num={target.max_num}; wanted at least 1, the checkpoint that is being saved")
     if not target.max_mem > 0:

@@ -75,14 +75,25 @@ class TagWriter:
             self._update_latest(manifest)
 
     def _update_latest(self, manifest: Manifest) -> None:
-        if manifest.latest:
-            files.replace_text(self._store.directory / LATEST, f"{manifest.tag}\n")
+        """``latest`` names the newest that may be loaded without its tag; it is not there where there is none."""
+        latest = self._store.directory / LATEST
+        if not manifest.latest and self._store.named_latest() not in (None, manifest.tag):
+            return
+        newest = self._store.newest()
+        if newest is None:
+            latest.unlink(missing_ok=True)
+        else:
+            files.replace_text(latest, f"{newest.tag}\n")
 
     def rotate(self, newest: Manifest, max_num: int, max_mem: float) -> None:
-        """Remove the oldest checkpoints of the same lineages until there are ``max_num`` and ``max_mem`` GB at most."""
+        """Remove the oldest checkpoints of the same lineages until there are ``max_num`` and ``max_mem`` GB at most.
+
+        The newest stays, and so does the one that is loaded without a tag.
+        """
         alike = [it for it in self._store.committed() if it.manifest.lineages == newest.lineages]
         kept = [it for it in alike if it.is_in_place]
-        protected = {self.target.name, self._store.named_latest()}
+        loadable = [it.tag for it in kept if it.manifest.latest]
+        protected = {self.target.name, self._store.named_latest(), *loadable[-1:]}
         for oldest in [it for it in kept if it.tag not in protected]:
             if len(kept) <= max_num and sum(it.manifest.nbytes for it in kept) <= max_mem * GB:
                 return
