@@ -230,6 +230,32 @@ def test_a_checkpoint_of_other_models_is_not_replaced(strategy, model, tmp_path)
 # When the disk, or the host, gives up
 
 
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (28, "free some space there"),
+        (13, "let this user do that"),
+        (17, "remove it, or use another tag"),
+        (5, "see to it"),
+    ],
+)
+def test_what_the_system_refuses_is_said_with_the_file_and_what_to_do(tmp_path, number, remedy):
+    with (
+        pytest.raises(CheckpointError, match=rf"cannot write {tmp_path}/t/file: .*; {remedy}"),
+        files.naming(tmp_path, "cannot write"),
+    ):
+        raise OSError(number, os.strerror(number), str(tmp_path / "t" / "file"))
+
+
+def test_a_missing_file_is_named_with_the_tag_and_what_to_do(strategy, model, tmp_path):
+    path = strategy.save_ckpt(model, tmp_path, tag="t")
+    (path / "rank-00000-of-00001.safetensors").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"t/rank-00000-of-00001.safetensors is damaged: .*from 't', load another tag"
+    ):
+        strategy.load_ckpt(model, tmp_path)
+
+
 @pytest.mark.parametrize("step", ["write_text", "write_tensors", "synchronise"])
 def test_a_failed_save_leaves_nothing(strategy, model, tmp_path, monkeypatch, step):
     strategy.save_ckpt(model, tmp_path, tag="a")

@@ -1,5 +1,6 @@
 """Files that are there, whole, or not at all: written, synchronised with the disk, and published by renaming."""
 
+import errno
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,16 +21,29 @@ CHUNK = 16 * 2**20
 _LARGE = 2**18
 """Bytes from which a thread is worth its while."""
 Sum = Callable[[], str]
+_REMEDIES = {
+    errno.ENOSPC: "free some space there, or give another directory",
+    errno.EDQUOT: "free some space there, or give another directory",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EACCES: "let this user do that, or give another directory",
+    errno.EPERM: "let this user do that, or give another directory",
+    errno.EEXIST: "remove it, or use another tag or directory",
+    errno.ENAMETOOLONG: "use a shorter tag",
+    errno.ENOENT: "it was removed meanwhile: keep others from doing that",
+}
 
 
 @contextmanager
 def naming(path: Path, doing: str) -> Iterator[None]:
-    """Turn what the system refuses in the body into a `CheckpointError` that names ``path``."""
+    """Turn what the system refuses in the body into a `CheckpointError` that names ``path``, and says what to do."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise CheckpointError(f"{doing} {error.filename or path}: {reason} ({type(error).__name__})") from error
+        remedy = _REMEDIES.get(error.errno or 0, "see to it, or give another directory")
+        raise CheckpointError(
+            f"{doing} {error.filename or path}: {reason} ({type(error).__name__}); {remedy}"
+        ) from error
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -55,6 +55,9 @@ class Loading:
             found = self._agreement.everywhere("opening", lambda: self._open(path, opened))
             self._check_same(path, found)
             self._load(opened[0])
+        except CheckpointError as error:
+            error.add_note(f"while {path} was loaded")
+            raise
         finally:
             for checkpoint in opened:
                 checkpoint.close()

@@ -42,9 +42,11 @@ class Checkpoint:
 
     def _open(self, file: layout.File) -> int:
         place = self.path / file.name
-        with files.naming(place, "cannot read"):
+        try:
             descriptor = os.open(place, os.O_RDONLY)
-            found = os.fstat(descriptor).st_size
+        except OSError as error:
+            raise self._damaged(place, f"it cannot be opened ({error.strerror})") from error
+        found = os.fstat(descriptor).st_size
         if found != file.nbytes:
             os.close(descriptor)
             raise self._damaged(place, f"it has {found} bytes, and the manifest says {file.nbytes}")

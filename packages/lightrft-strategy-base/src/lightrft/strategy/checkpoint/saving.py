@@ -112,7 +112,7 @@ class Saving:
         """Raise `CheckpointError` unless this rank sees what rank 0 wrote."""
         if not _appears(lambda: (self._writer.folder / TOKEN).read_text(encoding="utf-8") == token):
             raise CheckpointError(
-                f"{socket.gethostname()} does not see what rank 0 wrote to {self.target.directory}; save to a file system "
+                f"{socket.gethostname()} does not see what rank 0 wrote to {self._writer.folder}; save to a file system "
                 f"that all hosts share"
             )
 
