@@ -194,7 +194,9 @@ def test_a_model_does_not_take_the_place_of_checkpoints(strategy, tmp_path):
     assert [it.name for it in tmp_path.iterdir()] == ["run"]
 
 
-def test_files_that_no_export_wrote_stay_whatever_their_names(strategy, tmp_path):
+@pytest.mark.parametrize("fixed", [False, True])
+def test_files_that_no_export_wrote_stay_whatever_their_names(strategy, tmp_path, monkeypatch, fixed):
+    monkeypatch.setattr(Path, "is_mount", lambda path: fixed)
     model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"], r=2))
     model.add_adapter("other", peft.LoraConfig(target_modules=["v_proj"], r=3))
     model, out = strategy.prepare_model(model), tmp_path / "out"

@@ -125,7 +125,10 @@ class Publication:
             if _OF_AN_EXPORT.match(path.name):
                 path.unlink()
         for path in sorted(self.folder.iterdir(), key=lambda it: bool(_CONFIGURATION.match(it.name))):
-            path.replace(self.target / path.name)
+            place = self.target / path.name
+            if path.is_dir() and place.is_dir():
+                self._move_over(place, path)
+            path.replace(place)
         files.synchronise(self.target)
         self.folder.rmdir()
 
