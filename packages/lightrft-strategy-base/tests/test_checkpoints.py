@@ -2,8 +2,10 @@
 
 import enum
 import itertools
+import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,12 +30,13 @@ from lightrft.config import (
 )
 from lightrft.strategy import FakeStrategy, StepResult, get_fake_strategy
 from lightrft.strategy.checkpoint import files
-from lightrft.strategy.checkpoint.layout import Manifest, Piece, decode_header, encode_header, header_length
+from lightrft.strategy.checkpoint.layout import Manifest, Piece, Stamp, decode_header, encode_header, header_length
 from lightrft.strategy.checkpoint.plain_values import from_json, to_json
 from lightrft.strategy.checkpoint.ranges import check_covered, fragments, owners
 from lightrft.strategy.checkpoint.reading import Checkpoint
 from lightrft.strategy.checkpoint.saving import Saving
 from lightrft.strategy.checkpoint.store import Store
+from lightrft.strategy.checkpoint.tag_writer import TagWriter
 
 
 @pytest.fixture
@@ -130,6 +133,77 @@ def test_what_is_not_to_be_the_latest_is_found_by_its_tag_alone(strategy, tmp_pa
     assert strategy.load_ckpt(model, tmp_path, tag="b")[0].name == "b"
 
 
+def latest_of(folder):
+    return (folder / "latest").read_text().strip()
+
+
+def test_rotation_keeps_what_is_loaded_without_a_tag(strategy, tmp_path):
+    model, _ = in_training(strategy)
+    strategy.save_ckpt(model, tmp_path, tag="a", max_num=1)
+    (tmp_path / "latest").unlink()
+    for tag in ("b", "c"):
+        strategy.save_ckpt(model, tmp_path, tag=tag, max_num=1, save_latest=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "c", "latest"]
+    assert strategy.load_ckpt(model, tmp_path)[0].name == latest_of(tmp_path) == "a"
+    strategy.save_ckpt(model, tmp_path, tag="d", max_num=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d", "latest"]
+
+
+def test_latest_never_names_what_may_not_be_loaded_without_its_tag(strategy, tmp_path):
+    model, _ = in_training(strategy)
+    for tag in ("a", "b"):
+        strategy.save_ckpt(model, tmp_path, tag=tag)
+    strategy.save_ckpt(model, tmp_path, tag="b", save_latest=False)
+    assert latest_of(tmp_path) == "a"
+    strategy.save_ckpt(model, tmp_path, tag="a", save_latest=False)
+    assert not (tmp_path / "latest").exists()
+    with pytest.raises(CheckpointNotFoundError, match=r"may be loaded without its tag .*there are: b, a"):
+        strategy.load_ckpt(model, tmp_path)
+
+
+def spoil(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize("damage", [spoil, Path.unlink])
+@pytest.mark.parametrize("named", [True, False])
+def test_a_damaged_newest_checkpoint_is_named_with_those_that_are_whole(strategy, tmp_path, damage, named):
+    model, _ = in_training(strategy)
+    for tag in ("a", "b", "c"):
+        strategy.save_ckpt(model, tmp_path, tag=tag)
+    damage(tmp_path / "c" / "manifest.json")
+    if not named:
+        (tmp_path / "latest").unlink()
+    for tag in (None, "c"):
+        with pytest.raises(
+            CheckpointError, match=r"c/manifest.json.*load another tag \(those with a whole manifest: a, b\)"
+        ):
+            strategy.load_ckpt(model, tmp_path, tag=tag)
+    assert strategy.load_ckpt(model, tmp_path, tag="b")[0].name == "b"
+
+
+def test_an_older_damaged_checkpoint_is_passed_over_with_a_warning(strategy, tmp_path, caplog):
+    model, _ = in_training(strategy)
+    for tag in ("a", "b"):
+        strategy.save_ckpt(model, tmp_path, tag=tag)
+    spoil(tmp_path / "a" / "manifest.json")
+    with caplog.at_level(logging.WARNING):
+        assert strategy.load_ckpt(model, tmp_path)[0].name == "b"
+    assert f"cannot read {tmp_path / 'a' / 'manifest.json'}: its checksum" in caplog.text
+
+
+def test_a_directory_that_cannot_be_read_is_named(strategy, tmp_path, monkeypatch):
+    model, _ = in_training(strategy)
+    strategy.save_ckpt(model, tmp_path)
+
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    with pytest.raises(CheckpointError, match=rf"cannot look into {tmp_path}: Permission denied"):
+        strategy.load_ckpt(model, tmp_path)
+
+
 def test_a_directory_of_somebody_else_is_not_replaced(strategy, tmp_path):
     model, _ = in_training(strategy)
     (tmp_path / "t").mkdir()
@@ -155,11 +229,31 @@ def test_a_strangers_hidden_directory_is_not_cleaned_up(strategy, tmp_path):
     assert (tmp_path / ".mine.writing" / "notes.txt").exists()
 
 
-@pytest.mark.parametrize("tag", ["", ".x", "a/b", "latest", "a\0b"])
+@pytest.mark.parametrize("tag", ["", ".", "..", ".x", "a/b", "/a", "latest", "a\0b", "a\nb", "a "])
 def test_tags_that_are_no_names_of_directories(strategy, tmp_path, tag):
     model, _ = in_training(strategy)
-    with pytest.raises(ArgumentError, match="wanted the name of a directory"):
-        strategy.save_ckpt(model, tmp_path, tag=tag)
+    for call in (strategy.save_ckpt, strategy.load_ckpt):
+        with pytest.raises(ArgumentError, match=r"tag=.* wanted the name of a directory"):
+            call(model, tmp_path, tag=tag)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("tag", [5, True, b"t", ["t"], Path("t"), object()])
+def test_tags_that_are_no_strings(strategy, tmp_path, tag):
+    model, _ = in_training(strategy)
+    for call in (strategy.save_ckpt, strategy.load_ckpt):
+        with pytest.raises(ArgumentTypeError, match=r"tag=.* wanted a string"):
+            call(model, tmp_path, tag=tag)
+
+
+@pytest.mark.parametrize(
+    "limits", [{"max_num": True}, {"max_num": 2.0}, {"max_num": "2"}, {"max_mem": True}, {"max_mem": "9"}]
+)
+def test_limits_that_are_no_numbers(strategy, tmp_path, limits):
+    model, _ = in_training(strategy)
+    with pytest.raises(ArgumentTypeError, match=rf"save_ckpt: {next(iter(limits))}=.* wanted int"):
+        strategy.save_ckpt(model, tmp_path, **limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_tag_names_those_that_are_there(strategy, tmp_path):
@@ -173,8 +267,8 @@ def test_a_missing_tag_names_those_that_are_there(strategy, tmp_path):
 
 def test_limits_below_one_are_refused(strategy, tmp_path):
     model, _ = in_training(strategy)
-    for limits in ({"max_num": 0}, {"max_mem": 0}):
-        with pytest.raises(ConfigError):
+    for limits in ({"max_num": 0}, {"max_num": -1}, {"max_mem": 0}, {"max_mem": float("nan")}):
+        with pytest.raises(ConfigError, match=next(iter(limits))):
             strategy.save_ckpt(model, tmp_path, **limits)
     assert not list(tmp_path.iterdir())
 
@@ -295,10 +389,10 @@ def test_a_failure_in_the_background_is_raised_by_close(tmp_path, monkeypatch):
     strategy = FakeStrategy(bf16=False, train_batch_size=1, async_ckpt=True)
     model, _ = in_training(strategy)
 
-    def refused(self, written, manifest):
+    def refused(self, manifest):
         raise CheckpointError("no room")
 
-    monkeypatch.setattr(Store, "commit", refused)
+    monkeypatch.setattr(TagWriter, "commit", refused)
     strategy.save_ckpt(model, tmp_path)
     with pytest.raises(CheckpointError, match="no room"):
         strategy.close()
@@ -498,9 +592,11 @@ def test_a_header_says_what_was_put_into_it():
         Piece(entry=f"m/parameters/{name}", dtype=dtype, shape=(4, 2), offset=offset, numel=numel, checksum="0" * 8)
         for name, dtype, offset, numel in [("a", torch.float32, 0, 5), ("b@1", torch.bfloat16, 3, 5)]
     ]
-    header = encode_header(pieces)
+    stamp = Stamp(tag="t", nonce="n")
+    header = encode_header(pieces, stamp)
     assert header_length(header[:8], 10**6) == len(header)
-    found = decode_header(header)
+    found, its = decode_header(header)
+    assert its == stamp
     assert [(it.entry, it.dtype, it.offset, it.numel) for it in found] == [
         (it.entry, it.dtype, it.offset, it.numel) for it in pieces
     ]
@@ -522,6 +618,17 @@ def test_a_checkpoint_is_read_without_a_strategy(strategy, tmp_path):
         found.verify()
         assert found.models == ["model"]
         assert torch.equal(found.tensor("model/parameters/0.weight"), model[0].weight)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "rank-00000-of-00001.safetensors"])
+def test_files_of_two_saves_do_not_mix(strategy, tmp_path, name):
+    model = strategy.prepare_model(nn.Linear(3, 2))
+    one, other = (strategy.save_ckpt(model, tmp_path, tag=tag, client_state={"tag": tag}) for tag in ("one", "two"))
+    rank_file = other / "rank-00000-of-00001.safetensors"
+    assert rank_file.stat().st_size == (one / rank_file.name).stat().st_size
+    shutil.copyfile(one / name, other / name)
+    with pytest.raises(CheckpointError, match=rf"two/{rank_file.name} .* is of another save, of tag '(one|two)'"):
+        strategy.load_ckpt(model, tmp_path, tag="two")
 
 
 def test_every_changed_character_of_a_manifest_is_found(strategy, tmp_path):

@@ -114,6 +114,14 @@ def test_a_damaged_checkpoint_gives_no_model(strategy, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_model_does_not_take_the_place_of_the_checkpoint(strategy, tmp_path):
+    path = strategy.save_ckpt(trained(strategy, llama), tmp_path / "run")
+    for output in (path, tmp_path / "run"):
+        code, said = run(tmp_path / "run", output)
+        assert code == 1 and "give another path" in said
+    assert strategy.load_ckpt(trained(strategy, llama), tmp_path / "run")[0] == path
+
+
 def test_the_command_is_installed(tmp_path):
     result = subprocess.run(
         [sys.executable, "-c", "from lightrft.strategy.cli import app; app()", "convert", tmp_path / "none", tmp_path / "out"],

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from lightrft.config import ArgumentError, CheckpointError, StrategyError, UnsupportedOperationError
 from lightrft.strategy import FakeStrategy
+from lightrft.strategy.checkpoint import files
+from lightrft.strategy.export.publication import Publication
 
 BUILDS = {"tied": llama, "untied": lambda: llama(tied=False), "experts": mixture_of_experts, "vision": vision_language}
 
@@ -157,21 +159,92 @@ def test_an_older_model_is_replaced_and_other_files_stay(strategy, tmp_path):
     assert [it.name for it in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("instant", ["written", "stepped aside", "in place"])
+@pytest.mark.parametrize("instant", ["written", "stepped aside", "in place", "moving over"])
 def test_a_killed_export_is_brought_to_an_end_by_the_next(strategy, tmp_path, instant):
-    model, out = trained(strategy, llama()), tmp_path / "out"
+    model, out, token = trained(strategy, llama()), tmp_path / "out", "0123456789abcdef"
     strategy.save_model(model, None, out)
     (out / "notes.txt").write_text("mine")
-    shutil.copytree(out, tmp_path / ".out.writing")
-    (tmp_path / ".out.writing" / "notes.txt").unlink()
+    writing, replaced = tmp_path / f".out.{token}.writing", tmp_path / f".out.{token}.replaced"
+    shutil.copytree(out, writing)
+    (writing / "notes.txt").unlink()
     if instant != "written":
-        out.rename(tmp_path / ".out.replaced")
-    if instant == "in place":
-        (tmp_path / ".out.writing").rename(out)
+        out.rename(replaced)
+    if instant in ("in place", "moving over"):
+        writing.rename(out)
+    if instant == "moving over":
+        (replaced / "config.json").unlink()
+    (tmp_path / ".out.lightrft-lock").touch()
     strategy.save_model(model, None, out)
     assert (out / "notes.txt").read_text() == "mine"
     assert [it.name for it in tmp_path.iterdir()] == ["out"]
     assert same_logits(transformers.AutoModelForCausalLM.from_pretrained(out), model)
+
+
+def test_a_model_does_not_take_the_place_of_checkpoints(strategy, tmp_path):
+    model = trained(strategy, llama())
+    path = strategy.save_ckpt(model, tmp_path / "run")
+    before = {it: it.read_bytes() for it in path.iterdir()}
+    for target in (path, path.parent):
+        with pytest.raises(CheckpointError, match=r"global_step0.* would destroy; give another path"):
+            strategy.save_model(model, None, target)
+    (path / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="would destroy"):
+        strategy.save_model(model, None, path)
+    assert all(it.read_bytes() == data for it, data in before.items() if it.name != "manifest.json")
+    assert [it.name for it in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_files_that_no_export_wrote_stay_whatever_their_names(strategy, tmp_path, monkeypatch, fixed):
+    monkeypatch.setattr(Path, "is_mount", lambda path: fixed)
+    model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"], r=2))
+    model.add_adapter("other", peft.LoraConfig(target_modules=["v_proj"], r=3))
+    model, out = strategy.prepare_model(model), tmp_path / "out"
+    strategy.save_model(model, None, out)
+    mine = [out / name for name in ("my-lora.safetensors", "pytorch_model.bin", "adapter_model.md", "other/notes.txt")]
+    (tmp_path / ".out.writing").mkdir()
+    mine.append(tmp_path / ".out.writing" / "notes.txt")
+    for path in mine:
+        path.write_text("mine")
+    strategy.save_model(model, None, out)
+    assert [path.read_text() for path in mine] == ["mine"] * len(mine)
+
+
+def test_two_exports_to_one_place_do_not_meet(strategy, tmp_path):
+    model = trained(strategy, llama())
+    first = Publication(tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"another process is writing .*out.*give another path, or wait"):
+        strategy.save_model(model, None, tmp_path / "out")
+    assert first.folder.is_dir()
+    first.discard()
+    assert not list(tmp_path.iterdir())
+    strategy.save_model(model, None, tmp_path / "out")
+
+
+def test_an_export_that_cannot_take_its_place_puts_the_older_model_back(strategy, tmp_path, monkeypatch):
+    model, out = trained(strategy, llama()), tmp_path / "out"
+    strategy.save_model(model, None, out)
+    rename = files.rename
+
+    def refused(source, target):
+        if source.name.endswith(".writing"):
+            raise CheckpointError("no")
+        rename(source, target)
+
+    monkeypatch.setattr(files, "rename", refused)
+    with pytest.raises(CheckpointError, match="no"):
+        strategy.save_model(model, None, out)
+    assert [it.name for it in tmp_path.iterdir()] == ["out"]
+    assert same_logits(transformers.AutoModelForCausalLM.from_pretrained(out), model)
+
+
+def test_every_file_of_an_export_is_on_disk_before_it_appears(strategy, tmp_path, monkeypatch):
+    synchronised = []
+    synchronise = files.synchronise
+    monkeypatch.setattr(files, "synchronise", lambda path: (synchronised.append(path), synchronise(path)))
+    out = strategy.save_model(trained(strategy, llama()), None, tmp_path / "new" / "out")
+    assert {it.name for it in synchronised} >= {it.name for it in out.iterdir()}
+    assert {tmp_path, tmp_path / "new"} <= set(synchronised)
 
 
 def test_a_failure_leaves_the_older_model_as_it_was(strategy, tmp_path, monkeypatch):

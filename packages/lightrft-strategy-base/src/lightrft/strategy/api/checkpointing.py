@@ -33,17 +33,19 @@ class Checkpointing(Training):
 
         ``model``: one, or several by name, which are then in one checkpoint: ``{"actor": actor, "critic": critic}``.
         ``tag``: by default ``global_stepN``, N updates; what was saved under it before is replaced when the new one
-        is there. ``max_num`` and ``max_mem`` (GB) limit the checkpoints in ``save_dir``: the oldest go, after this one
-        is committed. ``save_latest``: whether `load_ckpt` without a tag may find it. ``client_state``: None, bool, int,
-        float, str, bytes, list, tuple, dict, and no subclasses of these; rank 0's is stored. Optimizer and scheduler are those of `prepare`;
-        a model that has none is saved alone. With ``async_ckpt`` this returns as soon as the state is copied; what
-        then goes wrong is written to stderr at once, and raised by the next save, load or `close`. A process that
+        is there, unless it is of other models. ``max_num`` and ``max_mem`` (GB) limit the checkpoints in ``save_dir``
+        that hold the same models and are of this run, or of one from which it went on by `load_ckpt`: the oldest go,
+        after this one is committed; those of other runs stay. ``save_latest``: whether `load_ckpt` without a tag may
+        find it; the newest of these stays, whatever the limits. ``client_state``: None, bool, int, float, str, bytes,
+        list, tuple, dict, and no subclasses of these; rank 0's is stored. Optimizer and scheduler are those of
+        `prepare`; a model that has none is saved alone. With ``async_ckpt`` this returns as soon as the state is copied;
+        what then goes wrong is written to stderr at once, and raised by the next save, load or `close`. A process that
         ends without any of these waits for what is being written.
 
         Returns the path, the same on every rank; hosts must share the file system. Raises on every rank, and leaves
         older checkpoints as they were: `StrategyError` for a gradient that awaits its update, `ArgumentTypeError` for
-        a client state that cannot be stored, `ConfigError` for limits below 1, `CheckpointError` for what cannot
-        be written.
+        a client state that cannot be stored, `ArgumentError` for a tag that is no name of a directory, `ConfigError`
+        for limits below 1, `CheckpointError` for what cannot be written, or is being written by another process.
         """
         with self._running("save_ckpt"):
             subjects = self._subjects("save_ckpt", model, optimizer, scheduler)

@@ -4,6 +4,7 @@ Save: look (nothing is pending, all can be stored), deal out who writes what, th
 Load: find, compare, verify, and only then change anything (`loading`).
 """
 
+import secrets
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from lightrft.config import ConfigError, StrategyError
+from lightrft.config import ArgumentTypeError, ConfigError, StrategyError
 from lightrft.strategy.backend import Backend
 from lightrft.strategy.checkpoint import capture, store
 from lightrft.strategy.checkpoint.agreement import Agreement
@@ -36,6 +37,7 @@ class Checkpoints:
         self._backend, self._collectives, self._averages = backend, collectives, averages
         self._background = Background(backend.world, operations) if backend.config.async_ckpt else None
         self.loaders = Loaders()
+        self._lineages: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self._written: dict[Path, list[weakref.ref[nn.Module]]] = {}
 
     def _agreement(self, call: str) -> Agreement:
@@ -45,6 +47,7 @@ class Checkpoints:
         """Save ``subjects`` to ``target``; in the background where the settings say so."""
         self.finish()
         agreement = self._agreement("save_ckpt")
+        agreement.everywhere("checking", lambda: _check_target(target))
         agreement.alike([str(target.path), target.latest, target.max_num, target.max_mem, [it.name for it in subjects]])
         state = agreement.here("looking", lambda: self._look(subjects, target, client_state))
         shared = capture.shared_buffers(subjects, agreement)
@@ -62,11 +65,11 @@ class Checkpoints:
 
     def _look(self, subjects: Sequence[Subject], target: Target, client_state: object) -> dict[str, Any]:
         """What is no tensor, once it is known that a checkpoint may be made now. Raises before anything is written."""
-        store.check_tag(target.tag)
-        _check_limits(target)
         _check_settled(subjects, "save_ckpt")
         self._check_same_models(subjects, target.path)
         state = capture.facts(self._backend, subjects, self._averages, self.loaders)
+        for it in subjects:
+            state["models"][it.name]["lineage"] = self._lineages.setdefault(it.module, secrets.token_hex(8))
         state["client_state"] = to_json({} if client_state is None else client_state, "client_state")
         dumps(state)  # raises for what JSON has no form for
         return state
@@ -85,9 +88,13 @@ class Checkpoints:
         """Load ``subjects`` from checkpoint ``tag`` in ``directory``, or from the newest."""
         self.finish()
         agreement = self._agreement("load_ckpt")
+        agreement.everywhere("checking", lambda: store.check_tag(tag) if tag is not None else None)
         agreement.alike([str(directory), tag, repr(options), [it.name for it in subjects]])
         agreement.everywhere("looking", lambda: _check_settled(subjects, "load_ckpt"))
-        return Loading(self._backend, agreement, self._averages, self.loaders, subjects, options).run(directory, tag)
+        loaded = Loading(self._backend, agreement, self._averages, self.loaders, subjects, options).run(directory, tag)
+        if not options.module_only:
+            self._lineages.update((it.module, loaded.lineages[it.name]) for it in subjects)
+        return loaded
 
     def finish(self) -> None:
         """Wait for what is written in the background; raises where that failed."""
@@ -100,7 +107,12 @@ def _check_settled(subjects: Sequence[Subject], call: str) -> None:
         subject.check_settled(call)
 
 
-def _check_limits(target: Target) -> None:
+def _check_target(target: Target) -> None:
+    store.check_tag(target.tag)
+    for name, value, kinds in (("max_num", target.max_num, (int,)), ("max_mem", target.max_mem, (int, float))):
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            wanted = " or ".join(kind.__name__ for kind in kinds)
+            raise ArgumentTypeError(f"save_ckpt: {name}={value!r} ({type(value).__name__}); wanted {wanted}")
     if target.max_num < 1:
         raise ConfigError(f"save_ckpt: max_num={target.max_num}; wanted at least 1, the checkpoint that is being saved")
     if not target.max_mem > 0:

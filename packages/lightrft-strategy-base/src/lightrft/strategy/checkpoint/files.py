@@ -1,5 +1,6 @@
 """Files that are there, whole, or not at all: written, synchronised with the disk, and published by renaming."""
 
+import errno
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,23 +15,36 @@ from lightrft.config import CheckpointError
 from lightrft.strategy import flat
 from lightrft.strategy.checkpoint import checksums
 from lightrft.strategy.checkpoint.checksums import Checksum
-from lightrft.strategy.checkpoint.layout import DTYPES, File, Piece, encode_header
+from lightrft.strategy.checkpoint.layout import DTYPES, File, Piece, Stamp, encode_header
 
 CHUNK = 16 * 2**20
 """Bytes that are copied, summed and written at a time."""
 _LARGE = 2**18
 """Bytes from which a thread is worth its while."""
 Sum = Callable[[], str]
+_REMEDIES = {
+    errno.ENOSPC: "free some space there, or give another directory",
+    errno.EDQUOT: "free some space there, or give another directory",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EACCES: "let this user do that, or give another directory",
+    errno.EPERM: "let this user do that, or give another directory",
+    errno.EEXIST: "remove it, or use another tag or directory",
+    errno.ENAMETOOLONG: "use a shorter tag",
+    errno.ENOENT: "it was removed meanwhile: keep others from doing that",
+}
 
 
 @contextmanager
 def naming(path: Path, doing: str) -> Iterator[None]:
-    """Turn what the system refuses in the body into a `CheckpointError` that names ``path``."""
+    """Turn what the system refuses in the body into a `CheckpointError` that names ``path``, and says what to do."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise CheckpointError(f"{doing} {error.filename or path}: {reason} ({type(error).__name__})") from error
+        remedy = _REMEDIES.get(error.errno or 0, "see to it, or give another directory")
+        raise CheckpointError(
+            f"{doing} {error.filename or path}: {reason} ({type(error).__name__}); {remedy}"
+        ) from error
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -47,7 +61,7 @@ def type_name(tensor: str, dtype: torch.dtype) -> str:
     return DTYPES[dtype]
 
 
-def write_tensors(path: Path, pieces: Iterable[tuple[Piece, torch.Tensor]], kind: checksums.Kind) -> File:
+def write_tensors(path: Path, pieces: Iterable[tuple[Piece, torch.Tensor]], stamp: Stamp, kind: checksums.Kind) -> File:
     """Write a safetensors file of ``pieces`` with their values, 1-D on any device, and synchronise it.
 
     At most `CHUNK` bytes are copied at a time, and none where they are in host memory already.
@@ -56,12 +70,12 @@ def write_tensors(path: Path, pieces: Iterable[tuple[Piece, torch.Tensor]], kind
     ordered = sorted(pieces, key=lambda pair: -pair[0].dtype.itemsize)
     blank = checksums.of(b"", kind)
     with naming(path, "cannot write"), path.open("xb", buffering=0) as file:
-        header = encode_header([replace(piece, checksum=blank) for piece, _ in ordered])
+        header = encode_header([replace(piece, checksum=blank) for piece, _ in ordered], stamp)
         _write_all(file.fileno(), header)
         with ThreadPoolExecutor(1, thread_name_prefix="lightrft-sum") as beside:
             sums = [_write_piece(file.fileno(), values, checksums.begin(kind), beside) for _, values in ordered]
             summed = [replace(piece, checksum=found()) for (piece, _), found in zip(ordered, sums, strict=True)]
-        header = encode_header(summed)
+        header = encode_header(summed, stamp)
         os.pwrite(file.fileno(), header, 0)
         os.fsync(file.fileno())
     size = len(header) + sum(piece.nbytes for piece in summed)
@@ -111,9 +125,24 @@ def rename(source: Path, target: Path) -> None:
         synchronise(target.parent)
 
 
-def synchronise(directory: Path) -> None:
-    """Make the names in ``directory`` survive a crash of the host."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it, for good, where they are missing."""
+    missing = [it for it in (path, *path.parents) if not it.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        synchronise(made.parent)
+
+
+def synchronise_all(directory: Path) -> None:
+    """Make all that is below ``directory`` survive a crash of the host."""
+    for folder, _, names in os.walk(directory):
+        for path in (Path(folder), *(Path(folder, name) for name in names)):
+            synchronise(path)
+
+
+def synchronise(path: Path) -> None:
+    """Make a file, or the names in a directory, survive a crash of the host."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -6,6 +6,8 @@
         manifest.json                    what there is, and the checksums of the files' headers
         rank-00000-of-00002.safetensors  what rank 0 of 2 wrote; its header has the checksums of its tensors
 
+Manifest and files say of which save they are: they have its tag and its nonce, and none takes the place of another's.
+
 An entry is one tensor of the state, under a name such as ``model/parameters/layers.0.weight``. Ranks write
 pieces of it: ranges of the flattened tensor. In a file a piece is a 1-D tensor under ENTRY@OFFSET, and the
 header's metadata has the shape of the whole. Reading needs no pickle, and no code but this package's.
@@ -21,7 +23,7 @@ import torch
 from lightrft.config import CheckpointError
 from lightrft.strategy.checkpoint import checksums
 
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 LATEST = "latest"
 _METADATA = "lightrft"
@@ -67,7 +69,15 @@ class Piece:
         return self.numel * self.dtype.itemsize
 
 
-def encode_header(pieces: Sequence[Piece]) -> bytes:
+@dataclass(frozen=True, kw_only=True)
+class Stamp:
+    """What the manifest and the files of one save, and of no other, have in common."""
+
+    tag: str
+    nonce: str
+
+
+def encode_header(pieces: Sequence[Piece], stamp: Stamp) -> bytes:
     """The head of a safetensors file in which ``pieces`` follow one another.
 
     Its length does not depend on the checksums, if these are equally long: it may be written again with others.
@@ -75,7 +85,13 @@ def encode_header(pieces: Sequence[Piece]) -> bytes:
     header: dict[str, Any] = {
         "__metadata__": {
             "format": "pt",
-            _METADATA: json.dumps({piece.key: [list(piece.shape), piece.checksum] for piece in pieces}),
+            _METADATA: json.dumps(
+                {
+                    "tag": stamp.tag,
+                    "nonce": stamp.nonce,
+                    "pieces": {piece.key: [list(piece.shape), piece.checksum] for piece in pieces},
+                }
+            ),
         }
     }
     begin = 0
@@ -96,12 +112,14 @@ def header_length(head: bytes, file_bytes: int) -> int:
     return length
 
 
-def decode_header(header: bytes) -> list[Piece]:
-    """The pieces in a file with this header. Raises `CheckpointError` for a header that `encode_header` never makes."""
+def decode_header(header: bytes) -> tuple[list[Piece], Stamp]:
+    """What `encode_header` was given. Raises `CheckpointError` for a header that it never makes."""
     try:
         table = json.loads(header[8:])
-        whole = json.loads(table.pop("__metadata__")[_METADATA])
-        return [_piece(key, value, whole[key], len(header)) for key, value in table.items()]
+        metadata = json.loads(table.pop("__metadata__")[_METADATA])
+        whole = metadata["pieces"]
+        pieces = [_piece(key, value, whole[key], len(header)) for key, value in table.items()]
+        return pieces, Stamp(tag=metadata["tag"], nonce=metadata["nonce"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"its header is not one of a checkpoint ({type(error).__name__}: {error})") from error
 
@@ -132,7 +150,7 @@ class File:
 class Manifest:
     """What a checkpoint has beside tensors, and the root of its checksums."""
 
-    tag: str
+    stamp: Stamp
     sequence: int
     """Rises by one with each checkpoint of a store."""
     latest: bool
@@ -142,6 +160,16 @@ class Manifest:
     """By rank."""
     state: dict[str, Any]
     """JSON values: models, loaders, client state, and where they come from."""
+
+    @property
+    def tag(self) -> str:
+        """Under which it was saved."""
+        return self.stamp.tag
+
+    @property
+    def lineages(self) -> dict[str, str]:
+        """By model, the name that it keeps from one checkpoint to the next, over restarts that load them."""
+        return {name: facts["lineage"] for name, facts in self.state["models"].items()}
 
     @property
     def ranks(self) -> int:
@@ -157,7 +185,7 @@ class Manifest:
         """As it is written: the first line has the checksum of all the rest."""
         body = json.dumps(
             {
-                "version": VERSION, "tag": self.tag, "sequence": self.sequence, "latest": self.latest,
+                "version": VERSION, "tag": self.tag, "nonce": self.stamp.nonce, "sequence": self.sequence, "latest": self.latest,
                 "checksum": self.checksum, "files": [[file.name, file.nbytes, file.header] for file in self.files],
                 "state": self.state,
             },
@@ -169,11 +197,14 @@ class Manifest:
     def from_text(cls, text: str) -> "Manifest":
         """Raises `CheckpointError` for anything but what `to_text` gives."""
         body = _unsealed(text)
-        if not isinstance(body, dict) or body.get("version") != VERSION:
-            raise CheckpointError(f"it is not of version {VERSION} of the format, which this LightRFT reads")
+        version = body.get("version") if isinstance(body, dict) else None
+        if version != VERSION:
+            raise CheckpointError(
+                f"it is of version {version} of the format, and this LightRFT reads version {VERSION}"
+            )
         try:
             manifest = cls(
-                tag=body["tag"], sequence=body["sequence"], latest=body["latest"], checksum=body["checksum"],
+                stamp=Stamp(tag=body["tag"], nonce=body["nonce"]), sequence=body["sequence"], latest=body["latest"], checksum=body["checksum"],
                 files=tuple(File(name=name, nbytes=nbytes, header=header) for name, nbytes, header in body["files"]),
                 state=body["state"],
             )  # fmt: skip

@@ -33,6 +33,8 @@ class Loaded:
 
     path: Path
     client_state: Any
+    lineages: dict[str, str]
+    """By the subjects' names."""
 
 
 class Loading:
@@ -54,10 +56,17 @@ class Loading:
             found = self._agreement.everywhere("opening", lambda: self._open(path, opened))
             self._check_same(path, found)
             self._load(opened[0])
+        except CheckpointError as error:
+            error.add_note(f"while {path} was loaded")
+            raise
         finally:
             for checkpoint in opened:
                 checkpoint.close()
-        return Loaded(path=path, client_state=from_json(opened[0].state["client_state"]))
+        names, lineages = fit.names_in(opened[0], self._subjects), opened[0].manifest.lineages
+        return Loaded(
+            path=path, client_state=from_json(opened[0].state["client_state"]),
+            lineages={own: lineages[its] for own, its in names.items()},
+        )  # fmt: skip
 
     def _open(self, path: Path, opened: list[Checkpoint]) -> Any:
         if not path.is_dir():

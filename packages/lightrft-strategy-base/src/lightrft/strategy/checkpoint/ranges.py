@@ -42,7 +42,9 @@ def check_covered(entry: str, numel: int, ranges: Sequence[tuple[int, int]]) -> 
             break
         reached = max(reached, offset + length)
     if reached < numel:
-        raise CheckpointError(f"elements from {reached} of {numel} of {entry} are on no rank")
+        raise CheckpointError(
+            f"elements from {reached} of {numel} of {entry} are on no rank, and would not be saved; the strategy that holds them must give them in its shards"
+        )
 
 
 Fragment = tuple[int, Piece, int, int]
@@ -61,4 +63,6 @@ def fragments(
             yield file, piece, reached - begin, length
             reached += length
     if reached < end:
-        raise CheckpointError(f"elements {reached} to {end} of {entry} are in none of its files")
+        raise CheckpointError(
+            f"elements {reached} to {end} of {entry} are in none of the files, though it was saved; load another tag"
+        )

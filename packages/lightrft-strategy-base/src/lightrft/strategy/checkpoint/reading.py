@@ -42,9 +42,11 @@ class Checkpoint:
 
     def _open(self, file: layout.File) -> int:
         place = self.path / file.name
-        with files.naming(place, "cannot read"):
+        try:
             descriptor = os.open(place, os.O_RDONLY)
-            found = os.fstat(descriptor).st_size
+        except OSError as error:
+            raise self._damaged(place, f"it cannot be opened ({error.strerror})") from error
+        found = os.fstat(descriptor).st_size
         if found != file.nbytes:
             os.close(descriptor)
             raise self._damaged(place, f"it has {found} bytes, and the manifest says {file.nbytes}")
@@ -79,9 +81,12 @@ class Checkpoint:
         with files.naming(place, "cannot read"):
             try:
                 header = os.pread(descriptor, layout.header_length(os.pread(descriptor, 8, 0), file.nbytes), 0)
+                pieces, stamp = layout.decode_header(header)
+                if stamp != self.manifest.stamp:
+                    raise CheckpointError(f"it is of another save, of tag {stamp.tag!r}, than the manifest beside it")
                 if checksums.of(header, self.manifest.checksum) != file.header:
                     raise CheckpointError("its header does not fit its checksum in the manifest")
-                return layout.decode_header(header)
+                return pieces
             except CheckpointError as error:
                 raise self._damaged(place, str(error)) from error
 

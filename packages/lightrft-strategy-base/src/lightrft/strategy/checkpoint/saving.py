@@ -15,14 +15,13 @@ import torch
 from lightrft.config import CheckpointError
 from lightrft.strategy.checkpoint import checksums, files, layout, ranges
 from lightrft.strategy.checkpoint.agreement import Agreement
-from lightrft.strategy.checkpoint.layout import File, Manifest, Piece
+from lightrft.strategy.checkpoint.layout import File, Manifest, Piece, Stamp
 from lightrft.strategy.checkpoint.store import Store
+from lightrft.strategy.checkpoint.tag_writer import TOKEN, TagWriter
 from lightrft.strategy.distributed.collectives import Collectives
 from lightrft.strategy.distributed.world import World
-from lightrft.strategy.log import logger
 from lightrft.strategy.shards import Shard
 
-TOKEN = "token"
 PATIENCE = 5.0
 """Seconds in which a shared file system may show another host what one host wrote."""
 
@@ -104,61 +103,56 @@ class Saving:
         return replace(self, share=copies)
 
     @cached_property
-    def _store(self) -> Store:
-        return Store(self.target.directory)
-
-    @property
-    def _aside(self) -> Path:
-        return self.target.directory / f".{self.target.tag}.writing"
+    def _writer(self) -> TagWriter:
+        return TagWriter(self.target.directory, self.target.tag)
 
     def write(self, agreement: Agreement) -> Path:
         """Write and publish, or raise on all ranks and leave the store as it was. Every rank calls it."""
-        token = agreement.on_rank_0("beginning", self._begin)
         try:
+            token = agreement.on_rank_0("beginning", self._begin)
             agreement.everywhere("looking at the directory", lambda: self._check_shared(token))
-            written = agreement.everywhere("writing", self._write)
-            agreement.on_rank_0("publishing", lambda: self._publish([File(**it) for it in written]))
-        except BaseException:
-            if self.rank == 0:
-                self._store.abandon(self._aside)
-            raise
+            written = agreement.everywhere("writing", lambda: self._write(token))
+            agreement.on_rank_0("publishing", lambda: self._publish([File(**it) for it in written], token))
+        finally:
+            self._writer.end()
         return self.target.path
 
     def _begin(self) -> str:
-        self._store.begin(self.target.tag)
         token = secrets.token_hex(16)
-        files.write_text(self._aside / TOKEN, token)
+        self._writer.begin(token, self.state["models"])
         return token
 
     def _check_shared(self, token: str) -> None:
         """Raise `CheckpointError` unless this rank sees what rank 0 wrote."""
-        if not _appears(lambda: (self._aside / TOKEN).read_text(encoding="utf-8") == token):
+        if not _appears(lambda: (self._writer.folder / TOKEN).read_text(encoding="utf-8") == token):
             raise CheckpointError(
-                f"{socket.gethostname()} does not see what rank 0 wrote to {self.target.directory}; save to a file system "
+                f"{socket.gethostname()} does not see what rank 0 wrote to {self._writer.folder}; save to a file system "
                 f"that all hosts share"
             )
 
-    def _write(self) -> dict[str, Any]:
+    def _write(self, token: str) -> dict[str, Any]:
         name = layout.file_name(self.rank, self.ranks)
-        return vars(files.write_tensors(self._aside / name, self.share, self.target.checksum))
+        return vars(
+            files.write_tensors(self._writer.folder / name, self.share, self._stamp(token), self.target.checksum)
+        )
 
-    def _publish(self, written: Sequence[File]) -> None:
+    def _stamp(self, token: str) -> Stamp:
+        return Stamp(tag=self.target.tag, nonce=token)
+
+    def _publish(self, written: Sequence[File], token: str) -> None:
         for rank, file in enumerate(written):
-            place = self._aside / file.name
+            place = self._writer.folder / file.name
             if not _appears(lambda place=place, file=file: place.stat().st_size == file.nbytes):
                 raise CheckpointError(
                     f"rank 0 does not see {file.nbytes} bytes at {place}, which rank {rank} wrote; save to a file system "
                     f"that all hosts share"
                 )
         manifest = Manifest(
-            tag=self.target.tag, sequence=self._store.next_sequence(), latest=self.target.latest,
+            stamp=self._stamp(token), sequence=Store(self.target.directory).next_sequence(), latest=self.target.latest,
             checksum=self.target.checksum, files=tuple(written), state=self.state,
         )  # fmt: skip
-        self._store.commit(self._aside, manifest)
-        try:
-            self._store.rotate(self.target.max_num, self.target.max_mem)
-        except CheckpointError as error:
-            logger.warning("save_ckpt: %s is saved, and an older checkpoint could not go: %s", self.target.path, error)
+        self._writer.commit(manifest)
+        self._writer.rotate(manifest, self.target.max_num, self.target.max_mem)
 
 
 def _appears(seen: Any) -> bool:

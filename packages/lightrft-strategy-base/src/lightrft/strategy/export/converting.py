@@ -14,7 +14,7 @@ import torch
 from lightrft.config import BackendNotInstalledError, CheckpointError
 from lightrft.strategy.checkpoint import files
 from lightrft.strategy.checkpoint.layout import MANIFEST
-from lightrft.strategy.checkpoint.store import Store
+from lightrft.strategy.checkpoint.store import Store, checkpoints_at
 from lightrft.strategy.export import companions
 from lightrft.strategy.export.forms import unchanged
 from lightrft.strategy.export.plan import kept_in_fp32
@@ -66,9 +66,8 @@ class Conversion:
         place = self.checkpoint.expanduser()
         if (place / MANIFEST).exists():
             return CheckpointSource(place, self.model)
-        store = Store(place)
-        if place.is_dir() and store.committed():
-            return CheckpointSource(store.find(self.tag), self.model)
+        if checkpoints_at(place):
+            return CheckpointSource(Store(place).find(self.tag), self.model)
         return open_source(place / self.tag if self.tag else place, allow_pickle=self.allow_pickle)
 
     def _copy_companions(self, source: Source, folder: Path) -> None:

@@ -1,0 +1,280 @@
+"""Directories of checkpoints that others use too: two runs, links, files of somebody's, and what cannot be removed."""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from lightrft.config import CheckpointError
+from lightrft.strategy import FakeStrategy
+from lightrft.strategy.checkpoint import files
+from lightrft.strategy.checkpoint.lock import Lock, holding
+from lightrft.strategy.checkpoint.tag_writer import TagWriter
+
+
+@pytest.fixture
+def strategy():
+    with FakeStrategy(bf16=False, train_batch_size=1) as made:
+        yield made
+
+
+@pytest.fixture
+def model(strategy):
+    return strategy.prepare_model(nn.Linear(3, 2))
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# Links
+
+
+def test_links_are_neither_cleaned_up_nor_rotated_nor_replaced(strategy, model, tmp_path):
+    elsewhere = strategy.save_ckpt(model, tmp_path / "elsewhere", tag="t")
+    store = tmp_path / "store"
+    strategy.save_ckpt(model, store, tag="a")
+    for name in ("t", ".b.writing", ".c.replaced", ".d.removing"):
+        (store / name).symlink_to(elsewhere)
+    strategy.save_ckpt(model, store, tag="e", max_num=1)
+    assert names(store) == [".b.writing", ".c.replaced", ".d.removing", "e", "latest", "t"]
+    assert names(elsewhere) == ["manifest.json", "rank-00000-of-00001.safetensors"]
+    with pytest.raises(CheckpointError, match=r"store/t .*symbolic link.*use another tag or directory, or remove it"):
+        strategy.save_ckpt(model, store, tag="t")
+    assert strategy.load_ckpt(model, store, tag="t")[0] == store / "t"
+
+
+# What cannot be removed
+
+
+def test_what_cannot_be_removed_is_a_warning_with_its_path(strategy, model, tmp_path, monkeypatch, caplog):
+    strategy.save_ckpt(model, tmp_path, tag="a")
+    shutil.copytree(tmp_path / "a", tmp_path / ".x.writing")
+    unlink = Path.unlink
+
+    def refused(path, missing_ok=False):
+        if path.name.startswith("rank-"):
+            raise PermissionError(13, "Permission denied", str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    with caplog.at_level(logging.WARNING):
+        for tag in ("b", "b", "c"):
+            strategy.save_ckpt(model, tmp_path, tag=tag, max_num=1)
+    for name in (".x.writing", ".b.replaced", ".a.removing"):
+        assert any(f"see to {tmp_path / name}" in it and "Permission denied" in it for it in caplog.messages)
+    assert strategy.load_ckpt(model, tmp_path)[0].name == "c"
+    monkeypatch.undo()
+    strategy.save_ckpt(model, tmp_path, tag="d", max_num=1)
+    assert names(tmp_path) == ["d", "latest"]
+
+
+# Files of somebody's
+
+
+def test_files_that_somebody_put_into_a_checkpoint_outlive_it(strategy, model, tmp_path, caplog):
+    path = strategy.save_ckpt(model, tmp_path, tag="a")
+    (path / "notes.txt").write_text("mine")
+    strategy.save_ckpt(model, tmp_path, tag="a")
+    assert names(path) == ["manifest.json", "notes.txt", "rank-00000-of-00001.safetensors"]
+    with caplog.at_level(logging.WARNING):
+        strategy.save_ckpt(model, tmp_path, tag="b", max_num=1)
+    assert names(tmp_path) == ["a", "b", "latest"]
+    assert names(path) == ["notes.txt"]
+    assert f"{path} was removed, but for" in caplog.text
+
+
+@pytest.mark.parametrize("instant", ["stepped aside", "given back"])
+def test_files_of_somebody_outlive_a_killed_rotation(strategy, model, tmp_path, instant):
+    path = strategy.save_ckpt(model, tmp_path, tag="a")
+    (path / "notes.txt").write_text("mine")
+    path.rename(tmp_path / ".a.removing")
+    if instant == "given back":
+        path.mkdir()
+        (tmp_path / ".a.removing" / "notes.txt").rename(path / "notes.txt")
+    strategy.save_ckpt(model, tmp_path, tag="b")
+    assert names(tmp_path) == ["a", "b", "latest"]
+    assert names(path) == ["notes.txt"]
+
+
+# Two writers
+
+
+def test_what_another_process_is_saving_is_left_alone(strategy, model, tmp_path):
+    other = TagWriter(tmp_path, "t")
+    other.begin("token", {})
+    strategy.save_ckpt(model, tmp_path, tag="u", max_num=1)
+    assert (other.folder / "token").read_text() == "token"
+    with pytest.raises(CheckpointError, match=r"another process is saving .*/t, and holds .*give each run a directory"):
+        strategy.save_ckpt(model, tmp_path, tag="t")
+    assert (other.folder / "token").read_text() == "token"
+    other.end()
+    strategy.save_ckpt(model, tmp_path, tag="t")
+    assert names(tmp_path) == ["latest", "t", "u"]
+
+
+def test_a_checkpoint_that_another_process_is_replacing_is_not_rotated_away(strategy, model, tmp_path):
+    strategy.save_ckpt(model, tmp_path, tag="a")
+    with holding(tmp_path, "a"):
+        strategy.save_ckpt(model, tmp_path, tag="b", max_num=1)
+    assert names(tmp_path) == ["a", "b", "latest"]
+
+
+def test_a_killed_process_holds_nothing(strategy, model, tmp_path):
+    code = f"""
+from pathlib import Path
+from lightrft.strategy.checkpoint.tag_writer import TagWriter
+TagWriter(Path({str(tmp_path)!r}), "t").begin("token", {{}})
+import os
+os.kill(os.getpid(), 9)
+"""
+    subprocess.run([sys.executable, "-c", code], check=False)
+    assert names(tmp_path) == [".t.lightrft-lock", ".t.writing"]
+    strategy.save_ckpt(model, tmp_path, tag="t")
+    assert names(tmp_path) == ["latest", "t"]
+
+
+def test_a_lock_is_had_by_one_and_leaves_no_file(tmp_path):
+    one, other = Lock(tmp_path, "t"), Lock(tmp_path, "t")
+    assert one.take() and not other.take()
+    one.release()
+    assert other.take() and not one.take()
+    other.release()
+    assert not names(tmp_path)
+
+
+def test_a_lock_that_its_holder_removed_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+    one, other = Lock(tmp_path, "t"), Lock(tmp_path, "t")
+    assert one.take()
+    opened = os.open
+
+    def slow(*arguments):
+        descriptor = opened(*arguments)
+        one.release()
+        return descriptor
+
+    monkeypatch.setattr(os, "open", slow)
+    assert other.take(patience=1)
+    assert other.path.exists()
+    other.release()
+
+
+def test_a_file_system_without_locks_is_written_to_all_the_same(strategy, model, tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    strategy.save_ckpt(model, tmp_path, tag="t")
+    assert names(tmp_path) == ["latest", "t"]
+
+
+# Other runs and other models
+
+
+def test_rotation_leaves_other_runs_alone(tmp_path):
+    for run in ("one", "two"):
+        with FakeStrategy(bf16=False, train_batch_size=1) as strategy:
+            model = strategy.prepare_model(nn.Linear(3, 2))
+            for step in range(3):
+                strategy.save_ckpt(model, tmp_path, tag=f"{run}{step}", max_num=2)
+    assert names(tmp_path) == ["latest", "one1", "one2", "two1", "two2"]
+
+
+def test_rotation_goes_on_where_a_run_does(tmp_path):
+    for run in ("one", "two"):
+        with FakeStrategy(bf16=False, train_batch_size=1) as strategy:
+            model = strategy.prepare_model(nn.Linear(3, 2))
+            if run == "two":
+                strategy.load_ckpt(model, tmp_path)
+            for step in range(2):
+                strategy.save_ckpt(model, tmp_path, tag=f"{run}{step}", max_num=2)
+    assert names(tmp_path) == ["latest", "two0", "two1"]
+
+
+def test_weights_alone_do_not_make_a_run_go_on(tmp_path):
+    for tag in ("one", "two"):
+        with FakeStrategy(bf16=False, train_batch_size=1) as strategy:
+            model = strategy.prepare_model(nn.Linear(3, 2))
+            if tag == "two":
+                strategy.load_ckpt(model, tmp_path, load_module_only=True)
+            strategy.save_ckpt(model, tmp_path, tag=tag, max_num=1)
+    assert names(tmp_path) == ["latest", "one", "two"]
+
+
+def test_rotation_leaves_other_models_alone(strategy, model, tmp_path):
+    critic = strategy.prepare_model(nn.Linear(3, 2))
+    for step in range(2):
+        strategy.save_ckpt(model, tmp_path, tag=f"actor{step}", max_num=1)
+        strategy.save_ckpt(critic, tmp_path, tag=f"critic{step}", max_num=1)
+        strategy.save_ckpt({"a": model, "c": critic}, tmp_path, tag=f"both{step}", max_num=1)
+    assert names(tmp_path) == ["actor1", "both1", "critic1", "latest"]
+
+
+def test_a_checkpoint_of_other_models_is_not_replaced(strategy, model, tmp_path):
+    strategy.save_ckpt({"actor": model}, tmp_path, tag="t")
+    with FakeStrategy(bf16=False, train_batch_size=1) as other:
+        for name, module in (("critic", nn.Linear(3, 2)), ("actor", nn.Bilinear(3, 2, 1))):
+            critic = other.prepare_model(module)
+            with pytest.raises(
+                CheckpointError, match=r"/t is there.*other models: 'actor' \(Linear\), and here.*use another"
+            ):
+                other.save_ckpt({name: critic}, tmp_path, tag="t")
+        other.save_ckpt({"actor": other.prepare_model(nn.Linear(3, 2))}, tmp_path, tag="t")
+
+
+# When the disk, or the host, gives up
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (28, "free some space there"),
+        (13, "let this user do that"),
+        (17, "remove it, or use another tag"),
+        (5, "see to it"),
+    ],
+)
+def test_what_the_system_refuses_is_said_with_the_file_and_what_to_do(tmp_path, number, remedy):
+    with (
+        pytest.raises(CheckpointError, match=rf"cannot write {tmp_path}/t/file: .*; {remedy}"),
+        files.naming(tmp_path, "cannot write"),
+    ):
+        raise OSError(number, os.strerror(number), str(tmp_path / "t" / "file"))
+
+
+def test_a_missing_file_is_named_with_the_tag_and_what_to_do(strategy, model, tmp_path):
+    path = strategy.save_ckpt(model, tmp_path, tag="t")
+    (path / "rank-00000-of-00001.safetensors").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"t/rank-00000-of-00001.safetensors is damaged: .*from 't', load another tag"
+    ):
+        strategy.load_ckpt(model, tmp_path)
+
+
+@pytest.mark.parametrize("step", ["write_text", "write_tensors", "synchronise"])
+def test_a_failed_save_leaves_nothing(strategy, model, tmp_path, monkeypatch, step):
+    strategy.save_ckpt(model, tmp_path, tag="a")
+    done = getattr(files, step)
+
+    def full(path, *rest):
+        if path.name.startswith(".b") or path.parent.name.startswith(".b"):
+            raise CheckpointError(f"cannot write {path}: No space left on device")
+        return done(path, *rest)
+
+    monkeypatch.setattr(files, step, full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        strategy.save_ckpt(model, tmp_path, tag="b")
+    assert names(tmp_path) == ["a", "latest"]
+
+
+def test_a_new_directory_and_all_in_it_are_on_disk(strategy, model, tmp_path, monkeypatch):
+    synchronised = []
+    synchronise = files.synchronise
+    monkeypatch.setattr(files, "synchronise", lambda path: (synchronised.append(path), synchronise(path)))
+    strategy.save_ckpt(model, tmp_path / "new" / "store", tag="t")
+    assert {tmp_path, tmp_path / "new", tmp_path / "new" / "store"} <= set(synchronised)
