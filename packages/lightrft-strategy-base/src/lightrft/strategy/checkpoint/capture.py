@@ -20,7 +20,7 @@ from lightrft.strategy.checkpoint import checksums, files, optimizer_state, stre
 from lightrft.strategy.checkpoint.agreement import Agreement
 from lightrft.strategy.checkpoint.plain_values import to_json
 from lightrft.strategy.checkpoint.subjects import RANKS, Subject
-from lightrft.strategy.export.companions import configuration_texts
+from lightrft.strategy.export.companions import adapter_configurations, configuration_texts
 from lightrft.strategy.shards import Shard
 from lightrft.strategy.training.data import ResumableLoader
 from lightrft.strategy.training.moving_average import MovingAverages
@@ -92,6 +92,7 @@ def _model_facts(subject: Subject, averages: MovingAverages) -> dict[str, Any]:
     return {
         "class": type(subject.module).__name__,
         "configuration": configuration_texts(subject.module),
+        "adapters": adapter_configurations(subject.module),
         "average": averages.seen(subject.module),
         "scheduler": None if scheduler is None else to_json(scheduler.state_dict(), "the scheduler's state"),
         "training": None

@@ -35,6 +35,12 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(tuple(shape), dtype=dtype, device="meta")
 
 
+def listed(what: str, names: Sequence[str]) -> str:
+    """The first of ``names``, as a part of a sentence; nothing where there are none."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{what}: {', '.join(names[:3])}{more}; " if names else ""
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Turn what goes wrong in the body into a `CheckpointError` that names ``path``."""
