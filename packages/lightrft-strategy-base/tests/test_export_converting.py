@@ -4,8 +4,10 @@ import json
 import subprocess
 import sys
 
+import peft
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import transformers
 from export_models import TOKENS, llama, mixture_of_experts, same_logits
 from safetensors.torch import load_file
@@ -87,20 +89,108 @@ def test_what_stands_beside_the_weights_comes_from_the_base_model(strategy, tmp_
     assert same_logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out"), model)
 
 
-def test_a_base_model_that_does_not_fit_is_refused(strategy, tmp_path):
-    llama().save_pretrained(tmp_path / "base")
-    strategy.save_ckpt(strategy.prepare_model(torch.nn.Linear(2, 2)), tmp_path / "run")
-    code, said = run(tmp_path / "run", tmp_path / "refused", "--base", tmp_path / "base")
-    assert code == 1 and "are missing" in said and "--base" in said
-    assert not (tmp_path / "refused").exists()
+class Critic(torch.nn.Module):
+    """A backbone of transformers' and a head of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.model, self.value_head = llama(tied=False).model, torch.nn.Linear(16, 1)
 
 
-def test_other_models_give_their_weights(strategy, tmp_path):
-    model = strategy.prepare_model(torch.nn.Linear(2, 3))
+def test_what_transformers_could_not_open_is_not_written(strategy, tmp_path):
+    strategy.save_ckpt(strategy.prepare_model(Critic()), tmp_path / "run")
+    code, said = run(tmp_path / "run", tmp_path / "out")
+    assert code == 1 and "holds a Critic" in said and "--base" in said
+    llama(tied=False).save_pretrained(tmp_path / "base")
+    code, said = run(tmp_path / "run", tmp_path / "out", "--base", tmp_path / "base")
+    assert code == 1 and "not there: lm_head.weight" in said and "only there: value_head.bias" in said
+    assert "load_ckpt" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_directory_of_weights_alone_needs_the_right_base_model(strategy, tmp_path):
+    model = llama()
+    dcp.save(model.state_dict(), checkpoint_id=tmp_path / "dcp", no_dist=True)
+    (tmp_path / "bin").mkdir()
+    torch.save(model.state_dict(), tmp_path / "bin" / "pytorch_model.bin")
+    llama(biases=True).save_pretrained(tmp_path / "wrong")
+    model.save_pretrained(tmp_path / "base")
+    for place in (tmp_path / "dcp", tmp_path / "bin"):
+        out = tmp_path / f"{place.name}-out"
+        code, said = run(place, out)
+        assert code == 1 and str(place) in said and "model.norm.weight" not in said and "--base" in said
+        code, said = run(place, out, "--base", tmp_path / "none")
+        assert code == 1 and f"--base: {tmp_path / 'none'} has no config.json" in said
+        code, said = run(place, out, "--base", tmp_path / "wrong")
+        assert code == 1 and "q_proj.bias" in said and "--base" in said
+        assert not out.exists()
+        assert run(place, out, "--base", tmp_path / "base")[0] == 0
+        assert same_logits(transformers.AutoModelForCausalLM.from_pretrained(out), model)
+
+
+def test_a_critic_of_transformers_own_is_opened(strategy, tmp_path):
+    config = llama().config
+    config.num_labels = 1
+    model = strategy.prepare_model(transformers.LlamaForTokenClassification(config).eval())
     strategy.save_ckpt(model, tmp_path / "run")
     assert run(tmp_path / "run", tmp_path / "out")[0] == 0
-    found = load_file(tmp_path / "out" / "model.safetensors")
-    assert all(torch.equal(found[name], it) for name, it in model.state_dict().items())
+    assert same_logits(transformers.AutoModelForTokenClassification.from_pretrained(tmp_path / "out"), model)
+
+
+def test_settings_of_generation_stay(strategy, tmp_path):
+    model = llama()
+    model.generation_config.repetition_penalty = 1.5
+    strategy.save_ckpt(strategy.prepare_model(model), tmp_path / "run")
+    assert run(tmp_path / "run", tmp_path / "out")[0] == 0
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "out").repetition_penalty == 1.5
+
+
+# Adapters
+
+
+def with_adapters():
+    """A model with two adapters, one of which changes something."""
+    model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=2))
+    model.add_adapter("other", peft.LoraConfig(target_modules=["v_proj"], r=3))
+    for name, parameter in model.named_parameters():
+        if "lora_B.default" in name:
+            torch.nn.init.normal_(parameter)
+    return model.eval()
+
+
+def test_a_model_with_adapters_becomes_adapters_that_peft_opens(strategy, tmp_path):
+    model = strategy.prepare_model(with_adapters())
+    strategy.save_ckpt(model, tmp_path / "run")
+    assert run(tmp_path / "run", tmp_path / "out")[0] == 0
+    wanted = strategy.save_model(model, None, tmp_path / "wanted")
+    assert _files(tmp_path / "out") == _files(wanted)
+    for folder in ("", "other"):
+        ours, theirs = (load_file(it / folder / "adapter_model.safetensors") for it in (tmp_path / "out", wanted))
+        assert ours.keys() == theirs.keys() and all(torch.equal(it, theirs[name]) for name, it in ours.items())
+    opened = peft.PeftModel.from_pretrained(llama(), tmp_path / "out")
+    assert same_logits(opened, model) and not same_logits(opened, llama())
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_adapters_whose_configuration_is_not_known_are_refused(tmp_path):
+    dcp.save(with_adapters().state_dict(), checkpoint_id=tmp_path / "run", no_dist=True)
+    llama().save_pretrained(tmp_path / "base")
+    code, said = run(tmp_path / "run", tmp_path / "out", "--base", tmp_path / "base")
+    assert code == 1 and "of a model with adapters" in said and "load_model" in said
+
+
+def test_adapters_alone_need_no_conversion(strategy, tmp_path):
+    found = strategy.save_model(strategy.prepare_model(with_adapters()), None, tmp_path / "adapters")
+    code, said = run(found, tmp_path / "out")
+    assert code == 1 and "use it as it is" in said
+
+
+def _files(folder):
+    return {str(it.relative_to(folder)) for it in folder.rglob("*")}
+
+
+# What goes wrong
 
 
 def test_a_damaged_checkpoint_gives_no_model(strategy, tmp_path):

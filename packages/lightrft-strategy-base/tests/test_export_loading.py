@@ -1,8 +1,9 @@
 """Weights read into prepared models: from Hugging Face directories, and from LightRFT's older checkpoints."""
 
+import json
 import pickle
 import shutil
-from pathlib import Path
+from pathlib import Path, PosixPath
 
 import peft
 import pytest
@@ -11,6 +12,8 @@ import torch.distributed.checkpoint as dcp
 import transformers
 from export_models import llama, mixture_of_experts, same_logits, vision_language
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.serialization import _get_layout
 
 from lightrft.config import CheckpointError, CheckpointNotFoundError
 from lightrft.strategy import FakeStrategy
@@ -203,11 +206,59 @@ class Bomb:
         return Path.touch, (self.path,)
 
 
-def test_a_hostile_metadata_file_runs_nothing(strategy, tmp_path):
-    (tmp_path / ".metadata").write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
-    with pytest.raises(CheckpointError, match="was not read"):
-        strategy.load_model(strategy.prepare_model(llama()), tmp_path, allow_pickle=True)
+def hostile(tmp_path, place):
+    """Puts the bomb where a checkpoint of the kind has a pickle, and names that file."""
+    bomb = Bomb(tmp_path / "ran")
+    if place == "torch.distributed.checkpoint's metadata":
+        (tmp_path / ".metadata").write_bytes(pickle.dumps(bomb))
+        return ".metadata"
+    if place == "its data":
+        dcp.save(llama().state_dict(), checkpoint_id=tmp_path, no_dist=True)
+        data = next(tmp_path.glob("*.distcp"))
+        data.write_bytes(pickle.dumps(bomb).ljust(data.stat().st_size, b"."))
+        return data.name
+    if place == "DeepSpeed's state":
+        torch.save({"module": {}, "bomb": bomb}, tmp_path / "mp_rank_00_model_states.pt")
+        return "mp_rank_00_model_states.pt"
+    older = place == "an older state dict"
+    torch.save({"bomb": bomb}, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=not older)
+    return "pytorch_model.bin"
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize(
+    "place",
+    ["torch.distributed.checkpoint's metadata", "its data", "DeepSpeed's state", "a state dict", "an older state dict"],
+)
+def test_a_hostile_file_runs_nothing(strategy, tmp_path, place):
+    name = hostile(tmp_path, place)
+    with pytest.raises(CheckpointError, match=name):
+        strategy.load_model(strategy.prepare_model(llama()), tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("known", [Metadata, PosixPath, _get_layout], ids=lambda it: it.__name__)
+def test_a_hostile_metadata_file_changes_no_class_that_belongs_there(strategy, tmp_path, known):
+    state = pickle.dumps((None, {"poisoned": True}), protocol=2)[2:-1]
+    (tmp_path / ".metadata").write_bytes(
+        b"\x80\x02c%s\n%s\n%sb." % (known.__module__.encode(), known.__name__.encode(), state)
+    )
+    with pytest.raises(CheckpointError, match=r"cannot read .*\.metadata as metadata of torch.distributed.checkpoint"):
+        strategy.load_model(strategy.prepare_model(llama()), tmp_path)
+    assert not hasattr(known, "poisoned")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_metadata_names_no_files_elsewhere(strategy, tmp_path):
+    for folder in ("here", "there"):
+        dcp.save(llama().state_dict(), checkpoint_id=tmp_path / folder, no_dist=True)
+    metadata = tmp_path / "here" / ".metadata"
+    found = pickle.loads(metadata.read_bytes())
+    for info in found.storage_data.values():
+        info.relative_path = f"../there/{info.relative_path}"
+    metadata.write_bytes(pickle.dumps(found))
+    with pytest.raises(CheckpointError, match=r"\.metadata names files elsewhere"):
+        strategy.load_model(strategy.prepare_model(llama()), tmp_path / "here")
 
 
 def test_a_pickle_is_read_only_where_that_is_allowed(strategy, tmp_path):
@@ -231,3 +282,67 @@ def test_a_file_that_needs_pickle_is_read_with_it(strategy, tmp_path):
         strategy.load_model(model, tmp_path)
     strategy.load_model(model, tmp_path, allow_pickle=True)
     assert same_logits(model, wanted)
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["zip", "before torch 1.6"])
+def test_state_dicts_in_one_file_or_in_several(strategy, tmp_path, older):
+    wanted = other(llama)
+    split_state_dict(wanted.state_dict(), tmp_path, older)
+    model = strategy.prepare_model(other(llama))
+    strategy.load_model(model, tmp_path)
+    assert same_logits(model, wanted)
+
+
+def split_state_dict(tensors, folder, older=False):
+    """Files of at most ten tensors, and their index, as transformers wrote them."""
+    names = list(tensors)
+    parts = [names[begin : begin + 10] for begin in range(0, len(names), 10)]
+    files = [f"pytorch_model-{number:05d}-of-{len(parts):05d}.bin" for number in range(1, len(parts) + 1)]
+    for file, part in zip(files, parts, strict=True):
+        torch.save({name: tensors[name] for name in part}, folder / file, _use_new_zipfile_serialization=not older)
+    index = {name: file for file, part in zip(files, parts, strict=True) for name in part}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    return files
+
+
+@pytest.mark.parametrize("damage", ["no shard", "not in the shard", "cut short", "no index", "no state dict"])
+def test_damage_to_state_dicts_is_found_before_anything_changes(strategy, tmp_path, damage):
+    files = split_state_dict(llama().state_dict(), tmp_path)
+    first, second, index = tmp_path / files[0], tmp_path / files[1], tmp_path / "pytorch_model.bin.index.json"
+    if damage == "no shard":
+        first.unlink()
+    elif damage == "not in the shard":
+        shutil.copyfile(second, first)
+    elif damage == "cut short":
+        first.write_bytes(first.read_bytes()[:-100])
+    elif damage == "no index":
+        index.write_text("[")
+    else:
+        torch.save({"model": {}}, first)
+    expected = {
+        "no shard": f"{first} is missing",
+        "not in the shard": f"{first} lacks",
+        "cut short": f"cannot read {first} as a file of torch.save",
+        "no index": f"cannot read {index} as an index of weights",
+        "no state dict": f"{first} holds no state dict",
+    }[damage]
+    model = strategy.prepare_model(other(llama))
+    before = {name: it.clone() for name, it in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=expected):
+        strategy.load_model(model, tmp_path)
+    assert all(torch.equal(it, before[name]) for name, it in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("file", "contents", "expected"), [
+    ("model.safetensors", b"{}", "cannot read {} as a safetensors file"),
+    (".metadata", b"{}", "cannot read {} as metadata of torch.distributed.checkpoint"),
+    ("mp_rank_00_model_states.pt", b"{}", "cannot read {} as a file of torch.save"),
+    ("mp_rank_00_model_states.pt", {"state": 1}, "{} has no 'module', and is not one of DeepSpeed's files"),
+])  # fmt: skip
+def test_a_file_of_another_kind_is_named_with_what_was_expected(strategy, tmp_path, file, contents, expected):
+    if isinstance(contents, bytes):
+        (tmp_path / file).write_bytes(contents)
+    else:
+        torch.save(contents, tmp_path / file)
+    with pytest.raises(CheckpointError, match=rf"{expected.format(tmp_path / file)}.*load another copy"):
+        strategy.load_model(strategy.prepare_model(llama()), tmp_path)

@@ -22,7 +22,7 @@ from lightrft.strategy.checkpoint.agreement import Agreement
 from lightrft.strategy.checkpoint.loaders import Loaders
 from lightrft.strategy.checkpoint.plain_values import to_json
 from lightrft.strategy.checkpoint.subjects import RANKS, Subject
-from lightrft.strategy.export.companions import configuration_texts
+from lightrft.strategy.export.companions import adapter_configurations, configuration_texts
 from lightrft.strategy.shards import Shard
 from lightrft.strategy.training.moving_average import MovingAverages
 
@@ -96,6 +96,7 @@ def _model_facts(backend: Backend, subject: Subject, averages: MovingAverages) -
     return {
         "class": type(subject.module).__name__,
         "configuration": configuration_texts(subject.module),
+        "adapters": adapter_configurations(subject.module),
         "average": averages.seen(subject.module),
         "scheduler": None
         if scheduler is None

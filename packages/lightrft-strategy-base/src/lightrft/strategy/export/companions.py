@@ -4,6 +4,7 @@ Each object knows how to write itself; this module says which, and changes none 
 """
 
 import copy
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,21 +43,36 @@ def write_configuration(
 
 
 def configuration_texts(module: nn.Module) -> dict[str, str]:
-    """The configuration files of a transformers model, by name; of other models none."""
-    transformers = sys.modules.get("transformers")
-    if transformers is None or not isinstance(module, transformers.PreTrainedModel):
+    """The configuration files of a transformers model, or of the one that holds adapters, by name; of others none."""
+    transformers, peft = sys.modules.get("transformers"), sys.modules.get("peft")
+    model: Any = module.get_base_model() if peft is not None and isinstance(module, peft.PeftModel) else module
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
         return {}
-    config = copy.deepcopy(module.config)
-    config.architectures = [type(module).__name__.removeprefix("FSDP")]  # FSDP2 makes a class of its own
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]  # FSDP2 makes a class of its own
     texts = {"config.json": config.to_json_string()}
-    if module.can_generate() and module.generation_config is not None:
-        texts["generation_config.json"] = module.generation_config.to_json_string()
+    if model.can_generate() and model.generation_config is not None:
+        texts["generation_config.json"] = model.generation_config.to_json_string()
     return texts
+
+
+def adapter_configurations(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """The configuration of each of PEFT's adapters by name, as JSON values; of other models none."""
+    peft = sys.modules.get("peft")
+    if peft is None or not isinstance(module, peft.PeftModel):
+        return {}
+    return {
+        name: json.loads(json.dumps(_adapter_configuration(module, name).to_dict(), default=list))
+        for name in module.peft_config
+    }
 
 
 def write_adapter_configuration(module: nn.Module, adapter: str, folder: Path) -> None:
     """Write PEFT's configuration of one adapter, as its `save_pretrained` would."""
-    model: Any = module
+    _adapter_configuration(module, adapter).save_pretrained(folder)
+
+
+def _adapter_configuration(model: Any, adapter: str) -> Any:
     config = copy.deepcopy(model.peft_config[adapter])
     config.inference_mode = True
     base = model.get_base_model()
@@ -64,7 +80,7 @@ def write_adapter_configuration(module: nn.Module, adapter: str, folder: Path) -
     if config.task_type is None:
         kind = type(base)
         config.auto_mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
-    config.save_pretrained(folder)
+    return config
 
 
 def write_processors(processors: Mapping[str, Any], folder: Path) -> None:

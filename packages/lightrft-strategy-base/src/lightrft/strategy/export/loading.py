@@ -19,7 +19,7 @@ from lightrft.strategy.distributed.collectives import Collectives
 from lightrft.strategy.export import adapters
 from lightrft.strategy.export.forms import unchanged
 from lightrft.strategy.export.sources.finding import has_adapters, open_source
-from lightrft.strategy.export.sources.source import Source
+from lightrft.strategy.export.sources.source import Source, listed
 from lightrft.strategy.rollout import saved_form, weights
 from lightrft.strategy.rollout.saved_form import SavedForm
 from lightrft.strategy.shards import Shard
@@ -153,11 +153,6 @@ def _check(module: nn.Module, path: Path, reader: Reader, left: LoadedNames, str
         )
     if strict and (left.missing or left.unexpected):
         raise CheckpointError(
-            f"{CALL}: {path} does not fit {kind}: {_listed('not there', left.missing)}{_listed('only there', left.unexpected)}"
+            f"{CALL}: {path} does not fit {kind}: {listed('not there', left.missing)}{listed('only there', left.unexpected)}"
             f"load it into the model that it was made of, or pass strict=False"
         )
-
-
-def _listed(what: str, names: tuple[str, ...]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{what}: {', '.join(names[:3])}{more}; " if names else ""

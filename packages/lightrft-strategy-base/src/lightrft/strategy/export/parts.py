@@ -14,7 +14,6 @@ from lightrft.strategy.export import adapters, companions
 from lightrft.strategy.export.tensor_files import Contents
 from lightrft.strategy.rollout import weights
 from lightrft.strategy.rollout.saved_form import SavedForm, Unit, tied_aliases
-from lightrft.strategy.training.prepared import PreparedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +72,15 @@ class Adapter(Part):
         companions.write_adapter_configuration(self.module, self.name, folder)
 
 
-def parts_of(model: PreparedModel, merge_adapters: bool) -> Sequence[Part]:
-    """What is to be written of ``model``: its adapters where it has some, merged or by themselves, else all of it."""
-    module, skeleton = model.module, model.skeleton or model.module
+def parts_of(
+    module: nn.Module, skeleton: nn.Module, kind: type[nn.Module], *, merge_adapters: bool = False
+) -> Sequence[Part]:
+    """What is to be written of ``module``: its adapters where it has some, merged or by themselves, else all of it.
+
+    ``skeleton``: it, or its copy on the meta device from before wrapping. ``kind``: its class from before wrapping.
+    """
     if not adapters.has_adapters(module):
-        return [WholeModel(form=SavedForm.of(module), module=module, kind=model.kind)]
+        return [WholeModel(form=SavedForm.of(module), module=module, kind=kind)]
     peft_model: Any = skeleton
     if merge_adapters:
         base = peft_model.get_base_model()

@@ -72,7 +72,10 @@ def save(backend: Backend, collectives: Collectives, model: PreparedModel, targe
         output: Output | None = None
         with collectives.together(CALL, CheckpointError):
             backend._settle(model.module)
-            plans = [Plan(backend, model.module, part, options) for part in parts_of(model, options.merge_adapters)]
+            parts = parts_of(
+                model.module, model.skeleton or model.module, model.kind, merge_adapters=options.merge_adapters
+            )
+            plans = [Plan(backend, model.module, part, options) for part in parts]
             if backend.world.rank == 0:
                 output = stack.enter_context(Output(target, plans, options))
         with collectives.together(CALL, CheckpointError):

@@ -21,6 +21,7 @@ _MODEL = re.compile(r"^(zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<part>\d+)_model
 _OPTIMIZER = re.compile(r"^(bf16_|fp16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<part>\d+)_optim_states\.pt$")
 _PARTITIONS, _SHARDS = "single_partition_of_fp32_groups", "fp32_flat_groups"
 """Where the master weights are, of stages 1 and 2 and of stage 3."""
+_EXPECTED = "one of DeepSpeed's files of a checkpoint"
 Tensors = dict[str, tuple[torch.Tensor, Callable[[], torch.Tensor]]]
 """Each tensor on the meta device, and how to read it, by name."""
 
@@ -33,9 +34,9 @@ class DeepspeedSource:
     def __init__(self, place: Path, *, allow_pickle: bool) -> None:
         self.place = place
         models, optimizers = _by_rank(place, _MODEL), _by_rank(place, _OPTIMIZER)
-        states = [load_torch_file(path, allow_pickle=allow_pickle) for path in models]
-        masters = [load_torch_file(path, allow_pickle=allow_pickle) for path in optimizers]
-        with reading(models[0]):
+        states = [_loaded(path, "module", allow_pickle) for path in models]
+        masters = [_loaded(path, "optimizer_state_dict", allow_pickle) for path in optimizers]
+        with reading(models[0], _EXPECTED):
             self._tensors = _tensors(place, states, [it["optimizer_state_dict"] for it in masters])
         self.contents: Mapping[str, torch.Tensor] = {name: it for name, (it, _) in self._tensors.items()}
 
@@ -53,6 +54,14 @@ class DeepspeedSource:
 def is_here(place: Path) -> bool:
     """Whether ``place`` has a DeepSpeed checkpoint's files."""
     return any(_MODEL.match(path.name) for path in place.iterdir())
+
+
+def _loaded(path: Path, key: str, allow_pickle: bool) -> Mapping[str, Any]:
+    """What is in a file of DeepSpeed's. Raises `CheckpointError` where it has no ``key``, as all of its kind have."""
+    found = load_torch_file(path, allow_pickle=allow_pickle)
+    if not isinstance(found, Mapping) or key not in found:
+        raise CheckpointError(f"{path} has no {key!r}, and is not {_EXPECTED}; {REMEDY}")
+    return found
 
 
 def _by_rank(place: Path, pattern: re.Pattern[str]) -> list[Path]:

@@ -22,7 +22,7 @@ def open_source(place: Path, *, allow_pickle: bool = False) -> Source:
         return dcp.DcpSource(place)
     if deepspeed.is_here(place):
         return deepspeed.DeepspeedSource(place, allow_pickle=allow_pickle)
-    if (place / torch_files.WEIGHTS).exists():
+    if torch_files.is_here(place):
         return torch_files.TorchFileSource(place, allow_pickle=allow_pickle)
     return _below(place, allow_pickle)
 
@@ -46,6 +46,6 @@ def _below(place: Path, allow_pickle: bool) -> Source:
     inside = sorted(it.name for it in place.iterdir() if it.is_dir())
     raise CheckpointNotFoundError(
         f"{place} holds no weights that are known: model.safetensors (or its index), adapter_model.safetensors, the files "
-        f"of torch.distributed.checkpoint or of DeepSpeed, {torch_files.WEIGHTS}; directories in it: "
+        f"of torch.distributed.checkpoint or of DeepSpeed, {torch_files.WEIGHTS} (or its index); directories in it: "
         f"{', '.join(inside) or 'none'}"
     )

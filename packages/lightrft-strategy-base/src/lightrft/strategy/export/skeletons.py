@@ -1,0 +1,65 @@
+"""Models without weights, on the meta device, built from their configuration alone."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightrft.config import BackendNotInstalledError, CheckpointError
+
+
+def model_of(folder: Path, *, trust_remote_code: bool) -> nn.Module:
+    """The transformers model that the configuration files in ``folder`` describe."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise _not_installed("transformers") from error
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"transformers does not take the model's configuration: {error}") from error
+    with torch.device("meta"):
+        model: nn.Module = _built(transformers, config, trust_remote_code)
+    if (folder / "generation_config.json").exists():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _built(transformers: Any, config: Any, trust_remote_code: bool) -> Any:
+    name = (config.architectures or ["none"])[0]
+    kind = getattr(transformers, name, None)
+    if kind is not None:
+        return kind._from_config(config)
+    for auto in (it for key, it in vars(transformers).items() if key.startswith("AutoModel")):
+        if auto.__name__ in getattr(config, "auto_map", {}):
+            return auto.from_config(config, trust_remote_code=trust_remote_code)
+    raise CheckpointError(
+        f"the configuration is of a {name}, which transformers {transformers.__version__} does not have; give the model "
+        f"that brings its code with --base and --trust-remote-code"
+    )
+
+
+def with_adapters(model: nn.Module, configurations: Mapping[str, Mapping[str, Any]]) -> nn.Module:
+    """``model``, inside PEFT's model with one adapter for each of ``configurations``, where there are some."""
+    if not configurations:
+        return model
+    try:
+        import peft
+    except ImportError as error:
+        raise _not_installed("peft") from error
+    (first, config), *others = ((name, peft.PeftConfig.from_peft_type(**it)) for name, it in configurations.items())
+    with torch.device("meta"):
+        wrapped: Any = peft.get_peft_model(model, config, adapter_name=first)
+        for name, other in others:
+            wrapped.add_adapter(name, other)
+    adapted: nn.Module = wrapped
+    return adapted
+
+
+def _not_installed(package: str) -> BackendNotInstalledError:
+    return BackendNotInstalledError(
+        f"the names of such a model are {package}'s to know; install it with: "
+        f"pip install 'lightrft-strategy-base[{package}]'"
+    )
