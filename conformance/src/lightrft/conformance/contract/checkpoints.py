@@ -309,15 +309,17 @@ class Killed(OnDisk):
 
     @override
     def witnesses(self, place: Place) -> Sequence[Program]:
-        everybody = list(range(place.world))
-        last = everybody[-1:]
-        return [self._program(place, 0.5, last), self._program(place, 0.95, everybody, asynchronous=place.world > 1)]
+        return [
+            self._program(place, 0.4, [place.world - 1]),
+            self._program(place, 0.8, [0]),
+            self._program(place, 1.0, [0], asynchronous=place.world > 1),
+        ]
 
     def _program(self, place: Place, part: float, ranks: list[int], asynchronous: bool = False) -> Program:
         """Save, train, and be killed while saving and rotating. What is loaded was waited for."""
         program = self.program(
             place, *trained(), saved("zero"), loaded("zero"), *updates(1), {"do": "note_weights", "model": "a", "name": "one"},
-            {"do": "count_calls"}, saved("one", max_num=1), loaded("one"), *updates(1, first=5),
+            {"do": "count_changes"}, saved("one", max_num=1), loaded("one"), *updates(1, first=5),
             {"do": "note_weights", "model": "a", "name": "two"}, {"do": "kill_within", "part": part, "ranks": ranks},
             saved("two", max_num=1, may_fail=True), {"do": "close", "may_fail": True},
             {"do": "end", "ranks": list(range(place.world))}, async_ckpt=asynchronous,

@@ -256,22 +256,25 @@ def sprung(session: Session) -> bool:
 
 
 class _Watch:
-    """Counts what this process asks of the file system below `disk`, as Python's audit events, and kills it at one."""
+    """Counts the changes that this process makes in the store "s", as Python's audit events, and kills it at one."""
 
-    CALLS = frozenset(
-        {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.truncate", "os.scandir"}
-    )
+    CHANGES = frozenset({"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.truncate"})
 
     def __init__(self) -> None:
-        self.calls, self.last = 0, 0
-        self.below = str(disk())
+        self.changes, self.last = 0, 0
+        self.inside = f"{disk() / 's'}/"
         sys.addaudithook(self)
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event in self.CALLS and self.below in str(arguments[:2]):
-            self.calls += 1
-            if self.calls == self.last:
+        if self._is_change(event, arguments) and self.inside in str(arguments[:2]):
+            self.changes += 1
+            if self.changes == self.last:
                 os.kill(os.getpid(), signal.SIGKILL)
+
+    def _is_change(self, event: str, arguments: tuple[Any, ...]) -> bool:
+        if event == "open":
+            return bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
+        return event in self.CHANGES
 
 
 @cache
@@ -280,16 +283,16 @@ def _watch() -> _Watch:
 
 
 @operation
-def count_calls(session: Session) -> None:
-    """Count this process's calls of the file system from now on."""
-    _watch().calls, _watch().last = 0, 0
+def count_changes(session: Session) -> None:
+    """Count what this process changes in the store from now on."""
+    _watch().changes, _watch().last = 0, 0
 
 
 @operation
 def kill_within(session: Session, part: float) -> None:
-    """Kill this process in the midst of as many calls as were counted: after this part of them."""
+    """Kill this process in the midst of as many changes as were counted: at this part of them."""
     watch = _watch()
-    watch.calls, watch.last = 0, max(1, round(part * watch.calls))
+    watch.changes, watch.last = 0, max(1, round(part * watch.changes))
 
 
 @operation

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from lightrft.conformance.saboteurs.catalogue import saboteur
 from lightrft.conformance.saboteurs.plain import PlainStrategy
 from lightrft.strategy import FakeStrategy
 from lightrft.strategy.checkpoint.checkpoints import Checkpoints
+from lightrft.strategy.checkpoint.store import Store
 from lightrft.strategy.shards import StateSlice
 from lightrft.strategy.training.trained_model import TrainedModel
 
@@ -180,6 +182,39 @@ class IgnoresSize(Saves):
 
     def save_ckpt(self, model: Any, *arguments: Any, max_mem: float = 1000, **more: Any) -> Any:
         return super().save_ckpt(model, *arguments, max_mem=max(max_mem, 1.0), **more)
+
+
+@saboteur("CKPT-5")
+class RemovesTheOldFirst(Saves):
+    """What is to be rotated goes before the new checkpoint is there."""
+
+    def save_ckpt(self, model: Any, save_dir: Any, *arguments: Any, **more: Any) -> Any:
+        if more.get("max_num") == 1:
+            for it in Store(Path(save_dir)).committed():
+                shutil.rmtree(it.path)
+        return super().save_ckpt(model, save_dir, *arguments, **more)
+
+
+@saboteur("CKPT-5")
+class ManifestFirst(Saves):
+    """A checkpoint is copied to its place file by file, the manifest first."""
+
+    def save_ckpt(self, model: Any, save_dir: Any, *arguments: Any, tag: Any = None, **more: Any) -> Any:
+        place, more = Path(save_dir), {**more, "max_num": 99}
+        path = super().save_ckpt(model, place.with_name("scratch"), *arguments, tag=tag, **more)
+        (place / path.name).mkdir(parents=True)
+        for file in sorted(path.iterdir()):
+            shutil.copyfile(file, place / path.name / file.name)
+        return place / path.name
+
+
+@saboteur("CKPT-5", world=2)
+class LeavesRubbish(PlainStrategy):
+    """What was half-written stays."""
+
+    def save_ckpt(self, model: Any, save_dir: Any, *arguments: Any, **more: Any) -> Any:
+        with patch("lightrft.strategy.checkpoint.leftovers.clean"):
+            return super().save_ckpt(model, save_dir, *arguments, **more)
 
 
 @saboteur("CKPT-6")

@@ -4,7 +4,7 @@ from typing import Any
 
 from lightrft.engines.probe import Call, Library
 
-SGLANG = Library(engine="sglang", distributions=("sglang",), supported="0.5.23")
+SGLANG = Library(engine="sglang", distributions=("sglang",), supported="0.5.21 to 0.5.23")
 
 
 def load() -> Any:
