@@ -52,6 +52,14 @@ def saved(strategy: str, path: str, build: Any = llama, save: dict[str, Any] | N
         return str(found), training.whole(made, model), logits_BTV.float()
 
 
+def opened_with_adapter(path: str) -> torch.Tensor:
+    """The logits of what `saved` wrote of `with_adapter`, opened with peft."""
+    import peft
+
+    with torch.no_grad():
+        return peft.PeftModel.from_pretrained(llama(), path)(TOKENS).logits  # type: ignore[no-any-return]
+
+
 def loaded(strategy: str, path: str, build: Any = llama, **settings: Any) -> Any:
     """Load ``path`` into a model in training; its weights in fp32 and its logits, and its weights after an update."""
     with opened(strategy, **settings) as made:

@@ -21,6 +21,16 @@ def llama(tied: bool = True) -> Any:
         return transformers.LlamaForCausalLM(config)
 
 
+def with_adapter() -> Any:
+    """A Llama with a LoRA adapter, the same each time."""
+    import peft
+
+    with torch.random.fork_rng():
+        torch.manual_seed(8)
+        settings = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False)
+        return peft.get_peft_model(llama(), settings)
+
+
 class Actor(nn.Module):
     """A wrapper with `.model`, as LightRFT's actors are; it gives logits."""
 

@@ -5,8 +5,10 @@ from typing import Any
 import ds_cases
 import torch
 import training
-from programs import RATE, Observed, Program, loss_of, mixed, tokens
+from programs import DECAY, RATE, Observed, Program, loss_of, mixed, tokens
 from torch import nn
+
+from lightrft.strategy import StrategyBase
 
 
 def compiled() -> None:
@@ -62,3 +64,45 @@ def parked(**settings: Any) -> tuple[int, dict[str, torch.Tensor]]:
             stage.unpark(inner)
             made.optimizer_step(optimizer, model)
         return given_back, training.whole(made, model)
+
+
+def resumed(path: str, **settings: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The weights after an uninterrupted run, and after one that went on from a checkpoint, twice, of its optimizer."""
+    with ds_cases.strategy(Program(), adam_offload=True, **settings) as made:
+        model, optimizer = _updated(made, *_in_training(made), range(26))
+        made.save_ckpt(model, path)
+        uninterrupted = training.whole(made, _updated(made, model, optimizer, range(26, 32))[0])
+        other, its = _in_training(made)
+        for _ in range(2):
+            made.load_ckpt(other, path)
+            _updated(made, other, its, range(26, 32))
+        return uninterrupted, training.whole(made, other)
+
+
+def _in_training(made: StrategyBase) -> tuple[nn.Module, Any]:
+    model: nn.Module = mixed()
+    model, optimizer, _ = made.prepare((model, made.create_optimizer(model, lr=0.1, weight_decay=DECAY), None))
+    return model, optimizer
+
+
+def _updated(made: StrategyBase, model: nn.Module, optimizer: Any, updates: range) -> tuple[nn.Module, Any]:
+    for update in updates:
+        made.backward(loss_of(model, tokens(update, 0, made.get_rank())), model, optimizer)
+        made.optimizer_step(optimizer, model)
+    return model, optimizer
+
+
+def saved_offloaded(path: str) -> dict[str, torch.Tensor]:
+    """Save a model that DeepSpeed's CPU Adam trained; its weights after one update more."""
+    with ds_cases.strategy(Program(), zero_stage=2, adam_offload=True) as made:
+        model, optimizer = _updated(made, *_in_training(made), range(2))
+        made.save_ckpt(model, path)
+        return training.whole(made, _updated(made, model, optimizer, range(2, 3))[0])
+
+
+def loaded_onto_the_device(path: str) -> dict[str, torch.Tensor]:
+    """The weights after one update by torch's AdamW that went on from `saved_offloaded`."""
+    with ds_cases.strategy(Program(), zero_stage=3) as made:
+        model, optimizer = _in_training(made)
+        made.load_ckpt(model, path)
+        return training.whole(made, _updated(made, model, optimizer, range(2, 3))[0])

@@ -1,5 +1,7 @@
 """Keeping the optimizer, or a model, in host memory."""
 
+from pathlib import Path
+
 import ds_cases
 import ds_cases_offload as cases
 import pytest
@@ -56,3 +58,20 @@ def test_a_parked_model_gives_its_memory_back_and_returns_bit_for_bit(two: Worke
     for (given_back, found), other in zip(two.run(cases.parked, **settings), wanted, strict=True):
         assert given_back >= elements * (2 if bf16 and stage else 4) / (2 if stage == 3 else 1)
         assert all(torch.equal(found[name], it) for name, it in other.items())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_of_the_cpu_adam_is_resumed_bit_for_bit(
+    one: Workers, two: Workers, tmp_path: Path, ranks: int, stage: int, bf16: bool
+) -> None:
+    workers = {1: one, 2: two}[ranks]
+    for wanted, found in workers.run(cases.resumed, path=str(tmp_path), zero_stage=stage, bf16=bf16):
+        assert all(torch.equal(found[name], it) for name, it in wanted.items())
+
+
+def test_torchs_adamw_goes_on_where_the_cpu_adam_stopped(two: Workers, tmp_path: Path) -> None:
+    wanted, _ = two.run(cases.saved_offloaded, path=str(tmp_path))
+    found, _ = two.run(cases.loaded_onto_the_device, path=str(tmp_path))
+    assert max(float((found[name] - it).abs().max()) for name, it in wanted.items()) < 1e-4

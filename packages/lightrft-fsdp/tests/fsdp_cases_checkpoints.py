@@ -1,10 +1,14 @@
 """What a rank does in `test_fsdp_checkpoints`."""
 
+import os
+import signal
 from typing import Any
 from unittest.mock import patch
 
 import fsdp_cases
 import pytest
+import torch
+import training
 from programs import Program
 
 from lightrft.config import CheckpointError, LightRFTError
@@ -29,3 +33,46 @@ def failing(step: str, path: str) -> str:
             made.save_ckpt(model, path)
         made.save_ckpt(model, path)  # nobody was left waiting
         return str(caught.value)
+
+
+def terminated(path: str) -> int:
+    """The exit status of a run of which rank 1 alone gets SIGTERM, in its third update."""
+    program = Program(updates=6)
+    with fsdp_cases.strategy(program) as made:
+        model, optimizer = fsdp_cases.prepared(made)
+
+        def train() -> None:
+            for update, micro, _ in program.micro_batches():
+                training.backward(program, made, model, optimizer, update, micro)
+                if update == 2 and made.get_rank() == 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                made.optimizer_step(optimizer, model)
+
+        with made.saving_on_sigterm(lambda: made.save_ckpt(model, path)), pytest.raises(SystemExit) as ended:
+            train()
+        return int(str(ended.value.code))
+
+
+def went_on(path: str, done: int) -> dict[str, torch.Tensor]:
+    """The weights after six updates, the first ``done`` of which are in a checkpoint."""
+    program = Program(updates=6, skipped=range(done))
+    with fsdp_cases.strategy(program) as made:
+        model, optimizer = fsdp_cases.prepared(made)
+        if done:
+            made.load_ckpt(model, path)
+        training.run(program, made, model, optimizer)
+        return training.whole(made, model)
+
+
+def dealt(path: str, first: int | None = None) -> list[list[int]]:
+    """The samples that this rank sees in an epoch: with ``first`` so many batches, then saved; without, what is left."""
+    with fsdp_cases.strategy(Program()) as made:
+        model, _ = fsdp_cases.prepared(made)
+        if first is None:
+            made.load_ckpt(model, path)
+        batches = iter(made.setup_dataloader(list(range(48)), batch_size=2))
+        if first is None:
+            return [batch.tolist() for batch in batches]
+        seen = [next(batches).tolist() for _ in range(first)]
+        made.save_ckpt(model, path)
+        return seen

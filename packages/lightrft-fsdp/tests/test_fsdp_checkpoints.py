@@ -1,10 +1,18 @@
 """Checkpoints of two ranks."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import fsdp_cases_checkpoints as cases
 import pytest
-from workers import Workers
+import torch
+from workers import Workers, started
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[Workers]:
+    """A world of three ranks."""
+    yield from started(3)
 
 
 @pytest.mark.parametrize("step", ["comparing", "sharing", "copying"])
@@ -14,3 +22,27 @@ def test_what_fails_on_one_rank_before_it_is_written_every_rank_hears_of(
     first, second = two.run(cases.failing, step=step, path=str(tmp_path))
     assert second == "no memory"
     assert "rank 1: no memory" in first
+
+
+def test_sigterm_on_one_rank_saves_on_all_and_the_run_goes_on_from_there(two: Workers, tmp_path: Path) -> None:
+    assert two.run(cases.terminated, path=str(tmp_path)) == [0, 0]
+    assert (tmp_path / "global_step3").is_dir()
+    wanted, _ = two.run(cases.went_on, path=str(tmp_path), done=0)
+    found, _ = two.run(cases.went_on, path=str(tmp_path), done=3)
+    assert all(torch.equal(found[name], it) for name, it in wanted.items())
+
+
+def in_turn(ranks: Sequence[Sequence[Sequence[int]]]) -> list[int]:
+    """The samples in the order in which they were dealt, one to each rank in turn."""
+    return [sample for batches in zip(*ranks, strict=True) for turn in zip(*batches, strict=True) for sample in turn]
+
+
+def test_other_numbers_of_ranks_see_what_is_left_in_the_same_order(
+    one: Workers, two: Workers, three: Workers, tmp_path: Path
+) -> None:
+    begun = in_turn(two.run(cases.dealt, path=str(tmp_path), first=3))
+    left = in_turn(two.run(cases.dealt, path=str(tmp_path)))
+    assert sorted(begun + left) == list(range(48))
+    assert begun + left != sorted(begun + left)
+    for others in (one, three):
+        assert in_turn(others.run(cases.dealt, path=str(tmp_path))) == left

@@ -7,7 +7,7 @@ import fsdp_cases
 import imports
 import pytest
 import torch
-from llamas import llama
+from llamas import llama, with_adapter
 from safetensors.torch import load_file
 from workers import Workers
 
@@ -90,3 +90,20 @@ def test_what_torch_distributed_checkpoint_wrote_is_read_in(
     weights, _ = two.run(imports.wrote_dcp, path=str(tmp_path), **settings)
     for found, _, _ in two.run(exports.loaded, strategy="fsdp", path=str(tmp_path)):
         assert all(torch.equal(found[name], it) for name, it in weights.items())
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_model_with_an_adapter_is_saved_as_peft_and_transformers_open_it(
+    two: Workers, tmp_path: Path, merge: bool
+) -> None:
+    pytest.importorskip("peft")
+    save = {"merge_adapters": merge}
+    (path, _, logits), _ = two.run(
+        exports.saved, strategy="fsdp", path=str(tmp_path / "out"), build=with_adapter, save=save
+    )
+    if merge:
+        found = transformers.AutoModelForCausalLM.from_pretrained(path)(exports.TOKENS).logits
+    else:
+        assert [it.name for it in Path(path).glob("*.safetensors")] == ["adapter_model.safetensors"]
+        found = exports.opened_with_adapter(path)
+    assert close(found, logits, 1e-5)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import cpuinfo
+import torch
 from cpuinfo import get_cpu_info
 from deepspeed.git_version_info import installed_ops
 from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -30,6 +31,21 @@ def cpu_adam(groups: list[dict[str, Any]], **settings: Any) -> Optimizer:
     with _processor_known():
         optimizer: Optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
     return optimizer
+
+
+def resume_cpu_adam(optimizer: Any) -> None:
+    """Bring the powers of the betas, which the operator keeps for itself, to where the loaded steps left them.
+
+    It multiplies them up from step to step, and takes ``std::pow``, which rounds otherwise, where a step does not follow
+    the last one (0.19.8). So a new operator makes all steps again, on nothing; a million take seconds.
+    """
+    lr, betas, eps, decay = (optimizer.defaults[name] for name in ("lr", "betas", "eps", "weight_decay"))
+    operator, number, nothing = optimizer.ds_opt_adam, optimizer.opt_id, torch.empty(0)
+    operator.create_adam(number, lr, *betas, eps, decay, optimizer.adam_w_mode, False)
+    for step in range(1, max((int(state["step"]) for state in optimizer.state.values()), default=0) + 1):
+        for group in optimizer.param_groups:
+            settings = (*group["betas"], group["eps"], group["weight_decay"], group["bias_correction"])
+            operator.adam_update(number, step, group["lr"], *settings, nothing, nothing, nothing, nothing)
 
 
 @cache

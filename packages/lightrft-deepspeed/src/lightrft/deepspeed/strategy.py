@@ -161,6 +161,13 @@ class DeepspeedStrategy(StrategyBase):
     def _refresh(self, module: nn.Module) -> None:
         self._stage.refresh(module)
 
+    @override
+    def _resume_optimizer(self, trained: TrainedModel) -> None:
+        if type(trained.optimizer).__name__ == "DeepSpeedCPUAdam":
+            from lightrft.deepspeed.operators import resume_cpu_adam
+
+            resume_cpu_adam(trained.optimizer)
+
     # Memory
 
     @override

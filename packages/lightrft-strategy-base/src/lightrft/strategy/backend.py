@@ -176,6 +176,9 @@ class Backend(ABC):
     def _refresh(self, module: nn.Module) -> None:
         """Make the parameters of ``module`` what its shards are, after these were written to. Every rank calls it."""
 
+    def _resume_optimizer(self, trained: "TrainedModel") -> None:
+        """Go on from the optimizer's state, which was loaded: for what the optimizer keeps elsewhere."""
+
     # Memory
 
     def _move_optimizer(self, trained: "TrainedModel", device: torch.device) -> None:

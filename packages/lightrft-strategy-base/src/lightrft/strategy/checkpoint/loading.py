@@ -184,6 +184,7 @@ class Loading:
         ]
         facts = checkpoint.state["models"][name]["training"]
         optimizer_state.restore_groups(trained, facts["groups"], numbers.same_optimizer)
+        self._backend._resume_optimizer(trained)
         if trained.optimizer_offloaded:
             self._backend._move_optimizer(trained, torch.device("cpu"))
         return made
