@@ -26,6 +26,7 @@ from lightrft.strategy.checkpoint.layout import Manifest, Piece, decode_header, 
 from lightrft.strategy.checkpoint.plain_values import from_json, to_json
 from lightrft.strategy.checkpoint.ranges import check_covered, fragments, owners
 from lightrft.strategy.checkpoint.reading import Checkpoint
+from lightrft.strategy.checkpoint.staging import Staging
 from lightrft.strategy.checkpoint.store import Store
 
 
@@ -358,3 +359,28 @@ def test_a_store_lists_what_is_committed_oldest_first(strategy, tmp_path):
     for tag in ("b", "c", "a"):
         strategy.save_ckpt(model, tmp_path, tag=tag)
     assert [it.tag for it in Store(Path(tmp_path)).committed()] == ["b", "c", "a"]
+
+
+def test_copies_are_made_in_the_same_memory_each_time():
+    staging = Staging()
+    tensors = [torch.arange(5.0), torch.arange(3, dtype=torch.uint8), torch.zeros(0), torch.arange(4).bfloat16()]
+    first = staging.copies(tensors)
+    assert all(torch.equal(it, wanted) and it.dtype == wanted.dtype for it, wanted in zip(first, tensors, strict=True))
+    second = staging.copies([it + 1 for it in tensors])
+    assert [it.data_ptr() for it in second] == [it.data_ptr() for it in first]
+    assert torch.equal(first[0], tensors[0] + 1)
+    assert torch.equal(staging.copies([torch.ones(1000)])[0], torch.ones(1000))
+
+
+def test_loading_fills_the_optimizer_state_that_is_there(strategy, tmp_path):
+    model, optimizer = in_training(strategy)
+    update(strategy, model, optimizer)
+    strategy.save_ckpt(model, tmp_path)
+    before = [state["exp_avg"] for state in optimizer.state.values()]
+    wanted = [it.clone() for it in before]
+    for it in before:
+        it.zero_()
+    strategy.load_ckpt(model, tmp_path)
+    after = [state["exp_avg"] for state in optimizer.state.values()]
+    assert all(it is old for it, old in zip(after, before, strict=True))
+    assert all(torch.equal(it, old) for it, old in zip(after, wanted, strict=True))

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from lightrft.config import CheckpointError, LightRFTError
 from lightrft.strategy.checkpoint.agreement import Agreement
 from lightrft.strategy.checkpoint.saving import Saving
+from lightrft.strategy.checkpoint.staging import Staging
 from lightrft.strategy.distributed.collectives import Collectives
 from lightrft.strategy.distributed.operations import Operations, is_lost_peer
 from lightrft.strategy.distributed.world import World
@@ -21,12 +22,14 @@ class Background:
         control = world.control and dist.new_group(backend="gloo", timeout=world.timeout)
         self._world, self._operations = replace(world, control=control), operations
         self._collectives = Collectives(self._world, operations)
+        self._staging = Staging()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
     def start(self, saving: Saving) -> None:
-        """Begin to write ``saving``, whose values are its own. `finish` was called before."""
-        self._thread = threading.Thread(target=self._run, args=(saving,), name="lightrft-save")
+        """Copy what ``saving`` holds, and begin to write the copies. `finish` was called before."""
+        copied = saving.detached(self._staging)
+        self._thread = threading.Thread(target=self._run, args=(copied,), name="lightrft-save")
         self._thread.start()
 
     def _run(self, saving: Saving) -> None:

@@ -67,7 +67,7 @@ class Checkpoints:
         if self._background is None:
             saving.write(agreement)
         else:
-            self._background.start(saving.detached())
+            self._background.start(saving)
         self._written[target.path] = [weakref.ref(it.module) for it in subjects]
         return target.path
 
