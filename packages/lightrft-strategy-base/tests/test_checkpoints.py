@@ -4,6 +4,8 @@ import itertools
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -384,3 +386,61 @@ def test_loading_fills_the_optimizer_state_that_is_there(strategy, tmp_path):
     after = [state["exp_avg"] for state in optimizer.state.values()]
     assert all(it is old for it, old in zip(after, before, strict=True))
     assert all(torch.equal(it, old) for it, old in zip(after, wanted, strict=True))
+
+
+def test_checksums_are_of_the_kind_that_was_asked_for_and_any_strategy_reads_them(strategy, tmp_path):
+    with get_fake_strategy(bf16=False, train_batch_size=1, ckpt_checksum="sha256") as other:
+        model, _ = in_training(other)
+        path = other.save_ckpt(model, tmp_path, tag="t")
+    with Checkpoint(path) as checkpoint:
+        assert checkpoint.manifest.checksum == "sha256"
+        assert {len(piece.checksum) for _, piece in checkpoint.pieces} == {64}
+    here, _ = in_training(strategy)
+    strategy.load_ckpt(here, tmp_path)
+    assert same(weights(here), weights(model))
+    file = next(path.glob("rank-*"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match=file.name):
+        strategy.load_ckpt(here, tmp_path)
+
+
+MEMORY = """
+import sys, torch
+from pathlib import Path
+from torch import nn
+from lightrft.strategy import get_fake_strategy
+
+
+def memory(what):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
+
+
+def extra(action):
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = memory("VmRSS")
+    action()
+    return (memory("VmHWM") - before) / size
+
+
+with get_fake_strategy(bf16=False, train_batch_size=1) as strategy:
+    model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(24)))
+    optimizer = strategy.create_optimizer(model, lr=1e-3)
+    strategy.prepare((model, optimizer, None))
+    strategy.backward(model(torch.ones(1, 1024)).sum(), model, optimizer)
+    strategy.optimizer_step(optimizer, model)
+    size = sum(it.nbytes for it in model.parameters())
+    print(extra(lambda: strategy.save_ckpt(model, sys.argv[1])), extra(lambda: strategy.load_ckpt(model, sys.argv[1])))
+    print(extra(lambda: strategy.save_model(model, None, sys.argv[1] + "/out")))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_nobody_holds_a_second_copy_of_the_model(tmp_path):
+    """Of 100 MB of weights, 300 with state: two chunks of 16 MB, and what Python needs, at most."""
+    command = [sys.executable, "-c", MEMORY, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
+    found = [float(it) for it in done.stdout.split()]
+    assert len(found) == 3 and max(found) < 0.5, found
