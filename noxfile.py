@@ -244,7 +244,8 @@ def learning(session: nox.Session, run: str) -> None:
 def bench(session: nox.Session) -> None:
     """Measure, and write the numbers down."""
     ours = ("lightrft-deepspeed", "lightrft-engines[transformers]", "lightrft-fsdp")
-    _script(session, Environment((*ours, *group("bench"))), "benchmarks/run.py", *session.posargs)
+    environment = Environment((*ours, *group("bench")), unresolved=group("model"))
+    _script(session, environment, "benchmarks/run.py", *session.posargs)
 
 
 @session(default=False)

@@ -23,7 +23,7 @@ LIGHTRFT_DEFAULTS = {
     "dynamic_sampling": False, "advantage_estimator": "group_norm", "use_kl_loss": False, "kl_estimator": "k3",
     "mixed_mm_data": False, "use_mp_opt": False, "plot_every": -1, "use_tensorboard": False,
 }  # fmt: skip
-ADDED = {"strategy", "device", "timeout", "max_skipped_updates", "async_ckpt", "fsdp_shard_size",
+ADDED = {"strategy", "device", "timeout", "max_skipped_updates", "async_ckpt", "ckpt_checksum", "fsdp_shard_size",
          "engine_mem_util", "weight_sync_bucket_bytes", "extra_args"}  # fmt: skip
 
 

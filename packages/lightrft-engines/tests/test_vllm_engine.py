@@ -303,3 +303,11 @@ def test_a_stream_that_dies_on_one_rank_is_made_good_by_the_next_sync(two, size)
         fail_on_one_rank, engine_type="vllm", strategy="fsdp", failing=0, engine_tp_size=size, deadline=300.0
     )
     assert told == [["OSError"], []]
+
+
+def test_vllm_opens_what_save_model_wrote(running, tmp_path):
+    made, actor, _ = running
+    path = made.save_model(actor, None, tmp_path / "out")
+    written = type(actor).from_pretrained(path, dtype=torch.float32)
+    with rollout(model=written, pretrain=str(path)) as (other, model, _):
+        compare(other, model, PROMPTS)

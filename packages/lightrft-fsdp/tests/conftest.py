@@ -13,6 +13,12 @@ torch.set_num_threads(1)  # as in the workers: sums depend on it
 
 
 @pytest.fixture(scope="session")
+def three() -> Iterator[Workers]:
+    """A world of three ranks, among which few shapes divide evenly."""
+    yield from started(3)
+
+
+@pytest.fixture(scope="session")
 def four() -> Iterator[Workers]:
     """A world of four ranks."""
     yield from started(4)

@@ -48,6 +48,13 @@ def test_parameters_of_one_element_are_saved(two: Workers, tmp_path: Path) -> No
     assert all(torch.equal(weights[name], it) for name, it in written.items())
 
 
+def test_shards_of_unequal_size_make_whole_tensors(three: Workers, tmp_path: Path) -> None:
+    (path, weights, logits), *_ = three.run(exports.saved, strategy="fsdp", path=str(tmp_path / "out"), save={})
+    opened = transformers.AutoModelForCausalLM.from_pretrained(path)
+    assert all(torch.equal(opened.state_dict()[name], it) for name, it in weights.items())
+    assert close(opened(exports.TOKENS).logits, logits, 1e-6)
+
+
 @pytest.mark.parametrize("in_training", [True, False])
 def test_from_pretrained_where_only_rank_0_gets_memory(two: Workers, tmp_path: Path, in_training: bool) -> None:
     model = llama()

@@ -35,6 +35,7 @@ from lightrft.strategy.checkpoint.plain_values import from_json, to_json
 from lightrft.strategy.checkpoint.ranges import check_covered, fragments, owners
 from lightrft.strategy.checkpoint.reading import Checkpoint
 from lightrft.strategy.checkpoint.saving import Saving
+from lightrft.strategy.checkpoint.staging import Staging
 from lightrft.strategy.checkpoint.store import Store
 from lightrft.strategy.checkpoint.tag_writer import TagWriter
 
@@ -646,3 +647,86 @@ def test_a_store_lists_what_is_committed_oldest_first(strategy, tmp_path):
     for tag in ("b", "c", "a"):
         strategy.save_ckpt(model, tmp_path, tag=tag)
     assert [it.tag for it in Store(Path(tmp_path)).committed()] == ["b", "c", "a"]
+
+
+def test_copies_are_made_in_the_same_memory_each_time():
+    staging = Staging()
+    tensors = [torch.arange(5.0), torch.arange(3, dtype=torch.uint8), torch.zeros(0), torch.arange(4).bfloat16()]
+    first = staging.copies(tensors)
+    assert all(torch.equal(it, wanted) and it.dtype == wanted.dtype for it, wanted in zip(first, tensors, strict=True))
+    second = staging.copies([it + 1 for it in tensors])
+    assert [it.data_ptr() for it in second] == [it.data_ptr() for it in first]
+    assert torch.equal(first[0], tensors[0] + 1)
+    assert torch.equal(staging.copies([torch.ones(1000)])[0], torch.ones(1000))
+
+
+def test_loading_fills_the_optimizer_state_that_is_there(strategy, tmp_path):
+    model, optimizer = in_training(strategy)
+    update(strategy, model, optimizer)
+    strategy.save_ckpt(model, tmp_path)
+    before = [state["exp_avg"] for state in optimizer.state.values()]
+    wanted = [it.clone() for it in before]
+    for it in before:
+        it.zero_()
+    strategy.load_ckpt(model, tmp_path)
+    after = [state["exp_avg"] for state in optimizer.state.values()]
+    assert all(it is old for it, old in zip(after, before, strict=True))
+    assert all(torch.equal(it, old) for it, old in zip(after, wanted, strict=True))
+
+
+def test_checksums_are_of_the_kind_that_was_asked_for_and_any_strategy_reads_them(strategy, tmp_path):
+    with get_fake_strategy(bf16=False, train_batch_size=1, ckpt_checksum="sha256") as other:
+        model, _ = in_training(other)
+        path = other.save_ckpt(model, tmp_path, tag="t")
+    with Checkpoint(path) as checkpoint:
+        assert checkpoint.manifest.checksum == "sha256"
+        assert {len(piece.checksum) for _, piece in checkpoint.pieces} == {64}
+    here, _ = in_training(strategy)
+    strategy.load_ckpt(here, tmp_path)
+    assert same(weights(here), weights(model))
+    file = next(path.glob("rank-*"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match=file.name):
+        strategy.load_ckpt(here, tmp_path)
+
+
+MEMORY = """
+import sys, torch
+from pathlib import Path
+from torch import nn
+from lightrft.strategy import get_fake_strategy
+
+
+def memory(what):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
+
+
+def extra(action):
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = memory("VmRSS")
+    action()
+    return (memory("VmHWM") - before) / size
+
+
+with get_fake_strategy(bf16=False, train_batch_size=1) as strategy:
+    model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(24)))
+    optimizer = strategy.create_optimizer(model, lr=1e-3)
+    strategy.prepare((model, optimizer, None))
+    strategy.backward(model(torch.ones(1, 1024)).sum(), model, optimizer)
+    strategy.optimizer_step(optimizer, model)
+    size = sum(it.nbytes for it in model.parameters())
+    print(extra(lambda: strategy.save_ckpt(model, sys.argv[1])), extra(lambda: strategy.load_ckpt(model, sys.argv[1])))
+    print(extra(lambda: strategy.save_model(model, None, sys.argv[1] + "/out")))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_nobody_holds_a_second_copy_of_the_model(tmp_path):
+    """Of 100 MB of weights, 300 with state: two chunks of 16 MB, and what Python needs, at most."""
+    command = [sys.executable, "-c", MEMORY, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
+    found = [float(it) for it in done.stdout.split()]
+    assert len(found) == 3 and max(found) < 0.5, found

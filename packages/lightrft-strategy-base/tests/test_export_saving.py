@@ -279,6 +279,16 @@ def test_a_directory_that_cannot_step_aside_is_filled(strategy, tmp_path, monkey
     assert same_logits(transformers.AutoModelForCausalLM.from_pretrained(out), model)
 
 
+def test_settings_of_generation_that_transformers_refuses_are_named_before_anything_is_written(strategy, tmp_path):
+    model = trained(strategy, llama())
+    model.generation_config.update(do_sample=False, temperature=0.5)
+    with pytest.raises(
+        CheckpointError, match=r"(?s)generation_config of LlamaForCausalLM.*temperature.*set it to None"
+    ):
+        strategy.save_model(model, None, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_models_that_are_not_there_to_be_saved(strategy, tmp_path):
     with pytest.raises(StrategyError, match="save_model: this strategy has not prepared the model"):
         strategy.save_model(llama(), None, tmp_path / "out")

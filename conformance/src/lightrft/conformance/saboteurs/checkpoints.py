@@ -367,7 +367,7 @@ class _SharesMemory(Checkpoints):
             time.sleep(0.3)
             return write(saving, agreement)
 
-        Saving.detached, Saving.write = lambda it: it, later  # type: ignore[method-assign, assignment]
+        Saving.detached, Saving.write = lambda it, _: it, later  # type: ignore[method-assign, assignment]
         try:
             assert isinstance(self._background, Background)
             return super().save(*arguments, **more)

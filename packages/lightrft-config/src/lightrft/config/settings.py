@@ -67,6 +67,8 @@ class Settings(BaseModel):
     """Ranks that share one sequence (sequence parallelism)."""
     async_ckpt: bool = of("strategy", False)
     """Write checkpoints in the background while training goes on."""
+    ckpt_checksum: Literal["crc32", "sha256"] = of("strategy", "crc32")
+    """How damage to checkpoints is found; sha256 takes longer, and also tells what was changed on purpose."""
 
     # The optimizers that prepare_models_and_optimizers makes
     actor_learning_rate: float = of("strategy", 1e-5, ge=0)

@@ -52,7 +52,7 @@ class Checkpointing(Training):
             updates = next((it.trained.updates for it in subjects if it.trained is not None), 0)
             target = Target(
                 directory=Path(save_dir).absolute(), tag=f"global_step{updates}" if tag is None else tag, latest=save_latest,
-                max_num=max_num, max_mem=max_mem,
+                max_num=max_num, max_mem=max_mem, checksum=self.config.ckpt_checksum,
             )  # fmt: skip
             return self._checkpoints.save(subjects, target, client_state)
 

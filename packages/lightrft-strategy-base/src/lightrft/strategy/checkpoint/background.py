@@ -3,45 +3,37 @@
 import sys
 import threading
 from dataclasses import replace
-from weakref import WeakSet
 
 import torch.distributed as dist
 
 from lightrft.config import CheckpointError, LightRFTError
 from lightrft.strategy.checkpoint.agreement import Agreement
 from lightrft.strategy.checkpoint.saving import Saving
+from lightrft.strategy.checkpoint.staging import Staging
 from lightrft.strategy.distributed.collectives import Collectives
 from lightrft.strategy.distributed.operations import Operations, is_lost_peer
 from lightrft.strategy.distributed.world import World
 
-_threads: WeakSet[threading.Thread] = WeakSet()
-
-
-def _wait() -> None:
-    for thread in list(_threads):
-        thread.join()
-
-
-# atexit comes too late: it follows the end of concurrent.futures, without which nothing large can be written. What is
-# registered here, and later than concurrent.futures, which `saving` imports, comes before it.
-threading._register_atexit(_wait)  # type: ignore[attr-defined]
-
 
 class Background:
-    """A thread on each rank that writes; they agree over a process group of their own."""
+    """A thread on each rank that writes; they agree over a process group of their own. A process that ends waits for it."""
 
     def __init__(self, world: World, operations: Operations) -> None:
         """Every rank makes one."""
         control = world.control and dist.new_group(backend="gloo", timeout=world.timeout)
         self._world, self._operations = replace(world, control=control), operations
         self._collectives = Collectives(self._world, operations)
+        self._staging = Staging()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
+    def copied(self, saving: Saving) -> Saving:
+        """``saving`` with copies of its values, in memory that the next one uses again."""
+        return saving.detached(self._staging)
+
     def start(self, saving: Saving) -> None:
-        """Begin to write ``saving``, whose values are its own. `finish` was called before."""
+        """Begin to write ``saving``, whose values are `copied`. `finish` was called before."""
         self._thread = threading.Thread(target=self._run, args=(saving,), name="lightrft-save")
-        _threads.add(self._thread)
         self._thread.start()
 
     def _run(self, saving: Saving) -> None:

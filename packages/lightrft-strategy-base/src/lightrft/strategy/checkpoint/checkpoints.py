@@ -7,6 +7,7 @@ Load: find, compare, verify, and only then change anything (`loading`).
 import secrets
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class Checkpoints:
         if self._background is None:
             saving.write(agreement)
         else:
-            self._background.start(agreement.here("copying", saving.detached))
+            self._background.start(agreement.here("copying", partial(self._background.copied, saving)))
         self._written[target.path] = [weakref.ref(it.module) for it in subjects]
         return target.path
 

@@ -2,8 +2,7 @@
 
 import errno
 import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +18,6 @@ from lightrft.strategy.checkpoint.layout import DTYPES, File, Piece, Stamp, enco
 
 CHUNK = 16 * 2**20
 """Bytes that are copied, summed and written at a time."""
-_LARGE = 2**18
-"""Bytes from which a thread is worth its while."""
-Sum = Callable[[], str]
 _REMEDIES = {
     errno.ENOSPC: "free some space there, or give another directory",
     errno.EDQUOT: "free some space there, or give another directory",
@@ -72,9 +68,10 @@ def write_tensors(path: Path, pieces: Iterable[tuple[Piece, torch.Tensor]], stam
     with naming(path, "cannot write"), path.open("xb", buffering=0) as file:
         header = encode_header([replace(piece, checksum=blank) for piece, _ in ordered], stamp)
         _write_all(file.fileno(), header)
-        with ThreadPoolExecutor(1, thread_name_prefix="lightrft-sum") as beside:
-            sums = [_write_piece(file.fileno(), values, checksums.begin(kind), beside) for _, values in ordered]
-            summed = [replace(piece, checksum=found()) for (piece, _), found in zip(ordered, sums, strict=True)]
+        summed = [
+            replace(piece, checksum=_write_piece(file.fileno(), values, checksums.begin(kind)))
+            for piece, values in ordered
+        ]
         header = encode_header(summed, stamp)
         os.pwrite(file.fileno(), header, 0)
         os.fsync(file.fileno())
@@ -82,18 +79,12 @@ def write_tensors(path: Path, pieces: Iterable[tuple[Piece, torch.Tensor]], stam
     return File(name=path.name, nbytes=size, header=checksums.of(header, kind))
 
 
-def _write_piece(descriptor: int, values: torch.Tensor, checksum: Checksum, beside: ThreadPoolExecutor) -> Sum:
-    """Write, and sum what is large ``beside``, in its own time: both let go of Python's lock."""
-    small = values.nbytes < _LARGE
+def _write_piece(descriptor: int, values: torch.Tensor, checksum: Checksum) -> str:
     for chunk in values.split(CHUNK // values.element_size()):
         data = bytes_of(chunk.cpu())
-        summing = None if small else beside.submit(checksum.update, data)
+        checksum.update(data)
         _write_all(descriptor, data)
-        if summing is None:
-            checksum.update(data)
-        elif chunk.device.type != "cpu":
-            summing.result()  # or the copies in host memory would pile up
-    return checksum.hexdigest if small else beside.submit(checksum.hexdigest).result
+    return checksum.hexdigest()
 
 
 def _write_all(descriptor: int, data: checksums.Buffer) -> None:

@@ -149,14 +149,15 @@ class Numbers:
 
 def allocate(optimizer: Optimizer, allocation: Allocation, stored: Stored, types: Mapping[str, torch.dtype],
              numbers: Numbers) -> Iterator[Shard]:  # fmt: skip
-    """Make the state of one key anew: numbers at once, tensors as zeros. Yields the shards that are to be filled."""
+    """Make the state of one key: numbers at once, tensors unless they are there. Yields the shards that are to be filled."""
     made: dict[str, Any] = {}
+    there = optimizer.state.get(allocation.key, {})
     for kind in allocation.kinds:
         first = f"{kind}/{allocation.slices[0].shard.name}"
         if first in numbers.values:
             made[kind] = _as_number(optimizer, allocation.key, numbers.values[first], numbers.same_optimizer)
         elif stored[first] in (torch.Size(), allocation.slices[0].shard.shape):
-            made[kind] = torch.zeros_like(allocation.key, dtype=types[first], requires_grad=False)
+            made[kind] = _state_tensor(allocation, types[first], there.get(kind))
             whole = local(made[kind])
             for part in allocation.slices:
                 yield part.of(whole, f"{kind}/{part.shard.name}")
@@ -167,6 +168,20 @@ def allocate(optimizer: Optimizer, allocation: Allocation, stored: Stored, types
         optimizer.state[allocation.key] = made
     else:
         optimizer.state.pop(allocation.key, None)
+
+
+def _state_tensor(allocation: Allocation, dtype: torch.dtype, there: Any) -> torch.Tensor:
+    """Memory of the key's form: ``there`` itself where it is that. What will not be filled, such as padding, is zero."""
+    key = allocation.key
+    if isinstance(there, type(key.data)) and _form(there) == (key.shape, key.stride(), key.device, dtype):
+        return there
+    filled = sum(part.shard.values.numel() for part in allocation.slices)
+    make = torch.empty_like if filled == local(key).numel() else torch.zeros_like
+    return make(key, dtype=dtype, requires_grad=False)
+
+
+def _form(tensor: torch.Tensor) -> tuple[object, ...]:
+    return tensor.shape, tensor.stride(), tensor.device, tensor.dtype
 
 
 def is_number(name: str, shape: torch.Size, parameter: torch.Size) -> bool:

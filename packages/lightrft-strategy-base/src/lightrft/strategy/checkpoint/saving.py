@@ -16,6 +16,7 @@ from lightrft.config import CheckpointError
 from lightrft.strategy.checkpoint import checksums, files, layout, ranges
 from lightrft.strategy.checkpoint.agreement import Agreement
 from lightrft.strategy.checkpoint.layout import File, Manifest, Piece, Stamp
+from lightrft.strategy.checkpoint.staging import Staging
 from lightrft.strategy.checkpoint.store import Store
 from lightrft.strategy.checkpoint.tag_writer import TOKEN, TagWriter
 from lightrft.strategy.distributed.collectives import Collectives
@@ -97,10 +98,10 @@ class Saving:
     state: dict[str, Any]
     """JSON values; rank 0's are written."""
 
-    def detached(self) -> "Saving":
-        """The same, with values of its own in host memory: training may go on."""
-        copies = [(piece, values.to("cpu", copy=True)) for piece, values in self.share]
-        return replace(self, share=copies)
+    def detached(self, staging: Staging) -> "Saving":
+        """The same, with copies of the values, in ``staging``: training may go on."""
+        copies = staging.copies([values for _, values in self.share])
+        return replace(self, share=[(piece, it) for (piece, _), it in zip(self.share, copies, strict=True)])
 
     @cached_property
     def _writer(self) -> TagWriter:

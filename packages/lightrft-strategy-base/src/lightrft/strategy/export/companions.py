@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightrft.config import CheckpointError
+
 
 def write_configuration(
     module: nn.Module, kind: type[nn.Module], dtype: torch.dtype | None, folder: Path, *, untied: bool
@@ -20,7 +22,7 @@ def write_configuration(
     """Write the configuration of a transformers model, as its `save_pretrained` would, and its code if it is custom.
 
     ``kind``: its class, which wrapping may have replaced. ``untied``: its embeddings are saved apart, whatever its
-    configuration says. Other models have none.
+    configuration says. Other models have none. Raises `CheckpointError` where transformers refuses to write one.
     """
     transformers = sys.modules.get("transformers")
     if transformers is None or not issubclass(kind, transformers.PreTrainedModel):
@@ -39,7 +41,13 @@ def write_configuration(
         custom_object_save(code.__new__(kind), folder, config=config)  # it looks at the class alone
     config.save_pretrained(folder)
     if code.can_generate() and model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
+        try:
+            model.generation_config.save_pretrained(folder)
+        except ValueError as error:
+            raise CheckpointError(
+                f"the generation_config of {kind.__name__} does not go into generation_config.json: {error} Correct "
+                f"model.generation_config, or set it to None to save without"
+            ) from error
 
 
 def configuration_texts(module: nn.Module) -> dict[str, str]:

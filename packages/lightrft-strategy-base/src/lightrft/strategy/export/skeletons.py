@@ -21,9 +21,10 @@ def model_of(folder: Path, *, trust_remote_code: bool) -> nn.Module:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"transformers does not take the model's configuration: {error}") from error
     with torch.device("meta"):
-        model: nn.Module = _built(transformers, config, trust_remote_code)
+        built = _built(transformers, config, trust_remote_code)
     if (folder / "generation_config.json").exists():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+        built.generation_config = None  # the file says it already
+    model: nn.Module = built
     return model
 
 
