@@ -118,6 +118,21 @@ def test_what_another_process_is_saving_is_left_alone(strategy, model, tmp_path)
     assert names(tmp_path) == ["latest", "t", "u"]
 
 
+def test_two_processes_write_latest_one_after_the_other(strategy, model, tmp_path, monkeypatch, caplog):
+    strategy.save_ckpt(model, tmp_path, tag="a")
+    replace_text = files.replace_text
+
+    def meanwhile(path, text):
+        with holding(tmp_path, "latest") as alone:
+            assert not alone
+        replace_text(path, text)
+
+    monkeypatch.setattr(files, "replace_text", meanwhile)
+    strategy.save_ckpt(model, tmp_path, tag="b")
+    assert not caplog.messages
+    assert names(tmp_path) == ["a", "b", "latest"]
+
+
 def test_a_checkpoint_that_another_process_is_replacing_is_not_rotated_away(strategy, model, tmp_path):
     strategy.save_ckpt(model, tmp_path, tag="a")
     with holding(tmp_path, "a"):

@@ -54,11 +54,11 @@ class Lock:
 
 
 @contextmanager
-def holding(directory: Path, name: str) -> Iterator[bool]:
-    """Hold a lock in the body, which is told whether it could be had."""
+def holding(directory: Path, name: str, patience: float = 0.0) -> Iterator[bool]:
+    """Hold a lock in the body, which is told whether it could be had within ``patience`` seconds."""
     lock = Lock(directory, name)
     try:
-        yield lock.take()
+        yield lock.take(patience)
     finally:
         lock.release()
 

@@ -8,7 +8,7 @@ from typing import Any
 from lightrft.config import CheckpointError
 from lightrft.strategy.checkpoint import files, leftovers
 from lightrft.strategy.checkpoint.layout import LATEST, MANIFEST, Manifest
-from lightrft.strategy.checkpoint.lock import Lock
+from lightrft.strategy.checkpoint.lock import Lock, holding
 from lightrft.strategy.checkpoint.store import Store, aside, read_manifest
 
 TOKEN = "token"
@@ -16,7 +16,7 @@ GB = 10**9
 Models = Mapping[str, Mapping[str, Any]]
 """What a manifest says of each model."""
 _PATIENCE = 1.0
-"""Seconds in which another process may be done with looking after what is left of a tag."""
+"""Seconds in which another process may be done with what takes but a moment."""
 
 
 class TagWriter:
@@ -71,8 +71,10 @@ class TagWriter:
         if self.target.exists():
             files.rename(self.target, aside(self.target, "replaced"))
         files.rename(self.folder, self.target)
-        with leftovers.warned(self._store.directory / LATEST, "cannot write"):
-            self._update_latest(manifest)
+        directory = self._store.directory
+        with leftovers.warned(directory / LATEST, "cannot write"), holding(directory, LATEST, _PATIENCE) as alone:
+            if alone:
+                self._update_latest(manifest)
 
     def _update_latest(self, manifest: Manifest) -> None:
         """``latest`` names the newest that may be loaded without its tag; it is not there where there is none."""
