@@ -107,6 +107,19 @@ class Shifted(Regressor):
         return super().forward(inputs + shift)
 
 
+class Scaled(Regressor):
+    """A regressor with a buffer that no checkpoint has."""
+
+    scale: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.linspace(0.5, 1.5, WIDTH), persistent=False)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return super().forward(inputs * self.scale.to(inputs.dtype))
+
+
 class Deep(nn.Module):
     """Eight matrices of 16 MiB, to measure what moving them takes; (batch, WIDTH) to (batch, OUTPUTS)."""
 
@@ -193,6 +206,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "wide": Wide,
     "checkpointed": Checkpointed,
     "shifted": Shifted,
+    "scaled": Scaled,
     "deep": Deep,
     "language": LanguageModel,
     "llama": llama,

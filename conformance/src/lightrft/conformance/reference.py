@@ -114,6 +114,12 @@ class ReferenceModel:
         assert self.optimizer is not None
         self.optimizer.param_groups[0]["weight_decay"] = weight_decay
 
+    def set_betas(self, betas: Sequence[float]) -> None:
+        """Change Adam's betas by hand."""
+        assert self.optimizer is not None
+        for group in self.optimizer.param_groups:
+            group["betas"] = tuple(betas)
+
     def _set_rate(self) -> None:
         if self.decay is not None:
             self.set_rate(self.rate / (1 + self.decay * self.scheduled))
@@ -229,6 +235,9 @@ class Reference:
 
     def _set_decay(self, model: str, weight_decay: float) -> None:
         self.models[model].set_decay(weight_decay)
+
+    def _set_betas(self, model: str, betas: Sequence[float]) -> None:
+        self.models[model].set_betas(betas)
 
     def _backward_twice(self, model: str, batch: int) -> None:
         self.models[model].backward(batch, 2, 1.5, None, 0)

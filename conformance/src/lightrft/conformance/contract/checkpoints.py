@@ -18,7 +18,7 @@ PRINT: Operation = {"do": "fingerprint"}
 LOOK: Operation = {"do": "weights", "model": "a"}
 
 
-def saved(tag: str = "t", **more: Any) -> Operation:
+def saved(tag: str | None = "t", **more: Any) -> Operation:
     """save_ckpt of model a."""
     return {"do": "save", "model": "a", "tag": tag, **more}
 
@@ -56,7 +56,7 @@ class ExactResume(OnDisk):
 
     @override
     def witnesses(self, place: Place) -> Sequence[Program]:
-        found = [self._resume(place), self._pending(place), self._last_skip(place)]
+        found = [self._resume(place), self._pending(place), self._last_skip(place), self._back(place)]
         return [*found, self._resume(place, BF16)] if place.world == 1 else found
 
     def _resume(
@@ -73,6 +73,7 @@ class ExactResume(OnDisk):
             {"do": "build", "model": "e", "kind": kind, "seed": seed},
             {"do": "prepare_inference", "model": "e"},
             {"do": "loader", "name": "l", "samples": 40, "batch_size": 2},
+            {"do": "loader", "name": "m", "samples": 30, "batch_size": 1},
         ]
         averaging: Operation = {"do": "average", "model": "a", "into": "e", "beta": 0.9}
         first: list[Operation] = [
@@ -81,6 +82,7 @@ class ExactResume(OnDisk):
             *updates(before, scheduled=True, first=seed),
             averaging,
             {"do": "batches", "name": "l", "epoch": 1, "first": 3},
+            {"do": "batches", "name": "m", "epoch": 2, "first": 1},
             {"do": "save", "model": ["a", "e"], "tag": "t"},
         ]
         rest: list[Operation] = [
@@ -90,6 +92,7 @@ class ExactResume(OnDisk):
             *updates(after, scheduled=True, first=seed + 500),
             averaging,
             {"do": "go_on", "name": "l"},
+            {"do": "go_on", "name": "m"},
             {"do": "weights", "model": "e"},
             LOOK,
             PRINT,
@@ -104,10 +107,16 @@ class ExactResume(OnDisk):
             {"do": "prepare_inference", "model": "e"},
             {"do": "save", "model": "e", "tag": "e"},
         ]
+        both: Operation = {"do": "save", "model": ["b", "a"], "tag": "v", "may_fail": True}
         return self.program(
-            place, *trained(), *updates(1, 2), half, saved(may_fail=True), {"do": "step", "model": "a"},
-            saved("u", may_fail=True), *weights, window=2,
+            place, *trained(), *trained("b", seed=2), *updates(1, 2), half, saved(may_fail=True), {"do": "step", "model": "a"},
+            saved("u", may_fail=True), both, *weights, window=2,
         )  # fmt: skip
+
+    def _back(self, place: Place) -> Program:
+        """Back to where nothing was trained yet, and on again, in one lifetime."""
+        rest = [*updates(2, scheduled=True), LOOK, PRINT]
+        return self.program(place, *trained(schedule=True), saved(), *rest, loaded(), *rest)
 
     def _last_skip(self, place: Place) -> Program:
         bad: list[Operation] = [
@@ -133,6 +142,9 @@ class ExactResume(OnDisk):
             for it in self.errors(trial, len(operations) - 2):
                 self.require_error(it, "StrategyError", "in a row", where="the second skip in a row, after loading")
             return
+        if not any(operation.get("may_fail") for operation in operations) and AGAIN not in operations:
+            self._check_halves(trial, next(index for index, _, _ in trial.each("load")))
+            return
         starts = [index for index, operation in enumerate(operations) if operation == AGAIN]
         if not starts:
             failed = [index for index, operation in enumerate(operations) if operation.get("may_fail")]
@@ -146,7 +158,7 @@ class ExactResume(OnDisk):
     def _check_halves(self, trial: Trial, start: int) -> None:
         operations = trial.program.operations
         length = (
-            len(operations) - 1 - next(i for i, it in enumerate(operations) if i > start and it["do"] == "load") - 1
+            len(operations) - 1 - next(i for i, it in enumerate(operations) if i >= start and it["do"] == "load") - 1
         )
         first = start - length
         for rank in range(trial.place.world):
@@ -160,22 +172,24 @@ class ExactResume(OnDisk):
 
 @CONTRACT.add
 class Tags(OnDisk):
-    """tag is honoured on save and load; with none, save numbers by step and load takes the newest committed one. A tag
-    that is not there raises CheckpointNotFoundError, which lists those that are."""
+    """tag is honoured on save and load, and saving under one again replaces what was there; with none, save numbers by
+    step and load takes the newest committed one that was saved with save_latest. A tag that is not there raises
+    CheckpointNotFoundError, which lists those that are."""
 
     id = "CKPT-2"
 
     @override
     def witnesses(self, place: Place) -> Sequence[Program]:
-        return [self._program(place, ["b", "a"], 2)]
+        return [self._program(place, ["z", "a"]), self._program(place, ["a", "z", "a"])]
 
-    def _program(self, place: Place, tags: list[str], asked: int) -> Program:
+    def _program(self, place: Place, tags: list[str]) -> Program:
         rounds = [it for index, tag in enumerate(tags) for it in (*updates(1, first=index), saved(tag), LOOK)]
-        last: list[Operation] = [*updates(2, first=50), saved(None), LOOK]  # type: ignore[arg-type]
-        loads = [it for tag in tags for it in (loaded(tag), LOOK)]
+        last: list[Operation] = [*updates(2, first=50), saved(None), LOOK]
+        hidden: list[Operation] = [*updates(1, first=60), saved("hidden", save_latest=False, max_num=9), LOOK]
+        loads = [it for tag in [*tags, "hidden"] for it in (loaded(tag), LOOK)]
         missing = loaded("nowhere", may_fail=True)
         return self.program(
-            place, *trained(), *rounds, *last, *loads, loaded(None), LOOK, missing, loaded(None, store="empty", may_fail=True),
+            place, *trained(), *rounds, *last, *hidden, *loads, loaded(None), LOOK, missing, loaded(None, store="empty", may_fail=True),
             {"do": "kept"}, max_norm=None,
         )  # fmt: skip
 
@@ -184,24 +198,25 @@ class Tags(OnDisk):
         names = st.lists(
             st.sampled_from(["z", "a", "1", "best", "global_step9", "m n"]), min_size=1, max_size=2, unique=True
         )
-        return st.builds(lambda tags: self._program(place, tags, 2), names)
+        return st.builds(lambda tags: self._program(place, tags), names)
 
     @override
     def check(self, trial: Trial) -> None:
-        looks = [seen[0] for _, _, seen in trial.each("weights")]
-        count = len(looks) // 2
-        for before, after in zip([*looks[: count - 1], looks[count - 1]], looks[count:], strict=True):
-            self.require(same(before, after), "a tag gave the weights of another one")
         paths = [seen for _, _, seen in trial.each("save")]
         tags = [operation["tag"] for _, operation, _ in trial.each("save")]
-        steps = len(tags) - 1 + 2
+        looks = [seen[0] for _, _, seen in trial.each("weights")]
+        there = dict(zip(tags, looks[: len(tags)], strict=True))
+        asked = [operation["tag"] for _, operation, _ in trial.each("load") if not operation.get("may_fail")]
+        for tag, found in zip(asked, looks[len(tags) :], strict=True):
+            self.require(same(there[tag], found), f"tag {tag!r} gave the weights of another one")
+        steps = len(tags) - 2 + 2
         for tag, seen in zip(tags, paths, strict=True):
             wanted = f"s/{tag}" if tag is not None else f"s/global_step{steps}"
             self.require(all(it["path"] == wanted for it in seen), f"saved as {seen[0]['path']}, wanted {wanted}")
         failed = [index for index, operation in enumerate(trial.program.operations) if operation.get("may_fail")]
         for it in self.errors(trial, failed[0]):
             self.require_error(
-                it, "CheckpointNotFoundError", "nowhere", *(tags[:-1]), where="loading a tag that is not there"
+                it, "CheckpointNotFoundError", "nowhere", *tags[:-2], "hidden", where="loading a tag that is not there"
             )
         for it in self.errors(trial, failed[1]):
             self.require_error(it, "CheckpointNotFoundError", where="loading from an empty store")
@@ -295,7 +310,7 @@ class Rotation(OnDisk):
 
 DAMAGES: list[tuple[str, float, int]] = [
     ("flip", 0.0, 0), ("flip", 0.01, 3), ("flip", 0.5, 7), ("flip", 0.999, 1), ("truncate", 0.5, 0),
-    ("truncate", 0.999, 0), ("truncate", 0.0, 0), ("remove", 0.0, 0),
+    ("truncate", 0.999, 0), ("truncate", 0.0, 0), ("remove", 0.0, 0), ("flip in optimizer", 0.0, 2),
 ]  # fmt: skip
 
 
@@ -455,6 +470,7 @@ class Choosing(OnDisk):
                 *states,
                 loaded(**option),
                 *states,
+                saved(None, store="numbers"),
             ]
         setup = [*trained(schedule=True), *updates(2, scheduled=True), *states, saved()]
         return self.program(place, *setup, *trials)
@@ -486,6 +502,7 @@ class Choosing(OnDisk):
                     "parameters": False,
                     "optimizer": module_only or option.get("load_optimizer_states") is False,
                     "schedule": module_only or option.get("load_lr_scheduler_states") is False,
+                    "rates": module_only or option.get("load_optimizer_states") is False,
                 }
                 for what, stays in kept.items():
                     wanted = before[what] if stays else states[0][what]
@@ -495,6 +512,11 @@ class Choosing(OnDisk):
                     )
                 wanted = random[0] if module_only else streams[0]
                 self.require(random[1] == wanted, f"rank {rank}: {option or 'by default'}: the random streams")
+                path, updates_made = trial.last_of("save", 1 + number)[rank]["path"], 3 if module_only else 2
+                self.require(
+                    path == f"numbers/global_step{updates_made}",
+                    f"rank {rank}: {option or 'by default'}: the next checkpoint is {path}, after {updates_made} updates",
+                )
 
     def _check_strict(self, trial: Trial) -> None:
         index = next(i for i, operation in enumerate(trial.program.operations) if operation.get("may_fail"))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import strategies as st
 from typing_extensions import override
 
-from lightrft.conformance.clause import CONTRACT, Clause, Place, Program, Trial, is_error, show
+from lightrft.conformance.clause import CONTRACT, Clause, Operation, Place, Program, Trial, is_error, show
 from lightrft.conformance.values import materialize
 
 FLOATING = ["float32", "float64", "bfloat16", "float16"]
@@ -127,7 +127,8 @@ class Reduction(Reducing):
         operations = tuple(
             {"do": "all_reduce", "data": {"dict": every + (whole if op != "mean" else [])}, "op": op} for op in OPS
         )
-        alone = [{"do": "all_reduce", "data": data} for data in ({"per_rank": [1, 1]}, strided)]
+        single = [({"per_rank": [1, 1]}, "mean"), (strided, "mean"), ({"per_rank": [1, 1]}, "max"), (strided, "max")]
+        alone = [{"do": "all_reduce", "data": data, "op": op} for data, op in single]
         large = [{"tensor": "int64", "shape": [5], "seed": 2}, {"per_rank": [2**53 + 1, 2]}]
         lost = {"by_rank": [{"tensor": "float32", "shape": [2], "fill": fill} for fill in (1.0, float("nan"))]}
         exact = [{"do": "all_reduce", "data": data, "op": "sum"} for data in (*large, lost)]
@@ -236,11 +237,12 @@ class FormKept(Reducing):
     @override
     def witnesses(self, place: Place) -> Sequence[Program]:
         scalar = {"tensor": "float32", "shape": [], "seed": 1}
+        deeper = {"dict": [["b", 1.5], ["a", 2.5]]}
         halves = [[dtype, {"tensor": dtype, "shape": [2], "seed": 3}] for dtype in ("bfloat16", "float16")]
         data = {
             "dict": [
                 ["z", scalar],
-                [3, {"dict": [["b", 1.5], ["a", {"tensor": "float64", "shape": [0, 2], "seed": 2}]]}],
+                [3, {"dict": [["b", 1.5], ["a", {"tensor": "float64", "shape": [0, 2], "seed": 2}], ["0", deeper]]}],
                 ["empty", {"dict": []}],
                 *halves,
             ]
@@ -300,14 +302,11 @@ class Gathering(Clause):
                 ["flags", flags],
             ]
         }
-        return [
-            Program(
-                operations=tuple(
-                    {"do": "all_gather", "data": it}
-                    for it in (data, {"per_rank": [3, 1]}, {"tensor": "float32", "shape": [2, 1], "seed": 5}, flags)
-                )
-            )
-        ]
+        growing = {"by_rank": [{"tensor": "float32", "shape": [rows, 2], "seed": rows} for rows in (1, 3, 0, 2)]}
+        alone = [{"per_rank": [3, 1]}, {"tensor": "float32", "shape": [2, 1], "seed": 5}, flags, growing]
+        alone += [{"tensor": "float32", "shape": [3, 2], "seed": 6, "transposed": True}]
+        alone += [{"tensor": "float32", "shape": [0, 2], "seed": 7}]
+        return [Program(operations=tuple({"do": "all_gather", "data": it} for it in (data, *alone)))]
 
     @override
     def programs(self, place: Place) -> st.SearchStrategy[Program]:
@@ -370,7 +369,7 @@ class Mismatches(Clause):
         ]
 
     def _reducing(self, data: Any, op: str) -> Program:
-        operations = ({"do": "all_reduce", "data": data, "op": op, "may_fail": True}, AFTERWARDS)
+        operations = ({"do": "all_reduce", "data": data, "op": op, "may_fail": True}, *AFTERWARDS)
         return Program(operations=operations, settings={"timeout": 15.0}, seconds=40)
 
     def _program(self, place: Place, call: str, what: str, odd: int) -> Program:
@@ -383,7 +382,7 @@ class Mismatches(Clause):
         return Program(
             operations=(
                 {"do": call, "data": data, "may_fail": True, **({"op": "sum"} if call == "all_reduce" else {})},
-                AFTERWARDS,
+                *AFTERWARDS,
             ),
             settings={"timeout": 15.0},
             seconds=40,
@@ -403,11 +402,23 @@ class Mismatches(Clause):
                 is_error(trial.at(rank, 0)),
                 f"rank {rank} returned {show(trial.at(rank, 0))} where the ranks do not agree",
             )
-            after = trial.at(rank, 1)
-            self.require(not is_error(after), f"rank {rank}: afterwards a collective raised {show(after)}")
+            for index, operation in enumerate(AFTERWARDS, 1):
+                self._check_after(trial.at(rank, index), operation, trial, rank)
+
+    def _check_after(self, seen: Any, operation: Operation, trial: Trial, rank: int) -> None:
+        where = f"rank {rank}: afterwards {operation['do']}"
+        self.require(not is_error(seen), f"{where} raised {show(seen)}")
+        given = arguments(trial, operation)
+        wanted = expected_reduction(given, "sum") if operation["do"] == "all_reduce" else expected_gather(given)
+        right = torch.equal(seen["result"], wanted.to(seen["result"].dtype))
+        self.require(right, f"{where} gave {show(seen['result'])}, wanted {show(wanted)}")
 
 
-AFTERWARDS = {"do": "all_reduce", "data": {"per_rank": [1.0, 1.0]}, "op": "sum", "may_fail": True}
+AFTER: dict[str, Any] = {"tensor": "float64", "shape": [2], "seed": 8}
+AFTERWARDS: list[Operation] = [
+    {"do": "all_reduce", "data": AFTER, "op": "sum", "may_fail": True},
+    {"do": "all_gather", "data": AFTER, "may_fail": True},
+]
 
 
 @CONTRACT.add

@@ -81,7 +81,7 @@ class EverySample(Clause):
 
 @CONTRACT.add
 class Resuming(Clause):
-    """Resuming at consumed_samples gives exactly the samples that were left, in the same order."""
+    """Resuming at consumed_samples gives exactly the samples that were left, in the same order; the next epoch is whole."""
 
     id = "DATA-2"
 
@@ -99,6 +99,7 @@ class Resuming(Clause):
                 {**common, "name": "whole"}, {"do": "batches", "name": "whole", "epoch": epoch},
                 {**common, "name": "part"}, {"do": "batches", "name": "part", "epoch": epoch, "first": first},
                 {**common, "name": "rest", "consumed": consumed}, {"do": "resume", "name": "rest", "epoch": epoch, "consumed": consumed},
+                {"do": "batches", "name": "whole", "epoch": epoch + 1}, {"do": "batches", "name": "rest", "epoch": epoch + 1},
             )
         )  # fmt: skip
 
@@ -114,7 +115,7 @@ class Resuming(Clause):
         whole = interleaved(trial.last_of("batches", 0))
         part_seen = trial.last_of("batches", 1)
         part, rest = interleaved(part_seen), interleaved(trial.last("resume"))
-        consumed = trial.program.operations[-1]["consumed"]
+        consumed = next(operation["consumed"] for _, operation, _ in trial.each("resume"))
         for rank, it in enumerate(part_seen):
             self.require(
                 it["consumed"] == consumed,
@@ -124,6 +125,8 @@ class Resuming(Clause):
         left = whole[len(part) :] if consumed < trial.program.operations[0]["samples"] else []
         same = rest[: len(left)] == left if trial.program.operations[0]["drop_last"] else set(rest) >= set(left)
         self.require(same and rest[: len(left)] == left, f"after {consumed} samples {rest} were left, wanted {left}")
+        wanted, found = (interleaved(trial.last_of("batches", number)) for number in (2, 3))
+        self.require(found == wanted, f"the epoch after the one that was resumed is {found}, wanted {wanted}")
 
 
 @CONTRACT.add
@@ -139,10 +142,10 @@ class Order(Clause):
     def _program(self, place: Place, samples: int, size: int) -> Program:
         loader = {"do": "loader", "samples": samples, "batch_size": size, "drop_last": False}
         disturb: list[Operation] = [{"do": "seed", "value": 5}, {"do": "draw"}]
-        looks = [{"do": "batches", "name": "l", "epoch": epoch} for epoch in (0, 1, 0)]
+        looks = [{"do": "batches", "name": "l", "epoch": epoch} for epoch in (0, 1, 2, 0)]
         again = {"do": "batches", "name": "m", "epoch": 1}
         return Program(
-            operations=({**loader, "name": "l"}, looks[0], looks[1], *disturb, looks[2], {**loader, "name": "m"}, again)
+            operations=({**loader, "name": "l"}, *looks[:3], *disturb, looks[3], {**loader, "name": "m"}, again)
         )
 
     @override
@@ -153,9 +156,10 @@ class Order(Clause):
 
     @override
     def check(self, trial: Trial) -> None:
-        first, second, again, other = [interleaved(seen) for _, _, seen in trial.each("batches")]
+        first, second, third, again, other = [interleaved(seen) for _, _, seen in trial.each("batches")]
         self.require(first == again, "the same epoch came in another order")
         self.require(second == other, "another loader of the same epoch has another order")
         samples = trial.program.operations[0]["samples"]
-        self.require(first[:samples] != second[:samples], "two epochs came in the same order")
+        orders = [it[:samples] for it in (first, second, third)]
+        self.require(all(orders.count(it) == 1 for it in orders), "two epochs came in the same order")
         self.require(first[:samples] != sorted(first[:samples]), "shuffling left the samples in order")

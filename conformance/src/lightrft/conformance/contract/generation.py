@@ -22,7 +22,8 @@ class OwnCompletions(Rollouts):
 
     @override
     def witnesses(self, place: Place) -> Sequence[Program]:
-        return [self._program(place, PROMPTS, 1), self._program(place, PROMPTS, 3)]
+        equal = [[[1, 2, 3], [4], [1, 2, 3]], [[5, 6], [5, 6]], []]
+        return [self._program(place, prompts, n) for prompts, n in [(PROMPTS, 1), (PROMPTS, 3), (equal, 1), (equal, 2)]]
 
     def _program(self, place: Place, prompts: Sequence[Any], samples: int) -> Program:
         return Program(
@@ -165,15 +166,27 @@ class Endings(Rollouts):
     @override
     def witnesses(self, place: Place) -> Sequence[Program]:
         model = models.build(place.language_model, 1)
-        prompt = [7, 8, 9, 10]
-        likely, _ = reference.greedy(model, prompt, 6)
+        prompt, likely = self._changing(model)
+        first = likely.index(likely[-1]) + 1
         looks = [
             generate([[prompt]], max_tokens=6),
             generate([[prompt]], max_tokens=1),
             generate([[prompt]], max_tokens=6, stop_token_ids=[likely[-1]]),
             generate([[prompt]], max_tokens=6, stop_token_ids=[likely[-1], likely[0]]),
+            generate([[prompt]], max_tokens=first, stop_token_ids=[likely[-1]]),
+            generate([[prompt]], max_tokens=6, stop_token_ids=[prompt[-1]]),
         ]
         return [Program(operations=(*rollout(place), *looks), settings={**FP32, **geometry(place)})]
+
+    @staticmethod
+    def _changing(model: torch.nn.Module) -> tuple[list[int], list[int]]:
+        """A prompt and what follows it greedily: neither one token over and over, nor the prompt's last."""
+        for last in range(models.VOCABULARY):
+            prompt = [2, last]
+            likely, _ = reference.greedy(model, prompt, 6)
+            if likely[0] != likely[-1] and last not in likely:
+                return prompt, likely
+        raise AssertionError("this model says one thing only")
 
     @override
     def check(self, trial: Trial) -> None:
@@ -203,6 +216,8 @@ class Filters(Clause):
             generate(**hot, top_k=1),
             generate(**hot, top_k=3, n=2),
             generate(**{**hot, "temperature": 1.0}, top_p=0.3, n=2),
+            generate(**{**hot, "temperature": 1.0, "max_tokens": 2}, top_p=0.6, n=12),
+            generate(**{**hot, "max_tokens": 2}, top_k=2, top_p=0.95, n=12),
         ]
         return [Program(operations=(*rollout(place), *looks), settings={**FP32, **geometry(place)})]
 
@@ -221,12 +236,11 @@ class Filters(Clause):
             scores = models.logits_of(model, torch.tensor([[*prompt, *tokens]]))[0, len(prompt) - 1 : -1].double()
         for place, (token, row) in enumerate(zip(tokens, scores, strict=True)):
             more_likely = row > row[token] + 1e-3
-            if "top_k" in sampling:
-                holds, found = (
-                    int(more_likely.sum()) < sampling["top_k"],
-                    f"{int(more_likely.sum())} tokens are likelier",
-                )
-            else:
-                mass = float((row / sampling["temperature"]).softmax(dim=0)[more_likely].sum())
-                holds, found = mass < sampling["top_p"] + 1e-3, f"likelier tokens have {mass:.3f} of the probability"
-            self.require(holds, f"{where}: token {place} of {tokens} is {token}, but {found} ({sampling})")
+            count = int(more_likely.sum())
+            mass = float((row / sampling["temperature"]).softmax(dim=0)[more_likely].sum())
+            holds = count < sampling.get("top_k", count + 1) and mass < sampling.get("top_p", 1.0) + 1e-3
+            self.require(
+                holds,
+                f"{where}: token {place} of {tokens} is {token}, but {count} tokens, with {mass:.3f} of the probability, are "
+                f"likelier ({sampling})",
+            )

@@ -26,10 +26,13 @@ class Ready(Clause):
             SUM,
             again,
             SUM,
+            {"do": "draw"},
+            {"do": "random_state"},
             {"do": "resources", "remember": "once"},
             again,
             again,
             {"do": "resources", "compare": "once"},
+            {"do": "random_state"},
             SUM,
         )
         return [Program(operations=operations)]
@@ -47,6 +50,8 @@ class Ready(Clause):
                 not (grown["threads"] > 0 or grown["files"] > 0 or grown["environment"]),
                 f"rank {rank}: setup_distributed left {show(grown)}",
             )
+        before, after = [seen for _, _, seen in trial.each("random_state")]
+        self.require(before == after, "setup_distributed moved the random streams")
 
 
 @CONTRACT.add
@@ -189,9 +194,9 @@ class Seeds(Clause):
 
 @CONTRACT.add
 class Lifetimes(Clause):
-    """close() (and leaving a with block) is idempotent and gives back what the strategy made: process groups, child
-    processes, environment variables. A second lifetime in the same process works, and adds no thread, file or variable
-    to what the first left."""
+    """close() (and leaving a with block, also by an exception) is idempotent and gives back what the strategy made:
+    process groups, child processes, environment variables. A second lifetime in the same process works, and adds no
+    thread, file or variable to what the first left."""
 
     id = "LIFE-5"
 
@@ -209,9 +214,11 @@ class Lifetimes(Clause):
             ]
         looks: list[Operation] = [*life, {"do": "close"}, {"do": "resources", "compare": "second"}]
         begin: list[Operation] = [{"do": "resources", "remember": "nothing"}]
+        left: Operation = {"do": "resources", "compare": "nothing"}
         return [
             Program(operations=(*begin, *again, *looks), settings={**FP32, **geometry(place)}),
-            Program(operations=(*begin, SUM, {"do": "leave"}, {"do": "resources", "compare": "nothing"})),
+            Program(operations=(*begin, SUM, {"do": "leave"}, left)),
+            Program(operations=(*begin, *life, {"do": "leave", "raising": True}), settings={**FP32, **geometry(place)}),
         ]
 
     @override
@@ -232,7 +239,7 @@ class Lifetimes(Clause):
                     self.require(grown["files"] <= 0, f"rank {rank}: each lifetime adds {grown['files']} open files")
             self.require(index > 0, "")
         for _, _, seen in trial.each("leave"):
-            self.require(all(seen), "leaving the with block left a process group")
+            self.require(all(seen), "leaving the with block left a process group or an engine")
 
 
 @CONTRACT.add

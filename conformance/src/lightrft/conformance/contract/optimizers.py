@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from hypothesis import strategies as st
 from typing_extensions import override
 
-from lightrft.conformance.clause import CONTRACT, Clause, Operation, Place, Program, Trial
-from lightrft.conformance.contract.drawing import FP32, SEEDS, geometry, micro_batch, trained, updates
+from lightrft.conformance import models
+from lightrft.conformance.clause import CONTRACT, Clause, Operation, Place, Program, Trial, is_error, same
+from lightrft.conformance.contract import compare
+from lightrft.conformance.contract.drawing import BF16, FP32, SEEDS, geometry, micro_batch, trained, updates
 from lightrft.conformance.contract.near import LOOK, STATE, astray, close, near
 
 
@@ -19,12 +21,15 @@ class Schedule(Clause):
 
     @override
     def witnesses(self, place: Place) -> Sequence[Program]:
-        return [self._program(place, [True, False, True], None), self._program(place, [True, False, True], 1)]
+        return [
+            self._program(place, scheduled, poisoned)
+            for scheduled, poisoned in [([True, False, True], ()), ([True, False, True], (1,)), ([True] * 5, (1, 2, 3))]
+        ]
 
-    def _program(self, place: Place, scheduled: Sequence[bool], poisoned: int | None) -> Program:
+    def _program(self, place: Place, scheduled: Sequence[bool], poisoned: Sequence[int]) -> Program:
         operations = trained(schedule=True, lr=1e-3)
         for number, pass_it in enumerate(scheduled):
-            spoilt = {"poison": "nan"} if number == poisoned else {}
+            spoilt = {"poison": "nan"} if number in poisoned else {}
             operations += [*updates(1, 2, first=10 * number, scheduled=pass_it, **spoilt), STATE]
         return Program(
             operations=(*operations, LOOK), settings={**FP32, "max_skipped_updates": 0, **geometry(place, 2)}
@@ -35,7 +40,7 @@ class Schedule(Clause):
         turns = st.lists(st.booleans(), min_size=1, max_size=4)
         return turns.flatmap(
             lambda found: st.builds(
-                lambda bad: self._program(place, found, bad), st.none() | st.integers(0, len(found) - 1)
+                lambda bad: self._program(place, found, bad), st.lists(st.integers(0, len(found) - 1), max_size=2)
             )
         )
 
@@ -63,7 +68,8 @@ class Schedule(Clause):
 @CONTRACT.add
 class Decay(Clause):
     """Weight decay spares biases and norms, by names taken before wrapping; parameters with requires_grad=False never
-    change; a trainable parameter that got no gradient in an update on every rank counts as having a zero gradient."""
+    change, also where they are frozen between updates, which a strategy may refuse; a trainable parameter that got no
+    gradient in an update on every rank counts as having a zero gradient."""
 
     id = "OPT-7"
 
@@ -72,7 +78,14 @@ class Decay(Clause):
         return [
             *(self._program(place, kind) for kind in ("regressor", "frozen", "unused")),
             self._program(place, "frozen", by_hand=True),
+            self._frozen_later(place),
         ]
+
+    def _frozen_later(self, place: Place) -> Program:
+        freeze: Operation = {"do": "freeze", "model": "a", "part": "blocks.0"}
+        more = [{**it, "may_fail": True} for it in updates(1, first=20)]
+        operations = (*trained(seed=8, weight_decay=10.0), *updates(2), LOOK, freeze, *more, LOOK)
+        return Program(operations=operations, settings={**FP32, **geometry(place)})
 
     def _program(
         self, place: Place, kind: str, seed: int = 8, weight_decay: float = 10.0, wrap_first: bool = False,
@@ -100,7 +113,22 @@ class Decay(Clause):
 
     @override
     def check(self, trial: Trial) -> None:
-        near(self, trial)
+        if not list(trial.each("freeze")):
+            near(self, trial)
+            return
+        before, after = [seen for _, _, seen in trial.each("weights")]
+        for rank, said in enumerate(trial.last("step")):
+            refused = is_error(said)
+            if refused:
+                self.require_error(
+                    said, "StrategyError", "frozen", where=f"rank {rank}, parameters frozen between updates"
+                )
+            for name, tensor in after[rank].items():
+                stays = refused or name.startswith("blocks.0.")
+                self.require(
+                    same(tensor, before[rank][name]) == stays,
+                    f"rank {rank}: {name} {'changed after it was frozen' if stays else 'did not move'}",
+                )
 
 
 @CONTRACT.add
@@ -138,6 +166,7 @@ class LiveRates(Clause):
         changes: list[Operation] = [
             {"do": "set_rate", "model": "a", "lr": 1e-2},
             {"do": "set_decay", "model": "a", "weight_decay": 5.0},
+            {"do": "set_betas", "model": "a", "betas": [0.1, 0.5]},
         ]
         return [
             Program(
@@ -174,25 +203,46 @@ class OwnSettings(Clause):
 
 @CONTRACT.add
 class Averages(Clause):
-    """moving_average moves the average once for each applied update, as the reference does, and nothing else."""
+    """moving_average moves the average once for each applied update, as the reference does, and nothing else. A model may
+    have several averages; with bf16, too, they are kept in the type that they have."""
 
     id = "OPT-19"
 
     @override
     def witnesses(self, place: Place) -> Sequence[Program]:
-        return [self._program(place, 0.9, [None, None]), self._program(place, 0.5, [None, "nan", None])]
+        found = [self._program(place, 0.9, [None, None]), self._program(place, 0.5, [None, "nan", None])]
+        return [*found, self._half(place)]
+
+    def _half(self, place: Place) -> Program:
+        """With bf16, where the weights are not the reference's to the last bit."""
+        average: Operation = {"do": "average", "model": "a", "into": "ema", "beta": 0.75}
+        operations = (
+            *trained(seed=2),
+            *self._copy("ema", "regressor"),
+            *updates(1),
+            LOOK,
+            average,
+            LOOK,
+            self.look("ema"),
+        )
+        return Program(operations=operations, settings={**BF16, **geometry(place)})
+
+    def _copy(self, name: str, kind: str) -> list[Operation]:
+        return [{"do": "build", "model": name, "kind": kind, "seed": 2}, {"do": "prepare_inference", "model": name}]
+
+    @staticmethod
+    def look(model: str) -> Operation:
+        """The weights of a model."""
+        return {"do": "weights", "model": model}
 
     def _program(self, place: Place, beta: float, poisons: Sequence[str | None], kind: str = "frozen") -> Program:
-        copy: list[Operation] = [
-            {"do": "build", "model": "ema", "kind": kind, "seed": 2},
-            {"do": "prepare_inference", "model": "ema"},
-        ]
-        operations = [*trained(kind=kind, seed=2), *copy]
+        operations = [*trained(kind=kind, seed=2), *self._copy("ema", kind), *self._copy("slow", kind)]
         for number, poison in enumerate(poisons):
             for index in range(2):
                 operations += micro_batch(10 * number + index, poison=poison if index else None)
                 operations.append({"do": "average", "model": "a", "into": "ema", "beta": beta})
-        operations += [LOOK, {"do": "weights", "model": "ema"}]
+                operations.append({"do": "average", "model": "a", "into": "slow", "beta": 0.8})
+        operations += [LOOK, self.look("ema"), self.look("slow")]
         return Program(operations=tuple(operations), settings={**FP32, **geometry(place, 2)})
 
     @override
@@ -204,6 +254,21 @@ class Averages(Clause):
 
     @override
     def check(self, trial: Trial) -> None:
+        if trial.program.settings["bf16"]:
+            self._check_half(trial)
+            return
         for index, operation, seen in trial.each("weights"):
-            fault = astray(trial, index, seen[0])
-            self.require(fault is None, f"{operation['model']}: {fault}")
+            for rank, weights in enumerate(seen):
+                fault = astray(trial, index, weights)
+                self.require(fault is None, f"rank {rank}, {operation['model']}: {fault}")
+
+    def _check_half(self, trial: Trial) -> None:
+        begun = dict(models.build("regressor", 2).named_parameters())
+        for rank, (before, after, average) in enumerate(
+            zip(*(seen for _, _, seen in trial.each("weights")), strict=True)
+        ):
+            wanted = {name: 0.75 * begun[name].detach() + 0.25 * it for name, it in before.items()}
+            fault = compare.absolute(average, wanted)
+            self.require(fault is None, f"rank {rank}, the average in bf16: {fault}")
+            fault = compare.bitwise(after, before)
+            self.require(fault is None, f"rank {rank}: averaging changed the model: {fault}")

@@ -74,7 +74,12 @@ class Unwrapping(Clause):
         return [
             self._program(place, [*trained()], 1),
             self._program(place, [*trained(actor=True, kind="language")], 3),
-            self._program(place, [{"do": "build", "model": "a"}, {"do": "prepare_inference", "model": "a"}], 2),
+            *(
+                self._program(
+                    place, [{"do": "build", "model": "a", "kind": kind}, {"do": "prepare_inference", "model": "a"}], 2
+                )
+                for kind in ("regressor", "language")
+            ),
             self._program(place, [{"do": "build", "model": "a"}], 1),
         ]
 
@@ -104,7 +109,8 @@ class Unwrapping(Clause):
 
 @CONTRACT.add
 class SameFunction(Clause):
-    """A prepared model computes what the bare one did, whatever it is called with (fp32: 1e-6)."""
+    """A prepared model computes what the bare one did, whatever it is called with (fp32: 1e-6). Its buffers keep their
+    values and types, with bf16 too."""
 
     id = "PREP-3"
 
@@ -119,7 +125,14 @@ class SameFunction(Clause):
             self._program(place, inference),
             self._program(place, trained(kind="language", seed=5, actor=True)),
             self._program(place, trained(kind="shifted", seed=5), shift=0.5),
+            *(self._buffers(place, training) for training in (True, False)),
         ]
+
+    def _buffers(self, place: Place, training: bool) -> Program:
+        build, *rest = trained(kind="scaled", seed=5)
+        look: Operation = {"do": "buffers", "model": "a"}
+        prepared = [*rest, *updates(1)] if training else [{"do": "prepare_inference", "model": "a"}]
+        return Program(operations=(build, look, *prepared, look), settings={**BF16, **geometry(place)})
 
     def _program(self, place: Place, before: Sequence[Operation], **keywords: float) -> Program:
         look: Operation = {"do": "forward", "model": "a", "batch": 3, **keywords}
@@ -136,6 +149,9 @@ class SameFunction(Clause):
 
     @override
     def check(self, trial: Trial) -> None:
+        looks = [seen for _, _, seen in trial.each("buffers")]
+        for rank, (before, after) in enumerate(zip(*looks, strict=True) if looks else ()):
+            self.require(same(before, after), f"rank {rank}: the buffers were {show(before)}, and are {show(after)}")
         for index, _, seen in trial.each("forward"):
             for rank, (found, wanted) in enumerate(zip(seen, trial.predicted()[index], strict=True)):
                 worst = (found - wanted).abs().max().item()
@@ -214,8 +230,11 @@ class Modes(Clause):
 
     @override
     def witnesses(self, place: Place) -> Sequence[Program]:
-        other: list[Operation] = [{"do": "build", "model": "r", "seed": 2}, {"do": "prepare_inference", "model": "r"}]
-        modes: list[Operation] = [{"do": "modes", "model": "a"}, {"do": "modes", "model": "r"}]
+        other: list[Operation] = [
+            it for name, listed in [("r", False), ("s", True)]
+            for it in ({"do": "build", "model": name, "seed": 2}, {"do": "prepare_inference", "model": name, "listed": listed})
+        ]  # fmt: skip
+        modes: list[Operation] = [{"do": "modes", "model": model} for model in "ars"]
         away: list[Operation] = [
             {"do": do, "model": model} for model in ("a", "r") for do in ("weights", "offload_model", "reload_model")
         ]
@@ -246,7 +265,8 @@ class MetaInit(Clause):
 
     @override
     def witnesses(self, place: Place) -> Sequence[Program]:
-        return [self._program(place, kind, first) for kind, first in [("regressor", False), ("language", True)]]
+        kinds = [("regressor", False), ("language", True), ("scaled", False)]
+        return [self._program(place, kind, first) for kind, first in kinds]
 
     def _program(self, place: Place, kind: str, wrap_first: bool, seed: int = 7) -> Program:
         forward: Operation = {"do": "forward", "model": "a", "batch": 0}
@@ -328,7 +348,7 @@ class OnePath(Clause):
 @CONTRACT.add
 class WholeSet(Clause):
     """prepare_models_and_optimizers returns ((actor, optimizer, scheduler), (critic, optimizer, scheduler),
-    reward_models, initial_model), with None where there is no critic."""
+    reward_models, initial_model), with None where there is no critic; actor and critic have rates of their own."""
 
     id = "PREP-7"
 
@@ -342,6 +362,7 @@ class WholeSet(Clause):
             "critic_pretrain": critic,
             "lr_warmup_ratio": 0.2,
             "actor_learning_rate": 1e-3,
+            "critic_learning_rate": 2e-3,
             **geometry(place),
         }
         return Program(operations=({"do": "prepare_set", "critic": critic, "rewards": rewards},), settings=settings)
@@ -354,6 +375,8 @@ class WholeSet(Clause):
         for rank, seen in enumerate(trial.last("prepare_set")):
             self.require(seen["structure"] == wanted, f"rank {rank}: it returned {seen['structure']}, wanted {wanted}")
             self.require(seen["rate"] == 0.0, f"rank {rank}: warm-up begins at {seen['rate']}, wanted 0")
+            peaks = [1e-3, 2e-3] if asked["critic"] else [1e-3]
+            self.require(seen["peaks"] == peaks, f"rank {rank}: the rates rise to {seen['peaks']}, wanted {peaks}")
 
 
 @CONTRACT.add

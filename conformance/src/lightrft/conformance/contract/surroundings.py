@@ -30,7 +30,7 @@ class Surroundings(Clause):
                 operations=(
                     {"do": "place"}, LOOK, *trained(schedule=True), *average, *updates(2, scheduled=True),
                     *micro_batch(7, poison="nan"), {"do": "average", "model": "a", "into": "ema", "beta": 0.5}, *away,
-                    {"do": "all_reduce", "data": 1.0}, LOOK, {"do": "close"}, LOOK,
+                    {"do": "all_reduce", "data": 1.0}, {"do": "all_gather", "data": 1.0}, LOOK, {"do": "close"}, LOOK,
                 ),
                 settings={**FP32, "bf16": bf16, **geometry(place)},
             )

@@ -15,7 +15,7 @@ from lightrft.conformance.contract.rollouts import Rollouts, alike, generate, ro
 @CONTRACT.add
 class SyncedWeights(Rollouts):
     """After update_engine_weights(actor), the engine's greedy tokens and log-probabilities are those of the actor's own
-    weights."""
+    weights as they were then, whatever training does next."""
 
     id = "SYNC-1"
 
@@ -31,6 +31,8 @@ class SyncedWeights(Rollouts):
             {"do": "sync", "model": "a"},
             generate(),
             LOOK,
+            *updates(1, first=9),
+            generate(),
         )
         return Program(operations=operations, settings={**FP32, "weight_sync_bucket_bytes": bucket, **geometry(place)})
 
@@ -45,11 +47,12 @@ class SyncedWeights(Rollouts):
 
     @override
     def check(self, trial: Trial) -> None:
-        first, second = [index for index, it in enumerate(trial.program.operations) if it["do"] == "generate"]
+        first, second, third = [index for index, it in enumerate(trial.program.operations) if it["do"] == "generate"]
         begun = models.build(trial.place.language_model, trial.program.operations[0]["seed"]).state_dict()
         self.check_greedy(trial, first, begun)
         for rank in range(trial.place.world):
             self.check_greedy(trial, second, trial.last("weights")[rank])
+            self.check_greedy(trial, third, trial.last("weights")[rank])
 
 
 @CONTRACT.add

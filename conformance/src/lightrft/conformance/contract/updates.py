@@ -117,7 +117,7 @@ class Boundary(Clause):
 @CONTRACT.add
 class MeanOfLosses(Clause):
     """The gradient applied is that of the mean of the K x world losses as they were given: the same for every K, world
-    size and strategy."""
+    size and strategy. backward leaves the loss itself as it was."""
 
     id = "OPT-2"
 
@@ -137,6 +137,11 @@ class MeanOfLosses(Clause):
     @override
     def check(self, trial: Trial) -> None:
         near(self, trial)
+        for index, _, losses in trial.each("backward"):
+            for rank, (found, given) in enumerate(zip(losses, trial.predicted()[index], strict=True)):
+                self.require(
+                    close(found, given, 1e-3), f"rank {rank}: after backward the loss is {found}, and was {given}"
+                )
         for index, _, seen in trial.each("step"):
             expected = trial.predicted()[index]["grad_norm"]
             if expected is not None:
@@ -213,7 +218,7 @@ class Apart(Clause):
     def _program(self, place: Place, turns: Sequence[tuple[str, str | None]], max_norm: float = 0.2) -> Program:
         operations = [*trained("a", seed=1, schedule=True), *trained("b", "language", seed=2, schedule=True, lr=3e-4)]
         for batch, (model, poison) in enumerate(turns):
-            operations += micro_batch(batch, model, scheduled=True, poison=poison)
+            operations += micro_batch(batch, model, scheduled=True, poison=poison, poisoned_rank=place.world - 1)
         operations += [LOOK, {"do": "weights", "model": "b"}]
         settings = {**FP32, "max_norm": max_norm, "max_skipped_updates": 0, **geometry(place, 2)}
         return Program(operations=tuple(operations), settings=settings)

@@ -3,6 +3,8 @@
 A program's checkpoints are below one directory that all ranks know without asking, which `empty_disk` clears.
 """
 
+import copy
+import json
 import os
 import pickle
 import random
@@ -30,7 +32,13 @@ GLOBAL_ROWS = 12
 CLIENT_STATES: Mapping[str, Any] = {
     "none": {},
     "plain": {"step": 3, "name": "run", "rate": 0.1, "flags": [True, False, None], "nested": {"a": {"b": [1, 2.5]}}},
-    "exact": {"tuple": (1, (2, [3, ()])), 7: "an int key", "bytes": b"\x00\xff", "big": 2**80, "ends": [1e308, 5e-324]},
+    "exact": {
+        "tuple": (1, (2, [3, ()])),
+        7: "an int key",
+        "bytes": b"\x00\xff",
+        "big": 2**80 + 1,
+        "ends": [1e308, 5e-324],
+    },
     "infinite": {"best": float("inf"), "worst": float("-inf")},
     "marked": {"$tuple": [1], "$": {"$dict": 2}, "text": "\u00e9\u4e2d\ud800"},
 }
@@ -82,12 +90,13 @@ def save(
     ``handed``: with the optimizer and the scheduler as arguments.
     """
     if client is not None:
-        more["client_state"] = _unstorable(client) if client in UNSTORABLE else CLIENT_STATES[client]
+        more["client_state"] = _unstorable(client) if client in UNSTORABLE else copy.deepcopy(CLIENT_STATES[client])
     if handed and isinstance(model, str):
         entry = session.models[model]
         more |= {"optimizer": entry.optimizer, "scheduler": entry.scheduler}
     before = _fingerprint(session)
     path = session.strategy.save_ckpt(_models(session, model), disk() / store, **more)
+    more.get("client_state", {}).clear()  # the script's own, which goes on changing
     return {"path": str(path.relative_to(disk())), "unchanged": _fingerprint(session) == before}
 
 
@@ -199,7 +208,8 @@ def megabytes(session: Session, store: str, tag: str) -> float:
 def damage(
     session: Session, what: str, file: int, at: float = 0.5, bit: int = 0, store: str = "s", tag: str = "t"
 ) -> str:
-    """Spoil the ``file``-th file of a checkpoint: "flip" a bit, "truncate", "remove". Returns the file's name."""
+    """Spoil the ``file``-th file of a checkpoint: "flip" a bit, "flip in optimizer" one of its state, where the file has
+    any, "truncate", "remove". Returns the file's name."""
     if session.rank != 0:
         return ""
     paths = sorted((disk() / store / tag).iterdir())
@@ -212,9 +222,19 @@ def damage(
         os.truncate(path, place)
     else:
         data = bytearray(path.read_bytes())
-        data[place] ^= 1 << bit
+        data[_in_optimizer(data) or place if "optimizer" in what else place] ^= 1 << bit
         path.write_bytes(data)
     return path.name
+
+
+def _in_optimizer(data: bytearray) -> int | None:
+    """Where a safetensors file has state of an optimizer, if it has."""
+    length = int.from_bytes(data[:8], "little")
+    if length > len(data):
+        return None
+    header = json.loads(data[8 : 8 + length])
+    begins = (it["data_offsets"][0] for name, it in header.items() if "/optimizer/exp_avg/" in name)
+    return next((8 + length + begin for begin in begins), None)
 
 
 class _Trap:

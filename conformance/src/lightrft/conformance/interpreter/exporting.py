@@ -39,9 +39,9 @@ def _tokenizer() -> Any:
 
 @operation
 def export(session: Session, model: str, batch: int, shard: str = "5GB") -> dict[str, Any]:
-    """save_model in fp32; what transformers then makes of the directory, on every rank, and the model's own logits."""
+    """save_model; what transformers then makes of the directory, on every rank, and the model's own logits."""
     strategy, entry = session.strategy, session.models[model]
-    path = strategy.save_model(entry.model, _tokenizer(), _place() / "model", dtype=torch.float32, max_shard_size=shard)
+    path = strategy.save_model(entry.model, _tokenizer(), _place() / "model", max_shard_size=shard)
     inputs, _ = models.batch(batch, 0, 2, language=True)
     with torch.no_grad():
         own = models.logits_of(entry.model, inputs.to(strategy.device)).float().cpu()

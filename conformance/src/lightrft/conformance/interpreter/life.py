@@ -65,11 +65,12 @@ def begin_again(session: Session) -> None:
 
 
 @operation
-def leave(session: Session) -> bool:
-    """Use the strategy as a context manager, and say whether the process group is gone afterwards."""
-    with session.strategy:
-        pass
-    return not dist.is_initialized()
+def leave(session: Session, raising: bool = False) -> bool:
+    """Use the strategy as a context manager, whose body may raise; whether process group and engine are gone then."""
+    with contextlib.suppress(LookupError), session.strategy:
+        if raising:
+            raise LookupError
+    return not dist.is_initialized() and session.strategy.inference_engine is None
 
 
 @operation
@@ -159,21 +160,22 @@ def seed(session: Session, value: int) -> None:
 
 @operation
 def draw(session: Session) -> list[Any]:
-    """A number from each random stream."""
-    return [random.random(), float(np.random.rand()), torch.rand(3)]
+    """A number from each random stream; a normal one has a twin, which the stream keeps for the next time."""
+    return [random.gauss(0, 1), float(np.random.standard_normal()), torch.rand(3)]
 
 
 @operation
 def speak(session: Session, text: str) -> dict[str, str]:
-    """What print, and the logger, write."""
+    """What print, and the logger at whatever level, write."""
     printed, logged = io.StringIO(), io.StringIO()
     handler = logging.StreamHandler(logged)
     logger = logging.getLogger("lightrft")
     logger.addHandler(handler)
     try:
-        with contextlib.redirect_stdout(printed):
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             session.strategy.print(text)
-        logger.warning(text)
+        for level in (logging.WARNING, logging.ERROR, logging.CRITICAL):
+            logger.log(level, text)
     finally:
         logger.removeHandler(handler)
     return {"printed": printed.getvalue(), "logged": logged.getvalue()}

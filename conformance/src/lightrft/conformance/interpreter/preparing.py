@@ -62,10 +62,10 @@ def prepare(session: Session, model: str) -> dict[str, bool]:
 
 
 @operation
-def prepare_inference(session: Session, model: str) -> bool:
-    """prepare(model)."""
+def prepare_inference(session: Session, model: str, listed: bool = False) -> bool:
+    """prepare(model), or prepare([model])."""
     entry = session.models[model]
-    entry.model = session.strategy.prepare(entry.model)
+    entry.model = session.strategy.prepare([entry.model])[0] if listed else session.strategy.prepare(entry.model)
     return isinstance(entry.model, nn.Module)
 
 
@@ -111,7 +111,8 @@ def _structure(value: Any) -> Any:
 
 @operation
 def prepare_set(session: Session, critic: bool, rewards: int, steps: int = 10) -> Any:
-    """prepare_models_and_optimizers; the structure of what comes back, and the rate that the actor begins with."""
+    """prepare_models_and_optimizers; the structure of what comes back, the rate that the actor begins with, and what
+    actor and critic rise to."""
     reward_models = [models.build("regressor", 10 + index) for index in range(rewards)] if rewards else None
     back = session.strategy.prepare_models_and_optimizers(
         models.Actor(models.build("language", 1)),
@@ -121,7 +122,8 @@ def prepare_set(session: Session, critic: bool, rewards: int, steps: int = 10) -
         None,
         steps,
     )
-    return {"structure": _structure(back), "rate": back[0][1].param_groups[0]["lr"]}
+    peaks = [scheduler.base_lrs[0] for _, _, scheduler in back[:2] if scheduler is not None]
+    return {"structure": _structure(back), "rate": back[0][1].param_groups[0]["lr"], "peaks": peaks}
 
 
 @operation
@@ -146,6 +148,20 @@ def modes(session: Session, model: str) -> list[bool]:
     """Whether the model and its parts are in training mode: all that is found."""
     inner = session.strategy.unwrap_model(session.models[model].model)
     return sorted({part.training for part in inner.modules()})
+
+
+@operation
+def buffers(session: Session, model: str) -> dict[str, torch.Tensor]:
+    """The buffers of a model, before preparing or after."""
+    inner = session.strategy.unwrap_model(session.models[model].model)
+    return {name: buffer.detach().cpu().clone() for name, buffer in inner.named_buffers()}
+
+
+@operation
+def freeze(session: Session, model: str, part: str) -> None:
+    """From now on a part of the model does not train."""
+    inner = session.strategy.unwrap_model(session.models[model].model)
+    inner.get_submodule(part).requires_grad_(False)
 
 
 @operation

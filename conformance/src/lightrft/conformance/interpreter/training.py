@@ -157,6 +157,15 @@ def set_decay(session: Session, model: str, weight_decay: float) -> None:
 
 
 @operation
+def set_betas(session: Session, model: str, betas: list[float]) -> None:
+    """Change Adam's betas in param_groups."""
+    optimizer = session.models[model].optimizer
+    assert optimizer is not None
+    for group in optimizer.param_groups:
+        group["betas"] = tuple(betas)
+
+
+@operation
 def average(session: Session, model: str, into: str, beta: float) -> None:
     """moving_average."""
     session.strategy.moving_average(session.models[model].model, session.models[into].model, beta)

@@ -59,6 +59,8 @@ def corpus() -> list[Saboteur]:
         collectives,
         complaints,
         controls,
+        corners,
+        corners_of_state,
         data,
         engines,
         exporting,

@@ -10,9 +10,11 @@ from typing_extensions import override
 
 from lightrft.conformance.saboteurs.catalogue import saboteur
 from lightrft.strategy import FakeStrategy
+from lightrft.strategy.rollout import saved_form
 from lightrft.strategy.rollout.engine import Completion, Prompt
 from lightrft.strategy.rollout.fake_engine import FakeEngine
 from lightrft.strategy.rollout.sampling import Sampling
+from lightrft.strategy.rollout.weights import Bucket
 
 # mypy: disable-error-code="misc"
 
@@ -93,3 +95,72 @@ class WholeModelAtOnce(FakeStrategy):
             for bucket in super().full_parameters(model, bucket_bytes, dtype)
         ]
         yield from everything
+
+
+@saboteur("SYNC-1", engine=True)
+class SharesWeights(FakeEngine):
+    """The engine keeps the tensors that it is sent, which go on training."""
+
+    @override
+    def _load(self, buckets: Iterator[Bucket]) -> None:
+        self._model._allocate()
+        own = saved_form.saved_tensors(self._model.module)
+        for bucket in buckets:
+            for name, tensor in saved_form.restore(self._model.module, dict(bucket)).items():
+                own[name].data = tensor
+
+
+@saboteur("GEN-1", engine=True)
+class EqualPromptsOnce(FakeEngine):
+    """Prompts that are equal are completed once."""
+
+    @override
+    def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
+        return super()._generate(list(dict.fromkeys(prompts)), sampling)
+
+
+@saboteur("GEN-8", engine=True)
+class FirstStopOnly(FakeEngine):
+    """Of several stop_token_ids only the first stops."""
+
+    @override
+    def _complete(self, prompt: Prompt, sampling: Sampling, seed: int, sample: int) -> Completion:
+        return super()._complete(prompt, replace(sampling, stop_token_ids=sampling.stop_token_ids[:1]), seed, sample)
+
+
+@saboteur("GEN-8", engine=True)
+class LengthWins(FakeEngine):
+    """A stop token that is drawn as the last of max_tokens is no reason."""
+
+    @override
+    def _complete(self, prompt: Prompt, sampling: Sampling, seed: int, sample: int) -> Completion:
+        done = super()._complete(prompt, sampling, seed, sample)
+        return replace(done, finish_reason="length") if len(done.output_token_ids) == sampling.max_tokens else done
+
+
+@saboteur("GEN-8", engine=True)
+class StopsInThePrompt(FakeEngine):
+    """A prompt that ends with a stop token gets one more token."""
+
+    @override
+    def _complete(self, prompt: Prompt, sampling: Sampling, seed: int, sample: int) -> Completion:
+        over = (prompt.token_ids or ())[-1:] and prompt.token_ids[-1] in sampling.stop_token_ids  # type: ignore[index]
+        return super()._complete(prompt, replace(sampling, max_tokens=1) if over else sampling, seed, sample)
+
+
+@saboteur("GEN-9", engine=True)
+class TopPWidened(FakeEngine):
+    """top_p leaves a third more than it says."""
+
+    @override
+    def _complete(self, prompt: Prompt, sampling: Sampling, seed: int, sample: int) -> Completion:
+        return super()._complete(prompt, replace(sampling, top_p=min(1.0, 1.3 * sampling.top_p)), seed, sample)
+
+
+@saboteur("GEN-9", engine=True)
+class OneFilter(FakeEngine):
+    """With top_p, top_k is ignored."""
+
+    @override
+    def _complete(self, prompt: Prompt, sampling: Sampling, seed: int, sample: int) -> Completion:
+        return super()._complete(prompt, replace(sampling, top_k=-1) if sampling.top_p < 1 else sampling, seed, sample)
