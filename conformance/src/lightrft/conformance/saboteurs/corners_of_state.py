@@ -58,7 +58,7 @@ class FirstLoaderOnly(Saves):
 
     def setup_dataloader(self, *arguments: Any, **more: Any) -> Any:
         loader: Any = super().setup_dataloader(*arguments, **more)
-        if len(self._checkpoints._living) > 1:
+        if len(self._checkpoints.loaders._living) > 1:
             loader.load_state_dict = lambda state: None
         return loader
 
