@@ -55,6 +55,21 @@ class ReturnsAnOddNorm(FakeStrategy):
         return OddNumber(1.0)
 
 
+class RaisesNoUnicode(FakeStrategy):
+    def _update(self, trained: Any, factor: float) -> float:
+        raise ValueError("not a character: \udcff")
+
+
+class RaisesWithoutWords(FakeStrategy):
+    def _update(self, trained: Any, factor: float) -> float:
+        raise NoWords
+
+
+class NoWords(ValueError):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
 class OddNumber(complex):
     def __float__(self) -> float:
         return 1.0

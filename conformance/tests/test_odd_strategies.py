@@ -42,6 +42,8 @@ def test_bad_manners_are_no_defect(group: WorkerGroup, name: str) -> None:
         ("KillsItself", "rank 0 was killed by SIGKILL"),
         ("ReturnsAnOddNorm", "wanted numbers, text, tensors"),
         ("ClosesEveryFile", "connection"),
+        ("RaisesNoUnicode", "not a character: \\udcff"),
+        ("RaisesWithoutWords", "its message cannot be read: RuntimeError"),
     ],
 )
 def test_what_ends_a_program_is_a_failure_with_a_sentence(group: WorkerGroup, name: str, words: str) -> None:
@@ -108,4 +110,19 @@ def test_what_cannot_be_judged_is_exit_code_2() -> None:
     done = command("run", "cannot_be_imported:Any", "--profile=smoke")
     assert done.returncode == 2
     assert "could not be judged" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_setting_without_a_value_is_exit_code_2() -> None:
+    done = command("run", "fake", "--set=bf16")
+    assert done.returncode == 2
+    assert "NAME=VALUE" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_file_of_expected_failures_that_cannot_be_read_is_exit_code_2(tmp_path: Path) -> None:
+    (tmp_path / "expected.toml").write_text("not toml [")
+    done = command("run", "fake", f"--expected={tmp_path / 'expected.toml'}")
+    assert done.returncode == 2
+    assert "expected.toml" in done.stdout.replace("\n", "")
     assert "Traceback" not in done.stdout + done.stderr

@@ -207,7 +207,12 @@ def certify(request: Request, tell: Callable[[ClauseResult], None] = lambda resu
     unknown = [it for it in request.clauses if it not in CONTRACT.ids]
     if unknown:
         return Report(request=request, identity={}, results=[], unjudged=f"there is no clause {', '.join(unknown)}")
-    with Certification(request) as certification:
+    try:
+        prepared = Certification(request)
+    except (OSError, ValueError, TypeError) as error:
+        unread = f"the file of expected failures cannot be read: {request.expectations}: {error}"
+        return Report(request=request, identity={}, results=[], unjudged=unread)
+    with prepared as certification:
         unjudged = certification.expectations.unknown(CONTRACT.ids)
         try:
             if not unjudged:

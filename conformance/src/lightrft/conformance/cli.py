@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -37,14 +37,16 @@ def run(
     clause: Annotated[list[str] | None, typer.Option(help="Only this clause; may be repeated")] = None,
     seed: Annotated[int, typer.Option(help="Of the programs that are drawn")] = 0,
     set_: Annotated[list[str] | None, typer.Option("--set", help="A setting, NAME=VALUE; may be repeated")] = None,
-    expected: Annotated[Path | None, typer.Option(help="TOML file of expected failures")] = None,
+    expected: Annotated[
+        Path | None, typer.Option(help="TOML file of expected failures", exists=True, dir_okay=False)
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Write the outcome as JSON")] = None,
 ) -> None:
     """Judge a strategy by the contract. Exit 0: every MUST holds; 1: some do not; 2: it could not be judged."""
     _run(
         Request(
             strategy=strategy, world=world_size, device=device, profile=profile, clauses=tuple(clause or ()), seed=seed,
-            settings=dict(map(setting, set_ or [])), expectations=expected,
+            settings=_settings(set_), expectations=expected,
         ),
         report,
     )  # fmt: skip
@@ -60,17 +62,26 @@ def run_engine(
     clause: Annotated[list[str] | None, typer.Option(help="Only this clause; may be repeated")] = None,
     seed: Annotated[int, typer.Option(help="Of the programs that are drawn")] = 0,
     set_: Annotated[list[str] | None, typer.Option("--set", help="A setting, NAME=VALUE; may be repeated")] = None,
-    expected: Annotated[Path | None, typer.Option(help="TOML file of expected failures")] = None,
+    expected: Annotated[
+        Path | None, typer.Option(help="TOML file of expected failures", exists=True, dir_okay=False)
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Write the outcome as JSON")] = None,
 ) -> None:
     """Judge a rollout engine by the clauses that speak of engines. Exit codes as for run."""
     _run(
         Request(
             strategy=strategy, world=world_size, device=device, profile=profile, clauses=tuple(clause or ()), seed=seed,
-            settings=dict(map(setting, set_ or [])), expectations=expected, engine=engine,
+            settings=_settings(set_), expectations=expected, engine=engine,
         ),
         report,
     )  # fmt: skip
+
+
+def _settings(given: list[str] | None) -> dict[str, Any]:
+    try:
+        return dict(map(setting, given or []))
+    except ValueError as error:
+        raise typer.BadParameter(f"--set {error}") from error
 
 
 def _run(request: Request, report: Path | None) -> None:

@@ -46,7 +46,15 @@ def decode(value: Any) -> Any:
 def error_record(error: BaseException) -> dict[str, Any]:
     """An exception as data: the names of its class and those above it, and its message."""
     types = [f"{cls.__module__}.{cls.__qualname__}".removeprefix("builtins.") for cls in type(error).__mro__[:-1]]
-    return {"error": types, "message": str(error)}
+    return {"error": types, "message": _message(error)}
+
+
+def _message(error: BaseException) -> str:
+    """What it says, in characters that can be printed."""
+    try:
+        return str(error).encode(errors="backslashreplace").decode()
+    except Exception as other:  # noqa: BLE001 - whatever its own code raises
+        return f"its message cannot be read: {type(other).__name__}"
 
 
 def digest(value: Any) -> str:

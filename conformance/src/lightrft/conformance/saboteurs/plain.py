@@ -34,6 +34,6 @@ class PlainStrategy(StrategyBase):
         """The mean of the gradients over the ranks, on every rank."""
         fill_missing(trained.parameters)
         for parameter in trained.parameters:
-            assert parameter.grad is not None
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= self.world.size
+            if parameter.grad is not None:  # it is None where a parameter was frozen meanwhile
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= self.world.size
