@@ -38,7 +38,7 @@ class Preparing(Lifecycle):
     def create_optimizer(self, model: nn.Module, **settings: Any) -> Optimizer:
         """AdamW over the trainable parameters; biases and norms are spared from ``weight_decay``.
 
-        ``settings`` (``lr``, ``betas``, ``weight_decay``, ...) are ``torch.optim.AdamW``'s. ``model`` may be
+        ``settings`` (``lr``, ``betas``, ...) are ``torch.optim.AdamW``'s; ``weight_decay`` is 0 unless given. ``model`` may be
         bare, for `prepare` to wrap with the optimizer, or wrapped by `prepare_model`, and is then in training.
         """
         with self._running("create_optimizer"):
