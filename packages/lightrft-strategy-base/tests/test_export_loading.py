@@ -3,7 +3,9 @@
 import json
 import pickle
 import shutil
+import sys
 from pathlib import Path, PosixPath
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -17,6 +19,7 @@ from torch.serialization import _get_layout
 
 from lightrft.config import CheckpointError, CheckpointNotFoundError
 from lightrft.strategy import FakeStrategy
+from lightrft.strategy.export.sources.torch_files import load_torch_file
 
 
 @pytest.fixture
@@ -235,6 +238,19 @@ def test_a_hostile_file_runs_nothing(strategy, tmp_path, place):
     with pytest.raises(CheckpointError, match=name):
         strategy.load_model(strategy.prepare_model(llama()), tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_member_of_an_enumeration_is_a_plain_value(tmp_path, monkeypatch):
+    """As DeepSpeed's files have it, where Python 3.11.0 to 3.11.3 wrote them."""
+    place = "deepspeed.runtime.zero.config"
+    by_name = {"__module__": place, "__reduce__": lambda self: (getattr, (type(self), "weights"))}
+    stage = type("ZeroStageEnum", (), by_name)
+    for end in (9, 17, 22, None):
+        monkeypatch.setitem(sys.modules, place[:end], SimpleNamespace(ZeroStageEnum=stage))
+    torch.save({"stage": stage(), "weights": torch.ones(2)}, tmp_path / "state.pt")
+    found = load_torch_file(tmp_path / "state.pt", allow_pickle=False)
+    assert torch.equal(found["weights"], torch.ones(2))
+    assert type(found["stage"]).__module__.startswith("lightrft")
 
 
 @pytest.mark.parametrize("known", [Metadata, PosixPath, _get_layout], ids=lambda it: it.__name__)
