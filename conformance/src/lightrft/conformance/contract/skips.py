@@ -9,9 +9,10 @@ from typing_extensions import override
 
 from lightrft.conformance import models
 from lightrft.conformance.clause import CONTRACT, Clause, Place, Program, Trial, is_error, show
-from lightrft.conformance.contract import compare
+from lightrft.conformance.contract import compare, offloading
 from lightrft.conformance.contract.drawing import BF16, FP32, SEEDS, geometry, micro_batch, trained, updates
 from lightrft.conformance.contract.near import LOOK, STATE, near, reference_weights
+from lightrft.conformance.contract.offloading import BACK, OUT
 
 
 @CONTRACT.add
@@ -101,15 +102,16 @@ class TooManySkips(Clause):
 
     @override
     def witnesses(self, place: Place) -> Sequence[Program]:
-        turns = ["nan", "nan", None, "nan", "nan", "nan"]
-        operations = trained()
-        for batch, poison in enumerate(turns):
-            operations += micro_batch(batch, poison=poison)
-        operations[-1] = {**operations[-1], "may_fail": True}
-        endless = [*trained(), *[it for batch in range(4) for it in micro_batch(batch, poison="inf")]]
+        two, third = [*micro_batch(0, poison="nan"), *micro_batch(1, poison="nan")], micro_batch(2, poison="nan")
+        third[-1] = {**third[-1], "may_fail": True}
+        endless = [it for batch in range(4) for it in micro_batch(batch, poison="inf")]
+        three: dict[str, Any] = {**FP32, "max_skipped_updates": 3, **geometry(place)}
         return [
-            Program(operations=tuple(operations), settings={**FP32, "max_skipped_updates": 3, **geometry(place)}),
-            Program(operations=tuple(endless), settings={**FP32, "max_skipped_updates": 0, **geometry(place)}),
+            Program(operations=(*trained(), *two, *micro_batch(3), *two, *third), settings=three),
+            Program(operations=(*trained(), *endless), settings={**three, "max_skipped_updates": 0}),
+            Program(
+                operations=(*trained(), *two, *OUT, *BACK, *third), settings={**offloading.settings(place), **three}
+            ),
         ]
 
     @override

@@ -134,3 +134,13 @@ class CountsAllSkips(FakeStrategy):
         norm = super()._update(trained, factor)
         trained.skipped_in_a_row = trained.skipped
         return norm
+
+
+@saboteur("OPT-15")
+class OffloadForgetsSkips(FakeStrategy):
+    """Offloading the optimizer begins a new run of skips."""
+
+    @override
+    def _move_optimizer(self, trained: TrainedModel, device: torch.device) -> None:
+        super()._move_optimizer(trained, device)
+        trained.skipped_in_a_row = 0
