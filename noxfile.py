@@ -6,6 +6,7 @@ in .nox, which may be deleted at any time.
 
 import itertools
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -288,6 +289,7 @@ def gpu(session: nox.Session, strategy: str) -> None:
 @session(default=False)
 def nightly(session: nox.Session) -> None:
     """Run everything, with as many programs as a night has room for."""
+    os.environ["LIGHTRFT_CYCLES"] = "100"  # of the engines' tests: wake, sync, generate, sleep
     for name in ("lint", "typecheck", "wheels", "tests", "saboteurs", "examples", "own_strategy", "bench", "docs"):
         session.notify(name, posargs=())
     for name in ("learning", "versions"):

@@ -1,7 +1,9 @@
-"""What a weight sync costs: all weights of a model in bf16, in buckets, one tensor a call, and plainly copied.
+"""What the way into an engine costs: a weight sync, beside one call a tensor and a plain copy; and generating through the
+strategy, beside the engine's own.
 
-``python benchmarks/weight_sync.py ENGINE MODEL [--rounds N]``, where MODEL is a Hugging Face directory. The three take
-turns, so that what else the machine does meets them alike; the ratios are of medians.
+``python benchmarks/weight_sync.py ENGINE MODEL [--strategy NAME] [--rounds N]``, under torchrun for several ranks, each with
+an engine of its own. MODEL is a Hugging Face directory; its weights are sent in bf16. What is compared takes turns, so that
+what else the machine does meets it alike; the ratios are of medians.
 """
 
 import argparse
@@ -13,23 +15,52 @@ from collections.abc import Callable, Iterable
 import torch
 from transformers import AutoModelForCausalLM
 
-from lightrft.strategy import RolloutEngine, StrategyBase, get_strategy
+from lightrft.strategy import Prompt, RolloutEngine, Sampling, StrategyBase, get_strategy
+
+PROMPTS, TOKENS = 64, 128
 
 
 def main() -> None:
     args = arguments()
-    with get_strategy({"strategy": "fake", "bf16": True, "engine_type": args.engine}) as strategy:
+    settings = {
+        "strategy": args.strategy,
+        "zero_stage": 3,
+        "bf16": True,
+        "engine_type": args.engine,
+        "pretrain": args.model,
+    }
+    with get_strategy(settings) as strategy:
         actor = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
         optimizer = strategy.create_optimizer(actor, lr=1e-5)
         actor, _, _ = strategy.prepare((actor, optimizer, None))
         engine = strategy.setup_inference_engine({"pretrain": args.model, "bf16": True}, args.engine, actor=actor)
         assert engine is not None
-        report(args, measured(ways(strategy, engine, actor), args.rounds), weights_of(strategy, actor))
+        weights = weights_of(strategy, actor)
+        syncs = measured(ways(strategy, engine, actor, weights), args.rounds)
+        calls = measured(generations(strategy, engine, actor.config.vocab_size), args.rounds)
+        if strategy.is_rank_0():
+            report(args, syncs, weights)
+            through, own = calls.values()
+            print(
+                f"  {PROMPTS} prompts, {TOKENS} tokens each: through the strategy {through / own:.3f} x the engine's own"
+            )
 
 
-def ways(strategy: StrategyBase, engine: RolloutEngine, actor: torch.nn.Module) -> dict[str, Callable[[], object]]:
-    """What is measured."""
-    weights = weights_of(strategy, actor)
+def generations(strategy: StrategyBase, engine: RolloutEngine, vocabulary: int) -> dict[str, Callable[[], object]]:
+    """The same completions, asked of the strategy and of the engine."""
+    drawn = torch.randint(10, vocabulary, (PROMPTS, 16), generator=torch.Generator().manual_seed(0)).tolist()
+    sampling = Sampling(temperature=0.0, max_tokens=TOKENS, min_tokens=TOKENS)
+    prompts = [Prompt(token_ids=tuple(it)) for it in drawn]
+    return {
+        "through the strategy": lambda: strategy.gather_and_generate(sampling, drawn, sleep_engine=False),
+        "the engine's own": lambda: engine.generate(prompts, sampling),
+    }
+
+
+def ways(
+    strategy: StrategyBase, engine: RolloutEngine, actor: torch.nn.Module, weights: list[tuple[str, torch.Tensor]]
+) -> dict[str, Callable[[], object]]:
+    """Ways of the weights."""
     return {
         "plain copy": lambda: [new_like(tensor).copy_(tensor) for _, tensor in weights],
         "copy into used memory": lambda: [tensor.clone() for _, tensor in weights],
@@ -75,7 +106,9 @@ def measured(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, fl
 
 def report(args: argparse.Namespace, seconds: dict[str, float], weights: list[tuple[str, torch.Tensor]]) -> None:
     size = sum(tensor.nbytes for _, tensor in weights)
-    print(f"{args.engine}: {len(weights)} weights, {size / 1e6:.0f} MB, medians of {args.rounds} rounds")
+    print(
+        f"{args.strategy} to {args.engine}: {len(weights)} weights, {size / 1e6:.0f} MB, medians of {args.rounds} rounds"
+    )
     for name, time_ in seconds.items():
         print(f"  {name:22} {time_:7.3f} s  {time_ / seconds['plain copy']:6.2f} x a plain copy")
     print(
@@ -87,6 +120,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("engine")
     parser.add_argument("model")
+    parser.add_argument("--strategy", default="fake", help="fake, fsdp or deepspeed, which is ZeRO-3")
     parser.add_argument("--rounds", type=int, default=7)
     return parser.parse_args()
 
