@@ -414,7 +414,7 @@ class Mismatches(Clause):
         self.require(right, f"{where} gave {show(seen['result'])}, wanted {show(wanted)}")
 
 
-AFTER: dict[str, Any] = {"tensor": "float64", "shape": [2], "seed": 8}
+AFTER: dict[str, Any] = {"tensor": "int64", "shape": [2], "seed": 8}
 AFTERWARDS: list[Operation] = [
     {"do": "all_reduce", "data": AFTER, "op": "sum", "may_fail": True},
     {"do": "all_gather", "data": AFTER, "may_fail": True},

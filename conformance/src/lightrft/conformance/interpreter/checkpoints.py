@@ -337,8 +337,10 @@ def _digest_of_weights(session: Session, model: str) -> str:
 
 @operation
 def hidden(session: Session, store: str = "s") -> list[str]:
-    """The names in a store that a listing does not show."""
-    return sorted(path.name for path in (disk() / store).iterdir() if path.name.startswith("."))
+    """The names in a store that a listing does not show; no rank goes on before all have looked."""
+    found = sorted(path.name for path in (disk() / store).iterdir() if path.name.startswith("."))
+    session.strategy.sync_and_clear_cache()
+    return found
 
 
 # Other strategies

@@ -63,6 +63,7 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("pathlib", "PosixPath"): _Record,
     ("pathlib", "PurePosixPath"): _Record,
     ("pathlib._local", "PosixPath"): _Record,
+    ("builtins", "getattr"): _Record,  # by which Python 3.11.0 to 3.11.3 pickle the members of an enumeration
     ("collections", "OrderedDict"): dict,
     ("torch", "Size"): torch.Size,
     **{("torch", str(it).removeprefix("torch.")): it for it in DTYPES},

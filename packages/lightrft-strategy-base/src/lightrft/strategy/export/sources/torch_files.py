@@ -82,11 +82,6 @@ class _Inert:
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
 
-def _attribute(_owner: object, _name: str) -> _Inert:
-    """Stands for ``getattr``, by which Python 3.11.0 to 3.11.3 pickle the members of an enumeration."""
-    return _Inert()
-
-
 def _inert(name: str) -> tuple[type[_Inert], str]:
     return type(name.rpartition(".")[2], (_Inert,), {}), name
 
@@ -96,6 +91,6 @@ _INERT: list[Any] = [
     _inert("deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
     _inert("deepspeed.runtime.zero.config.ZeroStageEnum"),
     _inert("deepspeed.utils.tensor_fragment.fragment_address"),
-    (_attribute, "builtins.getattr"),
+    (_Inert, "builtins.getattr"),  # by which Python 3.11.0 to 3.11.3 pickle the members of an enumeration
 ]
 """What DeepSpeed's files name, beside tensors and plain values."""
