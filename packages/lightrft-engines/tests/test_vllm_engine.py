@@ -30,6 +30,7 @@ from workers import two
 
 from lightrft.config import ConfigError, EngineError, StaleWeightsError
 from lightrft.engines.vllm import reload
+from lightrft.strategy import get_fake_strategy
 
 __all__ = ["two"]
 
@@ -305,9 +306,10 @@ def test_a_stream_that_dies_on_one_rank_is_made_good_by_the_next_sync(two, size)
     assert told == [["OSError"], []]
 
 
-def test_vllm_opens_what_save_model_wrote(running, tmp_path):
-    made, actor, _ = running
-    path = made.save_model(actor, None, tmp_path / "out")
-    written = type(actor).from_pretrained(path, dtype=torch.float32)
-    with rollout(model=written, pretrain=str(path)) as (other, model, _):
-        compare(other, model, PROMPTS)
+@pytest.mark.usefixtures("room")
+def test_vllm_opens_what_save_model_wrote(tmp_path):
+    with get_fake_strategy(bf16=False) as saving:
+        path = str(saving.save_model(saving.prepare(llama(7)), None, tmp_path / "out"))
+    with rollout(pretrain=path) as (made, actor, _):
+        made.setup_inference_engine({"pretrain": path, "bf16": False, "engine_kv_cache_bytes": 2**24}, "vllm")
+        compare(made, type(actor).from_pretrained(path, dtype=torch.float32), PROMPTS)
