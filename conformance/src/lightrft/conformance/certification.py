@@ -3,7 +3,11 @@
 import json
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from multiprocessing import get_context
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -202,29 +206,77 @@ class Certification:
             self._group = None
 
 
-def certify(request: Request, tell: Callable[[ClauseResult], None] = lambda result: None) -> Report:
-    """Judge every clause that ``request`` selects; ``tell`` hears of each as it is done."""
+def certify(request: Request, tell: Callable[[ClauseResult], None] = lambda result: None, jobs: int = 1) -> Report:
+    """Judge every clause that ``request`` selects, ``jobs`` at a time; ``tell`` hears of each as it is done."""
     unknown = [it for it in request.clauses if it not in CONTRACT.ids]
     if unknown:
         return Report(request=request, identity={}, results=[], unjudged=f"there is no clause {', '.join(unknown)}")
+    identity: dict[str, Any] = {}
+    results: list[ClauseResult] = []
     try:
-        prepared = Certification(request)
+        expectations = Expectations.read(request.expectations, request.strategy, request.settings)
     except (OSError, ValueError, TypeError) as error:
         unread = f"the file of expected failures cannot be read: {request.expectations}: {error}"
         return Report(request=request, identity={}, results=[], unjudged=unread)
-    with prepared as certification:
-        unjudged = certification.expectations.unknown(CONTRACT.ids)
+    unjudged = expectations.unknown(CONTRACT.ids)
+    try:
+        if not unjudged:
+            for said, result in _judged(request, jobs):
+                identity = said
+                results.append(result)
+                tell(result)
+    except Unjudgeable as error:
+        unjudged = str(error)
+    except Exception as error:  # noqa: BLE001 - of the suite, or of the machine: no verdict on the strategy
+        unjudged = f"the suite failed, which is no verdict: {error!r}, {traceback.format_exc(limit=-2)}"
+    return Report(request=request, identity=identity, results=in_order(results), unjudged=unjudged)
+
+
+Judged = tuple[dict[str, Any], ClauseResult]
+"""What the strategy says that it is, and what became of a clause."""
+
+
+def _judged(request: Request, jobs: int) -> Iterator[Judged]:
+    chosen = [clause.id for clause in selected(request.clauses, engine=bool(request.engine))]
+    if jobs > 1 and len(chosen) > 1:
+        with suppress(OSError):  # on a full disk there is no room for what processes share
+            return _side_by_side(request, chosen, ProcessPoolExecutor(jobs, mp_context=get_context("spawn")))
+    return _one_by_one(request, chosen)
+
+
+def _one_by_one(request: Request, chosen: Sequence[str]) -> Iterator[Judged]:
+    with Certification(request) as certification:
+        certification.open()
+        for clause in chosen:
+            yield certification.identity, certification.judge(CONTRACT[clause])
+
+
+def _side_by_side(request: Request, chosen: Sequence[str], pool: ProcessPoolExecutor) -> Iterator[Judged]:
+    """In processes that have workers of their own. What each clause draws is a matter of its seed alone."""
+    with pool:
         try:
-            if not unjudged:
-                certification.open()
-                for clause in selected(request.clauses, engine=bool(request.engine)):
-                    tell(certification.judge(clause))
-        except Unjudgeable as error:
-            unjudged = str(error)
-        except Exception as error:  # noqa: BLE001 - of the suite, or of the machine: no verdict on the strategy
-            unjudged = f"the suite failed, which is no verdict: {error!r}, {traceback.format_exc(limit=-2)}"
-        results = in_order(certification.results)
-        return Report(request=request, identity=certification.identity, results=results, unjudged=unjudged)
+            for done in as_completed([pool.submit(_judge_here, request, it) for it in chosen]):
+                yield done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _judge_here(request: Request, clause: str) -> Judged:
+    certification = _certification_here(request)
+    return certification.identity, certification.judge(CONTRACT[clause])
+
+
+_here: list[Certification] = []
+"""This process's own, made for its first clause."""
+
+
+def _certification_here(request: Request) -> Certification:
+    if not _here:
+        certification = Certification(request)
+        Finalize(None, certification.close, exitpriority=10)
+        certification.open()
+        _here.append(certification)
+    return _here[0]
 
 
 def in_order(results: Sequence[ClauseResult]) -> list[ClauseResult]:

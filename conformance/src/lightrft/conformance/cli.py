@@ -18,6 +18,7 @@ from lightrft.conformance.saboteurs.catalogue import corpus
 from lightrft.conformance.saboteurs.runner import Outcome, run_corpus
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+CORES = len(os.sched_getaffinity(0))
 MARKS = {
     "pass": "green",
     "fail": "bold red",
@@ -41,6 +42,7 @@ def run(
         Path | None, typer.Option(help="TOML file of expected failures", exists=True, dir_okay=False)
     ] = None,
     report: Annotated[Path | None, typer.Option(help="Write the outcome as JSON")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Clauses at a time; by default as there are cores")] = None,
 ) -> None:
     """Judge a strategy by the contract. Exit 0: every MUST holds; 1: some do not; 2: it could not be judged."""
     _run(
@@ -49,6 +51,7 @@ def run(
             settings=_settings(set_), expectations=expected,
         ),
         report,
+        jobs or (max(1, CORES // world_size) if device == "cpu" else 1),
     )  # fmt: skip
 
 
@@ -84,11 +87,11 @@ def _settings(given: list[str] | None) -> dict[str, Any]:
         raise typer.BadParameter(f"--set {error}") from error
 
 
-def _run(request: Request, report: Path | None) -> None:
+def _run(request: Request, report: Path | None, jobs: int = 1) -> None:
     if request.profile not in PROFILES:
         raise typer.BadParameter(f"--profile {request.profile}: there are {', '.join(PROFILES)}")
     console = Console(soft_wrap=True)
-    outcome = _with_progress(console, request)
+    outcome = _with_progress(console, request, jobs)
     _conclude(console, outcome)
     raise typer.Exit(outcome.exit_code if report is None or _written(console, outcome, report) else 2)
 
@@ -102,7 +105,7 @@ def _written(console: Console, outcome: Report, path: Path) -> bool:
     return True
 
 
-def _with_progress(console: Console, request: Request) -> Report:
+def _with_progress(console: Console, request: Request, jobs: int) -> Report:
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(
@@ -114,7 +117,7 @@ def _with_progress(console: Console, request: Request) -> Report:
             progress.update(task, description=f"{request.engine or request.strategy} {result.id}")
             _show(console, request, result)
 
-        return certify(request, tell)
+        return certify(request, tell, jobs)
 
 
 def _show(console: Console, request: Request, result: ClauseResult) -> None:
@@ -156,7 +159,7 @@ def saboteurs(
     seed: Annotated[int, typer.Option(help="Of the programs that are drawn")] = 0,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from --seed on")] = 1,
     only: Annotated[list[str] | None, typer.Option(help="Only this saboteur; may be repeated")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes; by default one a core")] = len(os.sched_getaffinity(0)),
+    jobs: Annotated[int, typer.Option(min=1, help="Processes; by default one a core")] = CORES,
 ) -> None:
     """Judge the suite: every saboteur must be killed by its own clause, no control accused. Exit 0 or 1."""
     console = Console(soft_wrap=True)
