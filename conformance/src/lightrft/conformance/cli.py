@@ -42,7 +42,9 @@ def run(
         Path | None, typer.Option(help="TOML file of expected failures", exists=True, dir_okay=False)
     ] = None,
     report: Annotated[Path | None, typer.Option(help="Write the outcome as JSON")] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Clauses at a time; by default as there are cores")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Clauses at a time; by default several where many programs are drawn")
+    ] = None,
 ) -> None:
     """Judge a strategy by the contract. Exit 0: every MUST holds; 1: some do not; 2: it could not be judged."""
     _run(
@@ -51,7 +53,7 @@ def run(
             settings=_settings(set_), expectations=expected,
         ),
         report,
-        jobs or (max(1, CORES // world_size) if device == "cpu" else 1),
+        jobs or _jobs(profile, world_size, device),
     )  # fmt: skip
 
 
@@ -78,6 +80,12 @@ def run_engine(
         ),
         report,
     )  # fmt: skip
+
+
+def _jobs(profile: str, world: int, device: str) -> int:
+    """As many as there are cores for, where the programs to be drawn are worth the time in which processes start."""
+    many = profile in ("certify", "nightly") and device == "cpu"
+    return max(1, CORES // world) if many else 1
 
 
 def _settings(given: list[str] | None) -> dict[str, Any]:
