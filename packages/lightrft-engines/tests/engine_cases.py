@@ -2,7 +2,10 @@
 
 import importlib.util
 import itertools
+import os
+import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,6 +89,18 @@ def rollout(
         actor, optimizer, _ = made.prepare((actor, optimizer, None))
         made.setup_inference_engine({**config, "engine_kv_cache_bytes": CACHE, **engine_only}, engine, actor=actor)
         yield made, actor, optimizer
+
+
+@contextmanager
+def interrupted(seconds: float) -> Iterator[None]:
+    """Ctrl-C after so long, which must be what ends the body."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
+    threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def train(made: StrategyBase, actor: Any, optimizer: Any, updates: int = 2) -> None:

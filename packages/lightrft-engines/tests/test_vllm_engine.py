@@ -2,8 +2,6 @@
 
 import os
 import random
-import signal
-import threading
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from engine_cases import (
     compare,
     experts,
     fail_on_one_rank,
+    interrupted,
     llama,
     train,
     whole,
@@ -130,8 +129,7 @@ def test_a_prompt_that_is_too_long_is_an_error_and_nothing_of_its_call_is_left(m
 
 def test_an_interrupted_call_leaves_nothing_to_the_next(made):
     wanted = tokens_of(made.gather_and_generate(GREEDY, PROMPTS))
-    threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted(0.7):
         _generate_without_end(made)
     assert tokens_of(made.gather_and_generate(GREEDY, PROMPTS)) == wanted
 
