@@ -22,13 +22,7 @@ PROMPTS, TOKENS = 64, 128
 
 def main() -> None:
     args = arguments()
-    settings = {
-        "strategy": args.strategy,
-        "zero_stage": 3,
-        "bf16": True,
-        "engine_type": args.engine,
-        "pretrain": args.model,
-    }
+    settings = {"strategy": args.strategy, "zero_stage": 3, "bf16": True, "engine_type": args.engine}
     with get_strategy(settings) as strategy:
         actor = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
         optimizer = strategy.create_optimizer(actor, lr=1e-5)

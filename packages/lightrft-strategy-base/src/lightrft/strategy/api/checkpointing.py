@@ -65,8 +65,9 @@ class Checkpointing(Training):
         """Go on from checkpoint ``tag`` in ``load_dir``, by default from the newest, whatever strategy and however
         many ranks saved it. Returns its path and the client state.
 
-        ``model``: one, or several by name, all of a checkpoint's or some. Prepare first: models and
-        optimizers must be there; loaders may be made before or after, in the order in which they were made. Rank r takes the random streams of rank r modulo the number of ranks that saved.
+        ``model``: one, or several by name, all of a checkpoint's or some. Prepare first: models and optimizers must be
+        there; loaders are made before or after, in the order in which the run that saved made its own. Rank r takes the
+        random streams of rank r modulo the number of ranks that saved.
         ``load_module_strict`` False loads the parameters that both have. ``load_optimizer_states`` False leaves the
         optimizer's state and hyperparameters as they are, ``load_lr_scheduler_states`` False the schedule;
         ``load_module_only`` loads weights and buffers, and nothing else.
@@ -116,5 +117,6 @@ class Checkpointing(Training):
         known = None if trained is None else trained.scheduler
         module = self._models.unwrap(model)
         return Subject(
-            name=name, module=module, trained=trained, scheduler=scheduler if scheduler is not None else known
-        )
+            name=name, module=module, kind=type(module) if found is None else found.kind, trained=trained,
+            scheduler=scheduler if scheduler is not None else known,
+        )  # fmt: skip

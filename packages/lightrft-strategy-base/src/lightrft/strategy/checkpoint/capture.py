@@ -94,7 +94,7 @@ def _own_version() -> dict[str, str]:
 def _model_facts(backend: Backend, subject: Subject, averages: MovingAverages) -> dict[str, Any]:
     trained, scheduler = subject.trained, subject.scheduler
     return {
-        "class": type(subject.module).__name__,
+        "class": subject.kind.__name__,
         "configuration": configuration_texts(subject.module),
         "adapters": adapter_configurations(subject.module),
         "average": averages.seen(subject.module),

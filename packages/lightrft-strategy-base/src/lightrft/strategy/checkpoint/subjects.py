@@ -25,6 +25,8 @@ class Subject:
     name: str
     module: nn.Module
     """Unwrapped."""
+    kind: type[nn.Module]
+    """Its class before it was prepared, which may replace it."""
     trained: TrainedModel | None
     """None: its weights alone."""
     scheduler: Any = None

@@ -112,7 +112,7 @@ class TagWriter:
 
 def _kinds(models: Models) -> dict[str, str]:
     """The class of each model, by name."""
-    return {name: facts["class"].removeprefix("FSDP") for name, facts in models.items()}  # FSDP2 makes its own
+    return {name: facts["class"] for name, facts in models.items()}
 
 
 def _listed(kinds: Mapping[str, str]) -> str:
