@@ -250,6 +250,14 @@ def bench(session: nox.Session) -> None:
 
 
 @session(default=False)
+@nox.parametrize("engine", [nox.param(name, id=name) for name in ENGINES])
+def syncs(session: nox.Session, engine: str) -> None:
+    """Measure what it costs to bring weights into an engine, and to generate through a strategy."""
+    kinds = [f"weight_sync.{engine}.{strategy}" for strategy in ("fake", "zero3")]
+    _script(session, ENGINES[engine], "benchmarks/run.py", *(session.posargs or kinds))
+
+
+@session(default=False)
 @nox.parametrize("engine", [nox.param(name, id=name) for name in VERSIONS])
 def versions(session: nox.Session, engine: str) -> None:
     """Certify each supported version of an engine, and write down what was found."""
@@ -292,7 +300,7 @@ def nightly(session: nox.Session) -> None:
     os.environ["LIGHTRFT_CYCLES"] = "100"  # of the engines' tests: wake, sync, generate, sleep
     for name in ("lint", "typecheck", "wheels", "tests", "saboteurs", "examples", "own_strategy", "bench", "docs"):
         session.notify(name, posargs=())
-    for name in ("learning", "versions"):
+    for name in ("learning", "syncs", "versions"):
         session.notify(name, posargs=())
     for name in ("checkpoints", "faults"):
         session.notify(name, posargs=("--all",))

@@ -1,6 +1,6 @@
 """Run the benchmarks, or those that are named: ``python benchmarks/run.py [steps.fsdp ...]``. Each prints its ratios.
 
-weight_sync.py runs by itself, in an environment that has the engine.
+``weight_sync.ENGINE.STRATEGY`` wants an environment that has the engine, and is run only when it is named.
 """
 
 import os
@@ -32,14 +32,20 @@ BENCHMARKS = {
     "steps.zero2": Benchmark("steps.py", ("zero2",), ranks=2),
     "checkpoints": Benchmark("checkpoints.py"),
 }
+SYNCS = {
+    f"weight_sync.{engine}.{name}": Benchmark("weight_sync.py", (engine, f"--strategy={strategy}"), ranks=ranks)
+    for engine in ("transformers", "vllm", "sglang")
+    for name, strategy, ranks in (("fake", "fake", 1), ("zero3", "deepspeed", 2))
+}
 
 
 def main() -> int:
-    unknown = [name for name in sys.argv[1:] if name not in BENCHMARKS]
+    known = BENCHMARKS | SYNCS
+    unknown = [name for name in sys.argv[1:] if name not in known]
     if unknown:
-        print(f"no such benchmark: {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}", file=sys.stderr)
+        print(f"no such benchmark: {', '.join(unknown)}; there are {', '.join(known)}", file=sys.stderr)
         return 2
-    failed = [name for name in sys.argv[1:] or BENCHMARKS if not ran(BENCHMARKS[name])]
+    failed = [name for name in sys.argv[1:] or BENCHMARKS if not ran(known[name])]
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return bool(failed)

@@ -1,43 +1,88 @@
 """What the way into an engine costs: a weight sync, beside one call a tensor and a plain copy; and generating through the
 strategy, beside the engine's own.
 
-``python benchmarks/weight_sync.py ENGINE MODEL [--strategy NAME] [--rounds N]``, under torchrun for several ranks, each with
-an engine of its own. MODEL is a Hugging Face directory; its weights are sent in bf16. What is compared takes turns, so that
-what else the machine does meets it alike; the ratios are of medians.
+``python benchmarks/weight_sync.py ENGINE [--strategy NAME] [--rounds N]``, under torchrun for several ranks, each with an
+engine of its own. The weights are SmolLM2-135M's, in bf16. What is compared takes turns, so that what else the machine does
+meets it alike; the ratios are of medians. Ends with 1 where a target is missed.
 """
 
 import argparse
 import mmap
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from lightrft.strategy import Prompt, RolloutEngine, Sampling, StrategyBase, get_strategy
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples/rlvr_arithmetic"))
+from setup_model import unpack
+
+MODEL = Path("runs/SmolLM2-135M-Instruct")
 PROMPTS, TOKENS = 64, 128
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Ratio:
+    """What was measured, and its target."""
+
+    name: str
+    value: float
+    bound: float | None = None
+    at_least: bool = False
+
+    @property
+    def met(self) -> bool:
+        return self.bound is None or (self.value >= self.bound if self.at_least else self.value <= self.bound)
+
+    def __str__(self) -> str:
+        wanted = "" if self.bound is None else f"   wanted: at {'least' if self.at_least else 'most'} {self.bound:g}"
+        return f"{self.name:44} {self.value:8.3f}{wanted}"
+
+
+def main() -> int:
+    """Measure, and print; 1 where a target is missed."""
     args = arguments()
     settings = {"strategy": args.strategy, "zero_stage": 3, "bf16": True, "engine_type": args.engine}
     with get_strategy(settings) as strategy:
-        actor = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
+        if strategy.is_rank_0():
+            unpack(MODEL)
+        strategy.sync_and_clear_cache()
+        actor = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16)
         optimizer = strategy.create_optimizer(actor, lr=1e-5)
         actor, _, _ = strategy.prepare((actor, optimizer, None))
-        engine = strategy.setup_inference_engine({"pretrain": args.model, "bf16": True}, args.engine, actor=actor)
+        engine = strategy.setup_inference_engine({"pretrain": str(MODEL), "bf16": True}, args.engine, actor=actor)
         assert engine is not None
         weights = weights_of(strategy, actor)
         syncs = measured(ways(strategy, engine, actor, weights), args.rounds)
-        calls = measured(generations(strategy, engine, actor.config.vocab_size), args.rounds)
-        if strategy.is_rank_0():
-            report(args, syncs, weights)
-            through, own = calls.values()
-            print(
-                f"  {PROMPTS} prompts, {TOKENS} tokens each: through the strategy {through / own:.3f} x the engine's own"
-            )
+        calls = measured(generations(strategy, engine, actor.config.vocab_size), args.generations)
+        if not strategy.is_rank_0():
+            return 0
+        size = sum(tensor.nbytes for _, tensor in weights)
+        print(
+            f"{args.strategy} on {strategy.world_size} rank(s), {args.engine}: {len(weights)} weights, {size / 1e6:.0f} MB"
+        )
+        for name, time_ in {**syncs, **calls}.items():
+            print(f"{name:44} {time_:8.3f} s")
+        found = ratios(args.engine, strategy.world_size, {**syncs, **calls})
+        print(*found, sep="\n")
+        return int(not all(it.met for it in found))
+
+
+def ratios(engine: str, ranks: int, seconds: dict[str, float]) -> list[Ratio]:
+    """What is asked for."""
+    copy, calls = seconds["plain copy"], seconds["one tensor a call"]
+    return [
+        Ratio("into the engine / plain copy", seconds["into the engine"] / copy, 2.5 if ranks == 1 else None),
+        Ratio("out of the strategy / plain copy", seconds["out of the strategy"] / copy, 4 if ranks > 1 else None),
+        Ratio("one tensor a call / into the engine", calls / seconds["into the engine"], 8 if engine == "sglang" else None, True),
+        Ratio("generating through the strategy / its own", seconds["through the strategy"] / seconds["the engine's own"], 1.03),
+    ]  # fmt: skip
 
 
 def generations(strategy: StrategyBase, engine: RolloutEngine, vocabulary: int) -> dict[str, Callable[[], object]]:
@@ -98,26 +143,14 @@ def measured(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, fl
     return {name: statistics.median(times[1:]) for name, times in found.items()}
 
 
-def report(args: argparse.Namespace, seconds: dict[str, float], weights: list[tuple[str, torch.Tensor]]) -> None:
-    size = sum(tensor.nbytes for _, tensor in weights)
-    print(
-        f"{args.strategy} to {args.engine}: {len(weights)} weights, {size / 1e6:.0f} MB, medians of {args.rounds} rounds"
-    )
-    for name, time_ in seconds.items():
-        print(f"  {name:22} {time_:7.3f} s  {time_ / seconds['plain copy']:6.2f} x a plain copy")
-    print(
-        f"  one tensor a call takes {seconds['one tensor a call'] / seconds['into the engine']:.1f} x as long as buckets"
-    )
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("engine")
-    parser.add_argument("model")
     parser.add_argument("--strategy", default="fake", help="fake, fsdp or deepspeed, which is ZeRO-3")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7, help="of syncs")
+    parser.add_argument("--generations", type=int, default=3, help="rounds of generating")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

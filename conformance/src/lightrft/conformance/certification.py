@@ -252,10 +252,13 @@ def _one_by_one(request: Request, chosen: Sequence[str]) -> Iterator[Judged]:
 
 
 def _side_by_side(request: Request, chosen: Sequence[str], pool: ProcessPoolExecutor) -> Iterator[Judged]:
-    """In processes that have workers of their own. What each clause draws is a matter of its seed alone."""
+    """In processes that have workers of their own. What each clause draws is a matter of its seed alone.
+
+    Those that end workers come first here: starting anew takes longest, and nobody waits for the last one.
+    """
     with pool:
         try:
-            for done in as_completed([pool.submit(_judge_here, request, it) for it in chosen]):
+            for done in as_completed([pool.submit(_judge_here, request, it) for it in reversed(chosen)]):
                 yield done.result()
         finally:
             pool.shutdown(cancel_futures=True)

@@ -175,10 +175,8 @@ def saboteurs(
     if strange:
         raise typer.BadParameter(f"--only {', '.join(sorted(strange))}: there is no such saboteur")
     chosen = [it for it in corpus() if not only or it.name in only]
-    wrong = []
-    for number in range(seed, seed + seeds):
-        outcomes = run_corpus(chosen, profile, number, lambda it: _show_outcome(console, it), jobs)
-        wrong += [it for it in outcomes if not it.right]
+    outcomes = run_corpus(chosen, profile, range(seed, seed + seeds), lambda it: _show_outcome(console, it), jobs)
+    wrong = [it for it in outcomes if not it.right]
     covered = {it.clause for it in chosen if it.clause}
     bare = [
         clause.id
@@ -189,7 +187,8 @@ def saboteurs(
     console.print(
         f"{killed} of {sum(it.clause != '' for it in chosen)} saboteurs killed, "
         f"{len({it.saboteur.name for it in wrong if not it.saboteur.clause})} of {sum(it.clause == '' for it in chosen)} controls "
-        f"accused, profile {profile}, {seeds} seed(s); MUST clauses without a saboteur: {', '.join(bare) or 'none'}",
+        f"accused, profile {profile}, {seeds} seed(s), {sum(it.settled for it in outcomes)} killed by witnesses, which no "
+        f"seed changes; MUST clauses without a saboteur: {', '.join(bare) or 'none'}",
         highlight=False,
     )
     raise typer.Exit(1 if wrong or (bare and not only) else 0)

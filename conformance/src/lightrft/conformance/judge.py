@@ -40,6 +40,8 @@ class ClauseResult:
     """The smallest program found that breaks the promise."""
     observations: list[list[str]] | None = None
     """What each rank observed in it, in words."""
+    pinned: bool = False
+    """Whether that program is one of the clause's witnesses, which are run whatever the seed."""
 
 
 class Hang(BaseException):
@@ -88,6 +90,7 @@ class Judge:
             message=message,
             program=None if program is None or verdict in ("pass", "skip") else program.command(self.place)["program"],
             observations=None if trial is None or verdict == "pass" else _words(trial),
+            pinned=verdict in ("fail", "hang") and program in [*clause.witnesses(self.place)],
         )
 
     def not_applicable(self, clause: Clause) -> str | None:

@@ -1,6 +1,6 @@
 """Running the corpus: each saboteur against the clause that must kill it, each control against all."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +32,11 @@ class Outcome:
         return self.killed == bool(self.saboteur.clause)
 
     @property
+    def settled(self) -> bool:
+        """Whether another seed would find the same: a pinned witness killed it."""
+        return self.right and bool(self.saboteur.clause) and self.results[0].pinned
+
+    @property
     def reason(self) -> str:
         """What was seen, in a line."""
         shown = [it for it in self.results if it.verdict not in ("pass", "skip")] or list(self.results)
@@ -40,17 +45,24 @@ class Outcome:
 
 
 def run_corpus(
-    chosen: Sequence[Saboteur], profile: str, seed: int, tell: Callable[[Outcome], None] = lambda outcome: None,
-    jobs: int = 1,
+    chosen: Sequence[Saboteur], profile: str, seeds: Iterable[int],
+    tell: Callable[[Outcome], None] = lambda outcome: None, jobs: int = 1,
 ) -> list[Outcome]:  # fmt: skip
-    """Run ``chosen``, in ``jobs`` processes; ``tell`` hears of each as it is done."""
-    run = partial(_run_together, profile=profile, seed=seed)
-    outcomes = []
+    """Run ``chosen`` with each seed, in ``jobs`` processes; ``tell`` hears of each as it is done.
+
+    A saboteur that a pinned witness kills is run with the first seed only: no seed changes a witness.
+    """
+    outcomes: list[Outcome] = []
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(run, together) for together in _batches(chosen)]):
-            for outcome in done.result():
-                outcomes.append(outcome)
-                tell(outcome)
+        for seed in seeds:
+            run = partial(_run_together, profile=profile, seed=seed)
+            found: list[Outcome] = []
+            for done in as_completed([pool.submit(run, together) for together in _batches(chosen)]):
+                for outcome in done.result():
+                    found.append(outcome)
+                    tell(outcome)
+            outcomes += found
+            chosen = [it.saboteur for it in found if not it.settled]
     return outcomes
 
 
