@@ -11,7 +11,6 @@ from importlib.metadata import Distribution, PackageNotFoundError, distribution,
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-import hypothesis
 import torch
 
 GROUPS = ("lightrft.strategies", "lightrft.engines")
@@ -50,7 +49,7 @@ def environment() -> dict[str, str | int]:
         "processors": len(os.sched_getaffinity(0)),
         "gpus": torch.cuda.device_count() if torch.cuda.is_available() else 0,
         "torch": torch.__version__,
-        "hypothesis": hypothesis.__version__,
+        "hypothesis": version_of("hypothesis"),
     }
 
 

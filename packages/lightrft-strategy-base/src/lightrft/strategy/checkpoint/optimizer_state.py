@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightrft.config import CheckpointError, UnsupportedOperationError
 from lightrft.strategy import flat
 from lightrft.strategy.checkpoint.plain_values import from_json, to_json
+from lightrft.strategy.distributed.dtensors import own_part
 from lightrft.strategy.shards import Shard, StateSlice
 from lightrft.strategy.training.optimizers import parameters_of
 from lightrft.strategy.training.trained_model import TrainedModel
@@ -25,8 +25,7 @@ IMPLEMENTATION = frozenset({"params", "foreach", "fused", "capturable", "differe
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of ``tensor``, a view; see `flat.elements`."""
-    part = tensor.detach()
-    return flat.elements(part.to_local() if isinstance(part, DTensor) else part)
+    return flat.elements(own_part(tensor.detach()))
 
 
 # Saving

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from lightrft.config import ArgumentError, ArgumentTypeError
+from lightrft.strategy.distributed.dtensors import is_dtensor
 
 DTYPES = (
     torch.float64, torch.float32, torch.bfloat16, torch.float16,
@@ -62,7 +62,7 @@ def _leaf(value: Any, path: tuple[Any, ...]) -> Leaf:
         raise ArgumentTypeError(
             f"{where} is {value!r} ({type(value).__name__}); wanted a tensor, a number, or a dict of these"
         )
-    if isinstance(value, DTensor) or value.layout is not torch.strided:
+    if is_dtensor(value) or value.layout is not torch.strided:
         raise ArgumentTypeError(
             f"{where} is a {type(value).__name__} of layout {value.layout}; wanted a plain dense tensor"
         )
