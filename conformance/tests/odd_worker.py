@@ -2,11 +2,15 @@
 
 import faulthandler
 import os
+import random
 import socket
 import time
 from typing import Any
 
+import numpy as np
+
 from lightrft.conformance.driver import wire
+from lightrft.conformance.driver.scratch import scratch
 from lightrft.conformance.driver.watched import STACK_SIGNAL
 
 
@@ -15,8 +19,6 @@ def wait_for_ever() -> None:
 
 
 def obey(what: str, connection: socket.socket, answer: dict[str, Any]) -> None:
-    if what == "say nothing":
-        return
     if what == "hang":
         wait_for_ever()
     if what == "exit":
@@ -36,7 +38,16 @@ def obey(what: str, connection: socket.socket, answer: dict[str, Any]) -> None:
     if what == "send half":
         connection.sendall((400).to_bytes(8) + b"{")
         wait_for_ever()
-    wire.send(connection, answer)
+    wire.send(connection, answer | found(what))
+
+
+def found(what: str) -> dict[str, Any]:
+    if what == "write":
+        scratch("").mkdir()
+        scratch("file").write_text("something")
+    if what == "draw":
+        return {"hash": hash("some words"), "drawn": [random.random(), float(np.random.rand())]}
+    return {}
 
 
 def main() -> None:
@@ -47,7 +58,8 @@ def main() -> None:
     while True:
         command = wire.receive(connection)
         answer = {"number": command["number"], "rank": rank, "when": time.monotonic(), "pid": os.getpid()}
-        obey(command["do"][rank], connection, answer)
+        if command["do"][rank] != "say nothing":
+            obey(command["do"][rank], connection, answer)
 
 
 if __name__ == "__main__":

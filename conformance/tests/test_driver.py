@@ -18,7 +18,7 @@ SHORT, LONG = 0.5, 60.0
 
 @pytest.fixture(scope="module")
 def group() -> Iterator[WorkerGroup]:
-    with WorkerGroup(2, worker="odd_worker", environment=HERE) as running:
+    with WorkerGroup(2, worker="odd_worker", environment=HERE, preloaded=()) as running:
         yield running
 
 
@@ -75,7 +75,7 @@ def test_a_worker_that_is_killed_between_two_programs_is_replaced(group: WorkerG
     assert all_answer(group)
     before = group.pids
     os.kill(before[0], signal.SIGKILL)
-    os.waitid(os.P_PID, before[0], os.WEXITED | os.WNOWAIT)
+    assert group._workers[0].process.ended(LONG)
     assert all_answer(group)
     assert not set(before) & set(group.pids)
 
@@ -101,14 +101,14 @@ def test_a_flood_of_output_neither_blocks_nor_is_kept(group: WorkerGroup) -> Non
 
 
 def test_a_worker_that_cannot_start_is_reported() -> None:
-    with WorkerGroup(1, worker="no_such_worker") as group:
+    with WorkerGroup(1, worker="no_such_worker", preloaded=()) as group:
         (report,) = group.run({"do": ["answer"]}, LONG)
     assert report.state == "died"
     assert "No module named no_such_worker" in report.detail
 
 
 def test_closing_twice_is_closing_once() -> None:
-    group = WorkerGroup(1, worker="odd_worker", environment=HERE)
+    group = WorkerGroup(1, worker="odd_worker", environment=HERE, preloaded=())
     assert states(group.run({"do": ["answer"]}, LONG)) == ["answered"]
     group.close()
     group.close()
@@ -117,7 +117,7 @@ def test_closing_twice_is_closing_once() -> None:
 DRIVER = """
 import sys, time
 from lightrft.conformance.driver.group import WorkerGroup
-group = WorkerGroup(2, worker="odd_worker")
+group = WorkerGroup(2, worker="odd_worker", preloaded=())
 group.run({"do": ["answer", "answer"]}, 60)
 print(*group.pids, flush=True)
 group.run({"do": ["hang", "hang"]}, 3600)
@@ -144,3 +144,31 @@ def running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_a_nursery_that_somebody_ends_is_replaced(group: WorkerGroup) -> None:
+    assert all_answer(group)
+    before = group._nurseries[0].pid
+    os.kill(before, signal.SIGKILL)
+    assert states(told(group, "exit", "answer")) == ["died", "answered"]
+    assert all_answer(group)
+    assert group._nurseries[0].pid != before
+
+
+def test_ranks_differ_in_the_order_of_sets() -> None:
+    with WorkerGroup(2, worker="odd_worker", environment=HERE, preloaded=("random", "numpy")) as group:
+        first = group.run({"do": ["draw", "draw"]}, LONG)
+        group.end_workers()
+        again = group.run({"do": ["draw", "draw"]}, LONG)
+    hashes = [[report.answer["hash"] for report in reports] for reports in (first, again)]
+    assert hashes[0][0] != hashes[0][1]
+    drawn = [report.answer["drawn"] for reports in (first, again) for report in reports]
+    assert len(set(map(tuple, drawn))) == 4
+
+
+def test_what_programs_wrote_is_removed_with_the_group() -> None:
+    with WorkerGroup(1, worker="odd_worker", environment=HERE, preloaded=()) as group:
+        assert states(group.run({"do": ["write"]}, LONG)) == ["answered"]
+        (written,) = group._scratch.iterdir()
+        assert written.read_text() == "something"
+    assert not group._scratch.exists()

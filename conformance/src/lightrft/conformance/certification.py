@@ -18,6 +18,7 @@ from lightrft.conformance.contract import CONTRACT
 from lightrft.conformance.contract.drawing import FP32
 from lightrft.conformance.contract.rollouts import rollout
 from lightrft.conformance.driver.group import WorkerGroup
+from lightrft.conformance.driver.nursery import PRELOADED
 from lightrft.conformance.expectations import Expectations
 from lightrft.conformance.judge import ClauseResult, Judge, Unjudgeable
 from lightrft.conformance.profiles import PROFILES, Profile
@@ -139,7 +140,8 @@ class Certification:
         """
         torch.set_num_threads(1)  # as in the workers: the number of threads changes the order of sums
         if group is None:
-            group = self._group = WorkerGroup(self.request.world, ranks=self.request.world > 1)
+            preloaded = PRELOADED if self.request.device == "cpu" else ()
+            group = self._group = WorkerGroup(self.request.world, ranks=self.request.world > 1, preloaded=preloaded)
         self.identity = self._ask(group)
         place = Place(
             strategy=self.request.strategy,

@@ -190,7 +190,7 @@ class Judge:
         answers = [report.answer if report.state == "answered" else {"observations": []} for report in reports]
         afterwards = None
         if program.afterwards is not None:
-            self.group.close()
+            self.group.end_workers()
             afterwards = self.run(program.afterwards)
         return Trial(place=self.place, program=program, observations=decoded(answers), afterwards=afterwards)
 

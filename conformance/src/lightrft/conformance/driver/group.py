@@ -8,21 +8,24 @@ are given a moment to notice it too, then the group is killed.
 import contextlib
 import os
 import selectors
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from lightrft.conformance.driver import guardian, wire
+from lightrft.conformance.driver import guardian, scratch, wire
+from lightrft.conformance.driver.nursery import PRELOADED, Nursery
 from lightrft.conformance.driver.watched import Worker
 
+PLACES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
+"""What a launcher tells each rank."""
 MOURNING_SECONDS = 10.0
 """How long the others may go on after a rank died."""
 
@@ -50,10 +53,13 @@ class WorkerGroup:
         start_seconds: float = 120.0,
         environment: Mapping[str, str] | None = None,
         worker: str = "lightrft.conformance.driver.worker",
+        preloaded: Sequence[str] = PRELOADED,
     ) -> None:
         self.size, self._ranks, self._start_seconds = size, ranks, start_seconds
         self._environment = dict(environment or {})
-        self._module = worker
+        self._module, self._preloaded = worker, preloaded
+        self._nurseries: list[Nursery] = []
+        self._scratch = scratch.choose()
         self._workers: list[Worker] = []
         self._guardian: subprocess.Popen[bytes] | None = None
         self._store: TCPStore | None = None
@@ -77,8 +83,8 @@ class WorkerGroup:
 
         A rank that died while nothing was asked of it is no answer to ``command``: the group is made anew first.
         """
-        if any(worker.process.poll() is not None for worker in self._workers):
-            self._end_workers()
+        if any(worker.process.ended() for worker in self._workers):
+            self.end_workers()
         if not self._workers:
             failures = self._start()
             if failures:
@@ -95,8 +101,10 @@ class WorkerGroup:
         return True
 
     def close(self) -> None:
-        """End all workers. May be called twice."""
-        self._end_workers()
+        """End all workers, and what starts them. May be called twice."""
+        self.end_workers()
+        self._close_nurseries()
+        shutil.rmtree(self._scratch, ignore_errors=True)
         if self._guardian is not None:
             assert self._guardian.stdin is not None
             with contextlib.suppress(BrokenPipeError):
@@ -104,7 +112,12 @@ class WorkerGroup:
             self._guardian.wait()
             self._guardian = None
 
-    def _end_workers(self) -> None:
+    def _close_nurseries(self) -> None:
+        while self._nurseries:
+            self._nurseries.pop().close()
+
+    def end_workers(self) -> None:
+        """End all workers; the next program is run by others."""
         workers, self._workers, self._store = self._workers, [], None
         for worker in workers:
             worker.kill()
@@ -115,9 +128,19 @@ class WorkerGroup:
     def _start(self) -> list[RankReport]:
         """Start the workers; returns reports only where one of them does not come up."""
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        for rank in range(self.size):
-            self._workers.append(Worker.start(self._module, partial(self._environment_of, rank)))
-            self._tell_guardian(f"+{self._workers[rank].process.pid}\n")
+        shared = self._shared_environment()
+        if not self._nurseries or any(nursery.ended for nursery in self._nurseries):
+            self._close_nurseries()
+            self._nurseries += [Nursery(self._preloaded, shared) for _ in range(self.size)]
+        try:
+            for rank, nursery in enumerate(self._nurseries):
+                environment = {**shared, **self._place_of(rank), **self._environment}
+                self._workers.append(Worker.start(nursery, self._module, environment))
+                self._tell_guardian(f"+{self._workers[rank].process.pid}\n")
+        except wire.ConnectionLost as error:
+            self.end_workers()
+            self._close_nurseries()
+            return [RankReport(state="died", detail=f"could not be started: {error}")] * self.size
         self._number = 0
         reports = self._collect(self._start_seconds, set())
         return [] if all(report.state == "answered" for report in reports) else reports
@@ -125,34 +148,33 @@ class WorkerGroup:
     def _tell_guardian(self, line: str) -> None:
         if self._guardian is None:
             self._guardian = subprocess.Popen(
-                [sys.executable, "-I", "-S", guardian.__file__], stdin=subprocess.PIPE, start_new_session=True
+                [sys.executable, "-I", "-S", guardian.__file__, self._scratch],
+                stdin=subprocess.PIPE,
+                start_new_session=True,
             )
         assert self._guardian.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # somebody ended it; this driver ends its workers all the same
             self._guardian.stdin.write(line.encode())
             self._guardian.stdin.flush()
 
-    def _environment_of(self, rank: int, connection: int, stacks: int) -> dict[str, str]:
-        places = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
-        inherited = {name: value for name, value in os.environ.items() if name not in places}
+    def _shared_environment(self) -> dict[str, str]:
+        inherited = {name: value for name, value in os.environ.items() if name not in PLACES}
         own = {
-            "LIGHTRFT_CONFORMANCE_FDS": f"{connection},{stacks}",
-            "LIGHTRFT_CONFORMANCE_RANK": str(rank),
+            scratch.VARIABLE: str(self._scratch),
             "OMP_NUM_THREADS": "1",
             "MALLOC_MMAP_THRESHOLD_": str(2 << 20),  # large tensors go back when freed, so that peaks can be measured
             "PYTHONPATH": os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH", "")])),
         }
+        return {**inherited, **own, **self._environment}
+
+    def _place_of(self, rank: int) -> dict[str, str]:
+        """What the environment of one rank has beside."""
+        own = {"LIGHTRFT_CONFORMANCE_RANK": str(rank)}
         if self._ranks:
             assert self._store is not None
-            own |= {
-                "RANK": str(rank),
-                "WORLD_SIZE": str(self.size),
-                "LOCAL_RANK": str(rank),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(self._store.port),
-                "TORCHELASTIC_USE_AGENT_STORE": "True",
-            }
-        return {**inherited, **own, **self._environment}
+            values = (rank, self.size, rank, "127.0.0.1", self._store.port, True)
+            own |= dict(zip(PLACES, map(str, values), strict=True))
+        return own
 
     # Answers
 
@@ -168,7 +190,7 @@ class WorkerGroup:
         reports = [self._report(rank, answers, dead) for rank in range(self.size)]
         if len(answers) < self.size:
             self.restarts += 1
-            self._end_workers()
+            self.end_workers()
         return reports
 
     def _listen(
@@ -200,9 +222,9 @@ class WorkerGroup:
         if rank in answers:
             return RankReport(state="answered", answer=answers[rank])
         worker = self._workers[rank]
-        if rank in dead or worker.process.poll() is not None:
+        if rank in dead or worker.process.ended():
             detail = worker.exit_words()
-            return RankReport(state="died", detail=detail, killed=worker.process.returncode == -signal.SIGKILL)
+            return RankReport(state="died", detail=detail, killed=worker.process.status() == -signal.SIGKILL)
         return RankReport(state="hung", detail=worker.stack())
 
 

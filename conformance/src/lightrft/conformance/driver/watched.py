@@ -1,16 +1,14 @@
 """One worker process as the driver sees it: its connection, its output, its stack, its end."""
 
-import contextlib
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Self
 
 from lightrft.conformance.driver import wire
+from lightrft.conformance.driver.nursery import Child, Nursery
 
 STACK_SIGNAL = signal.SIGUSR1
 TAIL_BYTES = 4000
@@ -23,27 +21,24 @@ class Worker:
     Of its output only the end is kept, and nothing of it touches a disk.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], connection: socket.socket, output: int, stacks: int) -> None:
+    def __init__(self, process: Child, connection: socket.socket, output: int, stacks: int) -> None:
         self.process, self.connection, self.output, self._stacks = process, connection, output, stacks
         self._printed = bytearray()
         os.set_blocking(output, False)
 
     @classmethod
-    def start(cls, module: str, environment: Callable[[int, int], Mapping[str, str]]) -> Self:
-        """Start ``module``; ``environment`` is told the descriptors of its connection and for its stack."""
+    def start(cls, nursery: Nursery, module: str, environment: Mapping[str, str]) -> Self:
+        """Start ``module``. Raises `wire.ConnectionLost` where the nursery is gone."""
         ours, theirs = socket.socketpair()
         readable, writable = os.pipe()
         stacks = os.memfd_create("stacks")
         try:
-            process = subprocess.Popen(
-                [sys.executable, "-m", module],
-                stdin=subprocess.DEVNULL,
-                stdout=writable,
-                stderr=subprocess.STDOUT,
-                env=environment(theirs.fileno(), stacks),
-                pass_fds=[theirs.fileno(), stacks],
-                start_new_session=True,
-            )
+            process = nursery.start(module, environment, (theirs.fileno(), writable, stacks))
+        except wire.ConnectionLost:
+            ours.close()
+            os.close(readable)
+            os.close(stacks)
+            raise
         finally:
             theirs.close()
             os.close(writable)
@@ -93,8 +88,7 @@ class Worker:
     def stack(self) -> str:
         """Where all its threads are now, by faulthandler; its last words where it cannot say."""
         before = os.fstat(self._stacks).st_size
-        with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(STACK_SIGNAL)
+        self.process.signal(STACK_SIGNAL)
         for _ in range(40):
             time.sleep(0.05)
             if (size := os.fstat(self._stacks).st_size) > before:
@@ -104,17 +98,11 @@ class Worker:
 
     def exit_words(self) -> str:
         """How it ended, and its last words."""
-        try:
-            status: int | None = self.process.wait(timeout=1.0)
-        except subprocess.TimeoutExpired:
-            status = None
-        return f"{_words(status)}; its last words: {self.tail() or 'none'}"
+        return f"{_words(self.process.status(1.0))}; its last words: {self.tail() or 'none'}"
 
     def kill(self) -> None:
         """End it and whatever it started in its session."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        self.process.close()
         self.connection.close()
         os.close(self.output)
         os.close(self._stacks)

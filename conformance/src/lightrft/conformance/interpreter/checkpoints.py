@@ -12,7 +12,6 @@ import resource
 import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 
 from lightrft.conformance import models
+from lightrft.conformance.driver.scratch import scratch
 from lightrft.conformance.interpreter.session import Session, operation
 from lightrft.conformance.values import digest
 from lightrft.strategy import FakeStrategy, StrategyBase, StrategyConfig
@@ -60,8 +60,8 @@ def _unstorable(what: str) -> dict[Any, Any]:
 
 
 def disk() -> Path:
-    """Where the checkpoints of this driver's programs are."""
-    return Path(tempfile.gettempdir()) / f"lightrft-conformance-{os.getppid()}"
+    """Where the checkpoints are."""
+    return scratch("checkpoints")
 
 
 @operation
@@ -71,7 +71,7 @@ def empty_disk(session: Session, keep: bool = True) -> None:
     if session.rank == 0:
         shutil.rmtree(disk(), ignore_errors=True)
         if keep:
-            disk().mkdir()
+            disk().mkdir(parents=True)
 
 
 def _models(session: Session, model: str | list[str]) -> Any:

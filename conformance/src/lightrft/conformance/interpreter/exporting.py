@@ -1,15 +1,14 @@
 """Operations that write models for transformers to open."""
 
 import json
-import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lightrft.conformance import models
+from lightrft.conformance.driver.scratch import scratch
 from lightrft.conformance.interpreter import memory
 from lightrft.conformance.interpreter.session import Session, operation
 
@@ -17,8 +16,8 @@ VOCABULARY = {f"t{number}": number for number in range(models.VOCABULARY)}
 
 
 def _place() -> Path:
-    """Where the models of this driver's programs are: all ranks know without asking."""
-    return Path(tempfile.gettempdir()) / f"lightrft-conformance-{os.getppid()}-models"
+    """Where the models are."""
+    return scratch("models")
 
 
 @operation

@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context
+from multiprocessing.util import Finalize
 
 from lightrft.conformance.certification import Certification, Request
 from lightrft.conformance.contract import CONTRACT
@@ -76,9 +77,19 @@ def _batches(chosen: Sequence[Saboteur]) -> Iterator[tuple[Saboteur, ...]]:
 
 def _run_together(chosen: Sequence[Saboteur], profile: str, seed: int) -> list[Outcome]:
     """Run ``chosen``, which are of one world size, with the same workers."""
-    world = chosen[0].world
-    with WorkerGroup(world, ranks=world > 1) as group:
+    group = _group_here(chosen[0].world)
+    try:
         return [run_one(it, group, profile, seed) for it in chosen]
+    finally:
+        group.end_workers()
+
+
+@cache
+def _group_here(world: int) -> WorkerGroup:
+    """This process's own, whose workers are soon started anew."""
+    group = WorkerGroup(world, ranks=world > 1)
+    Finalize(None, group.close, exitpriority=10)
+    return group
 
 
 def run_one(saboteur: Saboteur, group: WorkerGroup, profile: str, seed: int) -> Outcome:
