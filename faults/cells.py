@@ -1,10 +1,12 @@
 """The strategies and world sizes between which checkpoints move, and groups of processes that run programs on them."""
 
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from lightrft.conformance.driver import scratch
 from lightrft.conformance.driver.group import WorkerGroup
 from lightrft.conformance.values import decode
 
@@ -50,13 +52,16 @@ def cells(strategies: list[str] | None = None, worlds: tuple[int, ...] = WORLDS)
 
 
 class Groups:
-    """A group of processes for each world size, started when it is needed."""
+    """A group of processes for each world size, started when it is needed; all see the same files."""
 
     def __init__(self) -> None:
         self._groups: dict[int, WorkerGroup] = {}
+        self._place = scratch.choose()
 
     def __getitem__(self, world: int) -> WorkerGroup:
-        return self._groups.setdefault(world, WorkerGroup(world))
+        if world not in self._groups:
+            self._groups[world] = WorkerGroup(world, place=self._place)
+        return self._groups[world]
 
     def run(self, cell: Cell, operations: list[Operation], seconds: float = 120.0, **settings: Any) -> list[list[Any]]:
         """The observations by rank. Raises `Failed` where an operation raised that must not."""
@@ -73,9 +78,10 @@ class Groups:
         return found
 
     def close(self) -> None:
-        """End all processes."""
+        """End all processes, and remove what they wrote."""
         for group in self._groups.values():
             group.close()
+        shutil.rmtree(self._place, ignore_errors=True)
 
 
 @contextmanager

@@ -118,24 +118,25 @@ DRIVER = """
 import sys, time
 from lightrft.conformance.driver.group import WorkerGroup
 group = WorkerGroup(2, worker="odd_worker", preloaded=())
-group.run({"do": ["answer", "answer"]}, 60)
-print(*group.pids, flush=True)
+group.run({"do": ["write", "answer"]}, 60)
+print(group._scratch, *group.pids, flush=True)
 group.run({"do": ["hang", "hang"]}, 3600)
 """
 
 
-def test_a_driver_that_is_killed_leaves_no_worker_behind() -> None:
+def test_a_driver_that_is_killed_leaves_no_worker_and_no_file_behind() -> None:
     driver = subprocess.Popen([sys.executable, "-c", DRIVER], stdout=subprocess.PIPE, env={**os.environ, **HERE})
     assert driver.stdout is not None
     with driver.stdout:
-        pids = [int(pid) for pid in driver.stdout.readline().split()]
-    assert len(pids) == 2 and all(map(running, pids))
+        place, *ids = driver.stdout.readline().decode().split()
+    written, pids = Path(place), [int(pid) for pid in ids]
+    assert written.exists() and len(pids) == 2 and all(map(running, pids))
     driver.kill()
     driver.wait()
     deadline = time.monotonic() + 10
-    while any(map(running, pids)) and time.monotonic() < deadline:
+    while (any(map(running, pids)) or written.exists()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not any(map(running, pids))
+    assert not any(map(running, pids)) and not written.exists()
 
 
 def running(pid: int) -> bool:
@@ -172,3 +173,11 @@ def test_what_programs_wrote_is_removed_with_the_group() -> None:
         (written,) = group._scratch.iterdir()
         assert written.read_text() == "something"
     assert not group._scratch.exists()
+
+
+def test_groups_may_share_a_place_which_is_their_owner_s_to_remove(tmp_path: Path) -> None:
+    place = tmp_path / "shared"
+    for what in ("write", "answer"):
+        with WorkerGroup(1, worker="odd_worker", environment=HERE, preloaded=(), place=place) as group:
+            assert states(group.run({"do": [what]}, LONG)) == ["answered"]
+        assert (place / "file").read_text() == "something"

@@ -43,7 +43,11 @@ class RankReport:
 
 
 class WorkerGroup:
-    """``size`` worker processes. Without ``ranks`` (size 1) the worker has no rank in its environment."""
+    """``size`` worker processes. Without ``ranks`` (size 1) the worker has no rank in its environment.
+
+    Programs write below ``place``, which several groups may share and whose owner removes it; without it, below a
+    directory of the group's own, which is gone when the group is closed.
+    """
 
     def __init__(
         self,
@@ -54,12 +58,13 @@ class WorkerGroup:
         environment: Mapping[str, str] | None = None,
         worker: str = "lightrft.conformance.driver.worker",
         preloaded: Sequence[str] = PRELOADED,
+        place: Path | None = None,
     ) -> None:
         self.size, self._ranks, self._start_seconds = size, ranks, start_seconds
         self._environment = dict(environment or {})
         self._module, self._preloaded = worker, preloaded
         self._nurseries: list[Nursery] = []
-        self._scratch = scratch.choose()
+        self._scratch, self._owns_scratch = place or scratch.choose(), place is None
         self._workers: list[Worker] = []
         self._guardian: subprocess.Popen[bytes] | None = None
         self._store: TCPStore | None = None
@@ -104,9 +109,11 @@ class WorkerGroup:
         """End all workers, and what starts them. May be called twice."""
         self.end_workers()
         self._close_nurseries()
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        if self._owns_scratch:
+            shutil.rmtree(self._scratch, ignore_errors=True)
         if self._guardian is not None:
             assert self._guardian.stdin is not None
+            self._tell_guardian(".\n")
             with contextlib.suppress(BrokenPipeError):
                 self._guardian.stdin.close()
             self._guardian.wait()
