@@ -291,18 +291,20 @@ def test_a_server_that_does_not_answer_in_time_is_ended(running):
     assert len(made.gather_and_generate(GREEDY, PROMPTS)) == 3
 
 
-def test_training_that_is_killed_leaves_no_server_behind():
+def test_training_that_is_killed_leaves_no_server_and_no_file_behind():
+    before = set(os.listdir("/dev/shm"))
     script = textwrap.dedent("""
         import os, signal
         from engine_cases import rollout
         with rollout("sglang") as (made, _, _):
-            print("server", made.inference_engine._server._pid, flush=True)
+            server = made.inference_engine._server
+            print("server", server._pid, server._folder.name, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
     """)
     child = subprocess.run(
         [sys.executable, "-c", script], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300
     )
-    found = re.search(r"server (\d+)", child.stdout)
+    found = re.search(r"server (\d+) (.+)", child.stdout)
     assert found, child.stderr[-2000:]
     assert child.returncode == -signal.SIGKILL
     group, deadline = int(found[1]), time.monotonic() + 20
@@ -310,9 +312,12 @@ def test_training_that_is_killed_leaves_no_server_behind():
         try:
             os.killpg(group, 0)
         except ProcessLookupError:
-            return
+            break
         time.sleep(0.1)
-    pytest.fail(f"processes of the group {group} are still there")
+    else:
+        pytest.fail(f"processes of the group {group} are still there")
+    assert not Path(found[2]).exists()
+    assert set(os.listdir("/dev/shm")) <= before
 
 
 def test_a_model_that_cannot_be_is_an_error_with_sglangs_own_words(tmp_path):

@@ -3,11 +3,14 @@
 seeds        with a seed, a draw depends on it and on the position alone; SGLang has this on some GPUs only
 failures     a bucket that cannot be loaded is a failed call, not the end of the process
 memory       on a CPU, where SGLang would only say that it gave memory back, it does
+files        what SGLang would leave in /dev/shm goes with the temporary files
 """
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,12 +22,13 @@ _MIXERS = ((30, -4658895280553007687), (27, -7723592293110705685))
 """Of SplitMix64 (Steele et al., "Fast splittable pseudorandom number generators", 2014), as signed numbers."""
 
 
-def run_scheduler(*args: Any, **kwargs: Any) -> None:
+def run_scheduler(server_args: Any, *args: Any, **kwargs: Any) -> None:
     """SGLang's own entry point of a model process, with our hooks in place."""
     from sglang.srt.managers.scheduler import run_scheduler_process
 
     install()
-    run_scheduler_process(*args, **kwargs)
+    keep_load_file(server_args.dp_size)
+    run_scheduler_process(server_args, *args, **kwargs)
 
 
 def install() -> None:
@@ -39,6 +43,23 @@ def install() -> None:
     HookRegistry.register("sglang.srt.layers.sampler.Sampler._sample_from_probs", seeded, HookType.AROUND)
     HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.__init__", with_host_memory, HookType.AFTER)
     HookRegistry.apply_hooks()
+
+
+# Files
+
+
+def keep_load_file(replicas: int) -> None:
+    """Have SGLang's processes tell each other of their load in a file among the temporary ones, which are removed.
+
+    The file in /dev/shm is never removed by SGLang 0.5.23. Of several ``replicas`` a process reads it that has no
+    hooks, so there it stays.
+    """
+    with contextlib.suppress(ImportError):  # of versions that have no such file
+        from sglang.srt.managers import load_snapshot
+
+        original = load_snapshot.shm_path_for
+        if replicas == 1:
+            load_snapshot.shm_path_for = lambda name: f"{os.environ['TMPDIR']}/{Path(original(name)).name}"
 
 
 # Weights

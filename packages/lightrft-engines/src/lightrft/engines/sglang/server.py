@@ -7,6 +7,7 @@ its children dies it kills the process. Here it may.
 import multiprocessing
 import os
 import select
+import shutil
 import signal
 import sys
 import threading
@@ -14,7 +15,7 @@ import traceback
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -39,6 +40,7 @@ class Server:
 
     def start(self, arguments: dict[str, Any]) -> None:
         """Make the engine."""
+        scheduler.keep_load_file(arguments.get("dp_size", 1))
         self._engine = _engine_class(fork=arguments.get("device") == "cpu")(**arguments)
 
     def stop(self) -> None:
@@ -213,7 +215,7 @@ def serve(connection: Connection) -> None:
         try:
             name, arguments = connection.recv()
         except (EOFError, OSError):
-            return
+            _end_session()
         connection.send(_attempt(getattr(server, name), arguments))
         if name == "stop":
             return
@@ -230,11 +232,17 @@ def _attempt(call: Any, arguments: tuple[Any, ...]) -> tuple[str, Any]:
 
 
 def _end_with(descriptor: int) -> None:
-    """End this session when the other side of the connection is gone, whatever it is at."""
+    """End this session, and remove its files, when the other side of the connection is gone, whatever it is at."""
     poll = select.poll()
     poll.register(descriptor, select.POLLHUP | select.POLLRDHUP)
     poll.poll()
+    _end_session()
+
+
+def _end_session() -> NoReturn:
+    shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
     os.killpg(os.getpgrp(), signal.SIGKILL)
+    raise AssertionError("this process is of its own group")
 
 
 def main() -> None:
