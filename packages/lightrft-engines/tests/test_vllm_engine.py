@@ -298,10 +298,12 @@ def test_pictures_and_films_reach_the_model_after_a_sync(tmp_path):
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_stream_that_dies_on_one_rank_is_made_good_by_the_next_sync(two, size):
+    before = set(os.listdir("/dev/shm"))
     told = two.run(
         fail_on_one_rank, engine_type="vllm", strategy="fsdp", failing=0, engine_tp_size=size, deadline=300.0
     )
     assert told == [["OSError"], []]
+    assert not [it for it in set(os.listdir("/dev/shm")) - before if "cpushm" in it]
 
 
 @pytest.mark.usefixtures("room")

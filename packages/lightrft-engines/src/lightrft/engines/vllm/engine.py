@@ -82,6 +82,8 @@ class VLLMEngine(EngineBase):
         except BaseException:
             self._close()
             raise
+        finally:
+            library.forget_names(self._territory.number)
 
     @contextlib.contextmanager
     def _inside(self) -> Iterator[None]:

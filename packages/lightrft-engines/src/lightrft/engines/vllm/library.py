@@ -1,5 +1,6 @@
 """What of vLLM the adapter uses, and the versions that were tested with it."""
 
+from pathlib import Path
 from typing import Any
 
 from lightrft.engines.probe import Call, Library
@@ -27,6 +28,12 @@ def number_groups(first: int) -> None:
 
     numbers: dict[str, int] = vars(parallel_state).setdefault("_group_name_counter", {})
     numbers.update(tp=first, pp=first)
+
+
+def forget_names(first: int) -> None:
+    """Remove the names of those blocks once all ranks have them, or none will: nobody does so later."""
+    for block in Path("/dev/shm").glob(f"*:{first}-*-cpushm_*"):
+        block.unlink(missing_ok=True)
 
 
 def _calls(vllm: Any) -> list[Call]:
