@@ -1,10 +1,11 @@
 """A whole run: start the workers, ask the strategy what it is, judge every clause, and say how it came out."""
 
 import json
+import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from multiprocessing.util import Finalize
@@ -208,8 +209,27 @@ class Certification:
             self._group = None
 
 
-def certify(request: Request, tell: Callable[[ClauseResult], None] = lambda result: None, jobs: int = 1) -> Report:
-    """Judge every clause that ``request`` selects, ``jobs`` at a time; ``tell`` hears of each as it is done."""
+@contextmanager
+def processes(jobs: int) -> Iterator[ProcessPoolExecutor | None]:
+    """``jobs`` processes for `certify`, or None for one, and where a full disk has no room for what processes share.
+
+    They are forked, so that none of them imports everything again; so make them before there are threads.
+    """
+    pool = None
+    if jobs > 1:
+        with suppress(OSError):
+            pool = ProcessPoolExecutor(jobs, mp_context=get_context("fork"))
+            pool.submit(os.getpid).result()
+    with pool or nullcontext():
+        yield pool
+
+
+def certify(
+    request: Request,
+    tell: Callable[[ClauseResult], None] = lambda result: None,
+    pool: ProcessPoolExecutor | None = None,
+) -> Report:
+    """Judge every clause that ``request`` selects, several at a time in a ``pool``; ``tell`` hears of each as it is done."""
     unknown = [it for it in request.clauses if it not in CONTRACT.ids]
     if unknown:
         return Report(request=request, identity={}, results=[], unjudged=f"there is no clause {', '.join(unknown)}")
@@ -223,7 +243,7 @@ def certify(request: Request, tell: Callable[[ClauseResult], None] = lambda resu
     unjudged = expectations.unknown(CONTRACT.ids)
     try:
         if not unjudged:
-            for said, result in _judged(request, jobs):
+            for said, result in _judged(request, pool):
                 identity = said
                 results.append(result)
                 tell(result)
@@ -238,12 +258,9 @@ Judged = tuple[dict[str, Any], ClauseResult]
 """What the strategy says that it is, and what became of a clause."""
 
 
-def _judged(request: Request, jobs: int) -> Iterator[Judged]:
+def _judged(request: Request, pool: ProcessPoolExecutor | None) -> Iterator[Judged]:
     chosen = [clause.id for clause in selected(request.clauses, engine=bool(request.engine))]
-    if jobs > 1 and len(chosen) > 1:
-        with suppress(OSError):  # on a full disk there is no room for what processes share
-            return _side_by_side(request, chosen, ProcessPoolExecutor(jobs, mp_context=get_context("spawn")))
-    return _one_by_one(request, chosen)
+    return _one_by_one(request, chosen) if pool is None or len(chosen) < 2 else _side_by_side(request, chosen, pool)
 
 
 def _one_by_one(request: Request, chosen: Sequence[str]) -> Iterator[Judged]:
@@ -258,12 +275,11 @@ def _side_by_side(request: Request, chosen: Sequence[str], pool: ProcessPoolExec
 
     Those that end workers come first here: starting anew takes longest, and nobody waits for the last one.
     """
-    with pool:
-        try:
-            for done in as_completed([pool.submit(_judge_here, request, it) for it in reversed(chosen)]):
-                yield done.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    try:
+        for done in as_completed([pool.submit(_judge_here, request, it) for it in reversed(chosen)]):
+            yield done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _judge_here(request: Request, clause: str) -> Judged:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lightrft.conformance.certification import Report, Request, certify, selected, setting
+from lightrft.conformance.certification import Report, Request, certify, processes, selected, setting
 from lightrft.conformance.contract import CONTRACT
 from lightrft.conformance.judge import ClauseResult
 from lightrft.conformance.profiles import PROFILES
@@ -115,7 +115,7 @@ def _written(console: Console, outcome: Report, path: Path) -> bool:
 
 def _with_progress(console: Console, request: Request, jobs: int) -> Report:
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    with Progress(*columns, console=console, transient=True) as progress:
+    with processes(jobs) as pool, Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(
             request.engine or request.strategy, total=len(list(selected(request.clauses, engine=bool(request.engine))))
         )
@@ -125,7 +125,7 @@ def _with_progress(console: Console, request: Request, jobs: int) -> Report:
             progress.update(task, description=f"{request.engine or request.strategy} {result.id}")
             _show(console, request, result)
 
-        return certify(request, tell, jobs)
+        return certify(request, tell, pool)
 
 
 def _show(console: Console, request: Request, result: ClauseResult) -> None:

@@ -54,7 +54,7 @@ def run_corpus(
     A saboteur that a pinned witness kills is run with the first seed only: no seed changes a witness.
     """
     outcomes: list[Outcome] = []
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=get_context("fork")) as pool:
         for seed in seeds:
             run = partial(_run_together, profile=profile, seed=seed)
             found: list[Outcome] = []
