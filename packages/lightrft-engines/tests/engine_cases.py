@@ -35,6 +35,22 @@ def llama(seed: int = 1, *, tied: bool = True) -> Any:
     return _uneven(lambda: LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=tied)), seed)
 
 
+def indifferent() -> Any:
+    """A model to which each token is as likely as any other, whatever came before."""
+    model = llama()
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    return model
+
+
+def prompts_draw_apart(strategy: StrategyBase) -> None:
+    """Prompts with one seed, of a model that cannot tell them apart, get completions that have nothing in common."""
+    sampling = {"temperature": 1.0, "max_tokens": 16, "n": 4, "seed": 3, "ignore_eos": True}
+    drawn = [it.output_token_ids for it in strategy.gather_and_generate(sampling, [[1, 2], [3], [4, 5, 6]])]
+    for one, other in itertools.combinations(drawn, 2):
+        assert sum(a == b for a, b in zip(one, other, strict=True)) < 8, (one, other)
+
+
 def experts(seed: int = 1) -> Any:
     """A small mixture of experts, whose names in memory are not those on disk."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM

@@ -19,7 +19,20 @@ pytest.importorskip("sglang", reason="needs the engine sglang")
 
 import engine_cases
 import tiny_vision
-from engine_cases import GREEDY, PROMPTS, compare, experts, interrupted, llama, smollm2, smollm2_path, train, whole
+from engine_cases import (
+    GREEDY,
+    PROMPTS,
+    compare,
+    experts,
+    indifferent,
+    interrupted,
+    llama,
+    prompts_draw_apart,
+    smollm2,
+    smollm2_path,
+    train,
+    whole,
+)
 from tiny_vision import IMAGE, VIDEO, picture
 from transformers import AutoTokenizer
 
@@ -95,6 +108,11 @@ def test_a_seed_draws_the_same_alone_and_in_a_batch(made):
     assert len(set(batch)) > 6
     assert tokens_of(made.gather_and_generate(sampling, PROMPTS[2:])) == batch[6:]
     assert tokens_of(made.gather_and_generate({**sampling, "seed": 12}, PROMPTS)) != batch
+
+
+def test_prompts_with_one_seed_draw_apart():
+    with rollout(model=indifferent()) as (made, *_):
+        prompts_draw_apart(made)
 
 
 def test_a_completion_ends_with_the_token_that_stopped_it(made):

@@ -19,8 +19,10 @@ from engine_cases import (
     compare,
     experts,
     fail_on_one_rank,
+    indifferent,
     interrupted,
     llama,
+    prompts_draw_apart,
     train,
     whole,
 )
@@ -231,6 +233,12 @@ def test_many_syncs_leave_nothing_behind(running):
 def room(running):
     """The process without an engine."""
     running[0]._rollout.shutdown()
+
+
+@pytest.mark.usefixtures("room")
+def test_prompts_with_one_seed_draw_apart():
+    with rollout(model=indifferent()) as (made, *_):
+        prompts_draw_apart(made)
 
 
 @pytest.mark.usefixtures("room")

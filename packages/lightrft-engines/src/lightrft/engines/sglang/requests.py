@@ -9,8 +9,8 @@ from typing import Any
 
 from lightrft.config import EngineError
 from lightrft.engines.media import frames, picture
+from lightrft.engines.seeds import seed_of
 from lightrft.strategy import Completion, Prompt, Sampling
-from lightrft.strategy.rollout.sampling import stream_key
 
 
 def request(prompt: Prompt) -> dict[str, Any]:
@@ -50,18 +50,8 @@ def sampling_arguments(sampling: Sampling, end_ids: Collection[int], *, tokenize
 
 
 def seeds(prompts: Sequence[Prompt], sampling: Sampling) -> list[int | None]:
-    """The seed of each completion: it follows from the seed asked for, the prompt and the sample's number alone."""
-    if sampling.seed is None or sampling.greedy:
-        return [None] * (len(prompts) * sampling.n)
-    return [
-        int.from_bytes(stream_key(sampling.seed, _identity(prompt), sample)[:8], "little", signed=True)
-        for prompt in prompts
-        for sample in range(sampling.n)
-    ]
-
-
-def _identity(prompt: Prompt) -> Sequence[int]:
-    return prompt.token_ids if prompt.token_ids is not None else (prompt.text or "").encode()
+    """The seed of each completion."""
+    return [seed_of(prompt, sampling, sample) for prompt in prompts for sample in range(sampling.n)]
 
 
 def alters_logits(sampling: Sampling) -> bool:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from typing_extensions import override
 
 from lightrft.config import EngineError
+from lightrft.engines.seeds import seed_of
 from lightrft.engines.source import ModelSource
 from lightrft.engines.vllm import library, verify
 from lightrft.engines.vllm.arguments import llm_arguments, variables
@@ -46,6 +47,7 @@ class VLLMEngine(EngineBase):
         self.capabilities = EngineCapabilities(
             multimodal=True,
             stop_strings=source.has_tokenizer,
+            seeds_by_prompt=True,
             sleep_levels=frozenset({1, 2}) if request.config.enable_engine_sleep else frozenset(),
         )
         self._open()
@@ -119,7 +121,11 @@ class VLLMEngine(EngineBase):
         with self._inside():
             self._drop_unfinished()
             with _translated("generate"):
-                answers = self._llm.generate(requests, self._vllm.SamplingParams(**arguments), use_tqdm=False)
+                # vLLM adds a sample's number to the seed of its prompt
+                parameters = [
+                    self._vllm.SamplingParams(**arguments, seed=seed_of(prompt, sampling)) for prompt in prompts
+                ]
+                answers = self._llm.generate(requests, parameters, use_tqdm=False)
         return completions(prompts, answers, sampling, version=self.weight_version, tokenizer=tokenizer)
 
     def _drop_unfinished(self) -> None:

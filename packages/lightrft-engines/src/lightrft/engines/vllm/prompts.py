@@ -22,7 +22,10 @@ def request(prompt: Prompt) -> dict[str, Any]:
 
 
 def sampling_arguments(sampling: Sampling, end_ids: Collection[int], *, tokenizer: bool) -> dict[str, Any]:
-    """Arguments of vLLM's ``SamplingParams``. ``end_ids`` end a sequence also where vLLM has no tokenizer to know it."""
+    """Arguments of vLLM's ``SamplingParams``, but for the seed, which each prompt has of its own.
+
+    ``end_ids`` end a sequence also where vLLM has no tokenizer to know it.
+    """
     ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(end_ids))
     return {
         "n": _drawn(sampling),
@@ -35,7 +38,6 @@ def sampling_arguments(sampling: Sampling, end_ids: Collection[int], *, tokenize
         "repetition_penalty": sampling.repetition_penalty,
         "presence_penalty": sampling.presence_penalty,
         "frequency_penalty": sampling.frequency_penalty,
-        "seed": sampling.seed,
         "stop": list(sampling.stop),
         "stop_token_ids": sorted(ends),
         "ignore_eos": sampling.ignore_eos,
