@@ -85,10 +85,11 @@ class Loading:
 
     def _load(self, checkpoint: Checkpoint) -> None:
         names: dict[str, str] = {}
-        self._agreement.everywhere("comparing", lambda: names.update(self._compare(checkpoint)))
+        planned: dict[str, list[Allocation]] = {}
+        self._agreement.everywhere("comparing", lambda: names.update(self._compare(checkpoint, planned)))
         self._agreement.everywhere("verifying", lambda: self._verify(checkpoint, set(names.values())))
         numbers: dict[str, Numbers] = {}
-        self._agreement.everywhere("reading numbers", lambda: numbers.update(self._numbers(checkpoint, names)))
+        self._agreement.everywhere("reading numbers", lambda: numbers.update(self._numbers(checkpoint, names, planned)))
         self._agreement.everywhere("reading", lambda: self._read(checkpoint, names, numbers))
         for subject in self._subjects:
             self._backend._refresh(subject.module)
@@ -97,12 +98,12 @@ class Loading:
 
     # Before anything changes
 
-    def _compare(self, checkpoint: Checkpoint) -> dict[str, str]:
-        """The name in the checkpoint of each subject, once all is known to fit."""
+    def _compare(self, checkpoint: Checkpoint, planned: dict[str, list[Allocation]]) -> dict[str, str]:
+        """The name in the checkpoint of each subject, once all is known to fit; ``planned`` gets what is to be made."""
         names = fit.names_in(checkpoint, self._subjects)
         for subject in self._subjects:
             fit.check(self._backend, checkpoint, subject, names[subject.name], self._options)
-            self._allocations(checkpoint, subject, names[subject.name])
+            planned[subject.name] = self._allocations(checkpoint, subject, names[subject.name])
         if not self._options.module_only:
             self._loaders.check(checkpoint.state["loaders"])
         return names
@@ -129,7 +130,9 @@ class Loading:
             return True
         return parts[0] in names and (parts[1] != "optimizer" or self._options.optimizer)
 
-    def _numbers(self, checkpoint: Checkpoint, names: dict[str, str]) -> dict[str, Numbers]:
+    def _numbers(
+        self, checkpoint: Checkpoint, names: dict[str, str], planned: dict[str, list[Allocation]]
+    ) -> dict[str, Numbers]:
         """The state of each subject's optimizer that is single numbers."""
         found = {}
         for subject in self._subjects:
@@ -137,7 +140,7 @@ class Loading:
                 continue
             name = names[subject.name]
             found[subject.name] = fit.no_numbers(checkpoint, subject, name)
-            for allocation in self._allocations(checkpoint, subject, name):
+            for allocation in planned[subject.name]:
                 fit.add_numbers(checkpoint, allocation, f"{name}/optimizer/", found[subject.name])
         return found
 

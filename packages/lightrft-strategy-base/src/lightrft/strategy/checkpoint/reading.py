@@ -4,13 +4,14 @@ Needs no strategy and no process group: converters read with it too. What is wro
 `CheckpointError` that names it.
 """
 
+import mmap
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 
@@ -21,8 +22,10 @@ from lightrft.strategy.checkpoint.store import read_manifest
 
 THREADS = 2
 """Reading and summing let go of Python's lock."""
-_SUMMED = 2**20
+_SUMMED = 2 * 2**20
 """Bytes that are read and summed at a time: few enough to stay in the processor's cache."""
+
+T = TypeVar("T")
 
 
 class Checkpoint:
@@ -33,6 +36,7 @@ class Checkpoint:
         self.path = path
         self.manifest: Manifest = read_manifest(path)
         self._descriptors: list[int] = []
+        self._names: dict[str, Mapping[str, torch.Size]] = {}
         try:
             for file in self.manifest.files:
                 self._descriptors.append(self._open(file))
@@ -105,25 +109,31 @@ class Checkpoint:
         """Names of the models in it."""
         return list(self.state["models"])
 
-    def names(self, prefix: str) -> dict[str, torch.Size]:
+    def names(self, prefix: str) -> Mapping[str, torch.Size]:
         """What follows ``prefix`` in the entries that begin with it, with the whole shapes."""
-        return {
-            entry.removeprefix(prefix): torch.Size(found[0][1].shape)
-            for entry, found in self.index.items()
-            if entry.startswith(prefix)
-        }
+        if prefix not in self._names:
+            self._names[prefix] = {
+                entry.removeprefix(prefix): torch.Size(found[0][1].shape)
+                for entry, found in self.index.items()
+                if entry.startswith(prefix)
+            }
+        return self._names[prefix]
 
     # Checking
 
     def verify(self, mine: Callable[[int, int], bool] = lambda file, piece: True) -> None:
         """Read the pieces for which ``mine(index of the file, index of the piece)``, and compare their checksums."""
         chosen = [pair for number, pair in enumerate(self.pieces) if mine(pair[0], number)]
-        with self._workers() as pool:
-            for _ in pool.map(self._verify, _batches(chosen)):
-                pass
+        own = threading.local()  # a thread keeps its buffer: making one costs more than filling it
 
-    def _verify(self, batch: Sequence[tuple[int, Piece]]) -> None:
-        buffer = memoryview(bytearray(_SUMMED))
+        def verify(batch: Sequence[tuple[int, Piece]]) -> None:
+            if not hasattr(own, "buffer"):
+                own.buffer = memoryview(mmap.mmap(-1, _SUMMED))  # whole pages, to which the system copies fastest
+            self._verify(batch, own.buffer)
+
+        self._in_threads(verify, _batches(chosen, [piece.nbytes for _, piece in chosen]))
+
+    def _verify(self, batch: Sequence[tuple[int, Piece]], buffer: memoryview) -> None:
         for index, piece in batch:
             checksum = checksums.begin(self.manifest.checksum)
             for start in range(0, piece.nbytes, _SUMMED):
@@ -138,9 +148,12 @@ class Checkpoint:
 
     def read(self, wanted: Iterable[tuple[str, int, torch.Tensor]]) -> None:
         """Fill tensors, on any device and of any type, with the ranges that begin at their offset in their entry."""
-        with self._workers() as pool:
-            for _ in pool.map(lambda one: self._fill(*one), wanted):
-                pass
+        chosen = list(wanted)
+        self._in_threads(self._fill_all, _batches(chosen, [values.nbytes for *_, values in chosen]))
+
+    def _fill_all(self, batch: Sequence[tuple[str, int, torch.Tensor]]) -> None:
+        for entry, offset, values in batch:
+            self._fill(entry, offset, values)
 
     def tensor(self, entry: str) -> torch.Tensor:
         """A whole entry, in the type in which it is stored."""
@@ -157,44 +170,46 @@ class Checkpoint:
             self._fill(entry, offset, row)
             values.copy_(row.view(values.shape))
             return
-        done = 0
+        done, direct = 0, values.device.type == "cpu" and values.is_contiguous()
         for index, piece, start, length in ranges.fragments(self.index, entry, offset, values.numel()):
             position = piece.position + start * piece.dtype.itemsize
-            self._copy(index, position, piece.dtype, values[done : done + length])
+            part = values[done : done + length]
+            if direct and values.dtype == piece.dtype:
+                self._read(index, files.bytes_of(part), position)
+            else:
+                self._convert(index, position, piece.dtype, part)
             done += length
 
-    def _copy(self, index: int, position: int, dtype: torch.dtype, values: torch.Tensor) -> None:
-        """Read into ``values`` themselves where they are in host memory and of the type, else by way of a buffer."""
-        direct = values.device.type == "cpu" and values.dtype == dtype and values.is_contiguous()
+    def _convert(self, index: int, position: int, dtype: torch.dtype, values: torch.Tensor) -> None:
+        """Read into ``values`` by way of a buffer: they are elsewhere, or of another type."""
         for part in values.split(files.CHUNK // dtype.itemsize):
-            target = part if direct else torch.empty(part.numel(), dtype=dtype)
-            self._read(index, files.bytes_of(target), position)
-            if not direct:
-                part.copy_(target)
-            position += target.nbytes
+            buffer = torch.empty(part.numel(), dtype=dtype)
+            self._read(index, files.bytes_of(buffer), position)
+            part.copy_(buffer)
+            position += buffer.nbytes
 
     def _read(self, index: int, buffer: memoryview, position: int) -> None:
-        place = self.path / self.manifest.files[index].name
-        with files.naming(place, "cannot read"):
-            while buffer:
+        while buffer:
+            try:
                 count = os.preadv(self._descriptors[index], [buffer], position)
-                if not count:
-                    raise self._damaged(place, "it ends too early")
-                buffer, position = buffer[count:], position + count
+            except OSError as error:
+                with files.naming(self.path / self.manifest.files[index].name, "cannot read"):
+                    raise error
+            if not count:
+                raise self._damaged(self.path / self.manifest.files[index].name, "it ends too early")
+            buffer, position = buffer[count:], position + count
 
-    @contextmanager
-    def _workers(self) -> Iterator[ThreadPoolExecutor]:
+    def _in_threads(self, work: Callable[[Sequence[T]], None], batches: Iterable[Sequence[T]]) -> None:
         with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), thread_name_prefix="lightrft-read") as pool:
-            yield pool
+            for _ in pool.map(work, batches):
+                pass
 
 
-def _batches(pieces: Sequence[tuple[int, Piece]], size: int = 64 * 2**20) -> Iterator[Sequence[tuple[int, Piece]]]:
-    """``pieces`` in order, some megabytes at a time, so that small ones do not cost a task each."""
-    batch: list[tuple[int, Piece]] = []
-    for pair in pieces:
-        batch.append(pair)
-        if sum(piece.nbytes for _, piece in batch) >= size or len(batch) == 256:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def _batches(items: Sequence[T], sizes: Sequence[int], most: int = 32 * 2**20) -> Iterator[Sequence[T]]:
+    """``items`` in order, some megabytes at a time, so that small ones do not cost a task each."""
+    start, held = 0, 0
+    for end, size in enumerate(sizes, 1):
+        held += size
+        if held >= most or end == len(items):
+            yield items[start:end]
+            start, held = end, 0
