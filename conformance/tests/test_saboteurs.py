@@ -1,7 +1,14 @@
 """The corpus: what it must have for the suite to be believed."""
 
+from collections import Counter
+from typing import Any
+
+import pytest
+
 from lightrft.conformance.contract import CONTRACT
-from lightrft.conformance.saboteurs.catalogue import corpus, saboteurs
+from lightrft.conformance.judge import ClauseResult
+from lightrft.conformance.saboteurs import runner
+from lightrft.conformance.saboteurs.catalogue import Saboteur, corpus, saboteurs
 
 
 def test_every_must_that_can_be_judged_here_has_a_defect_that_only_it_is_asked_to_find() -> None:
@@ -22,3 +29,19 @@ def test_every_saboteur_says_what_is_wrong_with_it() -> None:
 
 def test_there_are_controls_at_both_world_sizes() -> None:
     assert {it.world for it in corpus() if not it.clause} >= {1, 2}
+
+
+def test_each_seed_tries_what_no_pinned_witness_has_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned, drawn, survivor, *_ = saboteurs()
+    control = next(it for it in corpus() if not it.clause)
+
+    def judged(saboteur: Saboteur, *_: Any) -> runner.Outcome:  # in a process that is forked from this one
+        verdict = "pass" if saboteur.name in (survivor.name, control.name) else "fail"
+        result = ClauseResult(id="-", level="MUST", verdict=verdict, pinned=saboteur.name == pinned.name)
+        return runner.Outcome(saboteur=saboteur, killed=verdict == "fail", results=[result])
+
+    monkeypatch.setattr(runner, "run_one", judged)
+    found = runner.run_corpus([pinned, drawn, survivor, control], "smoke", range(3))
+    times = Counter(it.saboteur.name for it in found)
+    assert times == {pinned.name: 1, drawn.name: 3, survivor.name: 3, control.name: 3}
+    assert {it.saboteur.name for it in found if not it.right} == {survivor.name}
