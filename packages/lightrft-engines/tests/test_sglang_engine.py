@@ -335,7 +335,7 @@ def test_training_that_is_killed_leaves_no_server_and_no_file_behind():
     else:
         pytest.fail(f"processes of the group {group} are still there")
     assert not Path(found[2]).exists()
-    assert set(os.listdir("/dev/shm")) <= before
+    assert not [it for it in set(os.listdir("/dev/shm")) - before if it.startswith("sgl")]
 
 
 def test_a_model_that_cannot_be_is_an_error_with_sglangs_own_words(tmp_path):

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ def seed_of(prompt: Prompt, sampling: Sampling, sample: int = 0) -> int | None:
 def _digests(prompt: Prompt) -> Iterator[bytes]:
     """Of the pictures and videos whose numbers can be seen."""
     for media in (*map(picture, prompt.images), *map(frames, prompt.videos)):
-        numbers: Any = np.asarray(media)
-        if numbers.dtype != object:
-            yield hashlib.blake2b(numbers.tobytes(), digest_size=16).digest()
+        with suppress(TypeError, ValueError):  # on a GPU, or in a form that only the engine knows
+            numbers: Any = np.asarray(media)
+            if numbers.dtype != object:
+                yield hashlib.blake2b(numbers.tobytes(), digest_size=16).digest()
