@@ -52,6 +52,14 @@ def saved(strategy: str, path: str, build: Any = llama, save: dict[str, Any] | N
         return str(found), training.whole(made, model), logits_BTV.float()
 
 
+def checkpointed(strategy: str, path: str, **settings: Any) -> dict[str, torch.Tensor]:
+    """Save a checkpoint of a trained model to ``path``; its weights."""
+    with opened(strategy, **settings) as made:
+        model, _ = in_training(made, llama(), updates=1)
+        made.save_ckpt(model, path, tag="t")
+        return training.whole(made, model)
+
+
 def opened_with_adapter(path: str) -> torch.Tensor:
     """The logits of what `saved` wrote of `with_adapter`, opened with peft."""
     import peft

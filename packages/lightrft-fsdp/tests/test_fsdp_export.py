@@ -1,5 +1,6 @@
 """Models written by FSDP2 for transformers to open, and read back into other layouts."""
 
+import json
 from pathlib import Path
 
 import exports
@@ -9,7 +10,10 @@ import pytest
 import torch
 from llamas import llama, with_adapter
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 from workers import Workers
+
+from lightrft.strategy.cli import app
 
 transformers = pytest.importorskip("transformers")
 
@@ -39,6 +43,16 @@ def test_what_one_run_saves_transformers_opens_and_another_run_loads(
         assert all(torch.equal(found[name], it) for name, it in weights.items())
         assert close(found_logits, logits, bound)
         assert 0 < max(float((updated[name] - it).abs().max()) for name, it in found.items()) < 0.02
+
+
+def test_a_checkpoint_becomes_the_model_that_was_prepared(two: Workers, tmp_path: Path) -> None:
+    weights, _ = two.run(exports.checkpointed, strategy="fsdp", path=str(tmp_path / "store"))
+    out = tmp_path / "out"
+    converted = CliRunner().invoke(app, ["convert", str(tmp_path / "store" / "t"), str(out), "--dtype", "float32"])
+    assert converted.exit_code == 0, converted.output
+    assert json.loads((out / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    opened = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert all(torch.equal(opened.state_dict()[name], it) for name, it in weights.items())
 
 
 def test_parameters_of_one_element_are_saved(two: Workers, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def _model_facts(backend: Backend, subject: Subject, averages: MovingAverages) -
     trained, scheduler = subject.trained, subject.scheduler
     return {
         "class": subject.kind.__name__,
-        "configuration": configuration_texts(subject.module),
+        "configuration": configuration_texts(subject.module, subject.kind),
         "adapters": adapter_configurations(subject.module),
         "average": averages.seen(subject.module),
         "scheduler": None

@@ -50,14 +50,17 @@ def write_configuration(
             ) from error
 
 
-def configuration_texts(module: nn.Module) -> dict[str, str]:
-    """The configuration files of a transformers model, or of the one that holds adapters, by name; of others none."""
+def configuration_texts(module: nn.Module, kind: type[nn.Module]) -> dict[str, str]:
+    """The configuration files of a transformers model, or of the one that holds adapters, by name; of others none.
+
+    ``kind``: the class of ``module``, which wrapping may have replaced.
+    """
     transformers, peft = sys.modules.get("transformers"), sys.modules.get("peft")
     model: Any = module.get_base_model() if peft is not None and isinstance(module, peft.PeftModel) else module
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
         return {}
     config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__.removeprefix("FSDP")]  # FSDP2 makes a class of its own
+    config.architectures = [(kind if model is module else type(model)).__name__]
     texts = {"config.json": config.to_json_string()}
     if model.can_generate() and model.generation_config is not None:
         texts["generation_config.json"] = model.generation_config.to_json_string()
