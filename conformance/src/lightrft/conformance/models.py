@@ -213,13 +213,19 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+INDIFFERENT = "indifferent "
+"""Before the kind of a language model: one to which each token is as likely as any other, whatever came before."""
+
+
 def build(kind: str, seed: int) -> nn.Module:
     """A model whose weights follow from ``seed`` alone; the caller's random stream is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # `torch.manual_seed` keeps a stack for CUDA: slower than the rest
-        model = KINDS[kind]()
+        model = KINDS[kind.removeprefix(INDIFFERENT)]()
         for parameter in model.parameters():  # norms and biases begin at 1 and 0, which hides mistakes
             parameter.data.add_(0.1 * torch.randn_like(parameter))
+            if kind.startswith(INDIFFERENT):
+                parameter.data.zero_()
     return model
 
 

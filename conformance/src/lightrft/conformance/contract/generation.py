@@ -1,5 +1,6 @@
 """GEN: prompts in, completions out."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -56,7 +57,7 @@ class OwnCompletions(Rollouts):
 
 @CONTRACT.add
 class Repeatable(Clause):
-    """Greedy generation repeats; a seed makes sampling repeat, and another seed, or none, draws anew."""
+    """Greedy generation repeats; a seed makes sampling repeat, and another seed, another prompt, or no seed, draws anew."""
 
     id = "GEN-2"
     prompts: ClassVar[Sequence[Any]] = ([[1, 2, 3], [4]], [[5, 6]], [], [[5, 6], [4]])
@@ -66,11 +67,30 @@ class Repeatable(Clause):
     def witnesses(self, place: Place) -> Sequence[Program]:
         hot: dict[str, Any] = {"temperature": 2.0, "max_tokens": 12, "n": 2}  # no engine has to take more
         looks = [{}, {}, {**hot, "seed": 3}, {**hot, "seed": 3}, {**hot, "seed": 4}, hot, hot]
-        operations = (*rollout(place), *(generate(self.prompts, **sampling) for sampling in looks))
-        return [Program(operations=operations, settings={**FP32, **geometry(place)})]
+        told_apart = (*rollout(place), *(generate(self.prompts, **sampling) for sampling in looks))
+        sampling = {"temperature": 1.0, "max_tokens": 12, "n": 2, "seed": 3, "ignore_eos": True}
+        not_told_apart = (*rollout(place, before=models.INDIFFERENT), generate(self.prompts, **sampling))
+        settings = {**FP32, **geometry(place)}
+        return [Program(operations=it, settings=settings) for it in (told_apart, not_told_apart)]
 
     @override
     def check(self, trial: Trial) -> None:
+        if len(list(trial.each("generate"))) == 1:
+            self._check_apart(trial)
+        else:
+            self._check_repeats(trial)
+
+    def _check_apart(self, trial: Trial) -> None:
+        """Prompts between which the model makes no difference have nothing in common but the seed."""
+        for rank, seen in enumerate(trial.last("generate")):
+            for one, other in itertools.combinations(_tokens(seen), 2):
+                shared = sum(left == right for left, right in zip(one, other, strict=True))
+                self.require(
+                    shared < len(one) / 2,
+                    f"rank {rank}: with one seed, completions follow each other: {one} and {other}",
+                )
+
+    def _check_repeats(self, trial: Trial) -> None:
         greedy, greedy_again, seeded, seeded_again, other, free, free_again = [
             seen for _, _, seen in trial.each("generate")
         ]

@@ -14,9 +14,12 @@ PROMPTS = [[[1, 2, 3], [4]], [[5, 6]], [], [[7, 8, 9, 10]]]
 SLEEPING = {"enable_engine_sleep": True}
 
 
-def rollout(place: Place, seed: int = 1, lr: float = 0.05) -> list[Operation]:
-    """A language model in training, and an engine with its weights."""
-    return [*trained(kind=place.language_model, seed=seed, lr=lr), {"do": "engine", "kind": place.engine, "actor": "a"}]
+def rollout(place: Place, seed: int = 1, lr: float = 0.05, before: str = "") -> list[Operation]:
+    """A language model in training, and an engine with its weights. ``before`` stands before the model's kind."""
+    return [
+        *trained(kind=before + place.language_model, seed=seed, lr=lr),
+        {"do": "engine", "kind": place.engine, "actor": "a"},
+    ]
 
 
 def generate(prompts: Sequence[Any] = PROMPTS, **sampling: Any) -> Operation:

@@ -3,12 +3,15 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
+import torch
 from typing_extensions import override
 
 from lightrft.conformance.saboteurs.catalogue import saboteur
 from lightrft.conformance.saboteurs.plain import PlainStrategy
 from lightrft.strategy import Completion, EngineStatus, FakeStrategy, Prompt, Sampling
+from lightrft.strategy.rollout import fake_engine
 from lightrft.strategy.rollout.fake_engine import FakeEngine
 from lightrft.strategy.rollout.weights import Bucket
 
@@ -280,6 +283,19 @@ class OneSample(FakeEngine):
     def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
         found = super()._generate(prompts, replace(sampling, n=1))
         return [it for it in found for _ in range(sampling.n)]
+
+
+@saboteur("GEN-2", engine=True)
+class OneStreamForAllPrompts(FakeEngine):
+    """With a seed, all prompts are drawn from one stream."""
+
+    @override
+    def _complete(self, prompt: Prompt, sampling: Sampling, seed: int, sample: int) -> Completion:
+        if sampling.seed is None or sampling.greedy:
+            return super()._complete(prompt, sampling, seed, sample)
+        drawn = torch.rand(sampling.max_tokens, generator=torch.Generator().manual_seed(seed + sample)).tolist()
+        with patch.object(fake_engine, "uniform", lambda key, position: drawn[position]):
+            return super()._complete(prompt, sampling, seed, sample)
 
 
 @saboteur("GEN-6", engine=True)
