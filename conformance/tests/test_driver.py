@@ -89,8 +89,10 @@ def test_a_worker_that_is_killed_in_a_program_is_told_from_one_that_ends_itself(
 
 
 @pytest.mark.parametrize("what", ["send garbage", "send half"])
-def test_what_is_no_message_ends_the_worker(group: WorkerGroup, what: str) -> None:
-    assert states(told(group, "answer", what, seconds=2.0)) == ["answered", "died"]
+@pytest.mark.parametrize("other", ["answer", "be late"])
+def test_what_is_no_message_ends_the_worker(group: WorkerGroup, what: str, other: str) -> None:
+    assert all_answer(group)
+    assert states(told(group, other, what, seconds=2.0)) == ["answered", "died"]
     assert all_answer(group)
 
 

@@ -203,10 +203,15 @@ class WorkerGroup:
     def _listen(
         self, selector: selectors.BaseSelector, end: float, answers: dict[int, dict[str, Any]], dead: set[int]
     ) -> set[int]:
-        """Fill ``answers`` until all have answered or died, or it is ``end``; returns the ranks that died."""
+        """Fill ``answers`` until all have answered or died, or it is ``end``; returns the ranks that died.
+
+        At the end it looks once more: half a message of one rank may have kept it from the answers of others.
+        """
         if dead:
             end = min(end, time.monotonic() + MOURNING_SECONDS * crowding())
-        while len(answers.keys() | dead) < self.size and time.monotonic() < end:
+        time_is_up = False
+        while len(answers.keys() | dead) < self.size and not time_is_up:
+            time_is_up = time.monotonic() >= end
             for key, _ in selector.select(timeout=max(0.0, end - time.monotonic())):
                 rank, what = key.data
                 if what == "output":
