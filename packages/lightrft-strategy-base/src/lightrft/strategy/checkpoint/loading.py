@@ -4,7 +4,7 @@ Each rank reads the ranges that it holds, whatever ranks wrote them; so the numb
 may be others than those that saved.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,8 +86,7 @@ class Loading:
     def _load(self, checkpoint: Checkpoint) -> None:
         names: dict[str, str] = {}
         planned: dict[str, list[Allocation]] = {}
-        self._agreement.everywhere("comparing", lambda: names.update(self._compare(checkpoint, planned)))
-        self._agreement.everywhere("verifying", lambda: self._verify(checkpoint, set(names.values())))
+        self._agreement.everywhere("checking", lambda: names.update(self._check(checkpoint, planned)))
         numbers: dict[str, Numbers] = {}
         self._agreement.everywhere("reading numbers", lambda: numbers.update(self._numbers(checkpoint, names, planned)))
         self._agreement.everywhere("reading", lambda: self._read(checkpoint, names, numbers))
@@ -98,14 +97,18 @@ class Loading:
 
     # Before anything changes
 
-    def _compare(self, checkpoint: Checkpoint, planned: dict[str, list[Allocation]]) -> dict[str, str]:
-        """The name in the checkpoint of each subject, once all is known to fit; ``planned`` gets what is to be made."""
+    def _check(self, checkpoint: Checkpoint, planned: dict[str, list[Allocation]]) -> dict[str, str]:
+        """The name in the checkpoint of each subject, once all is verified, and known to fit.
+
+        ``planned`` gets what of the optimizers' state is to be made.
+        """
         names = fit.names_in(checkpoint, self._subjects)
-        for subject in self._subjects:
-            fit.check(self._backend, checkpoint, subject, names[subject.name], self._options)
-            planned[subject.name] = self._allocations(checkpoint, subject, names[subject.name])
-        if not self._options.module_only:
-            self._loaders.check(checkpoint.state["loaders"])
+        with checkpoint.verifying(self._mine(checkpoint, set(names.values()))):
+            for subject in self._subjects:
+                fit.check(self._backend, checkpoint, subject, names[subject.name], self._options)
+                planned[subject.name] = self._allocations(checkpoint, subject, names[subject.name])
+            if not self._options.module_only:
+                self._loaders.check(checkpoint.state["loaders"])
         return names
 
     def _allocations(self, checkpoint: Checkpoint, subject: Subject, name: str) -> list[Allocation]:
@@ -114,8 +117,8 @@ class Loading:
         slices = optimizer_state.in_order(subject.trained.optimizer, self._backend._state_slices(subject.trained))
         return optimizer_state.plan(slices, checkpoint.names(f"{name}/optimizer/"))
 
-    def _verify(self, checkpoint: Checkpoint, names: set[str]) -> None:
-        """Verify what will be read, each piece on some rank: files by their own rank where there are as many ranks."""
+    def _mine(self, checkpoint: Checkpoint, names: set[str]) -> Callable[[int, int], bool]:
+        """Of what will be read each piece is verified on some rank: files by their own, where there are as many ranks."""
         rank, ranks = self._backend.world.rank, self._backend.world.size
         wanted = {
             number
@@ -123,7 +126,7 @@ class Loading:
             if self._is_read(piece.entry.split("/"), names)
         }
         alike = checkpoint.manifest.ranks == ranks
-        checkpoint.verify(lambda file, number: number in wanted and (file if alike else number) % ranks == rank)
+        return lambda file, number: number in wanted and (file if alike else number) % ranks == rank
 
     def _is_read(self, parts: list[str], names: set[str]) -> bool:
         if parts[0] == RANKS:

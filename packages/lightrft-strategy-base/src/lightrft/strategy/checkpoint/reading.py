@@ -7,8 +7,10 @@ Needs no strategy and no process group: converters read with it too. What is wro
 import mmap
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -121,8 +123,17 @@ class Checkpoint:
 
     # Checking
 
-    def verify(self, mine: Callable[[int, int], bool] = lambda file, piece: True) -> None:
-        """Read the pieces for which ``mine(index of the file, index of the piece)``, and compare their checksums."""
+    def verify(self) -> None:
+        """Read everything, and compare the checksums."""
+        with self.verifying():
+            pass
+
+    @contextmanager
+    def verifying(self, mine: Callable[[int, int], bool] = lambda file, piece: True) -> Iterator[None]:
+        """Verify, while the body does something else, and to the end: the pieces for which ``mine``.
+
+        ``mine``: of the index of the file and that of the piece.
+        """
         chosen = [pair for number, pair in enumerate(self.pieces) if mine(pair[0], number)]
         own = threading.local()  # a thread keeps its buffer: making one costs more than filling it
 
@@ -131,7 +142,13 @@ class Checkpoint:
                 own.buffer = memoryview(mmap.mmap(-1, _SUMMED))  # whole pages, to which the system copies fastest
             self._verify(batch, own.buffer)
 
-        self._in_threads(verify, _batches(chosen, [piece.nbytes for _, piece in chosen]))
+        with self._threads() as pool:
+            found = pool.map(verify, _batches(chosen, [piece.nbytes for _, piece in chosen]))
+            try:
+                yield
+                deque(found, maxlen=0)
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def _verify(self, batch: Sequence[tuple[int, Piece]], buffer: memoryview) -> None:
         for index, piece in batch:
@@ -149,7 +166,8 @@ class Checkpoint:
     def read(self, wanted: Iterable[tuple[str, int, torch.Tensor]]) -> None:
         """Fill tensors, on any device and of any type, with the ranges that begin at their offset in their entry."""
         chosen = list(wanted)
-        self._in_threads(self._fill_all, _batches(chosen, [values.nbytes for *_, values in chosen]))
+        with self._threads() as pool:
+            deque(pool.map(self._fill_all, _batches(chosen, [values.nbytes for *_, values in chosen])), maxlen=0)
 
     def _fill_all(self, batch: Sequence[tuple[str, int, torch.Tensor]]) -> None:
         for entry, offset, values in batch:
@@ -199,10 +217,8 @@ class Checkpoint:
                 raise self._damaged(self.path / self.manifest.files[index].name, "it ends too early")
             buffer, position = buffer[count:], position + count
 
-    def _in_threads(self, work: Callable[[Sequence[T]], None], batches: Iterable[Sequence[T]]) -> None:
-        with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), thread_name_prefix="lightrft-read") as pool:
-            for _ in pool.map(work, batches):
-                pass
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), thread_name_prefix="lightrft-read")
 
 
 def _batches(items: Sequence[T], sizes: Sequence[int], most: int = 32 * 2**20) -> Iterator[Sequence[T]]:
