@@ -68,10 +68,11 @@ def run_corpus(
 
 
 def _batches(chosen: Sequence[Saboteur]) -> Iterator[tuple[Saboteur, ...]]:
-    """Controls, which take longest, one by one; then a few saboteurs of the same world size at a time."""
-    yield from ((it,) for it in chosen if not it.clause)
+    """What takes longest one by one, controls and those that hang; then a few of the same world size at a time."""
+    long = [it for it in chosen if not it.clause or it.verdict == "hang"]
+    yield from ((it,) for it in sorted(long, key=lambda it: it.verdict != "hang"))
     for world in sorted({it.world for it in chosen}):
-        these = [it for it in chosen if it.clause and it.world == world]
+        these = [it for it in chosen if it not in long and it.world == world]
         yield from (tuple(these[start : start + TOGETHER]) for start in range(0, len(these), TOGETHER))
 
 
