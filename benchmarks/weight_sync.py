@@ -11,7 +11,7 @@ import mmap
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from lightrft.engines.sglang.shared import pieces
 from lightrft.strategy import RolloutEngine, Sampling, StrategyBase, get_strategy
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples/rlvr_arithmetic"))
@@ -120,7 +121,7 @@ def ways(
     return {
         "plain copy": lambda: [new_like(tensor).copy_(tensor) for _, tensor in weights],
         "copy into used memory": lambda: [tensor.clone() for _, tensor in weights],
-        "into the engine": lambda: engine.update_weights([*in_buckets(weights, strategy.config.weight_sync_bucket_bytes)]),
+        "into the engine": lambda: engine.update_weights([*pieces(weights, strategy.config.weight_sync_bucket_bytes)]),
         "out of the strategy": lambda: strategy.update_engine_weights(actor),
         "one tensor a call": lambda: engine.update_weights([weight] for weight in weights),
     }  # fmt: skip
@@ -136,17 +137,6 @@ def new_like(tensor: torch.Tensor) -> torch.Tensor:
 def weights_of(strategy: StrategyBase, actor: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     """All weights, each in memory of its own."""
     return [(name, tensor.clone()) for bucket in strategy.full_parameters(actor) for name, tensor in bucket]
-
-
-def in_buckets(weights: Iterable[tuple[str, torch.Tensor]], limit: int) -> Iterable[list[tuple[str, torch.Tensor]]]:
-    """``weights``, packed up to ``limit`` bytes."""
-    bucket: list[tuple[str, torch.Tensor]] = []
-    for name, tensor in weights:
-        if bucket and sum(it.nbytes for _, it in bucket) + tensor.nbytes > limit:
-            yield bucket
-            bucket = []
-        bucket.append((name, tensor))
-    yield bucket
 
 
 def measured(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:

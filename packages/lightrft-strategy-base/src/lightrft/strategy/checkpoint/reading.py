@@ -37,6 +37,7 @@ class Checkpoint:
         """Read the manifest of the checkpoint at ``path``, and open its files."""
         self.path = path
         self.manifest: Manifest = read_manifest(path)
+        self._places = [path / file.name for file in self.manifest.files]
         self._descriptors: list[int] = []
         self._names: dict[str, Mapping[str, torch.Size]] = {}
         try:
@@ -82,8 +83,7 @@ class Checkpoint:
         return [(index, piece) for index in range(len(self._descriptors)) for piece in self._header(index)]
 
     def _header(self, index: int) -> list[Piece]:
-        file, descriptor = self.manifest.files[index], self._descriptors[index]
-        place = self.path / file.name
+        file, descriptor, place = self.manifest.files[index], self._descriptors[index], self._places[index]
         with files.naming(place, "cannot read"):
             try:
                 header = os.pread(descriptor, layout.header_length(os.pread(descriptor, 8, 0), file.nbytes), 0)
@@ -158,8 +158,7 @@ class Checkpoint:
                 self._read(index, view, piece.position + start)
                 checksum.update(view)
             if checksum.hexdigest() != piece.checksum:
-                place = self.path / self.manifest.files[index].name
-                raise self._damaged(place, f"{piece.entry} does not fit its checksum")
+                raise self._damaged(self._places[index], f"{piece.entry} does not fit its checksum")
 
     # Values
 
@@ -207,15 +206,12 @@ class Checkpoint:
             position += buffer.nbytes
 
     def _read(self, index: int, buffer: memoryview, position: int) -> None:
-        while buffer:
-            try:
+        with files.naming(self._places[index], "cannot read"):
+            while buffer:
                 count = os.preadv(self._descriptors[index], [buffer], position)
-            except OSError as error:
-                with files.naming(self.path / self.manifest.files[index].name, "cannot read"):
-                    raise error
-            if not count:
-                raise self._damaged(self.path / self.manifest.files[index].name, "it ends too early")
-            buffer, position = buffer[count:], position + count
+                if not count:
+                    raise self._damaged(self._places[index], "it ends too early")
+                buffer, position = buffer[count:], position + count
 
     def _threads(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), thread_name_prefix="lightrft-read")
