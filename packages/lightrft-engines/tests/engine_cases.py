@@ -51,6 +51,46 @@ def prompts_draw_apart(strategy: StrategyBase) -> None:
         assert sum(a == b for a, b in zip(one, other, strict=True)) < 8, (one, other)
 
 
+def many_cycles_leave_nothing_behind(strategy: StrategyBase, actor: Any) -> None:
+    """Wake, sync, generate and sleep, over and over: the same tokens, and no more processes, threads, files or memory.
+
+    The environment's ``LIGHTRFT_CYCLES`` says how often; 12 times by default.
+    """
+
+    def cycle() -> list[tuple[int, ...]]:
+        strategy.wakeup_inference_engine()
+        strategy.update_engine_weights(actor)
+        return [it.output_token_ids for it in strategy.gather_and_generate(GREEDY, PROMPTS)]
+
+    def held() -> dict[int, list[int]]:
+        processes = os.getpid(), *descendants(os.getpid())
+        return {pid: [len(os.listdir(f"/proc/{pid}/{of}")) for of in ("task", "fd")] for pid in processes}
+
+    for _ in range(3):
+        wanted = cycle()
+    before = held()
+    memory = {pid: resident(pid) for pid in before}
+    assert all(cycle() == wanted for _ in range(int(os.environ.get("LIGHTRFT_CYCLES", "12"))))
+    assert held() == before
+    grown = {pid: resident(pid) - size for pid, size in memory.items()}
+    assert max(grown.values()) < 16 * 2**20, grown
+
+
+def descendants(pid: int) -> list[int]:
+    """Process ids below ``pid``."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            found += [int(child), *descendants(int(child))]
+    return found
+
+
+def resident(pid: int) -> int:
+    """Bytes in memory that are the process's own."""
+    pages = Path(f"/proc/{pid}/statm").read_text().split()
+    return (int(pages[1]) - int(pages[2])) * os.sysconf("SC_PAGE_SIZE")
+
+
 def experts(seed: int = 1) -> Any:
     """A small mixture of experts, whose names in memory are not those on disk."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM

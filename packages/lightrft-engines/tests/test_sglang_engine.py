@@ -23,11 +23,14 @@ from engine_cases import (
     GREEDY,
     PROMPTS,
     compare,
+    descendants,
     experts,
     indifferent,
     interrupted,
     llama,
+    many_cycles_leave_nothing_behind,
     prompts_draw_apart,
+    resident,
     smollm2,
     smollm2_path,
     train,
@@ -66,25 +69,11 @@ def server_of(made):
     return made.inference_engine._server
 
 
-def descendants(pid):
-    """Process ids below ``pid``."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            found += [int(child), *descendants(int(child))]
-    return found
-
-
 def process(made, name):
     """SGLang starts the process of the model first, then that which makes text of tokens."""
     (task,) = [it for it in Path(f"/proc/{server_of(made)._pid}/task").iterdir() if (it / "children").read_text()]
     scheduler, detokenizer = map(int, (task / "children").read_text().split())
     return {"scheduler": scheduler, "detokenizer": detokenizer, "server": server_of(made)._pid}[name]
-
-
-def resident(pid):
-    """Bytes in memory."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def generate_without_end(made):
@@ -236,28 +225,7 @@ def test_sleeping_and_waking_change_no_token(running):
 
 
 def test_many_cycles_leave_nothing_behind(running):
-    made, actor, _ = running
-    cycles = int(os.environ.get("LIGHTRFT_CYCLES", "12"))
-
-    def cycle():
-        made.wakeup_inference_engine()
-        made.update_engine_weights(actor)
-        return tokens_of(made.gather_and_generate(GREEDY, PROMPTS))
-
-    def held(pid):
-        threads, files = len(os.listdir(f"/proc/{pid}/task")), len(os.listdir(f"/proc/{pid}/fd"))
-        return pid, threads, files
-
-    def state():
-        return sorted(held(pid) for pid in (os.getpid(), server_of(made)._pid, *descendants(server_of(made)._pid)))
-
-    for _ in range(3):
-        wanted = cycle()
-    before, memory = state(), {pid: resident(pid) for pid in descendants(server_of(made)._pid)}
-    assert all(cycle() == wanted for _ in range(cycles))
-    assert state() == before
-    grown = {pid: resident(pid) - size for pid, size in memory.items()}
-    assert max(grown.values()) < 16 * 2**20, grown
+    many_cycles_leave_nothing_behind(*running[:2])
 
 
 # Death

@@ -1,5 +1,6 @@
 """The engine in the training process: what it generates is what its model says."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from engine_cases import many_cycles_leave_nothing_behind, resident
 from llamas import llama
 from torch import nn
 
@@ -135,9 +137,9 @@ def test_sleep_gives_the_weights_memory_back_and_a_sync_brings_it_again() -> Non
     with rollout(transformers.LlamaForCausalLM(config)) as (strategy, actor):
         size = sum(parameter.nbytes for parameter in actor.parameters())
         wanted = tokens(completed(strategy, [[1, 5]], **GREEDY))
-        awake = _resident()
+        awake = resident(os.getpid())
         strategy.inference_engine.sleep(2)
-        assert awake - _resident() > 0.95 * size
+        assert awake - resident(os.getpid()) > 0.95 * size
         with pytest.raises(StaleWeightsError, match="dropped the weights"):
             completed(strategy, [[1, 5]], **GREEDY)
         strategy.update_engine_weights(actor)
@@ -146,10 +148,9 @@ def test_sleep_gives_the_weights_memory_back_and_a_sync_brings_it_again() -> Non
         assert tokens(completed(strategy, [[1, 5]], **GREEDY)) == wanted
 
 
-def _resident() -> int:
-    """Bytes of this process in memory that are its own."""
-    pages = Path("/proc/self/statm").read_text().split()
-    return (int(pages[1]) - int(pages[2])) * 4096
+def test_many_cycles_leave_nothing_behind() -> None:
+    with rollout(enable_engine_sleep=True) as made:
+        many_cycles_leave_nothing_behind(*made)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import os
 import random
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +21,7 @@ from engine_cases import (
     indifferent,
     interrupted,
     llama,
+    many_cycles_leave_nothing_behind,
     prompts_draw_apart,
     train,
     whole,
@@ -204,26 +204,8 @@ def _reload_and_change(llm, tensors):
     )
 
 
-def test_many_syncs_leave_nothing_behind(running):
-    made, actor, _ = running
-    cycles = int(os.environ.get("LIGHTRFT_CYCLES", "12"))
-
-    def cycle():
-        made.update_engine_weights(actor)
-        return tokens_of(made.gather_and_generate(GREEDY, PROMPTS))
-
-    def held():
-        return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
-
-    def resident():
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-    for _ in range(3):
-        wanted = cycle()
-    before, memory = held(), resident()
-    assert all(cycle() == wanted for _ in range(cycles))
-    assert held() == before
-    assert resident() - memory < 16 * 2**20
+def test_many_cycles_leave_nothing_behind(running):
+    many_cycles_leave_nothing_behind(*running[:2])
 
 
 # Other engines in this process: after the one above is gone
