@@ -9,7 +9,7 @@ import fsdp_cases
 import pytest
 import torch
 import training
-from programs import Program
+from programs import Program, tokens
 
 from lightrft.config import CheckpointError, LightRFTError
 from lightrft.strategy.checkpoint import capture, saving
@@ -54,11 +54,16 @@ def terminated(path: str) -> int:
 
 
 def went_on(path: str, done: int) -> dict[str, torch.Tensor]:
-    """The weights after six updates, the first ``done`` of which are in a checkpoint."""
+    """The weights after six updates, the first ``done`` of which are in a checkpoint.
+
+    A forward before it is loaded leaves the root's parameters gathered.
+    """
     program = Program(updates=6, skipped=range(done))
     with fsdp_cases.strategy(program) as made:
         model, optimizer = fsdp_cases.prepared(made)
         if done:
+            with torch.no_grad():
+                model(tokens(0))
             made.load_ckpt(model, path)
         training.run(program, made, model, optimizer)
         return training.whole(made, model)

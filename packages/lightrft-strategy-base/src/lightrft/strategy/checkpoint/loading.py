@@ -89,7 +89,7 @@ class Loading:
         self._agreement.everywhere("checking", lambda: names.update(self._check(checkpoint, planned)))
         numbers: dict[str, Numbers] = {}
         self._agreement.everywhere("reading numbers", lambda: numbers.update(self._numbers(checkpoint, names, planned)))
-        self._agreement.everywhere("reading", lambda: self._read(checkpoint, names, numbers))
+        self._agreement.everywhere("reading", lambda: self._read(checkpoint, names, planned, numbers))
         for subject in self._subjects:
             self._backend._refresh(subject.module)
         if not self._options.module_only:
@@ -105,6 +105,7 @@ class Loading:
         names = fit.names_in(checkpoint, self._subjects)
         with checkpoint.verifying(self._mine(checkpoint, set(names.values()))):
             for subject in self._subjects:
+                self._backend._settle(subject.module)
                 fit.check(self._backend, checkpoint, subject, names[subject.name], self._options)
                 planned[subject.name] = self._allocations(checkpoint, subject, names[subject.name])
             if not self._options.module_only:
@@ -114,8 +115,8 @@ class Loading:
     def _allocations(self, checkpoint: Checkpoint, subject: Subject, name: str) -> list[Allocation]:
         if subject.trained is None or not self._options.optimizer:
             return []
-        slices = optimizer_state.in_order(subject.trained.optimizer, self._backend._state_slices(subject.trained))
-        return optimizer_state.plan(slices, checkpoint.names(f"{name}/optimizer/"))
+        slices = self._backend._state_slices(subject.trained)
+        return optimizer_state.plan(subject.trained.optimizer, slices, checkpoint.names(f"{name}/optimizer/"))
 
     def _mine(self, checkpoint: Checkpoint, names: set[str]) -> Callable[[int, int], bool]:
         """Of what will be read each piece is verified on some rank: files by their own, where there are as many ranks."""
@@ -149,13 +150,19 @@ class Loading:
 
     # Changing
 
-    def _read(self, checkpoint: Checkpoint, names: dict[str, str], numbers: dict[str, Numbers]) -> None:
+    def _read(
+        self, checkpoint: Checkpoint, names: dict[str, str], planned: dict[str, list[Allocation]],
+        numbers: dict[str, Numbers],
+    ) -> None:  # fmt: skip
         wanted: list[Shard] = []
         for subject in self._subjects:
-            self._backend._settle(subject.module)
             wanted += self._parameters(checkpoint, subject, names[subject.name])
             wanted += self._buffers(checkpoint, subject, names[subject.name])
-            wanted += self._optimizer(checkpoint, subject, names[subject.name], numbers.get(subject.name))
+            if subject.name in numbers:
+                made = self._optimizer(
+                    checkpoint, subject, names[subject.name], planned[subject.name], numbers[subject.name]
+                )
+                wanted += made
         checkpoint.read((it.name, it.offset, it.values) for it in wanted)
 
     def _parameters(self, checkpoint: Checkpoint, subject: Subject, name: str) -> list[Shard]:
@@ -176,16 +183,17 @@ class Loading:
         """Where the entries are of the rank whose place this one takes: r modulo the number that saved."""
         return f"{RANKS}/{self._backend.world.rank % checkpoint.manifest.ranks}/"
 
-    def _optimizer(self, checkpoint: Checkpoint, subject: Subject, name: str, numbers: Numbers | None) -> list[Shard]:
+    def _optimizer(
+        self, checkpoint: Checkpoint, subject: Subject, name: str, planned: Sequence[Allocation], numbers: Numbers
+    ) -> list[Shard]:
         trained = subject.trained
-        if trained is None or numbers is None:
-            return []
+        assert trained is not None
         prefix = f"{name}/optimizer/"
         stored = checkpoint.names(prefix)
         types = {it: checkpoint.index[prefix + it][0][1].dtype for it in stored}
         made = [
             shard.renamed(prefix + shard.name)
-            for allocation in self._allocations(checkpoint, subject, name)
+            for allocation in planned
             for shard in optimizer_state.allocate(trained.optimizer, allocation, stored, types, numbers)
         ]
         facts = checkpoint.state["models"][name]["training"]

@@ -16,7 +16,6 @@ from lightrft.strategy import flat
 from lightrft.strategy.checkpoint.plain_values import from_json, to_json
 from lightrft.strategy.distributed.dtensors import own_part
 from lightrft.strategy.shards import Shard, StateSlice
-from lightrft.strategy.training.optimizers import parameters_of
 from lightrft.strategy.training.trained_model import TrainedModel
 
 IMPLEMENTATION = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
@@ -97,10 +96,15 @@ class Allocation:
     key: torch.Tensor
     slices: list[StateSlice]
     kinds: list[str]
+    numbers_with_key: bool
+    """Whether its numbers are kept on the key's device, and not on the CPU."""
 
 
-def plan(slices: Sequence[StateSlice], stored: Stored) -> list[Allocation]:
-    """What is to be made, for each key. Raises `CheckpointError` where the stored state does not fit the keys."""
+def plan(optimizer: Optimizer, slices: Sequence[StateSlice], stored: Stored) -> list[Allocation]:
+    """What is to be made, for each key, in the order of the optimizer's groups, in which it makes its state itself.
+
+    Raises `CheckpointError` where the stored state does not fit the keys.
+    """
     kinds_of: dict[str, list[str]] = {}
     for name in stored:
         kind, _, parameter = name.partition("/")
@@ -108,16 +112,21 @@ def plan(slices: Sequence[StateSlice], stored: Stored) -> list[Allocation]:
     by_key: dict[int, list[StateSlice]] = {}
     for part in slices:
         by_key.setdefault(id(part.key), []).append(part)
-    return [_allocation(parts, kinds_of, stored) for parts in by_key.values()]
+    group_of = {id(key): group for group in optimizer.param_groups for key in group["params"]}
+    order = {key: place for place, key in enumerate(group_of)}
+    return [
+        _allocation(by_key[key], kinds_of, stored, _keeps_numbers_with_key(group_of.get(key, {})))
+        for key in sorted(by_key, key=lambda it: order.get(it, len(order)))
+    ]
 
 
-def in_order(optimizer: Optimizer, slices: Sequence[StateSlice]) -> list[StateSlice]:
-    """``slices`` in the order in which the optimizer makes its state: that of its groups."""
-    order = {id(key): index for index, key in enumerate(parameters_of(optimizer))}
-    return sorted(slices, key=lambda it: order.get(id(it.key), 0))
+def _keeps_numbers_with_key(group: Mapping[str, Any]) -> bool:
+    return bool(group.get("capturable") or group.get("fused"))
 
 
-def _allocation(parts: list[StateSlice], kinds_of: Mapping[str, list[str]], stored: Stored) -> Allocation:
+def _allocation(
+    parts: list[StateSlice], kinds_of: Mapping[str, list[str]], stored: Stored, numbers_with_key: bool
+) -> Allocation:
     first = parts[0].shard.name
     kinds = sorted(kinds_of.get(first, []))
     for part in parts:
@@ -133,7 +142,7 @@ def _allocation(parts: list[StateSlice], kinds_of: Mapping[str, list[str]], stor
                 raise CheckpointError(
                     f"{kind} of {name} has shape {tuple(shape)} there, and cannot be split into shards"
                 )
-    return Allocation(key=parts[0].key, slices=parts, kinds=kinds)
+    return Allocation(key=parts[0].key, slices=parts, kinds=kinds, numbers_with_key=numbers_with_key)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +163,7 @@ def allocate(optimizer: Optimizer, allocation: Allocation, stored: Stored, types
     for kind in allocation.kinds:
         first = f"{kind}/{allocation.slices[0].shard.name}"
         if first in numbers.values:
-            made[kind] = _as_number(optimizer, allocation.key, numbers.values[first], numbers.same_optimizer)
+            made[kind] = _as_number(optimizer, allocation, numbers.values[first], numbers.same_optimizer)
         elif stored[first] in (torch.Size(), allocation.slices[0].shard.shape):
             made[kind] = _state_tensor(allocation, types[first], there.get(kind))
             whole = local(made[kind])
@@ -188,7 +197,7 @@ def is_number(name: str, shape: torch.Size, parameter: torch.Size) -> bool:
     return not shape and (name.startswith("step/") or bool(parameter))
 
 
-def _as_number(optimizer: Optimizer, key: torch.Tensor, stored: torch.Tensor, same: bool) -> Any:
+def _as_number(optimizer: Optimizer, allocation: Allocation, stored: torch.Tensor, same: bool) -> Any:
     """As this optimizer keeps it: torch's own keep tensors, DeepSpeed's Python numbers."""
     was_python = stored.dtype in (torch.int64, torch.float64)
     torch_own = type(optimizer).__module__.startswith("torch.optim")
@@ -196,8 +205,7 @@ def _as_number(optimizer: Optimizer, key: torch.Tensor, stored: torch.Tensor, sa
         number = stored.item()
         return int(number) if float(number).is_integer() and not same else number
     value = stored.to(torch.float32) if was_python else stored
-    group = next((it for it in optimizer.param_groups if any(p is key for p in it["params"])), {})
-    return value.to(key.device) if group.get("capturable") or group.get("fused") else value
+    return value.to(allocation.key.device) if allocation.numbers_with_key else value
 
 
 def restore_groups(trained: TrainedModel, stored: Sequence[Mapping[str, Any]], same_optimizer: bool) -> None:
