@@ -1,8 +1,9 @@
-"""The command line: run, certificate, clauses."""
+"""The command line: `run`, `run-engine`, `certificate`, `clauses`, `saboteurs`."""
 
 import json
 import os
 from pathlib import Path
+from time import monotonic
 from typing import Annotated, Any
 
 import typer
@@ -99,8 +100,9 @@ def _run(request: Request, report: Path | None, jobs: int = 1) -> None:
     if request.profile not in PROFILES:
         raise typer.BadParameter(f"--profile {request.profile}: there are {', '.join(PROFILES)}")
     console = Console(soft_wrap=True)
+    begun = monotonic()
     outcome = _with_progress(console, request, jobs)
-    _conclude(console, outcome)
+    _conclude(console, outcome, monotonic() - begun)
     raise typer.Exit(outcome.exit_code if report is None or _written(console, outcome, report) else 2)
 
 
@@ -137,13 +139,12 @@ def _show(console: Console, request: Request, result: ClauseResult) -> None:
             console.print(f"      {line}", highlight=False, markup=False)
 
 
-def _conclude(console: Console, outcome: Report) -> None:
+def _conclude(console: Console, outcome: Report, seconds: float) -> None:
     if outcome.unjudged:
         console.print(f"could not be judged: {outcome.unjudged}", style="bold magenta", markup=False, highlight=False)
         return
     counts = {verdict: sum(it.verdict == verdict for it in outcome.results) for verdict in MARKS}
     words = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
-    seconds = sum(it.seconds for it in outcome.results)
     console.print(
         f"{outcome.request.engine or outcome.request.strategy} at world size {outcome.request.world}: {words}, in {seconds:.0f} s",
         highlight=False,
