@@ -67,6 +67,7 @@ class Measurements:
         return [
             Ratio("save / plain write", time_of["write"] / time_of["save"], 0.6, at_least=True),
             Ratio("load / plain read", time_of["read"] / time_of["load"], 0.6, at_least=True),
+            Ratio("the same, from the disk", time_of["cold read"] / time_of["cold load"], 0.6, at_least=True),
             Ratio("blocked / save", time_of["blocked"] / time_of["save"], 0.25),
             Ratio("memory of save", most["save"] / size, bound),
             Ratio("memory of load", most["load"] / size, bound),
@@ -107,6 +108,14 @@ def read(path: Path, target: memoryview) -> None:
             target = target[file.readinto(target) :]
 
 
+def forget(folder: Path) -> None:
+    """Let the system drop what it keeps in memory of the files below ``folder``."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def measure(folder: Path, rounds: int) -> tuple[Measurements, int, int]:
     """The measurements, the bytes of a checkpoint, and those of the largest tensor in it."""
     found = Measurements()
@@ -126,6 +135,9 @@ def measure(folder: Path, rounds: int) -> tuple[Measurements, int, int]:
             found.take("save", lambda: now.save_ckpt(model, folder / "now", tag="t"))
             found.take("read", lambda: read(folder / "plain", data))
             found.take("load", lambda: now.load_ckpt(model, folder / "now"))
+            forget(folder)
+            found.take("cold read", lambda: read(folder / "plain", data))
+            found.take("cold load", lambda: now.load_ckpt(model, folder / "now"))
     return found, size, max(it.nbytes for it in model.parameters())
 
 

@@ -281,6 +281,14 @@ def test_a_model_of_another_shape_is_refused_by_name(strategy, tmp_path):
         strategy.load_ckpt(other, tmp_path, load_module_strict=False)
 
 
+def test_damage_is_named_also_where_the_model_does_not_fit(strategy, tmp_path):
+    (model, _), (other, _) = in_training(strategy), in_training(strategy, width=5)
+    file = strategy.save_ckpt(model, tmp_path) / "rank-00000-of-00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(CheckpointError, match=r"safetensors is damaged: .* does not fit its checksum"):
+        strategy.load_ckpt(other, tmp_path)
+
+
 def test_weights_alone_go_where_an_optimizer_is_only_when_asked(strategy, tmp_path):
     model, _ = in_training(strategy)
     alone = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
@@ -611,6 +619,17 @@ def test_the_files_are_safetensors(strategy, tmp_path):
     path = strategy.save_ckpt(model, tmp_path)
     stored = load_file(path / "rank-00000-of-00001.safetensors")
     assert torch.equal(stored["model/parameters/0.weight@0"], model[0].weight.detach().view(-1))
+
+
+def test_what_fills_lines_of_cache_begins_at_one_and_the_rest_at_a_multiple_of_its_element(strategy, tmp_path):
+    model, optimizer = in_training(strategy, width=16)
+    update(strategy, model, optimizer)
+    with Checkpoint(strategy.save_ckpt(model, tmp_path)) as found:
+        pieces = [piece for _, piece in found.pieces]
+    whole = [it for it in pieces if it.nbytes % 64 == 0]
+    assert whole and len(whole) < len(pieces)
+    assert all(it.position % 64 == 0 for it in whole)
+    assert all(it.position % it.dtype.itemsize == 0 for it in pieces)
 
 
 def test_a_checkpoint_is_read_without_a_strategy(strategy, tmp_path):

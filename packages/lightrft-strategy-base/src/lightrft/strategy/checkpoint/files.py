@@ -12,7 +12,7 @@ import torch
 
 from lightrft.config import CheckpointError
 from lightrft.strategy import flat
-from lightrft.strategy.checkpoint import checksums
+from lightrft.strategy.checkpoint import checksums, layout
 from lightrft.strategy.checkpoint.checksums import Checksum
 from lightrft.strategy.checkpoint.layout import DTYPES, File, Piece, Stamp, encode_header
 
@@ -62,8 +62,7 @@ def write_tensors(path: Path, pieces: Iterable[tuple[Piece, torch.Tensor]], stam
 
     At most `CHUNK` bytes are copied at a time, and none where they are in host memory already.
     """
-    # Larger elements first: each piece then begins at a multiple of its element's size.
-    ordered = sorted(pieces, key=lambda pair: -pair[0].dtype.itemsize)
+    ordered = sorted(pieces, key=lambda pair: layout.place(pair[0]))
     blank = checksums.of(b"", kind)
     with naming(path, "cannot write"), path.open("xb", buffering=0) as file:
         header = encode_header([replace(piece, checksum=blank) for piece, _ in ordered], stamp)

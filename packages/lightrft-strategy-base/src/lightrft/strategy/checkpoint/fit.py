@@ -1,8 +1,7 @@
 """Whether a checkpoint fits what it is to be loaded into: found before anything changes, and said by name."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -12,6 +11,7 @@ from lightrft.strategy.checkpoint import optimizer_state
 from lightrft.strategy.checkpoint.optimizer_state import Allocation, Numbers
 from lightrft.strategy.checkpoint.reading import Checkpoint
 from lightrft.strategy.checkpoint.subjects import ALONE, Subject
+from lightrft.strategy.training.trained_model import TrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,15 +118,17 @@ def _check_kind(checkpoint: Checkpoint, there: str | None, here: str | None, wha
     )
 
 
-def no_numbers(checkpoint: Checkpoint, subject: Subject, name: str) -> Numbers:
-    """Numbers of ``subject``'s optimizer, none yet."""
-    stored: Any = checkpoint.state["models"][name]["training"]
-    same = subject.trained is not None and stored["optimizer"] == type(subject.trained.optimizer).__name__
-    return Numbers(values={}, same_optimizer=same)
+def numbers(checkpoint: Checkpoint, trained: TrainedModel, name: str, state: Iterable[Allocation]) -> Numbers:
+    """Those of the optimizer's ``state`` that are stored for model ``name``.
+
+    Raises `CheckpointError` where they differ between parameters that share one.
+    """
+    prefix, stored = f"{name}/optimizer/", checkpoint.state["models"][name]["training"]
+    values = dict(pair for allocation in state for pair in _numbers(checkpoint, allocation, prefix))
+    return Numbers(values=values, same_optimizer=stored["optimizer"] == type(trained.optimizer).__name__)
 
 
-def add_numbers(checkpoint: Checkpoint, allocation: Allocation, prefix: str, numbers: Numbers) -> None:
-    """Read those of one key. Raises `CheckpointError` where they differ between parameters that share it."""
+def _numbers(checkpoint: Checkpoint, allocation: Allocation, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
     for kind in allocation.kinds:
         first: torch.Tensor | None = None
         for part in allocation.slices:
@@ -141,4 +143,4 @@ def add_numbers(checkpoint: Checkpoint, allocation: Allocation, prefix: str, num
                     f"the optimizer keeps {allocation.slices[0].shard.name} and {part.shard.name} together, and {kind} is "
                     f"{first.item()} of the one and {value.item()} of the other; load it with a strategy that keeps them apart"
                 )
-            numbers.values[name] = value
+            yield name, value

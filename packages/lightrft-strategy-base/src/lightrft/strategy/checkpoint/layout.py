@@ -28,6 +28,9 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 _METADATA = "lightrft"
 _LONGEST_HEADER = 2**30
+_LINE = 64
+"""Bytes of a processor's line of cache: torch's memory begins at a multiple of it. To there from such a place, and back,
+the system copies in half the time."""
 
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -77,6 +80,11 @@ class Stamp:
     nonce: str
 
 
+def place(piece: Piece) -> tuple[bool, int]:
+    """To sort pieces by, so that all begin at a multiple of their element's size, and most at one of `_LINE`."""
+    return piece.nbytes % _LINE != 0, -piece.dtype.itemsize
+
+
 def encode_header(pieces: Sequence[Piece], stamp: Stamp) -> bytes:
     """The head of a safetensors file in which ``pieces`` follow one another.
 
@@ -100,7 +108,7 @@ def encode_header(pieces: Sequence[Piece], stamp: Stamp) -> bytes:
         header[piece.key] = {"dtype": DTYPES[piece.dtype], "shape": [piece.numel], "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % _LINE)
     return len(text).to_bytes(8, "little") + text
 
 

@@ -25,6 +25,7 @@ from lightrft.strategy.checkpoint.store import Store
 from lightrft.strategy.checkpoint.subjects import RANKS, Subject
 from lightrft.strategy.shards import Shard
 from lightrft.strategy.training.moving_average import MovingAverages
+from lightrft.strategy.training.trained_model import TrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,18 @@ class Loaded:
     client_state: Any
     lineages: dict[str, str]
     """By the subjects' names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What of a checkpoint one subject gets."""
+
+    subject: Subject
+    name: str
+    """The model's name in the checkpoint."""
+    state: Sequence[Allocation] = ()
+    numbers: Numbers | None = None
+    """Those of the optimizer's state; None: the optimizer stays as it is."""
 
 
 class Loading:
@@ -84,39 +97,34 @@ class Loading:
             )
 
     def _load(self, checkpoint: Checkpoint) -> None:
-        names: dict[str, str] = {}
-        planned: dict[str, list[Allocation]] = {}
-        self._agreement.everywhere("checking", lambda: names.update(self._check(checkpoint, planned)))
-        numbers: dict[str, Numbers] = {}
-        self._agreement.everywhere("reading numbers", lambda: numbers.update(self._numbers(checkpoint, names, planned)))
-        self._agreement.everywhere("reading", lambda: self._read(checkpoint, names, planned, numbers))
+        plans: list[Plan] = []
+        self._agreement.everywhere("checking", lambda: plans.extend(self._check(checkpoint)))
+        self._agreement.everywhere("reading", lambda: self._read(checkpoint, plans))
         for subject in self._subjects:
             self._backend._refresh(subject.module)
         if not self._options.module_only:
-            self._go_on(checkpoint, names)
+            self._go_on(checkpoint, plans)
 
     # Before anything changes
 
-    def _check(self, checkpoint: Checkpoint, planned: dict[str, list[Allocation]]) -> dict[str, str]:
-        """The name in the checkpoint of each subject, once all is verified, and known to fit.
-
-        ``planned`` gets what of the optimizers' state is to be made.
-        """
+    def _check(self, checkpoint: Checkpoint) -> list[Plan]:
+        """What each subject gets, once all is verified, and known to fit."""
         names = fit.names_in(checkpoint, self._subjects)
         with checkpoint.verifying(self._mine(checkpoint, set(names.values()))):
-            for subject in self._subjects:
-                self._backend._settle(subject.module)
-                fit.check(self._backend, checkpoint, subject, names[subject.name], self._options)
-                planned[subject.name] = self._allocations(checkpoint, subject, names[subject.name])
+            plans = [self._plan(checkpoint, subject, names[subject.name]) for subject in self._subjects]
             if not self._options.module_only:
                 self._loaders.check(checkpoint.state["loaders"])
-        return names
+        return plans
 
-    def _allocations(self, checkpoint: Checkpoint, subject: Subject, name: str) -> list[Allocation]:
+    def _plan(self, checkpoint: Checkpoint, subject: Subject, name: str) -> Plan:
+        self._backend._settle(subject.module)
+        fit.check(self._backend, checkpoint, subject, name, self._options)
         if subject.trained is None or not self._options.optimizer:
-            return []
-        slices = self._backend._state_slices(subject.trained)
-        return optimizer_state.plan(subject.trained.optimizer, slices, checkpoint.names(f"{name}/optimizer/"))
+            return Plan(subject=subject, name=name)
+        prefix, slices = f"{name}/optimizer/", self._backend._state_slices(subject.trained)
+        state = optimizer_state.plan(subject.trained.optimizer, slices, checkpoint.names(prefix))
+        numbers = fit.numbers(checkpoint, subject.trained, name, state)
+        return Plan(subject=subject, name=name, state=state, numbers=numbers)
 
     def _mine(self, checkpoint: Checkpoint, names: set[str]) -> Callable[[int, int], bool]:
         """Of what will be read each piece is verified on some rank: files by their own, where there are as many ranks."""
@@ -134,35 +142,15 @@ class Loading:
             return True
         return parts[0] in names and (parts[1] != "optimizer" or self._options.optimizer)
 
-    def _numbers(
-        self, checkpoint: Checkpoint, names: dict[str, str], planned: dict[str, list[Allocation]]
-    ) -> dict[str, Numbers]:
-        """The state of each subject's optimizer that is single numbers."""
-        found = {}
-        for subject in self._subjects:
-            if subject.trained is None or not self._options.optimizer:
-                continue
-            name = names[subject.name]
-            found[subject.name] = fit.no_numbers(checkpoint, subject, name)
-            for allocation in planned[subject.name]:
-                fit.add_numbers(checkpoint, allocation, f"{name}/optimizer/", found[subject.name])
-        return found
-
     # Changing
 
-    def _read(
-        self, checkpoint: Checkpoint, names: dict[str, str], planned: dict[str, list[Allocation]],
-        numbers: dict[str, Numbers],
-    ) -> None:  # fmt: skip
+    def _read(self, checkpoint: Checkpoint, plans: Sequence[Plan]) -> None:
         wanted: list[Shard] = []
-        for subject in self._subjects:
-            wanted += self._parameters(checkpoint, subject, names[subject.name])
-            wanted += self._buffers(checkpoint, subject, names[subject.name])
-            if subject.name in numbers:
-                made = self._optimizer(
-                    checkpoint, subject, names[subject.name], planned[subject.name], numbers[subject.name]
-                )
-                wanted += made
+        for plan in plans:
+            wanted += self._parameters(checkpoint, plan.subject, plan.name)
+            wanted += self._buffers(checkpoint, plan.subject, plan.name)
+            if plan.subject.trained is not None and plan.numbers is not None:
+                wanted += self._optimizer(checkpoint, plan.subject.trained, plan, plan.numbers)
         checkpoint.read((it.name, it.offset, it.values) for it in wanted)
 
     def _parameters(self, checkpoint: Checkpoint, subject: Subject, name: str) -> list[Shard]:
@@ -183,29 +171,25 @@ class Loading:
         """Where the entries are of the rank whose place this one takes: r modulo the number that saved."""
         return f"{RANKS}/{self._backend.world.rank % checkpoint.manifest.ranks}/"
 
-    def _optimizer(
-        self, checkpoint: Checkpoint, subject: Subject, name: str, planned: Sequence[Allocation], numbers: Numbers
-    ) -> list[Shard]:
-        trained = subject.trained
-        assert trained is not None
-        prefix = f"{name}/optimizer/"
+    def _optimizer(self, checkpoint: Checkpoint, trained: TrainedModel, plan: Plan, numbers: Numbers) -> list[Shard]:
+        prefix = f"{plan.name}/optimizer/"
         stored = checkpoint.names(prefix)
         types = {it: checkpoint.index[prefix + it][0][1].dtype for it in stored}
         made = [
             shard.renamed(prefix + shard.name)
-            for allocation in planned
+            for allocation in plan.state
             for shard in optimizer_state.allocate(trained.optimizer, allocation, stored, types, numbers)
         ]
-        facts = checkpoint.state["models"][name]["training"]
+        facts = checkpoint.state["models"][plan.name]["training"]
         optimizer_state.restore_groups(trained, facts["groups"], numbers.same_optimizer)
         self._backend._resume_optimizer(trained)
         if trained.optimizer_offloaded:
             self._backend._move_optimizer(trained, torch.device("cpu"))
         return made
 
-    def _go_on(self, checkpoint: Checkpoint, names: dict[str, str]) -> None:
-        for subject in self._subjects:
-            facts = checkpoint.state["models"][names[subject.name]]
+    def _go_on(self, checkpoint: Checkpoint, plans: Sequence[Plan]) -> None:
+        for plan in plans:
+            subject, facts = plan.subject, checkpoint.state["models"][plan.name]
             self._averages.set_seen(subject.module, facts["average"])
             if subject.scheduler is not None and self._options.scheduler:
                 subject.scheduler.load_state_dict(from_json(facts["scheduler"]["state"]))

@@ -132,7 +132,8 @@ class Checkpoint:
     def verifying(self, mine: Callable[[int, int], bool] = lambda file, piece: True) -> Iterator[None]:
         """Verify, while the body does something else, and to the end: the pieces for which ``mine``.
 
-        ``mine``: of the index of the file and that of the piece.
+        ``mine``: of the index of the file and that of the piece. Where the body fails and a piece is damaged, the
+        damage is what is raised: it may be why the body failed.
         """
         chosen = [pair for number, pair in enumerate(self.pieces) if mine(pair[0], number)]
         own = threading.local()  # a thread keeps its buffer: making one costs more than filling it
@@ -146,6 +147,10 @@ class Checkpoint:
             found = pool.map(verify, _batches(chosen, [piece.nbytes for _, piece in chosen]))
             try:
                 yield
+            except Exception:
+                deque(found, maxlen=0)
+                raise
+            else:
                 deque(found, maxlen=0)
             finally:
                 pool.shutdown(cancel_futures=True)
