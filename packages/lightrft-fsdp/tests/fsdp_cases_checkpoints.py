@@ -11,7 +11,7 @@ import torch
 import training
 from programs import Program, tokens
 
-from lightrft.config import CheckpointError, LightRFTError
+from lightrft.config import CheckpointError, LightRFTError, StrategyError
 from lightrft.strategy.checkpoint import capture, saving
 
 
@@ -81,3 +81,13 @@ def dealt(path: str, first: int | None = None) -> list[list[int]]:
         seen = [next(batches).tolist() for _ in range(first)]
         made.save_ckpt(model, path)
         return seen
+
+
+def named_on_one_rank(path: str) -> str:
+    """What a rank is told where rank 1 alone passes no model."""
+    with fsdp_cases.strategy(Program(), timeout=20.0) as made:
+        model, _ = fsdp_cases.prepared(made)
+        with pytest.raises(StrategyError) as caught:
+            made.save_ckpt(None if made.get_rank() else model, path)
+        made.save_ckpt(model, path)
+        return str(caught.value)

@@ -19,6 +19,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.optim.lr_scheduler import ConstantLR, LinearLR, SequentialLR
 
 from lightrft.config import (
     ArgumentError,
@@ -330,6 +331,63 @@ def test_the_state_of_another_schedule_is_refused(strategy, tmp_path):
     assert same(weights(other), weights(model))
 
 
+def stepwise(strategy, *parts):
+    """A model with a schedule of these, one after the other, at a step each."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = SequentialLR(optimizer, [part(optimizer) for part in parts], list(range(2, len(parts) + 1)))
+    return strategy.prepare((model, optimizer, schedule))[0]
+
+
+@pytest.mark.parametrize("here", [[ConstantLR] * 2, [ConstantLR] * 4, [ConstantLR, ConstantLR, LinearLR]])
+def test_a_schedule_of_other_parts_is_refused_before_anything_changes(strategy, tmp_path, here):
+    strategy.save_ckpt(stepwise(strategy, *[ConstantLR] * 3), tmp_path)
+    model = stepwise(strategy, *here)
+    before = weights(model)
+    with pytest.raises(CheckpointError, match="SequentialLR of ConstantLR, ConstantLR, ConstantLR for the scheduler"):
+        strategy.load_ckpt(model, tmp_path)
+    assert same(weights(model), before)
+
+
+class Copies(FakeStrategy):
+    """Moves state to other memory, as between devices."""
+
+    honours = frozenset({"adam_offload"})
+
+    def _move_optimizer(self, trained, device):
+        for state in trained.optimizer.state.values():
+            state.update({name: value.clone() for name, value in state.items() if value.ndim})
+
+
+def test_the_state_of_an_offloaded_optimizer_is_loaded_to_where_it_is(tmp_path):
+    with Copies(None, bf16=False, train_batch_size=1, adam_offload=True) as strategy:
+        model, optimizer = in_training(strategy)
+        update(strategy, model, optimizer)
+        strategy.save_ckpt(model, tmp_path)
+        wanted = [state["exp_avg"].clone() for state in optimizer.state.values()]
+        other, its = in_training(strategy)
+        strategy.maybe_offload_optimizer(its)
+        strategy.load_ckpt(other, tmp_path)
+        strategy.maybe_load_optimizer(its)
+        assert all(torch.equal(a["exp_avg"], b) for a, b in zip(its.state.values(), wanted, strict=True))
+
+
+@pytest.mark.parametrize(("there", "here"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float32)])
+def test_state_takes_the_type_of_its_parameter_as_weights_do(strategy, tmp_path, there, here):
+    model = nn.Linear(3, 2).to(there)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(3, dtype=there)).sum().backward()
+    optimizer.step()
+    strategy.save_ckpt(model, tmp_path, optimizer=optimizer)
+    other = nn.Linear(3, 2).to(here)
+    its = torch.optim.AdamW(other.parameters())
+    strategy.load_ckpt(other, tmp_path, optimizer=its)
+    for mine, saved in zip(its.state.values(), optimizer.state.values(), strict=True):
+        assert torch.equal(mine["exp_avg"], saved["exp_avg"].to(here))
+    other(torch.ones(3, dtype=here)).sum().backward()
+    its.step()
+
+
 def test_bare_models_are_taken_with_the_optimizer_that_is_passed(strategy, tmp_path):
     model = nn.Linear(3, 1)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -533,6 +591,11 @@ def test_what_would_come_back_as_something_else_is_refused_before_anything_is_wr
     assert not list(tmp_path.iterdir())
 
 
+def test_a_key_may_be_a_number_of_more_digits_than_python_writes():
+    value = {10**5000: [1]}
+    assert from_json(to_json(value, "client_state")) == value
+
+
 def test_a_key_that_would_come_back_as_something_else_is_refused():
     with pytest.raises(ArgumentTypeError, match=r"a key of v is a .*\.Mode, which"):
         to_json({Mode.FAST: 1}, "v")
@@ -659,6 +722,17 @@ def test_every_changed_character_of_a_manifest_is_found(strategy, tmp_path):
     for place in draw.sample(range(len(text)), 50):
         with pytest.raises(CheckpointError):
             Manifest.from_text(text[:place] + chr(ord(text[place]) ^ 1) + text[place + 1 :])
+
+
+@pytest.mark.parametrize("lacking", ["models", "loaders", "client_state"])
+def test_a_manifest_that_lacks_something_is_named(strategy, tmp_path, lacking):
+    model, _ = in_training(strategy)
+    path = strategy.save_ckpt(model, tmp_path, tag="t") / "manifest.json"
+    manifest = Manifest.from_text(path.read_text())
+    del manifest.state[lacking]
+    path.write_text(manifest.to_text())
+    with pytest.raises(CheckpointError, match=f"t/manifest.json.*KeyError: '{lacking}'"):
+        strategy.load_ckpt(model, tmp_path, tag="t")
 
 
 def test_a_store_lists_what_is_committed_oldest_first(strategy, tmp_path):

@@ -48,7 +48,9 @@ class Checkpointing(Training):
         for limits below 1, `CheckpointError` for what cannot be written, or is being written by another process.
         """
         with self._running("save_ckpt"):
-            subjects = self._subjects("save_ckpt", model, optimizer, scheduler)
+            subjects = self._checkpoints.subjects(
+                "save_ckpt", lambda: self._subjects("save_ckpt", model, optimizer, scheduler)
+            )
             updates = next((it.trained.updates for it in subjects if it.trained is not None), 0)
             target = Target(
                 directory=Path(save_dir).absolute(), tag=f"global_step{updates}" if tag is None else tag, latest=save_latest,
@@ -80,7 +82,9 @@ class Checkpointing(Training):
             module_only=load_module_only,
         )  # fmt: skip
         with self._running("load_ckpt"):
-            subjects = self._subjects("load_ckpt", model, optimizer, scheduler)
+            subjects = self._checkpoints.subjects(
+                "load_ckpt", lambda: self._subjects("load_ckpt", model, optimizer, scheduler)
+            )
             loaded = self._checkpoints.load(subjects, Path(load_dir), tag, options)
             return loaded.path, loaded.client_state
 

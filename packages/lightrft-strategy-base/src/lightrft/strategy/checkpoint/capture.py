@@ -101,7 +101,7 @@ def _model_facts(backend: Backend, subject: Subject, averages: MovingAverages) -
         "scheduler": None
         if scheduler is None
         else {
-            "class": type(scheduler).__name__,
+            "class": subject.schedule,
             "state": to_json(scheduler.state_dict(), "the scheduler's state", exact=False),
         },
         "training": None

@@ -6,7 +6,7 @@ Load: find, compare, verify, and only then change anything (`loading`).
 
 import secrets
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,9 +44,13 @@ class Checkpoints:
     def _agreement(self, call: str) -> Agreement:
         return Agreement(self._collectives, call, self._backend.world.rank)
 
+    def subjects(self, call: str, look: Callable[[], Sequence[Subject]]) -> Sequence[Subject]:
+        """What ``look`` finds in the arguments of ``call``, which raises on every rank where it raises on one."""
+        self.finish()
+        return self._agreement(call).here("looking at the arguments", look)
+
     def save(self, subjects: Sequence[Subject], target: Target, client_state: object) -> Path:
         """Save ``subjects`` to ``target``; in the background where the settings say so."""
-        self.finish()
         agreement = self._agreement("save_ckpt")
         agreement.everywhere("checking", lambda: _check_target(target))
         agreement.alike([str(target.path), target.latest, target.max_num, target.max_mem, [it.name for it in subjects]])
@@ -87,7 +91,6 @@ class Checkpoints:
 
     def load(self, subjects: Sequence[Subject], directory: Path, tag: str | None, options: Options) -> Loaded:
         """Load ``subjects`` from checkpoint ``tag`` in ``directory``, or from the newest."""
-        self.finish()
         agreement = self._agreement("load_ckpt")
         agreement.everywhere("checking", lambda: store.check_tag(tag) if tag is not None else None)
         agreement.alike([str(directory), tag, repr(options), [it.name for it in subjects]])

@@ -1,7 +1,8 @@
 """Whether a checkpoint fits what it is to be loaded into: found before anything changes, and said by name."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -9,6 +10,7 @@ from lightrft.config import CheckpointError
 from lightrft.strategy.backend import Backend
 from lightrft.strategy.checkpoint import optimizer_state
 from lightrft.strategy.checkpoint.optimizer_state import Allocation, Numbers
+from lightrft.strategy.checkpoint.plain_values import from_json
 from lightrft.strategy.checkpoint.reading import Checkpoint
 from lightrft.strategy.checkpoint.subjects import ALONE, Subject
 from lightrft.strategy.training.trained_model import TrainedModel
@@ -48,7 +50,7 @@ def names_in(checkpoint: Checkpoint, subjects: Sequence[Subject]) -> dict[str, s
 
 def check(backend: Backend, checkpoint: Checkpoint, subject: Subject, name: str, options: Options) -> None:
     """Raise `CheckpointError` unless model ``name`` of the checkpoint fits ``subject``."""
-    kind = type(subject.module).__name__
+    kind = subject.kind.__name__
     parameters = {it: backend._full_shape(tensor) for it, tensor in subject.module.named_parameters()}
     _check_tensors(checkpoint, f"{name}/parameters/", parameters, f"the parameters of {kind}", strict=options.strict)
     buffers = {it: tensor.shape for it, tensor in subject.buffers().items()}
@@ -60,8 +62,7 @@ def check(backend: Backend, checkpoint: Checkpoint, subject: Subject, name: str,
         _check_kind(checkpoint, there, here, "optimizer", kind)
     if options.scheduler:
         there = None if schedule is None else schedule["class"]
-        here = None if subject.scheduler is None else type(subject.scheduler).__name__
-        _check_kind(checkpoint, there, here, "scheduler", kind)
+        _check_kind(checkpoint, there, subject.schedule, "scheduler", kind)
     if options.optimizer and subject.trained is not None:
         optimizer_state.check_groups(subject.trained, training["groups"])
 
@@ -116,6 +117,16 @@ def _check_kind(checkpoint: Checkpoint, there: str | None, here: str | None, wha
         f"{checkpoint.path} has the state of {there} for the {what} of {kind}, which is {here} here; make it as it was, or "
         f"pass {option}, or load_module_only=True"
     )
+
+
+def schedule(checkpoint: Checkpoint, subject: Subject, name: str) -> Mapping[str, Any]:
+    """The state of ``subject``'s schedule that is stored for model ``name``; nothing where it has none."""
+    if subject.scheduler is None:
+        return {}
+    found = from_json(checkpoint.state["models"][name]["scheduler"]["state"])
+    if not isinstance(found, dict):
+        raise CheckpointError(f"the state of a schedule in {checkpoint.path} is a {type(found).__name__}, and no dict")
+    return found
 
 
 def numbers(checkpoint: Checkpoint, trained: TrainedModel, name: str, state: Iterable[Allocation]) -> Numbers:

@@ -214,13 +214,26 @@ class Manifest:
             manifest = cls(
                 stamp=Stamp(tag=body["tag"], nonce=body["nonce"]), sequence=body["sequence"], latest=body["latest"], checksum=body["checksum"],
                 files=tuple(File(name=name, nbytes=nbytes, header=header) for name, nbytes, header in body["files"]),
-                state=body["state"],
+                state=_checked(body["state"]),
             )  # fmt: skip
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"it lacks what a manifest has ({type(error).__name__}: {error})") from error
         if [file.name for file in manifest.files] != [file_name(it, manifest.ranks) for it in range(manifest.ranks)]:
             raise CheckpointError("it names files that no checkpoint has")
         return manifest
+
+
+_FACTS = {"class", "lineage", "average", "scheduler", "training"}
+"""What is known of every model."""
+
+
+def _checked(state: dict[str, Any]) -> dict[str, Any]:
+    """``state``, if it has what loading asks of it. Raises KeyError, TypeError or AttributeError."""
+    lacking = {"models", "loaders", "client_state"} - state.keys()
+    lacking |= {it for facts in state.get("models", {}).values() for it in _FACTS - facts.keys()}
+    if lacking:
+        raise KeyError(*sorted(lacking))
+    return state
 
 
 _OPENING, _MIDDLE, _CLOSING = '{"format":"lightrft-checkpoint","crc32":"', '","manifest":\n', "\n}\n"

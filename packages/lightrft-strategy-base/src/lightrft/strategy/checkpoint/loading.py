@@ -4,7 +4,7 @@ Each rank reads the ranges that it holds, whatever ranks wrote them; so the numb
 may be others than those that saved.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from lightrft.strategy.checkpoint import fit, optimizer_state, streams
 from lightrft.strategy.checkpoint.agreement import Agreement
 from lightrft.strategy.checkpoint.fit import Options
 from lightrft.strategy.checkpoint.loaders import Loaders
-from lightrft.strategy.checkpoint.optimizer_state import Allocation, Numbers
+from lightrft.strategy.checkpoint.optimizer_state import Allocation, Numbers, Types
 from lightrft.strategy.checkpoint.plain_values import from_json
 from lightrft.strategy.checkpoint.reading import Checkpoint
 from lightrft.strategy.checkpoint.store import Store
@@ -48,6 +48,16 @@ class Plan:
     state: Sequence[Allocation] = ()
     numbers: Numbers | None = None
     """Those of the optimizer's state; None: the optimizer stays as it is."""
+    schedule: Mapping[str, Any]
+    """The schedule's state; empty: it stays as it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """What is known once all is verified, and before anything changes."""
+
+    plans: Sequence[Plan]
+    client_state: Any
 
 
 class Loading:
@@ -68,7 +78,7 @@ class Loading:
         try:
             found = self._agreement.everywhere("opening", lambda: self._open(path, opened))
             self._check_same(path, found)
-            self._load(opened[0])
+            client_state = self._load(opened[0])
         except CheckpointError as error:
             error.add_note(f"while {path} was loaded")
             raise
@@ -77,7 +87,7 @@ class Loading:
                 checkpoint.close()
         names, lineages = fit.names_in(opened[0], self._subjects), opened[0].manifest.lineages
         return Loaded(
-            path=path, client_state=from_json(opened[0].state["client_state"]),
+            path=path, client_state=client_state,
             lineages={own: lineages[its] for own, its in names.items()},
         )  # fmt: skip
 
@@ -96,35 +106,38 @@ class Loading:
                 f"at {path} rank {strange[0]} sees another checkpoint than rank 0; load from a file system that all hosts share"
             )
 
-    def _load(self, checkpoint: Checkpoint) -> None:
-        plans: list[Plan] = []
-        self._agreement.everywhere("checking", lambda: plans.extend(self._check(checkpoint)))
-        self._agreement.everywhere("reading", lambda: self._read(checkpoint, plans))
+    def _load(self, checkpoint: Checkpoint) -> Any:
+        """Load it; returns the client state."""
+        checked = self._agreement.here("checking", lambda: self._check(checkpoint))
+        self._agreement.everywhere("reading", lambda: self._read(checkpoint, checked.plans))
         for subject in self._subjects:
             self._backend._refresh(subject.module)
         if not self._options.module_only:
-            self._go_on(checkpoint, plans)
+            self._go_on(checkpoint, checked.plans)
+        return checked.client_state
 
     # Before anything changes
 
-    def _check(self, checkpoint: Checkpoint) -> list[Plan]:
-        """What each subject gets, once all is verified, and known to fit."""
+    def _check(self, checkpoint: Checkpoint) -> Checked:
+        """Verify everything, and find that it fits."""
         names = fit.names_in(checkpoint, self._subjects)
         with checkpoint.verifying(self._mine(checkpoint, set(names.values()))):
             plans = [self._plan(checkpoint, subject, names[subject.name]) for subject in self._subjects]
             if not self._options.module_only:
                 self._loaders.check(checkpoint.state["loaders"])
-        return plans
+            client_state = from_json(checkpoint.state["client_state"])
+        return Checked(plans=plans, client_state=client_state)
 
     def _plan(self, checkpoint: Checkpoint, subject: Subject, name: str) -> Plan:
         self._backend._settle(subject.module)
         fit.check(self._backend, checkpoint, subject, name, self._options)
+        schedule = fit.schedule(checkpoint, subject, name) if self._options.scheduler else {}
         if subject.trained is None or not self._options.optimizer:
-            return Plan(subject=subject, name=name)
+            return Plan(subject=subject, name=name, schedule=schedule)
         prefix, slices = f"{name}/optimizer/", self._backend._state_slices(subject.trained)
         state = optimizer_state.plan(subject.trained.optimizer, slices, checkpoint.names(prefix))
         numbers = fit.numbers(checkpoint, subject.trained, name, state)
-        return Plan(subject=subject, name=name, state=state, numbers=numbers)
+        return Plan(subject=subject, name=name, state=state, numbers=numbers, schedule=schedule)
 
     def _mine(self, checkpoint: Checkpoint, names: set[str]) -> Callable[[int, int], bool]:
         """Of what will be read each piece is verified on some rank: files by their own, where there are as many ranks."""
@@ -152,6 +165,11 @@ class Loading:
             if plan.subject.trained is not None and plan.numbers is not None:
                 wanted += self._optimizer(checkpoint, plan.subject.trained, plan, plan.numbers)
         checkpoint.read((it.name, it.offset, it.values) for it in wanted)
+        for plan in plans:
+            if plan.subject.trained is not None and plan.numbers is not None:
+                self._backend._resume_optimizer(plan.subject.trained)
+                if plan.subject.trained.optimizer_offloaded:
+                    self._backend._move_optimizer(plan.subject.trained, torch.device("cpu"))
 
     def _parameters(self, checkpoint: Checkpoint, subject: Subject, name: str) -> list[Shard]:
         there = checkpoint.names(f"{name}/parameters/")
@@ -174,7 +192,7 @@ class Loading:
     def _optimizer(self, checkpoint: Checkpoint, trained: TrainedModel, plan: Plan, numbers: Numbers) -> list[Shard]:
         prefix = f"{plan.name}/optimizer/"
         stored = checkpoint.names(prefix)
-        types = {it: checkpoint.index[prefix + it][0][1].dtype for it in stored}
+        types = Types(state=checkpoint.types(prefix), parameters=checkpoint.types(f"{plan.name}/parameters/"))
         made = [
             shard.renamed(prefix + shard.name)
             for allocation in plan.state
@@ -182,17 +200,14 @@ class Loading:
         ]
         facts = checkpoint.state["models"][plan.name]["training"]
         optimizer_state.restore_groups(trained, facts["groups"], numbers.same_optimizer)
-        self._backend._resume_optimizer(trained)
-        if trained.optimizer_offloaded:
-            self._backend._move_optimizer(trained, torch.device("cpu"))
         return made
 
     def _go_on(self, checkpoint: Checkpoint, plans: Sequence[Plan]) -> None:
         for plan in plans:
             subject, facts = plan.subject, checkpoint.state["models"][plan.name]
             self._averages.set_seen(subject.module, facts["average"])
-            if subject.scheduler is not None and self._options.scheduler:
-                subject.scheduler.load_state_dict(from_json(facts["scheduler"]["state"]))
+            if plan.schedule:
+                subject.scheduler.load_state_dict(plan.schedule)
             if subject.trained is not None and facts["training"] is not None:
                 for counter in ("updates", "skipped", "skipped_in_a_row"):
                     setattr(subject.trained, counter, facts["training"][counter])

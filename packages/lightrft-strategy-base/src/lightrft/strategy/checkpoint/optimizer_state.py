@@ -155,22 +155,39 @@ class Numbers:
     """Whether an optimizer of the same class stored them."""
 
 
-def allocate(optimizer: Optimizer, allocation: Allocation, stored: Stored, types: Mapping[str, torch.dtype],
-             numbers: Numbers) -> Iterator[Shard]:  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class Types:
+    """Of what is stored."""
+
+    state: Mapping[str, torch.dtype]
+    """By ``KIND/PARAMETER``."""
+    parameters: Mapping[str, torch.dtype]
+
+    def wanted(self, kind: str, parameter: str, key: torch.Tensor) -> torch.dtype:
+        """The type for ``key``'s state: that of the key, if it was that of the parameter, as torch has it; else its own."""
+        found = self.state[f"{kind}/{parameter}"]
+        follows = found.is_floating_point and found == self.parameters.get(parameter) and key.is_floating_point()
+        return key.dtype if follows else found
+
+
+def allocate(optimizer: Optimizer, allocation: Allocation, stored: Stored, types: Types, numbers: Numbers) -> Iterator[Shard]:  # fmt: skip
     """Make the state of one key: numbers at once, tensors unless they are there. Yields the shards that are to be filled."""
     made: dict[str, Any] = {}
     there = optimizer.state.get(allocation.key, {})
     for kind in allocation.kinds:
-        first = f"{kind}/{allocation.slices[0].shard.name}"
+        parameter = allocation.slices[0].shard.name
+        first = f"{kind}/{parameter}"
         if first in numbers.values:
             made[kind] = _as_number(optimizer, allocation, numbers.values[first], numbers.same_optimizer)
         elif stored[first] in (torch.Size(), allocation.slices[0].shard.shape):
-            made[kind] = _state_tensor(allocation, types[first], there.get(kind))
+            made[kind] = _state_tensor(allocation, types.wanted(kind, parameter, allocation.key), there.get(kind))
             whole = local(made[kind])
             for part in allocation.slices:
                 yield part.of(whole, f"{kind}/{part.shard.name}")
         else:
-            made[kind] = torch.zeros(stored[first], dtype=types[first], device=allocation.key.device)
+            made[kind] = torch.zeros(
+                stored[first], dtype=types.wanted(kind, parameter, allocation.key), device=allocation.key.device
+            )
             yield Shard(name=first, shape=stored[first], offset=0, values=made[kind].view(-1))
     if made:
         optimizer.state[allocation.key] = made

@@ -50,13 +50,20 @@ def _encode(value: Any, place: str, depth: int, exact: bool) -> Any:
         items = [inside(item, f"{place}[{index}]") for index, item in enumerate(value)]
         return items if kind is list else {f"{_MARK}tuple": items}
     if kind is dict or kind is Counter:
-        pairs = [(inside(key, f"a key of {place}"), inside(item, f"{place}[{key!r}]")) for key, item in value.items()]
+        pairs = [
+            (inside(key, f"a key of {place}"), inside(item, f"{place}[{_shown(key)}]")) for key, item in value.items()
+        ]
         return _encoded_pairs(pairs, kind)
     raise ArgumentTypeError(
         f"{place} is a {type(value).__module__}.{type(value).__qualname__}, which would not come back as it is; store None, "
         f"bool, int, float, str, bytes, list, tuple or dict (of an enum its .value, of a NumPy scalar its .item(), of an "
         f"array or a tensor its .tolist())"
     )
+
+
+def _shown(key: Any) -> str:
+    """Of an int as many digits as Python writes."""
+    return hex(key) if isinstance(key, int) and abs(key) >= 2**63 else repr(key)
 
 
 def _encoded_pairs(pairs: list[tuple[Any, Any]], kind: type) -> Any:

@@ -121,6 +121,10 @@ class Checkpoint:
             }
         return self._names[prefix]
 
+    def types(self, prefix: str) -> dict[str, torch.dtype]:
+        """The types of what `names` names."""
+        return {name: self.index[prefix + name][0][1].dtype for name in self.names(prefix)}
+
     # Checking
 
     def verify(self) -> None:

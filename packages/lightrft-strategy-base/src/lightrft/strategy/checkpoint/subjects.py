@@ -31,6 +31,11 @@ class Subject:
     """None: its weights alone."""
     scheduler: Any = None
 
+    @property
+    def schedule(self) -> str | None:
+        """What schedule it is: the class, and the classes of those that it is made of."""
+        return None if self.scheduler is None else _composition(self.scheduler)
+
     def parameters_of(self, backend: Backend) -> Iterator[Shard]:
         """The parameters that this rank holds, by entry."""
         for shard in backend._shards(self.module):
@@ -49,6 +54,11 @@ class Subject:
                 f"({self.trained.micro_batches} of {self.trained.window} micro-batches); a checkpoint stands between "
                 f"updates: call it where optimizer_step returned applied or skipped, or end the window with boundary=True"
             )
+
+
+def _composition(scheduler: Any) -> str:
+    parts = [_composition(it) for it in getattr(scheduler, "_schedulers", ())]
+    return type(scheduler).__name__ + (f" of {', '.join(parts)}" if parts else "")
 
 
 def named(what: str, value: Any, names: list[str] | None) -> dict[str, Any]:
