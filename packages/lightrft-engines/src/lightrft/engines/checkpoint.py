@@ -3,6 +3,7 @@
 Only the headers of the safetensors files are read.
 """
 
+import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ _HEAD = r"(^|\.)lm_head\.weight$"
 
 def stored_shapes(directory: Path) -> dict[str, torch.Size] | None:
     """Names and shapes in a Hugging Face directory; None where it has no safetensors files."""
-    files = sorted(directory.glob("*.safetensors"))
+    files = _weight_files(directory)
     if not files:
         return None
     shapes: dict[str, torch.Size] = {}
@@ -27,6 +28,14 @@ def stored_shapes(directory: Path) -> dict[str, torch.Size] | None:
         with safe_open(file, framework="pt") as stored:
             shapes.update({name: torch.Size(stored.get_slice(name).get_shape()) for name in stored.keys()})  # noqa: SIM118
     return shapes
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """Those that make up the model: of the index, where there is one; else the usual one; else all."""
+    index, alone = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    if index.exists():
+        return [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    return [alone] if alone.exists() else sorted(directory.glob("*.safetensors"))
 
 
 def due_shapes(stored: Mapping[str, torch.Size], *, tied: bool, ignored: Collection[str] = ()) -> dict[str, torch.Size]:

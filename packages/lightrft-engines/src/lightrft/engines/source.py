@@ -32,6 +32,8 @@ class ModelSource:
     has_tokenizer: bool
     expected: Mapping[str, torch.Size] | None
     """Names, as the sender has them, and shapes of what every sync must deliver."""
+    vocabulary: int
+    """Token ids are below it, placeholders of media included."""
     end_ids: frozenset[int]
     """End-of-sequence token ids, by the model's own configuration."""
     _temporary: tempfile.TemporaryDirectory[str] | None = None
@@ -58,6 +60,7 @@ class ModelSource:
             stores_weights=stored_shapes(directory) is not None or any(directory.glob("*.bin")),
             has_tokenizer=any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")),
             expected=_expected(directory, config, request.skeleton),
+            vocabulary=vocabulary_of(config),
             end_ids=_end_ids(config) | _end_ids(_generation_config(directory)),
         )
 
@@ -80,6 +83,7 @@ class ModelSource:
             stores_weights=False,
             has_tokenizer=False,
             expected=_shapes_of(skeleton),
+            vocabulary=vocabulary_of(skeleton.config),
             end_ids=_end_ids(getattr(skeleton, "generation_config", None)) or _end_ids(skeleton.config),
             _temporary=temporary,
         )
@@ -124,6 +128,12 @@ def _generation_config(directory: Path) -> Any:
     from transformers import GenerationConfig
 
     return GenerationConfig.from_pretrained(directory) if (directory / "generation_config.json").exists() else None
+
+
+def vocabulary_of(config: Any) -> int:
+    """Token ids of prompts are below it: of text, and of the places for media."""
+    named = (value for name, value in vars(config).items() if name.endswith(("_token_id", "_token_index")))
+    return max(int(config.get_text_config().vocab_size), *(it + 1 for it in named if isinstance(it, int)), 0)
 
 
 def _end_ids(holder: Any) -> frozenset[int]:

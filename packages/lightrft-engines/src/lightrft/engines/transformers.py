@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightrft.config import EngineError
 from lightrft.engines.batch import Batch, Row
+from lightrft.engines.source import vocabulary_of
 from lightrft.strategy import Completion, EngineBase, EngineCapabilities, EngineRequest, Prompt, Sampling
 from lightrft.strategy.rollout.embedded import EmbeddedModel
 from lightrft.strategy.rollout.engine import Part
@@ -39,6 +40,7 @@ class TransformersEngine(EngineBase):
                 f"{type(self._model.module).__name__}; use engine 'fake', which takes any module"
             )
         self._tokenizer: Any = AutoTokenizer.from_pretrained(model_path) if _has_tokenizer(model_path) else None
+        self.vocabulary = vocabulary_of(self._model.module.config)
         self._limit = int(request.config.get_extra_arg("engine_max_sequences", MAX_SEQUENCES))
         self._stream = (request.config.seed, request.rank)
         self._calls = 0

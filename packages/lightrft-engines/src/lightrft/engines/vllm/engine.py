@@ -21,7 +21,7 @@ from lightrft.engines.source import ModelSource
 from lightrft.engines.vllm import library, verify
 from lightrft.engines.vllm.arguments import llm_arguments, variables
 from lightrft.engines.vllm.prompts import completions, request, sampling_arguments
-from lightrft.engines.vllm.reload import reload
+from lightrft.engines.vllm.reload import forget, reload
 from lightrft.engines.vllm.territory import Territory
 from lightrft.strategy import Completion, EngineBase, EngineCapabilities, EngineRequest, Prompt, Sampling
 from lightrft.strategy.rollout.engine import Part
@@ -43,7 +43,8 @@ class VLLMEngine(EngineBase):
         )
         self._timeout = timedelta(seconds=request.config.timeout)
         self._verify = verify.is_wanted(request.config)
-        self._broken = False
+        self._broken = self._half_done = False
+        self.vocabulary = source.vocabulary
         self.capabilities = EngineCapabilities(
             multimodal=True,
             stop_strings=source.has_tokenizer,
@@ -76,6 +77,7 @@ class VLLMEngine(EngineBase):
         self._territory.set_variables(variables(self._territory.rank, self._territory.size, self._device.index or 0))
         try:
             self._territory.found()
+            self._half_done = False
             with self._inside():
                 self._vllm = library.load()
                 library.number_groups(self._territory.number)
@@ -119,20 +121,28 @@ class VLLMEngine(EngineBase):
         arguments = sampling_arguments(sampling, self._source.end_ids, tokenizer=tokenizer)
         requests = [request(prompt) for prompt in prompts]
         with self._inside():
-            self._drop_unfinished()
+            self._forget_half_done()
+            self._half_done = True
             with _translated("generate"):
                 # vLLM adds a sample's number to the seed of its prompt
                 parameters = [
                     self._vllm.SamplingParams(**arguments, seed=seed_of(prompt, sampling)) for prompt in prompts
                 ]
-                answers = self._llm.generate(requests, parameters, use_tqdm=False)
+                answers = self._llm.generate(
+                    requests, parameters, use_tqdm=False, tokenization_kwargs={"add_special_tokens": False}
+                )
+            self._half_done = False
         return completions(prompts, answers, sampling, version=self.weight_version, tokenizer=tokenizer)
 
-    def _drop_unfinished(self) -> None:
-        """Requests of a call that was interrupted would be answered among those of the next."""
-        engine = self._llm.llm_engine
-        if engine.has_unfinished_requests():
+    def _forget_half_done(self) -> None:
+        """What a call left that failed or was interrupted: requests that would be answered among those of the next, and
+        caches that count as filled with what was never computed.
+        """
+        if self._half_done:
+            engine = self._llm.llm_engine
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
+            forget(self._llm)
+            self._half_done = False
 
     @override
     def _load(self, buckets: Iterator[Bucket]) -> None:
@@ -141,6 +151,7 @@ class VLLMEngine(EngineBase):
             self._open()
         self._broken = True  # until it ends well: vLLM cannot take up a reload that was left
         with self._inside(), _translated("take the weights"):
+            self._forget_half_done()
             sums: Counter[str] = Counter()
             tensors = self._tensors(buckets)
             reload(self._llm, verify.sent_sums(tensors, sums) if self._verify else tensors)

@@ -42,7 +42,7 @@ def _calls(vllm: Any) -> list[Call]:
     from vllm.v1.worker.gpu_worker import Worker
 
     return [
-        Call(vllm.LLM, "generate", ("prompts", "sampling_params", "use_tqdm")),
+        Call(vllm.LLM, "generate", ("prompts", "sampling_params", "use_tqdm", "tokenization_kwargs")),
         Call(vllm.LLM, "collective_rpc", ("method", "kwargs")),
         Call(vllm.LLM, "apply_model", ("func",)),
         Call(vllm.LLM, "reset_prefix_cache"),

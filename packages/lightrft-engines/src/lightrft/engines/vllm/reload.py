@@ -18,8 +18,13 @@ def reload(llm: Any, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
     (unfilled,) = llm.apply_model(_renewed)
     if unfilled:
         raise EngineError(f"vLLM's reload left {len(unfilled)} weights without values, {unfilled[0]} first")
+    forget(llm)
+
+
+def forget(llm: Any) -> None:
+    """Have vLLM drop all that it keeps of earlier prompts. Raises `EngineError` where it does not."""
     if not llm.reset_prefix_cache():
-        raise EngineError("vLLM would not reset its prefix cache, which holds what older weights computed")
+        raise EngineError("vLLM would not reset its prefix cache, which no longer holds what the weights compute")
     llm.llm_engine.reset_mm_cache()
     llm.llm_engine.reset_encoder_cache()
 

@@ -141,6 +141,8 @@ class EngineBase(ABC):
     leader_only: ClassVar[bool] = False
     """Of the ranks that share an engine, only the first holds it; else all call it alike."""
     capabilities: EngineCapabilities = EngineCapabilities()
+    vocabulary: int | None = None
+    """Token ids of prompts are below it; None: the engine finds out itself."""
 
     def __init__(self, *, has_weights: bool) -> None:
         """``has_weights``: whether there are weights to generate from before the first sync."""
@@ -275,7 +277,7 @@ class EngineBase(ABC):
     def shutdown(self) -> None:
         """End it, with whatever it started. May be called twice."""
         if not self._closed:
-            self._closed = True
+            self._closed, self._awake = True, frozenset()
             self._shutdown()
 
     # Guards
@@ -293,6 +295,14 @@ class EngineBase(ABC):
             raise EngineError(f"{self._name} takes no images and no videos; use an engine that does")
         if sampling.stop and not self.capabilities.stop_strings:
             raise EngineError(f"{self._name} takes no stop strings here; use stop_token_ids")
+        if self.vocabulary is not None:
+            for index, prompt in enumerate(prompts):
+                largest = max(prompt.token_ids or (0,))
+                if largest >= self.vocabulary:
+                    raise EngineError(
+                        f"{self._name}: prompt {index} has token {largest}, and the model's vocabulary has "
+                        f"{self.vocabulary}, from 0; make prompts with the model's own tokenizer"
+                    )
 
 
 def is_engine(candidate: object) -> bool:
