@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lightrft.config import EngineError
 from lightrft.strategy import StrategyBase, get_strategy
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10]]
@@ -89,6 +90,36 @@ def resident(pid: int) -> int:
     """Bytes in memory that are the process's own."""
     pages = Path(f"/proc/{pid}/statm").read_text().split()
     return (int(pages[1]) - int(pages[2])) * os.sysconf("SC_PAGE_SIZE")
+
+
+def refuses_unknown_tokens(strategy: StrategyBase) -> None:
+    """A prompt that is not of the model's vocabulary is named, and the engine lives on."""
+    wanted = strategy.gather_and_generate(GREEDY, PROMPTS)
+    for token in (48, 63, 2**70):
+        with pytest.raises(EngineError, match=f"prompt 1 has token {token}, and the model's vocabulary has 48"):
+            strategy.gather_and_generate(GREEDY, [[1, 2], [3, token]])
+    assert strategy.gather_and_generate(GREEDY, PROMPTS) == wanted
+
+
+def with_tokenizer_that_adds(folder: Path) -> str:
+    """A model directory with a tokenizer of words, w3 to w47, which begins every text with a token of its own."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<s>": 0, "</s>": 1, "<unk>": 2, **{f"w{number}": number for number in range(3, 48)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    llama().save_pretrained(folder)
+    return str(folder)
+
+
+def takes_text_as_it_is(strategy: StrategyBase) -> None:
+    """A template has what special tokens there are to be: no engine adds any."""
+    (found,) = strategy.gather_and_generate(GREEDY, all_prompts=["w5 w6 w7"])
+    assert found.prompt_token_ids == (5, 6, 7)
 
 
 def experts(seed: int = 1) -> Any:

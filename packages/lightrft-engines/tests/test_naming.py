@@ -75,5 +75,15 @@ def test_shapes_are_read_from_all_files_of_a_directory(tmp_path):
     assert stored_shapes(tmp_path) == {"a": torch.Size([2, 3]), "b": torch.Size([])}
 
 
+def test_the_index_says_which_files_are_the_model(tmp_path):
+    save_file({"a": torch.zeros(2)}, tmp_path / "model-1.safetensors")
+    save_file({"other": torch.zeros(3)}, tmp_path / "consolidated.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+    assert stored_shapes(tmp_path) == {"a": torch.Size([2])}
+    save_file({"b": torch.zeros(4)}, tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors.index.json").unlink()
+    assert stored_shapes(tmp_path) == {"b": torch.Size([4])}
+
+
 def test_a_directory_without_safetensors_tells_nothing(tmp_path):
     assert stored_shapes(tmp_path) is None

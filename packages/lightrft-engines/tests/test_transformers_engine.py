@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import engine_cases
 import pytest
 import torch
 from engine_cases import many_cycles_leave_nothing_behind, resident
@@ -146,6 +147,11 @@ def test_sleep_gives_the_weights_memory_back_and_a_sync_brings_it_again() -> Non
         assert tokens(completed(strategy, [[1, 5]], **GREEDY)) == wanted
         strategy.inference_engine.sleep(1)
         assert tokens(completed(strategy, [[1, 5]], **GREEDY)) == wanted
+
+
+def test_tokens_of_no_vocabulary_are_refused() -> None:
+    with rollout(engine_cases.llama()) as (strategy, _):
+        engine_cases.refuses_unknown_tokens(strategy)
 
 
 def test_many_cycles_leave_nothing_behind() -> None:

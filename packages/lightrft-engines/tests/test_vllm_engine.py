@@ -23,8 +23,11 @@ from engine_cases import (
     llama,
     many_cycles_leave_nothing_behind,
     prompts_draw_apart,
+    refuses_unknown_tokens,
+    takes_text_as_it_is,
     train,
     whole,
+    with_tokenizer_that_adds,
 )
 from tiny_vision import IMAGE, VIDEO, picture, save
 from workers import two
@@ -136,6 +139,32 @@ def test_an_interrupted_call_leaves_nothing_to_the_next(made):
     assert tokens_of(made.gather_and_generate(GREEDY, PROMPTS)) == wanted
 
 
+def test_a_sync_right_after_an_interrupted_call_builds_nothing_anew(running):
+    made, actor, _ = running
+    llm = made.inference_engine._llm
+    with interrupted(0.7):
+        _generate_without_end(made)
+    made.update_engine_weights(actor)
+    assert made.inference_engine._llm is llm
+    compare(made, whole(made, actor, llama()), PROMPTS)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_an_interrupted_call_did_not_compute_does_not_count_as_computed(running, seed):
+    made, actor, _ = running
+    made.update_engine_weights(actor)
+    reference, numbers = whole(made, actor, llama()), random.Random(seed)
+    prompts = [[numbers.randrange(48) for _ in range(400)] for _ in range(6)]
+    with interrupted(0.02 * (1 + seed)):
+        while True:
+            made.gather_and_generate(LONG, prompts)
+    compare(made, reference, prompts)
+
+
+def test_tokens_of_no_vocabulary_are_refused(made):
+    refuses_unknown_tokens(made)
+
+
 def _generate_without_end(made):
     while True:
         made.gather_and_generate({**LONG, "temperature": 1.0, "n": 16}, PROMPTS)
@@ -218,6 +247,12 @@ def room(running):
 
 
 @pytest.mark.usefixtures("room")
+def test_text_gets_no_tokens_that_it_has_not(tmp_path):
+    with rollout(pretrain=with_tokenizer_that_adds(tmp_path)) as (made, *_):
+        takes_text_as_it_is(made)
+
+
+@pytest.mark.usefixtures("room")
 def test_prompts_with_one_seed_draw_apart():
     with rollout(model=indifferent()) as (made, *_):
         prompts_draw_apart(made)
@@ -281,6 +316,10 @@ def test_pictures_and_films_reach_the_model_after_a_sync(tmp_path):
         for text, own_images, own_videos, completion in zip(texts, images, videos, found, strict=True):
             wanted = tiny_vision.greedy(reference, text, own_images, own_videos, GREEDY["max_tokens"])
             assert completion.output_token_ids == wanted
+        with pytest.raises(EngineError, match="could not generate"):
+            made.gather_and_generate(GREEDY, all_prompts=texts[3:], all_images=[[images[3][0], picture("red")]])
+        (again,) = made.gather_and_generate(GREEDY, all_prompts=texts[3:], all_images=images[3:])
+        assert again.output_token_ids == found[3].output_token_ids
 
 
 # Over ranks
