@@ -33,6 +33,7 @@ class SGLangEngine(EngineBase):
     def __init__(self, request: EngineRequest, source: ModelSource) -> None:
         super().__init__(has_weights=source.loads_weights)
         self._source, self._device = source, request.device
+        self.vocabulary = source.vocabulary
         self._arguments = server_arguments(
             request.config, source, device=request.device.type, index=request.device.index or 0,
             seed=request.config.seed + request.rank,
