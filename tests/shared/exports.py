@@ -52,6 +52,27 @@ def saved(strategy: str, path: str, build: Any = llama, save: dict[str, Any] | N
         return str(found), training.whole(made, model), logits_BTV.float()
 
 
+def vision() -> Any:
+    """A small vision-language model, whose names in memory are not those on disk."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {
+        **small, "vocab_size": 16, "intermediate_size": 32, "num_key_value_heads": 1, "bos_token_id": None, "eos_token_id": None,
+        "rope_scaling": {"type": "mrope", "mrope_section": [4, 2, 2]},
+    }  # fmt: skip
+    sight = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2}
+    return Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=sight))
+
+
+def names(strategy: str, path: str) -> tuple[set[str], str]:
+    """The names of the weights of `vision` in a sync, and where it was saved."""
+    with opened(strategy) as made:
+        model, _ = in_training(made, vision(), updates=0)
+        found = {name for bucket in made.full_parameters(model) for name, _ in bucket}
+        return found, str(made.save_model(model, None, path))
+
+
 def checkpointed(strategy: str, path: str, **settings: Any) -> dict[str, torch.Tensor]:
     """Save a checkpoint of a trained model to ``path``; its weights."""
     with opened(strategy, **settings) as made:

@@ -128,3 +128,13 @@ def test_a_model_with_an_adapter_is_saved_as_peft_and_transformers_open_it(
         assert [it.name for it in Path(path).glob("*.safetensors")] == ["adapter_model.safetensors"]
         found = exports.opened_with_adapter(path)
     assert close(found, logits, 1e-5)
+
+
+def test_a_vision_language_model_built_from_its_configuration_has_the_names_of_its_checkpoint(
+    two: Workers, tmp_path: Path
+) -> None:
+    exports.vision().save_pretrained(tmp_path / "own")
+    wanted = set(load_file(tmp_path / "own" / "model.safetensors"))
+    names, path = two.run(exports.names, strategy="fsdp", path=str(tmp_path / "out"))[0]
+    assert names == wanted
+    assert set(load_file(Path(path) / "model.safetensors")) == wanted

@@ -108,6 +108,15 @@ def saved_shapes(module: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[st
     return {name: tensor.shape for name, tensor in convert(module, empty).items()}
 
 
+def remember(module: nn.Module) -> None:
+    """Keep the conversions with ``module``, as from_pretrained does: transformers finds them by the names of classes,
+    which wrapping may change.
+    """
+    found = _conversions(module)
+    if found is not None:
+        module._weight_conversions = found  # type: ignore[assignment]
+
+
 def _conversions(module: nn.Module) -> list[Any] | None:
     """transformers' conversions from checkpoint to memory for this model, or None where there are none."""
     transformers = sys.modules.get("transformers")

@@ -16,6 +16,7 @@ from lightrft.config import ArgumentError, StrategyError
 from lightrft.strategy.backend import Backend, WrapOptions
 from lightrft.strategy.distributed.collectives import Collectives
 from lightrft.strategy.distributed.operations import Operations
+from lightrft.strategy.rollout import saved_form
 from lightrft.strategy.training.modules import (
     check_actor,
     check_materialized,
@@ -92,6 +93,7 @@ class Preparation:
         else:
             inner.eval().requires_grad_(False)
         self._collectives.agree_on_all("prepare", schema_of(inner))
+        saved_form.remember(inner)
         kind, copy = type(inner), skeleton(inner) if options.training else None
         with self._backend.world.remembering_environment():
             wrapped = self._backend._wrap(inner, options)
