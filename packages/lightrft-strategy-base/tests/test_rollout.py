@@ -212,7 +212,9 @@ def test_sampling_reads_what_trainers_hold():
     ("source", "words"),
     [
         ({"temprature": 1}, "did you mean 'temperature'"), (SamplingParams(bad_words=["x"]), "bad_words"),
-        ({"n": 0}, "n=0; allowed is >= 1"), ({"top_p": 0.0}, "top_p"), ({"min_tokens": 9, "max_tokens": 3}, "min_tokens"),
+        ({"n": 0}, "n=0; allowed is >= 1"), ({"top_p": 0.0}, "top_p"), ({"stop": [""]}, "stop"), ({"stop": [5]}, "stop"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"), ({"stop_token_ids": [True]}, "stop_token_ids"),
+        ({"presence_penalty": float("nan")}, "presence_penalty"), ({"frequency_penalty": float("inf")}, "frequency_penalty"), ({"min_tokens": 9, "max_tokens": 3}, "min_tokens"),
         (5, "cannot read 5"),
     ],
 )  # fmt: skip

@@ -6,6 +6,7 @@ sample's number alone, so a prompt gets the same completion in whatever batch, o
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -69,7 +70,11 @@ class Sampling:
             ("min_p", 0 <= self.min_p <= 1, ">= 0 and <= 1"),
             ("max_tokens", self.max_tokens >= 1, ">= 1"),
             ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, ">= 0 and <= max_tokens"),
-            ("repetition_penalty", self.repetition_penalty > 0, "> 0"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "> 0"),
+            ("presence_penalty", math.isfinite(self.presence_penalty), "a finite number"),
+            ("frequency_penalty", math.isfinite(self.frequency_penalty), "a finite number"),
+            ("stop", all(isinstance(it, str) and it for it in self.stop), "strings that are not empty"),
+            ("stop_token_ids", all(type(it) is int and it >= 0 for it in self.stop_token_ids), "token ids, from 0"),
         ]
         for name, holds, allowed in ranges:
             if not holds:
@@ -121,8 +126,14 @@ def _from_object(source: object) -> dict[str, Any]:
 
 def _plain(name: str, value: Any) -> Any:
     if name in ("stop", "stop_token_ids"):
-        return (value,) if isinstance(value, (str, int)) else tuple(value or ())
-    return value.item() if hasattr(value, "item") else value  # NumPy's numbers
+        several = (value,) if isinstance(value, (str, int)) else () if value is None else value
+        return tuple(_own(it) for it in several)
+    return _own(value)
+
+
+def _own(value: Any) -> Any:
+    """Python's own number for NumPy's."""
+    return value.item() if hasattr(value, "item") else value
 
 
 # Drawing
