@@ -76,6 +76,11 @@ def process(made, name):
     return {"scheduler": scheduler, "detokenizer": detokenizer, "server": server_of(made)._pid}[name]
 
 
+def runs(pid):
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
 def generate_without_end(made):
     while True:
         made.gather_and_generate({**LONG, "n": 32}, PROMPTS, sleep_engine=False)
@@ -137,6 +142,23 @@ def test_a_prompt_that_is_too_long_is_an_error_and_the_engine_lives_on(made):
 def test_text_without_a_tokenizer_is_refused(made):
     with pytest.raises(EngineError, match="no tokenizer"):
         made.gather_and_generate(GREEDY, all_prompts=["hello"])
+
+
+def test_an_empty_prompt_is_an_error_and_the_engine_lives_on(smollm2_path):
+    with rollout(model=smollm2(smollm2_path), pretrain=smollm2_path) as (made, *_):
+        pid = server_of(made)._pid
+        with pytest.raises(EngineError, match="a prompt is empty"):
+            made.gather_and_generate(GREEDY, all_prompts=[""])
+        assert len(made.gather_and_generate(GREEDY, PROMPTS)) == 3
+        assert server_of(made)._pid == pid
+
+
+def test_the_last_id_of_the_vocabulary_has_a_log_probability_under_penalties():
+    with rollout() as (made, *_):
+        sampling = {"temperature": 0.0, "max_tokens": 6, "repetition_penalty": 1.9}
+        (found,) = made.gather_and_generate(sampling, [[5, 6, 7]])
+        assert 47 in found.output_token_ids
+        assert len(found.logprobs) == 6
 
 
 # Weights
@@ -246,7 +268,7 @@ def test_a_process_that_is_killed_while_generating_is_an_error_and_the_next_sync
     killer.join()
     assert "died" in str(caught.value)
     assert time.monotonic() - begun < 60
-    assert not [it for it in group if Path(f"/proc/{it}").exists()]
+    assert not [it for it in group if runs(it)]
     with pytest.raises(StaleWeightsError, match="its server process died"):
         made.gather_and_generate(GREEDY, PROMPTS)
     made.update_engine_weights(actor)
@@ -284,7 +306,7 @@ def test_training_that_is_killed_leaves_no_server_and_no_file_behind():
         from engine_cases import rollout
         with rollout("sglang") as (made, _, _):
             server = made.inference_engine._server
-            print("server", server._pid, server._folder.name, flush=True)
+            print("server", server._pid, server._folder, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
     """)
     child = subprocess.run(
@@ -304,6 +326,22 @@ def test_training_that_is_killed_leaves_no_server_and_no_file_behind():
         pytest.fail(f"processes of the group {group} are still there")
     assert not Path(found[2]).exists()
     assert not [it for it in set(os.listdir("/dev/shm")) - before if it.startswith("sgl")]
+
+
+def test_a_fork_that_ends_leaves_the_engine_alone(running):
+    made, actor, _ = running
+    made.update_engine_weights(actor)
+    server = server_of(made)
+    child = os.fork()
+    if child == 0:
+        try:
+            server.end()  # what a normal exit does
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert server._folder.exists()
+    assert len(made.gather_and_generate(GREEDY, PROMPTS)) == 3
+    assert server_of(made)._pid == server._pid
 
 
 def test_a_model_that_cannot_be_is_an_error_with_sglangs_own_words(tmp_path):
@@ -349,6 +387,20 @@ def test_pictures_and_films_reach_the_model_after_a_sync(tmp_path):
             for text, own_images, own_videos, completion in zip(texts, images, videos, found, strict=True):
                 wanted = tiny_vision.greedy(reference, text, own_images, own_videos, GREEDY["max_tokens"])
                 assert completion.output_token_ids == wanted
+
+
+def test_media_go_beside_ids_and_only_with_as_many_placeholders(tmp_path):
+    actor, path = tiny_vision.model().train(), tiny_vision.save(tmp_path)
+    texts, images = [f"what is {IMAGE} ?", "what is this ?"], [[picture("red", (84, 56))], []]
+    known = tiny_vision.ids()
+    ids = [[known[word] for word in text.replace("><", "> <").split()] for text in texts]
+    with rollout(model=actor, pretrain=path) as (made, *_):
+        wanted = tokens_of(made.gather_and_generate(GREEDY, all_prompts=texts, all_images=images))
+        assert tokens_of(made.gather_and_generate(GREEDY, ids, texts, images)) == wanted
+        for text, given, found in ((texts[0], 2, 1), (texts[1], 1, 0)):
+            with pytest.raises(EngineError, match=f"{found} placeholders for {given} images"):
+                made.gather_and_generate(GREEDY, all_prompts=[text], all_images=[images[0] * given])
+        assert tokens_of(made.gather_and_generate(GREEDY, ids, texts, images)) == wanted
 
 
 def test_experts_arrive_under_the_names_that_they_have_on_disk():

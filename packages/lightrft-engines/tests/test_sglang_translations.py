@@ -1,15 +1,27 @@
 """What goes to SGLang and what comes back, without SGLang."""
 
+import os
+import re
+import signal
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 
 from lightrft.config import ConfigError, EngineError, StrategyConfig
-from lightrft.engines.sglang import arguments, requests, scheduler, shared
+from lightrft.engines.sglang import arguments, process, requests, scheduler, shared
 from lightrft.engines.source import ModelSource
 from lightrft.strategy import Prompt, Sampling
 
 SOURCE = ModelSource(
-    path="/nowhere", loads_weights=True, stores_weights=True, has_tokenizer=True, expected=None, end_ids=frozenset({2})
+    path="/nowhere",
+    loads_weights=True,
+    stores_weights=True,
+    has_tokenizer=True,
+    expected=None,
+    vocabulary=48,
+    end_ids=frozenset({2}),
 )
 
 
@@ -114,6 +126,40 @@ def test_an_answer_that_is_not_whole_is_an_error(change, words):
 def test_an_answer_that_is_missing_is_an_error():
     with pytest.raises(EngineError, match="1 prompts, 2 samples each, with 0"):
         requests.completions([Prompt(token_ids=(1,))], [], Sampling(n=2), version=1)
+
+
+def test_ids_of_a_prompt_go_without_its_text_and_empty_ids_give_way_to_it():
+    assert requests.request(Prompt(token_ids=(1,), text="a")) == {"text": None, "tokens": (1,)}
+    assert requests.request(Prompt(token_ids=(), text="a")) == {"text": "a", "tokens": None}
+    assert requests.request(Prompt(token_ids=())) == {"text": None, "tokens": ()}
+
+
+@pytest.mark.parametrize(("text", "images"), [("<i> ?", 2), ("?", 1), ("<i> <i>", 1)])
+def test_media_and_placeholders_that_are_not_as_many_are_an_error(text, images):
+    patterns = {"images": re.compile("<i>"), "videos": None}
+    asked = {"text": text, "images": [None] * images, "videos": []}
+    requests.check_placeholders({**asked, "text": "<i>" * images}, patterns)
+    with pytest.raises(EngineError, match=rf"has {text.count('<i>')} placeholders for {images} images"):
+        requests.check_placeholders(asked, patterns)
+
+
+def test_only_the_last_id_of_a_vocabulary_may_be_scored_as_0():
+    assert requests.scored_tokens([3, 47, 47], [(-1.0, 3), (-2.0, 0), (-3.0, 47)], 47) == [
+        (-1.0, 3), (-2.0, 47), (-3.0, 47)
+    ]  # fmt: skip
+    assert requests.scored_tokens([3, 46], [(-1.0, 0), (-2.0, 0)], 47) == [(-1.0, 0), (-2.0, 0)]
+
+
+def test_zombies_do_not_count_as_running():
+    child = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    try:
+        os.kill(child.pid, signal.SIGSTOP)
+        assert process._runs_in(child.pid, Path(f"/proc/{child.pid}/stat"))
+        process._killed(child.pid)
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert not process._killed(child.pid)
+    finally:
+        child.wait()
 
 
 # Weights

@@ -5,9 +5,12 @@ a directory of its own, which lives as long as the engine.
 """
 
 import copy
+import os
+import shutil
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,7 +39,7 @@ class ModelSource:
     """Token ids are below it, placeholders of media included."""
     end_ids: frozenset[int]
     """End-of-sequence token ids, by the model's own configuration."""
-    _temporary: tempfile.TemporaryDirectory[str] | None = None
+    _remove: Callable[[], object] = field(default=lambda: None)
 
     @classmethod
     def of(cls, request: EngineRequest, engine: str) -> Self:
@@ -73,25 +76,31 @@ class ModelSource:
                 f"engine {engine!r} runs models of transformers, and the actor is a {type(skeleton).__name__}; use "
                 f"engine 'fake', which takes any module"
             )
-        temporary = tempfile.TemporaryDirectory(prefix=f"lightrft-{engine}-")
+        folder = tempfile.mkdtemp(prefix=f"lightrft-{engine}-")
         config = copy.deepcopy(skeleton.config)
         config.architectures = [type(skeleton).__name__]
-        config.save_pretrained(temporary.name)
-        return cls(
-            path=temporary.name,
+        config.save_pretrained(folder)
+        source = cls(
+            path=folder,
             loads_weights=False,
             stores_weights=False,
             has_tokenizer=False,
             expected=_shapes_of(skeleton),
             vocabulary=vocabulary_of(skeleton.config),
             end_ids=_end_ids(getattr(skeleton, "generation_config", None)) or _end_ids(skeleton.config),
-            _temporary=temporary,
         )
+        source._remove = weakref.finalize(source, _remove, folder, os.getpid())
+        return source
 
     def close(self) -> None:
         """Remove what was written. May be called twice."""
-        if self._temporary is not None:
-            self._temporary.cleanup()
+        self._remove()
+
+
+def _remove(folder: str, owner: int) -> None:
+    """Not in a fork, whose exit is not the engine's end."""
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _expected(directory: Path, config: Any, skeleton: nn.Module | None) -> Mapping[str, torch.Size] | None:

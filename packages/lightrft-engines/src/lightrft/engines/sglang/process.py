@@ -7,6 +7,7 @@ all that it started. It ends itself when this process is gone.
 import contextlib
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -38,19 +39,20 @@ class ServerProcess:
 
     def __init__(self, arguments: Mapping[str, Any], timeout: float) -> None:
         """``timeout``: seconds after which any call is given up, and the server ended."""
-        self._timeout = timeout
-        self._folder = tempfile.TemporaryDirectory(prefix="lightrft-sglang-")
-        self._log = Path(self._folder.name) / "log"
+        self._timeout, self._owner = timeout, os.getpid()
+        # No TemporaryDirectory: a forked child's exit would remove it.
+        self._folder = Path(tempfile.mkdtemp(prefix="lightrft-sglang-"))
+        self._log = self._folder / "log"
         ours, theirs = socket.socketpair()
         with theirs, self._log.open("wb") as log:
             variables = server_variables(
-                os.environ, self._folder.name, on_cpu=arguments.get("device") == "cpu",
+                os.environ, str(self._folder), on_cpu=arguments.get("device") == "cpu",
                 ranks=arguments["tp_size"], cores=sorted(os.sched_getaffinity(0)),
             )  # fmt: skip
             self._pid = _started(variables, theirs.fileno(), log.fileno())
         self._gone = os.pidfd_open(self._pid)
         self._connection = Connection(ours.detach())
-        self.end = weakref.finalize(self, _end, self._pid, self._gone, self._connection, self._folder)
+        self.end = weakref.finalize(self, _end, self._pid, self._gone, self._connection, self._folder, self._owner)
         self.call("start", dict(arguments))
 
     @property
@@ -90,7 +92,7 @@ class ServerProcess:
 
     def stop(self) -> None:
         """Ask it to end, and see to it that it has, with all that it started. May be called twice."""
-        if self.end.alive:
+        if self.end.alive and os.getpid() == self._owner:  # a fork ends nothing but its own handles
             with contextlib.suppress(EOFError, OSError):
                 self._connection.send(("stop", ()))
                 self._connection.poll(GRACE)
@@ -130,21 +132,33 @@ def _has_ended(pidfd: int, seconds: float = 0.0) -> bool:
     return bool(select.select([pidfd], [], [], seconds)[0])
 
 
-def _end(pid: int, pidfd: int, connection: Connection, folder: "tempfile.TemporaryDirectory[str]") -> None:
+def _end(pid: int, pidfd: int, connection: Connection, folder: Path, owner: int) -> None:
     connection.close()
+    if os.getpid() != owner:  # a fork, whose exit is not the engine's end
+        return
     deadline = time.monotonic() + GRACE
     while _killed(pid) and time.monotonic() < deadline:
         with contextlib.suppress(ChildProcessError):  # of a launcher it is no child
             os.waitpid(pid, os.WNOHANG)
         time.sleep(0.01)
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
     os.close(pidfd)
-    folder.cleanup()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _killed(group: int) -> bool:
-    """Kill all in a process group; whether there were any left."""
+    """Kill all in a process group; whether there were any left. Zombies are not: nobody may ever wait for them."""
     try:
         os.killpg(group, signal.SIGKILL)
     except ProcessLookupError:
         return False
-    return True
+    return any(_runs_in(group, stat) for stat in Path("/proc").glob("[0-9]*/stat"))
+
+
+def _runs_in(group: int, stat: Path) -> bool:
+    try:
+        state, _, found = stat.read_text(errors="replace").rpartition(")")[2].split()[:3]
+    except OSError:  # it is gone
+        return False
+    return int(found) == group and state != "Z"

@@ -4,6 +4,7 @@ A prompt with n samples is n requests, each with a seed of its own where there i
 draw all of them from one.
 """
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,26 @@ def request(prompt: Prompt) -> dict[str, Any]:
     }
     if prompt.images or prompt.videos:
         return {"text": prompt.text, "tokens": prompt.token_ids, **media}
-    return {"text": None, "tokens": prompt.token_ids} if prompt.token_ids else {"text": prompt.text, "tokens": None}
+    if prompt.token_ids or prompt.text is None:
+        return {"text": None, "tokens": prompt.token_ids}
+    return {"text": prompt.text, "tokens": None}
+
+
+def check_placeholders(request: Mapping[str, Any], patterns: Mapping[str, re.Pattern[str] | None]) -> None:
+    """Raise `EngineError` unless the text has one placeholder for each of the ``images`` and ``videos``.
+
+    ``patterns`` find them, where the model's are known. SGLang would drop the media that have none.
+    """
+    if request["text"] is None:
+        raise EngineError("a prompt with images or videos has no text; engine 'sglang' takes them with the text only")
+    known = {kind: pattern for kind, pattern in patterns.items() if pattern is not None}
+    for kind, pattern in known.items():
+        found, given = len(pattern.findall(request["text"])), len(request[kind])
+        if found != given:
+            raise EngineError(
+                f"a prompt has {found} placeholders for {given} {kind}, expected {given}; "
+                f"one of them looks like {pattern.pattern!r}"
+            )
 
 
 def sampling_arguments(sampling: Sampling, end_ids: Collection[int], *, tokenizer: bool) -> dict[str, Any]:
@@ -58,6 +78,17 @@ def alters_logits(sampling: Sampling) -> bool:
     """Whether SGLang's log-probabilities are of altered logits: it applies penalties before it takes them."""
     neutral = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) == (1.0, 0.0, 0.0)
     return not neutral or sampling.min_tokens > 0
+
+
+def scored_tokens(drawn: Sequence[int], scored: Sequence[tuple[float, int]], last: int) -> list[tuple[float, int]]:
+    """Log-probabilities of a prompt's tokens with their ids, of which SGLang gives the vocabulary's ``last`` as 0.
+
+    It takes that for a placeholder; the log-probability is the token's own.
+    """
+    return [
+        (logprob, last if (token, drawn_token) == (0, last) else token)
+        for drawn_token, (logprob, token) in zip(drawn, scored, strict=True)
+    ]
 
 
 def completions(

@@ -22,6 +22,7 @@ import torch
 from lightrft.config import EngineError
 from lightrft.engines.sglang import library, scheduler
 from lightrft.engines.sglang.arguments import LOADER
+from lightrft.engines.sglang.requests import check_placeholders, scored_tokens
 from lightrft.engines.sglang.shared import to_json
 
 PATIENCE = 30.0
@@ -115,22 +116,45 @@ class Server:
     ) -> list[dict[str, Any]]:
         """Answer each request ``samples`` times. ``rescore``: take log-probabilities from a forward of their own."""
         asked = [self._tokenized(it) for it in requests for _ in range(samples)]
-        media = any(it.get("images") or it.get("videos") for it in asked)
         parameters = [{**sampling, "sampling_seed": seed} for seed in seeds]
+        answers: dict[int, dict[str, Any]] = {}
+        for media in (True, False):  # of one call SGLang takes either text or token ids
+            places = [place for place, it in enumerate(asked) if _has_media(it) == media]
+            if places:
+                answered = self._answers(
+                    [asked[it] for it in places], [parameters[it] for it in places], rescore, media
+                )
+                answers.update(zip(places, answered, strict=True))
+        return [answers[place] for place in range(len(asked))]
+
+    def _answers(
+        self, asked: Sequence[dict[str, Any]], parameters: Sequence[dict[str, Any]], rescore: bool, media: bool
+    ) -> list[dict[str, Any]]:
         inputs = _with_media(asked) if media else {"input_ids": [it["tokens"] for it in asked]}
-        found = self._engine.generate(**inputs, sampling_params=parameters, return_logprob=True)
+        found = self._engine.generate(**inputs, sampling_params=list(parameters), return_logprob=True)
         answers = [_answer(it, one) for it, one in zip(asked, found, strict=True)]
         if rescore:
             self._rescore(asked, answers, media)
         return answers
 
     def _tokenized(self, request: dict[str, Any]) -> dict[str, Any]:
+        """A request with token ids, one that SGLang can take."""
+        if _has_media(request):
+            special = getattr(self._engine.tokenizer_manager.mm_processor, "mm_tokens", None)
+            patterns = {f"{kind}s": getattr(special, f"{kind}_token_regex", None) for kind in ("image", "video")}
+            check_placeholders(request, patterns)
+        tokens = self._token_ids(request)
+        if not tokens:  # it would end SGLang
+            raise EngineError("a prompt is empty; engine 'sglang' needs one token at least")
+        return {**request, "tokens": tokens}
+
+    def _token_ids(self, request: dict[str, Any]) -> list[int]:
         if request["tokens"] is not None:
-            return {**request, "tokens": list(request["tokens"])}
+            return list(request["tokens"])
         tokenizer = self._engine.tokenizer_manager.tokenizer
         if tokenizer is None:
             raise EngineError("a prompt has no token ids, and the model's directory has no tokenizer for its text")
-        return {**request, "tokens": tokenizer(request["text"], add_special_tokens=False)["input_ids"]}
+        return list(tokenizer(request["text"], add_special_tokens=False)["input_ids"])
 
     def _rescore(self, asked: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]], media: bool) -> None:
         """Replace log-probabilities of penalised logits by the model's own; with media there are none."""
@@ -146,7 +170,8 @@ class Server:
         )
         for answer, one in zip(answers, scored, strict=True):
             own = one["meta_info"]["input_token_logprobs"][-len(answer["tokens"]) :]
-            answer["logprobs"] = [(logprob, token) for logprob, token, _ in own]
+            last = self._engine.tokenizer_manager.model_config.vocab_size - 1
+            answer["logprobs"] = scored_tokens(answer["tokens"], [it[:2] for it in own], last)
 
 
 class _Foreign:
@@ -174,6 +199,10 @@ def _engine_class(*, fork: bool) -> Any:
             return super()._launch_scheduler_processes(*args, **kwargs)
 
     return Engine
+
+
+def _has_media(request: dict[str, Any]) -> bool:
+    return bool(request.get("images") or request.get("videos"))
 
 
 def _with_media(asked: Sequence[dict[str, Any]]) -> dict[str, Any]:
