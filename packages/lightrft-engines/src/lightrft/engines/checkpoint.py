@@ -3,7 +3,6 @@
 Only the headers of the safetensors files are read.
 """
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from safetensors import safe_open
 
 from lightrft.engines.naming import sender_names
+from lightrft.strategy.export.sources.source import weight_map
 
 _DERIVED = (r"\.rotary_emb\.inv_freq$", r"\.masked_bias$")
 """What old checkpoints carry, and every engine computes for itself."""
@@ -32,9 +32,9 @@ def stored_shapes(directory: Path) -> dict[str, torch.Size] | None:
 
 def _weight_files(directory: Path) -> list[Path]:
     """Those that make up the model: of the index, where there is one; else the usual one; else all."""
-    index, alone = directory / "model.safetensors.index.json", directory / "model.safetensors"
-    if index.exists():
-        return [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    indexed, alone = weight_map(directory, "model.safetensors"), directory / "model.safetensors"
+    if indexed:
+        return [directory / name for name in sorted(set(indexed.values()))]
     return [alone] if alone.exists() else sorted(directory.glob("*.safetensors"))
 
 

@@ -5,12 +5,8 @@ a directory of its own, which lives as long as the engine.
 """
 
 import copy
-import os
-import shutil
-import tempfile
-import weakref
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,6 +15,7 @@ from torch import nn
 
 from lightrft.config import EngineError
 from lightrft.engines.checkpoint import due_shapes, expected_shapes, stored_shapes
+from lightrft.engines.own_folder import OwnFolder
 from lightrft.strategy import EngineRequest
 from lightrft.strategy.rollout import saved_form
 
@@ -39,7 +36,7 @@ class ModelSource:
     """Token ids are below it, placeholders of media included."""
     end_ids: frozenset[int]
     """End-of-sequence token ids, by the model's own configuration."""
-    _remove: Callable[[], object] = field(default=lambda: None)
+    _temporary: OwnFolder | None = None
 
     @classmethod
     def of(cls, request: EngineRequest, engine: str) -> Self:
@@ -76,31 +73,25 @@ class ModelSource:
                 f"engine {engine!r} runs models of transformers, and the actor is a {type(skeleton).__name__}; use "
                 f"engine 'fake', which takes any module"
             )
-        folder = tempfile.mkdtemp(prefix=f"lightrft-{engine}-")
+        temporary = OwnFolder(engine)
         config = copy.deepcopy(skeleton.config)
         config.architectures = [type(skeleton).__name__]
-        config.save_pretrained(folder)
-        source = cls(
-            path=folder,
+        config.save_pretrained(temporary.path)
+        return cls(
+            path=temporary.path,
             loads_weights=False,
             stores_weights=False,
             has_tokenizer=False,
             expected=_shapes_of(skeleton),
             vocabulary=vocabulary_of(skeleton.config),
             end_ids=_end_ids(getattr(skeleton, "generation_config", None)) or _end_ids(skeleton.config),
+            _temporary=temporary,
         )
-        source._remove = weakref.finalize(source, _remove, folder, os.getpid())
-        return source
 
     def close(self) -> None:
         """Remove what was written. May be called twice."""
-        self._remove()
-
-
-def _remove(folder: str, owner: int) -> None:
-    """Not in a fork, whose exit is not the engine's end."""
-    if os.getpid() == owner:
-        shutil.rmtree(folder, ignore_errors=True)
+        if self._temporary is not None:
+            self._temporary.remove()
 
 
 def _expected(directory: Path, config: Any, skeleton: nn.Module | None) -> Mapping[str, torch.Size] | None:

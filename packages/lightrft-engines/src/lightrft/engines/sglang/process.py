@@ -7,12 +7,10 @@ all that it started. It ends itself when this process is gone.
 import contextlib
 import os
 import select
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import weakref
 from collections.abc import Mapping
@@ -23,6 +21,7 @@ from typing import Any
 
 import lightrft.config
 from lightrft.config import EngineError
+from lightrft.engines.own_folder import OwnFolder
 from lightrft.engines.sglang.arguments import IMPORTED_WITH_ON_CPU, server_variables
 from lightrft.engines.sglang.launching import VARIABLE, launch
 
@@ -40,13 +39,12 @@ class ServerProcess:
     def __init__(self, arguments: Mapping[str, Any], timeout: float) -> None:
         """``timeout``: seconds after which any call is given up, and the server ended."""
         self._timeout, self._owner = timeout, os.getpid()
-        # No TemporaryDirectory: a forked child's exit would remove it.
-        self._folder = Path(tempfile.mkdtemp(prefix="lightrft-sglang-"))
-        self._log = self._folder / "log"
+        self._folder = OwnFolder("sglang")
+        self._log = Path(self._folder.path) / "log"
         ours, theirs = socket.socketpair()
         with theirs, self._log.open("wb") as log:
             variables = server_variables(
-                os.environ, str(self._folder), on_cpu=arguments.get("device") == "cpu",
+                os.environ, self._folder.path, on_cpu=arguments.get("device") == "cpu",
                 ranks=arguments["tp_size"], cores=sorted(os.sched_getaffinity(0)),
             )  # fmt: skip
             self._pid = _started(variables, theirs.fileno(), log.fileno())
@@ -132,7 +130,7 @@ def _has_ended(pidfd: int, seconds: float = 0.0) -> bool:
     return bool(select.select([pidfd], [], [], seconds)[0])
 
 
-def _end(pid: int, pidfd: int, connection: Connection, folder: Path, owner: int) -> None:
+def _end(pid: int, pidfd: int, connection: Connection, folder: OwnFolder, owner: int) -> None:
     connection.close()
     if os.getpid() != owner:  # a fork, whose exit is not the engine's end
         return
@@ -144,7 +142,7 @@ def _end(pid: int, pidfd: int, connection: Connection, folder: Path, owner: int)
     with contextlib.suppress(ChildProcessError):
         os.waitpid(pid, os.WNOHANG)
     os.close(pidfd)
-    shutil.rmtree(folder, ignore_errors=True)
+    folder.remove()
 
 
 def _killed(group: int) -> bool:

@@ -34,10 +34,9 @@ def check_placeholders(request: Mapping[str, Any], patterns: Mapping[str, re.Pat
     """
     if request["text"] is None:
         raise EngineError("a prompt with images or videos has no text; engine 'sglang' takes them with the text only")
-    known = {kind: pattern for kind, pattern in patterns.items() if pattern is not None}
-    for kind, pattern in known.items():
-        found, given = len(pattern.findall(request["text"])), len(request[kind])
-        if found != given:
+    for kind, pattern in patterns.items():
+        given = len(request[kind])
+        if pattern is not None and (found := len(pattern.findall(request["text"]))) != given:
             raise EngineError(
                 f"a prompt has {found} placeholders for {given} {kind}, expected {given}; "
                 f"one of them looks like {pattern.pattern!r}"
