@@ -101,6 +101,20 @@ def refuses_unknown_tokens(strategy: StrategyBase) -> None:
     assert strategy.gather_and_generate(GREEDY, PROMPTS) == wanted
 
 
+def sequences_end_with_the_context(strategy: StrategyBase) -> None:
+    """At the model's 512 positions a completion ends with "length"; a prompt that leaves no room for a token is named."""
+    sampling = {**GREEDY, "repetition_penalty": 1.1}
+    for settings in (GREEDY, sampling):
+        found = strategy.gather_and_generate(settings, [[1] * 509, [2] * 511, [3]])
+        assert [len(it.output_token_ids) for it in found] == [3, 1, 8]
+        assert {it.finish_reason for it in found} == {"length"}
+        assert all(it.logprobs is not None and len(it.logprobs) == len(it.output_token_ids) for it in found)
+    for tokens in (512, 600):
+        with pytest.raises(EngineError, match=f"prompt 1 has {tokens} tokens, and a sequence may have 512"):
+            strategy.gather_and_generate(GREEDY, [[3], [1] * tokens])
+    assert len(strategy.gather_and_generate(GREEDY, PROMPTS)) == 3
+
+
 def with_tokenizer_that_adds(folder: Path) -> str:
     """A model directory with a tokenizer of words, w3 to w47, which begins every text with a token of its own."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors

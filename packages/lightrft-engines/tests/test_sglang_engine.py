@@ -31,6 +31,7 @@ from engine_cases import (
     many_cycles_leave_nothing_behind,
     prompts_draw_apart,
     resident,
+    sequences_end_with_the_context,
     smollm2,
     smollm2_path,
     train,
@@ -41,6 +42,7 @@ from transformers import AutoTokenizer
 
 from lightrft.config import EngineError, StaleWeightsError
 from lightrft.engines.sglang import engine as engine_module
+from lightrft.strategy import EngineStatus
 
 __all__ = ["smollm2_path"]  # a fixture
 BEFORE, QUIT_BEFORE = dict(os.environ), signal.getsignal(signal.SIGQUIT)
@@ -133,10 +135,8 @@ def test_log_probabilities_are_the_models_own_under_temperature_and_penalties(ru
         assert torch.allclose(torch.tensor(found.logprobs), wanted, atol=1e-4)
 
 
-def test_a_prompt_that_is_too_long_is_an_error_and_the_engine_lives_on(made):
-    with pytest.raises(EngineError, match="SGLang"):
-        made.gather_and_generate(GREEDY, [[1] * 600])
-    assert len(made.gather_and_generate(GREEDY, PROMPTS)) == 3
+def test_sequences_end_with_the_context(made):
+    sequences_end_with_the_context(made)
 
 
 def test_text_without_a_tokenizer_is_refused(made):
@@ -269,8 +269,10 @@ def test_a_process_that_is_killed_while_generating_is_an_error_and_the_next_sync
     assert "died" in str(caught.value)
     assert time.monotonic() - begun < 60
     assert not [it for it in group if runs(it)]
+    assert made.inference_engine_status is EngineStatus.ASLEEP
     with pytest.raises(StaleWeightsError, match="its server process died"):
         made.gather_and_generate(GREEDY, PROMPTS)
+    assert made.inference_engine_status is EngineStatus.ASLEEP
     made.update_engine_weights(actor)
     assert server_of(made)._pid != old._pid
     compare(made, whole(made, actor, llama()), PROMPTS)

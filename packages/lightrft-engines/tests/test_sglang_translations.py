@@ -5,12 +5,14 @@ import re
 import signal
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lightrft.config import ConfigError, EngineError, StrategyConfig
 from lightrft.engines.sglang import arguments, process, requests, scheduler, shared
+from lightrft.engines.sglang.server import Server
 from lightrft.engines.source import ModelSource
 from lightrft.strategy import Prompt, Sampling
 
@@ -21,6 +23,7 @@ SOURCE = ModelSource(
     has_tokenizer=True,
     expected=None,
     vocabulary=48,
+    longest=512,
     end_ids=frozenset({2}),
 )
 
@@ -49,7 +52,7 @@ def test_remote_code_is_trusted_only_if_asked_for():
 
 def test_sglangs_own_arguments_win():
     assert server_arguments(engine_arguments={"dtype": "float16", "page_size": 16})["dtype"] == "float16"
-    with pytest.raises(ConfigError, match="engine_arguments: got 3"):
+    with pytest.raises(ConfigError, match="engine_arguments=3"):
         server_arguments(engine_arguments=3)
 
 
@@ -129,9 +132,29 @@ def test_an_answer_that_is_missing_is_an_error():
 
 
 def test_ids_of_a_prompt_go_without_its_text_and_empty_ids_give_way_to_it():
-    assert requests.request(Prompt(token_ids=(1,), text="a")) == {"text": None, "tokens": (1,)}
-    assert requests.request(Prompt(token_ids=(), text="a")) == {"text": "a", "tokens": None}
-    assert requests.request(Prompt(token_ids=())) == {"text": None, "tokens": ()}
+    for prompt, text, tokens in [
+        (Prompt(token_ids=(1,), text="a"), None, (1,)),
+        (Prompt(token_ids=(), text="a"), "a", None),
+        (Prompt(token_ids=()), None, ()),
+    ]:
+        assert requests.request(prompt) == {"text": text, "tokens": tokens, "images": [], "videos": []}
+
+
+def test_beside_media_ids_are_those_of_their_text():
+    server, words = Server(None), ["<i>", "what", "is"]
+
+    class Tokenizer:
+        def __call__(self, text, **_):
+            return {"input_ids": [words.index(word) for word in text.split()]}
+
+        def decode(self, tokens, **_):
+            return " ".join(words[token] for token in tokens)
+
+    server._engine = SimpleNamespace(tokenizer_manager=SimpleNamespace(tokenizer=Tokenizer()))
+    assert server._text_of([0, 1], None) == "<i> what"
+    assert server._text_of([0, 1], " <i>  what") == " <i>  what"
+    with pytest.raises(EngineError, match="not those of their text, '<i> is'"):
+        server._text_of([0, 1], "<i> is")
 
 
 @pytest.mark.parametrize(("text", "images"), [("<i> ?", 2), ("?", 1), ("<i> <i>", 1)])

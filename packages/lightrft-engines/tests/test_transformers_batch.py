@@ -13,7 +13,7 @@ PROMPTS = [[1, 5, 9], [4], [1, 2, 3, 4, 5, 6, 7]]
 def rows(
     prompts: list[list[int]], ends: frozenset[int] = frozenset(), samples: int = 1, **sampling: float
 ) -> list[Row]:
-    batch = Batch(llama(), Sampling(**sampling), ends, torch.device("cpu"))
+    batch = Batch(llama(), Sampling(**sampling), ends, torch.device("cpu"), longest=None)
     keys = [[stream_key(1, prompt, sample) for sample in range(samples)] for prompt in prompts]
     return batch.complete(prompts, keys)
 

@@ -154,6 +154,11 @@ def test_tokens_of_no_vocabulary_are_refused() -> None:
         engine_cases.refuses_unknown_tokens(strategy)
 
 
+def test_sequences_end_with_the_context() -> None:
+    with rollout(engine_cases.llama()) as (strategy, _):
+        engine_cases.sequences_end_with_the_context(strategy)
+
+
 def test_many_cycles_leave_nothing_behind() -> None:
     with rollout(enable_engine_sleep=True) as made:
         many_cycles_leave_nothing_behind(*made)

@@ -13,6 +13,7 @@ pytest.importorskip("vllm", reason="needs the engine vllm")
 
 import engine_cases
 from engine_cases import (
+    CACHE,
     GREEDY,
     PROMPTS,
     compare,
@@ -24,6 +25,7 @@ from engine_cases import (
     many_cycles_leave_nothing_behind,
     prompts_draw_apart,
     refuses_unknown_tokens,
+    sequences_end_with_the_context,
     takes_text_as_it_is,
     train,
     whole,
@@ -34,7 +36,7 @@ from workers import two
 
 from lightrft.config import ConfigError, EngineError, StaleWeightsError
 from lightrft.engines.vllm import reload
-from lightrft.strategy import get_fake_strategy
+from lightrft.strategy import get_fake_strategy, get_strategy
 
 __all__ = ["two"]
 
@@ -126,10 +128,8 @@ def test_log_probabilities_are_the_models_own_under_temperature_and_penalties(ru
         assert torch.allclose(torch.tensor(found.logprobs), rows[range(5), list(found.output_token_ids)], atol=1e-4)
 
 
-def test_a_prompt_that_is_too_long_is_an_error_and_nothing_of_its_call_is_left(made):
-    with pytest.raises(EngineError, match="vLLM could not generate"):
-        made.gather_and_generate(GREEDY, [[1, 2], [1] * 600])
-    assert len(made.gather_and_generate(GREEDY, PROMPTS)) == 3
+def test_sequences_end_with_the_context(made):
+    sequences_end_with_the_context(made)
 
 
 def test_an_interrupted_call_leaves_nothing_to_the_next(made):
@@ -244,6 +244,17 @@ def test_many_cycles_leave_nothing_behind(running):
 def room(running):
     """The process without an engine."""
     running[0]._rollout.shutdown()
+
+
+@pytest.mark.usefixtures("room")
+def test_checksums_are_of_the_type_that_the_engine_has():
+    with get_strategy({"strategy": "fake", "bf16": False, "train_batch_size": 1}) as strategy:
+        actor = llama()
+        actor, _, _ = strategy.prepare((actor, strategy.create_optimizer(actor, lr=1e-3), None))
+        settings = {"engine_kv_cache_bytes": CACHE, "weight_sync_verify": "checksum"}
+        engine = strategy.setup_inference_engine({"bf16": True, **settings}, "vllm", actor=actor)
+        assert engine.weight_version == 1
+        assert strategy.gather_and_generate(GREEDY, PROMPTS)
 
 
 @pytest.mark.usefixtures("room")

@@ -3,6 +3,7 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -21,7 +22,7 @@ from lightrft.strategy import (
 )
 from lightrft.strategy.registry import engine_class, strategy_class
 from lightrft.strategy.rollout.engine import checked
-from lightrft.strategy.rollout.multimodal import build_prompts, media_by_prompt
+from lightrft.strategy.rollout.multimodal import build_prompts, media_by_prompt, prompts_of_tokens
 from lightrft.strategy.rollout.sampling import draw_tokens, penalized, stream_key, uniform
 
 
@@ -147,6 +148,28 @@ def test_a_deeper_sleep_goes_deeper_and_drops_the_weights():
         engine.sleep(3)
 
 
+@pytest.mark.parametrize("level", [1, 2])
+def test_a_sleep_that_fails_leaves_the_engine_asleep_and_stale(level):
+    engine = synced()
+    engine._sleep = lambda level: [][level]
+    with pytest.raises(IndexError):
+        engine.sleep(level)
+    assert engine.awake == frozenset()
+    engine.wake_up()
+    with pytest.raises(StaleWeightsError, match=rf"sleep\(level={level}\)"):
+        engine.generate(PROMPT, Sampling())
+    engine.update_weights([[A], [B]])
+    assert engine.generate(PROMPT, Sampling())
+
+
+def test_a_prompt_leaves_room_for_a_token():
+    engine = synced()
+    engine.longest = 3
+    assert engine.generate([Prompt(token_ids=(1, 2))], Sampling())
+    with pytest.raises(EngineError, match="Small: prompt 1 has 3 tokens, and a sequence may have 3"):
+        engine.generate([*PROMPT, Prompt(token_ids=(1, 2, 3))], Sampling())
+
+
 def test_a_shut_down_engine_says_so():
     engine = synced()
     engine.shutdown()
@@ -266,7 +289,18 @@ def test_media_nested_or_flat():
     assert media_by_prompt([["f1", "f2"], ["f3"]], [1, 1], 2, "video") == [(["f1", "f2"],), (["f3"],)]
 
 
+def test_one_list_of_tokens_or_several_whatever_holds_them():
+    for one in ([1, 2], (1, 2), torch.tensor([1, 2]), np.array([1, 2]), [np.int64(1), np.int64(2)]):
+        assert prompts_of_tokens(one) == [Prompt(token_ids=(1, 2))]
+    for two in ([[1, 2], [3, 4]], torch.tensor([[1, 2], [3, 4]]), [torch.tensor([1, 2]), np.array([3, 4])]):
+        assert prompts_of_tokens(two) == [Prompt(token_ids=(1, 2)), Prompt(token_ids=(3, 4))]
+    assert prompts_of_tokens(torch.zeros(0, 3)) == []
+    with pytest.raises(ArgumentError, match="wanted a list of integers"):
+        prompts_of_tokens([1.5, 2])
+
+
 def test_prompts_need_tokens_or_text():
+    assert Prompt(token_ids=(), text="a") == Prompt(text="a")
     with pytest.raises(ArgumentError, match="got neither"):
         build_prompts(None, None, None, None, None, None)
     with pytest.raises(ArgumentError, match="token_ids or text"):

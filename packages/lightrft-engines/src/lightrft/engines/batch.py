@@ -32,8 +32,17 @@ class Row:
 class Batch:
     """Rows that are decoded together, until each has stopped or is as long as it may be."""
 
-    def __init__(self, model: PreTrainedModel, sampling: Sampling, ends: frozenset[int], device: torch.device) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sampling: Sampling,
+        ends: frozenset[int],
+        device: torch.device,
+        longest: int | None,
+    ) -> None:
+        """``ends``: token ids that end a sequence, as its being ``longest`` tokens long does, prompt and all."""
         self._model, self._sampling, self._ends, self._device = model, sampling, ends, device
+        self._longest = longest
         self._end_ids = torch.tensor(sorted(ends), device=device)
 
     @torch.no_grad()
@@ -100,4 +109,6 @@ class Batch:
                 row.stopped = token in self._ends
 
     def _is_done(self, row: Row) -> bool:
-        return row.stopped or len(row.output) >= self._sampling.max_tokens
+        made, limit = len(row.output), self._longest
+        is_full = limit is not None and len(row.prompt) + made >= limit
+        return row.stopped or made >= self._sampling.max_tokens or is_full

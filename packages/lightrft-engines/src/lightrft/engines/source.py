@@ -5,7 +5,9 @@ a directory of its own, which lives as long as the engine.
 """
 
 import copy
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -13,9 +15,10 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from lightrft.config import EngineError
+from lightrft.config import ConfigError, EngineError
 from lightrft.engines.checkpoint import due_shapes, expected_shapes, stored_shapes
 from lightrft.engines.own_folder import OwnFolder
+from lightrft.engines.settings import EngineSettings
 from lightrft.strategy import EngineRequest
 from lightrft.strategy.rollout import saved_form
 
@@ -34,6 +37,8 @@ class ModelSource:
     """Names, as the sender has them, and shapes of what every sync must deliver."""
     vocabulary: int
     """Token ids are below it, placeholders of media included."""
+    longest: int | None
+    """Tokens of the longest sequence, prompt and all; None where the model's configuration sets no limit."""
     end_ids: frozenset[int]
     """End-of-sequence token ids, by the model's own configuration."""
     _temporary: OwnFolder | None = None
@@ -42,18 +47,18 @@ class ModelSource:
     def of(cls, request: EngineRequest, engine: str) -> Self:
         """Raises `EngineError` where there is neither a model nor an actor, or the actor is not of transformers."""
         if request.model_path is not None:
-            return cls._of_model(request.model_path, request)
+            return cls._of_model(str(request.model_path), request)
         if request.skeleton is None:
             raise EngineError(
                 f"engine {engine!r} was given neither a model nor an actor; pass a model directory as `pretrain`, or "
                 f"setup_inference_engine(..., actor=actor)"
             )
-        return cls._of_actor(request.skeleton, engine)
+        return cls._of_actor(request.skeleton, engine, EngineSettings.of(request.config))
 
     @classmethod
     def _of_model(cls, path: str, request: EngineRequest) -> Self:
-        trusted = bool(request.config.get_extra_arg("trust_remote_code", False))
-        config, directory = _config(path, trusted), _directory(path)
+        settings = EngineSettings.of(request.config)
+        config, directory = _found(path, trusted=settings.trust_remote_code)
         return cls(
             path=path,
             loads_weights=request.skeleton is None,
@@ -61,11 +66,12 @@ class ModelSource:
             has_tokenizer=any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")),
             expected=_expected(directory, config, request.skeleton),
             vocabulary=vocabulary_of(config),
+            longest=longest_sequence(config, settings, directory),
             end_ids=_end_ids(config) | _end_ids(_generation_config(directory)),
         )
 
     @classmethod
-    def _of_actor(cls, skeleton: nn.Module, engine: str) -> Self:
+    def _of_actor(cls, skeleton: nn.Module, engine: str, settings: EngineSettings) -> Self:
         from transformers import PreTrainedModel
 
         if not isinstance(skeleton, PreTrainedModel):
@@ -73,6 +79,7 @@ class ModelSource:
                 f"engine {engine!r} runs models of transformers, and the actor is a {type(skeleton).__name__}; use "
                 f"engine 'fake', which takes any module"
             )
+        longest = longest_sequence(skeleton.config, settings)
         temporary = OwnFolder(engine)
         config = copy.deepcopy(skeleton.config)
         config.architectures = [type(skeleton).__name__]
@@ -84,6 +91,7 @@ class ModelSource:
             has_tokenizer=False,
             expected=_shapes_of(skeleton),
             vocabulary=vocabulary_of(skeleton.config),
+            longest=longest,
             end_ids=_end_ids(getattr(skeleton, "generation_config", None)) or _end_ids(skeleton.config),
             _temporary=temporary,
         )
@@ -109,10 +117,24 @@ def _shapes_of(module: nn.Module) -> dict[str, torch.Size]:
     return saved_form.saved_shapes(module, {name: tensor.shape for name, tensor in tensors.items()})
 
 
-def _config(path: str, trusted: bool) -> Any:
+def _found(path: str, *, trusted: bool) -> tuple[Any, Path]:
+    """The configuration of the model at ``path``, and the directory of its files."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(path, trust_remote_code=trusted)
+    with opening(path):
+        return AutoConfig.from_pretrained(path, trust_remote_code=trusted), _directory(path)
+
+
+@contextmanager
+def opening(path: str) -> Iterator[None]:
+    """Whatever goes wrong in the body, which opens the model at ``path``, as an `EngineError` that names it."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise EngineError(
+            f"pretrain={path!r}: no model could be opened there; wanted is a directory in Hugging Face's layout, or the "
+            f"name of a model on the Hub. {type(error).__name__}: {error}"
+        ) from error
 
 
 def _directory(path: str) -> Path:
@@ -134,6 +156,32 @@ def vocabulary_of(config: Any) -> int:
     """Token ids of prompts are below it: of text, and of the places for media."""
     named = (value for name, value in vars(config).items() if name.endswith(("_token_id", "_token_index")))
     return max(int(config.get_text_config().vocab_size), *(it + 1 for it in named if isinstance(it, int)), 0)
+
+
+def longest_sequence(config: Any, settings: EngineSettings, directory: Path | None = None) -> int | None:
+    """Tokens that a sequence may have: positions of the model, and what its tokenizer and ``engine_max_model_len`` say.
+
+    As vLLM and SGLang count them: positions that are scaled by a plain factor are so many times more.
+    """
+    text = config.get_text_config()
+    scaling = getattr(text, "rope_parameters", None) or {}
+    factor = scaling.get("factor") or 1.0 if scaling.get("rope_type") in ("linear", "dynamic") else 1.0
+    positions = getattr(text, "max_position_embeddings", None)
+    found = [it for it in (positions and int(positions * factor), _tokenizer_limit(directory)) if it]
+    asked = settings.max_model_len
+    if asked is not None and found and asked > min(found):
+        raise ConfigError(
+            f"engine_max_model_len={asked} is more than the {min(found)} tokens that the model is made for"
+        )
+    return asked or min(found, default=None)
+
+
+def _tokenizer_limit(directory: Path | None) -> int | None:
+    file = None if directory is None else directory / "tokenizer_config.json"
+    if file is None or not file.exists():
+        return None
+    limit = json.loads(file.read_text(encoding="utf-8")).get("model_max_length")
+    return int(limit) if isinstance(limit, (int, float)) else None
 
 
 def _end_ids(holder: Any) -> frozenset[int]:

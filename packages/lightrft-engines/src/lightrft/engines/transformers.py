@@ -15,7 +15,8 @@ from typing_extensions import override
 
 from lightrft.config import EngineError
 from lightrft.engines.batch import Batch, Row
-from lightrft.engines.source import vocabulary_of
+from lightrft.engines.settings import EngineSettings
+from lightrft.engines.source import longest_sequence, opening, vocabulary_of
 from lightrft.strategy import Completion, EngineBase, EngineCapabilities, EngineRequest, Prompt, Sampling
 from lightrft.strategy.rollout.embedded import EmbeddedModel
 from lightrft.strategy.rollout.engine import Part
@@ -40,8 +41,10 @@ class TransformersEngine(EngineBase):
                 f"{type(self._model.module).__name__}; use engine 'fake', which takes any module"
             )
         self._tokenizer: Any = AutoTokenizer.from_pretrained(model_path) if _has_tokenizer(model_path) else None
-        self.vocabulary = vocabulary_of(self._model.module.config)
-        self._limit = int(request.config.get_extra_arg("engine_max_sequences", MAX_SEQUENCES))
+        settings, config = EngineSettings.of(request.config), self._model.module.config
+        self.vocabulary = vocabulary_of(config)
+        self.longest = longest_sequence(config, settings, None if model_path is None else Path(model_path))
+        self._limit = settings.max_sequences or MAX_SEQUENCES
         self._stream = (request.config.seed, request.rank)
         self._calls = 0
         self.capabilities = EngineCapabilities(stop_strings=False, seeds_by_prompt=True, sleep_levels=frozenset({1, 2}))
@@ -68,8 +71,9 @@ class TransformersEngine(EngineBase):
         # Without a seed every call and rank draws something else, and a run repeats.
         seed = sampling.seed if sampling.seed is not None else hash((*self._stream, self._calls))
         tokens = [self._tokens(prompt) for prompt in prompts]
+        self._check_room(tokens)
         ends = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._model.end_ids)
-        batch = Batch(self._model.module, sampling, ends, self._device)
+        batch = Batch(self._model.module, sampling, ends, self._device, longest=self.longest)
         rows: dict[int, list[Row]] = {}
         for group in self._groups(tokens, sampling.n):
             keys = [[stream_key(seed, tokens[index], sample) for sample in range(sampling.n)] for index in group]
@@ -139,7 +143,8 @@ def _with_model(request: EngineRequest) -> EngineRequest:
             "or a model directory as `pretrain`"
         )
     dtype = torch.bfloat16 if request.config.bf16 else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(request.model_path, dtype=dtype, local_files_only=True)
+    with opening(request.model_path):
+        model = AutoModelForCausalLM.from_pretrained(request.model_path, dtype=dtype, local_files_only=True)
     return EngineRequest(
         config=request.config, device=request.device, rank=request.rank, group=None, model_path=request.model_path,
         skeleton=model.to(request.device),

@@ -1,23 +1,20 @@
-"""From settings to SGLang's own arguments. Pure.
-
-Beside the settings of the engine, these extra arguments are read, all optional: ``engine_kv_cache_bytes``,
-``engine_max_model_len``, ``engine_max_sequences``, ``engine_eager``, ``limit_mm_image_per_prompt``,
-``limit_mm_video_per_prompt``, ``trust_remote_code``, ``weight_sync_verify``, and ``engine_arguments``, a mapping of
-SGLang's own names, which wins.
-"""
+"""From settings to SGLang's own arguments. Pure."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightrft.config import ConfigError, StrategyConfig
+from lightrft.config import StrategyConfig
+from lightrft.engines.settings import EngineSettings
 from lightrft.engines.source import ModelSource
 
 KV_CACHE_BYTES_ON_CPU = 2**30
 """Unless ``engine_kv_cache_bytes`` says otherwise: host memory is not the engine's alone."""
 MAX_SEQUENCES = 256
 """That are decoded together on a CPU, unless ``engine_max_sequences`` says otherwise; on a GPU SGLang decides."""
+SPARE = 2
+"""Tokens of its context that SGLang never fills. It is told of so many more than a sequence may have."""
 LOADER = "lightrft.engines.sglang.scheduler.load_bucket"
 """What takes a bucket of weights in SGLang's model processes."""
 LAUNCHER_VARIABLES = (
@@ -32,6 +29,7 @@ LAUNCHER_VARIABLES = (
 """Of the launcher that started the training; SGLang's processes are a world of their own."""
 IMPORTED_WITH = {
     "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",  # of the model itself, before temperature and filters
+    "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",  # by `SPARE`
     "TOKENIZERS_PARALLELISM": "false",
 }
 """What SGLang and torch read when they are imported."""
@@ -44,7 +42,7 @@ def server_arguments(
     config: StrategyConfig, source: ModelSource, *, device: str, index: int, seed: int
 ) -> dict[str, Any]:
     """Arguments of ``sglang.Engine`` on device ``index`` and, with tensor parallelism, those that follow it."""
-    on_cpu, extra = device == "cpu", config.get_extra_arg
+    on_cpu, settings = device == "cpu", EngineSettings.of(config)
     return {
         "model_path": source.path,
         "skip_tokenizer_init": not source.has_tokenizer,
@@ -55,17 +53,17 @@ def server_arguments(
         "mem_fraction_static": config.engine_mem_util,
         "enable_memory_saver": config.enable_engine_sleep and not on_cpu,
         "enable_weights_cpu_backup": config.enable_engine_sleep and not on_cpu,
-        "disable_cuda_graph": bool(extra("engine_eager", on_cpu)),
+        "disable_cuda_graph": on_cpu if settings.eager is None else settings.eager,
         "random_seed": seed,
-        "trust_remote_code": bool(extra("trust_remote_code", False)),
+        "trust_remote_code": settings.trust_remote_code,
         "custom_weight_loader": [LOADER],
         "schedule_policy": "lpm",  # prompts with a common beginning wait for the first of them
         "sleep_on_idle": True,  # or the model's processes take a core each while others train
         "host": "127.0.0.1",
         "log_level": "error",
         **(_on_cpu(source) if on_cpu else {}),
-        **_limits(config, source, on_cpu=on_cpu),
-        **_mapping(extra("engine_arguments", {})),
+        **_limits(settings, source, item=2 if config.bf16 else 4, on_cpu=on_cpu),
+        **settings.arguments,
     }
 
 
@@ -103,18 +101,16 @@ def _on_cpu(source: ModelSource) -> dict[str, Any]:
     }
 
 
-def _limits(config: StrategyConfig, source: ModelSource, *, on_cpu: bool) -> dict[str, Any]:
-    size = config.get_extra_arg("engine_kv_cache_bytes", KV_CACHE_BYTES_ON_CPU if on_cpu else None)
-    item, sequences = 2 if config.bf16 else 4, int(config.get_extra_arg("engine_max_sequences", MAX_SEQUENCES))
+def _limits(settings: EngineSettings, source: ModelSource, *, item: int, on_cpu: bool) -> dict[str, Any]:
+    size = settings.kv_cache_bytes or (KV_CACHE_BYTES_ON_CPU if on_cpu else None)
+    sequences = settings.max_sequences or MAX_SEQUENCES
     named = {
-        "max_total_tokens": None if size is None else cache_tokens(model_settings(source), int(size), item, sequences),
-        "context_length": config.get_extra_arg("engine_max_model_len", None),
-        "max_running_requests": sequences if on_cpu else config.get_extra_arg("engine_max_sequences", None),
+        "max_total_tokens": None if size is None else cache_tokens(model_settings(source), size, item, sequences),
+        "context_length": None if source.longest is None else source.longest + SPARE,
+        "max_running_requests": sequences if on_cpu else settings.max_sequences,
+        "limit_mm_data_per_request": dict(settings.media_limits) or None,
     }
-    media = {kind: config.get_extra_arg(f"limit_mm_{kind}_per_prompt", None) for kind in ("image", "video")}
-    found: dict[str, Any] = {name: int(value) for name, value in named.items() if value is not None}
-    limits = {kind: int(value) for kind, value in media.items() if value is not None}
-    return {**found, "limit_mm_data_per_request": limits} if limits else found
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def model_settings(source: ModelSource) -> Mapping[str, Any]:
@@ -136,9 +132,3 @@ def token_bytes(settings: Mapping[str, Any], item: int) -> int:
     width = settings.get("head_dim") or (settings.get("hidden_size", 0) // heads if heads else 0)
     of_values = settings.get("num_key_value_heads") or heads
     return int(2 * item * width * of_values * settings.get("num_hidden_layers", 0))
-
-
-def _mapping(given: Any) -> dict[str, Any]:
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"engine_arguments: got {given!r}; it is a mapping of SGLang's own arguments")
-    return dict(given)

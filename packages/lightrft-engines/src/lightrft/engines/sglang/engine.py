@@ -12,7 +12,7 @@ import torch
 from torch.multiprocessing.reductions import reduce_tensor
 from typing_extensions import override
 
-from lightrft.config import ConfigError
+from lightrft.engines.settings import EngineSettings
 from lightrft.engines.sglang import requests
 from lightrft.engines.sglang.arguments import server_arguments
 from lightrft.engines.sglang.library import SGLANG
@@ -39,7 +39,7 @@ class SGLangEngine(EngineBase):
             seed=request.config.seed + request.rank,
         )  # fmt: skip
         self._timeout, self._ranks = request.config.timeout, request.config.engine_tp_size
-        self._verify = _verifies(request.config.get_extra_arg("weight_sync_verify", None))
+        self._verify = EngineSettings.of(request.config).verifies
         sleeps = request.config.enable_engine_sleep or request.device.type == "cpu"
         self.capabilities = EngineCapabilities(
             multimodal=source.has_tokenizer,
@@ -47,8 +47,8 @@ class SGLangEngine(EngineBase):
             seeds_by_prompt=True,
             sleep_levels=frozenset({1, 2}) if sleeps else frozenset(),
         )
-        self._released: frozenset[Part] = frozenset()
-        self._server = ServerProcess(self._arguments, self._timeout)
+        self._released: frozenset[Part]
+        self._start()
 
     @classmethod
     @override
@@ -65,6 +65,11 @@ class SGLangEngine(EngineBase):
     @override
     def expected_weights(self) -> Mapping[str, torch.Size] | None:
         return self._source.expected
+
+    @property
+    @override
+    def awake(self) -> frozenset[Part]:
+        return super().awake if self._server.alive else frozenset()
 
     # Prompts
 
@@ -110,9 +115,13 @@ class SGLangEngine(EngineBase):
         except Exception:  # noqa: BLE001  the failure that led here is the one to be told of
             self._server.end()
 
-    def _rebuild(self) -> None:
+    def _start(self) -> None:
         self._server = ServerProcess(self._arguments, self._timeout)
+        self.longest = self._server.longest
         self._released = frozenset()
+
+    def _rebuild(self) -> None:
+        self._start()
         self._give_back(PARTS - self.awake)
 
     # Memory
@@ -183,9 +192,3 @@ def _handle(block: torch.Tensor) -> tuple[Any, ...]:
     _, arguments = reduce_tensor(block)
     device = str(torch.cuda.get_device_properties(block.device).uuid)
     return (*arguments[:6], device, *arguments[7:])
-
-
-def _verifies(asked: object) -> bool:
-    if asked not in (None, False, "", "none", "checksum"):
-        raise ConfigError(f"weight_sync_verify={asked!r}; allowed is 'checksum', or nothing")
-    return asked == "checksum"

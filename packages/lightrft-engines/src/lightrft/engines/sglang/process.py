@@ -51,7 +51,8 @@ class ServerProcess:
         self._gone = os.pidfd_open(self._pid)
         self._connection = Connection(ours.detach())
         self.end = weakref.finalize(self, _end, self._pid, self._gone, self._connection, self._folder, self._owner)
-        self.call("start", dict(arguments))
+        self.longest: int = self.call("start", dict(arguments))
+        """Tokens that a sequence may have, prompt and all."""
 
     @property
     def alive(self) -> bool:

@@ -15,16 +15,14 @@ from lightrft.strategy import Completion, Prompt, Sampling
 
 
 def request(prompt: Prompt) -> dict[str, Any]:
-    """A prompt as the server takes it: text where media belong to it, else token ids where there are any."""
-    media = {
+    """A prompt as the server takes it: token ids where there are any, else text; both beside media."""
+    has_media = bool(prompt.images or prompt.videos)
+    return {
+        "text": prompt.text if prompt.token_ids is None or has_media else None,
+        "tokens": prompt.token_ids,
         "images": [picture(image) for image in prompt.images],
         "videos": [frames(video) for video in prompt.videos],
     }
-    if prompt.images or prompt.videos:
-        return {"text": prompt.text, "tokens": prompt.token_ids, **media}
-    if prompt.token_ids or prompt.text is None:
-        return {"text": None, "tokens": prompt.token_ids}
-    return {"text": prompt.text, "tokens": None}
 
 
 def check_placeholders(request: Mapping[str, Any], patterns: Mapping[str, re.Pattern[str] | None]) -> None:
@@ -32,8 +30,6 @@ def check_placeholders(request: Mapping[str, Any], patterns: Mapping[str, re.Pat
 
     ``patterns`` find them, where the model's are known. SGLang would drop the media that have none.
     """
-    if request["text"] is None:
-        raise EngineError("a prompt with images or videos has no text; engine 'sglang' takes them with the text only")
     for kind, pattern in patterns.items():
         given = len(request[kind])
         if pattern is not None and (found := len(pattern.findall(request["text"]))) != given:

@@ -2,6 +2,7 @@
 
 seeds        with a seed, a draw depends on it and on the position alone; SGLang has this on some GPUs only
 failures     a bucket that cannot be loaded is a failed call, not the end of the process
+context      sequences end where those of other engines do
 memory       on a CPU, where SGLang would only say that it gave memory back, it does
 files        what SGLang would leave in /dev/shm goes with the temporary files
 """
@@ -41,7 +42,9 @@ def install() -> None:
         "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch", with_seeds, HookType.AFTER
     )
     HookRegistry.register("sglang.srt.layers.sampler.Sampler._sample_from_probs", seeded, HookType.AROUND)
-    HookRegistry.register("sglang.srt.managers.scheduler.Scheduler.__init__", with_host_memory, HookType.AFTER)
+    scheduler = "sglang.srt.managers.scheduler.Scheduler.__init__"
+    HookRegistry.register(scheduler, with_host_memory, HookType.AFTER)
+    HookRegistry.register(scheduler, with_whole_context, HookType.AFTER)
     HookRegistry.apply_hooks()
 
 
@@ -136,6 +139,17 @@ def filtered(
     kept_BV = (ranks_V < top_ks_B[:, None]) & (before_BV < top_ps_B[:, None] * sorted_BV.sum(dim=-1, keepdim=True))
     kept_BV &= sorted_BV >= sorted_BV[:, :1] * min_ps_B[:, None]
     return probs_BV.where(torch.zeros_like(kept_BV).scatter(-1, order_BV, kept_BV), 0.0)
+
+
+# Context
+
+
+def with_whole_context(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """Take prompts up to the end of the context: SGLang refuses those that leave less than five new tokens.
+
+    A sequence may have one token less than ``max_req_len``; as a prompt it may be scored. The engine is told so.
+    """
+    scheduler.max_req_input_len = scheduler.max_req_len
 
 
 # Memory

@@ -24,6 +24,7 @@ from lightrft.engines.sglang import library, scheduler
 from lightrft.engines.sglang.arguments import LOADER
 from lightrft.engines.sglang.requests import check_placeholders, scored_tokens
 from lightrft.engines.sglang.shared import to_json
+from lightrft.strategy.rollout.engine import too_long
 
 PATIENCE = 30.0
 """Seconds in which a request that was answered is over."""
@@ -35,14 +36,19 @@ class Server:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._engine: Any = None
+        self._longest = 0  # tokens of a sequence
         self._block: torch.Tensor | None = None
 
     # Life
 
-    def start(self, arguments: dict[str, Any]) -> None:
-        """Make the engine."""
+    def start(self, arguments: dict[str, Any]) -> int:
+        """Make the engine. Returns how many tokens a sequence may have."""
         scheduler.keep_load_file(arguments.get("dp_size", 1))
         self._engine = _engine_class(fork=arguments.get("device") == "cpu")(**arguments)
+        # The scheduler ends a sequence that is as long as may be; this would refuse those that might become so.
+        self._engine.tokenizer_manager.validate_total_tokens = False
+        self._longest = self._engine._scheduler_init_result.scheduler_infos[0]["max_req_input_len"] - 1
+        return self._longest
 
     def stop(self) -> None:
         """End what SGLang started."""
@@ -139,13 +145,16 @@ class Server:
 
     def _tokenized(self, request: dict[str, Any]) -> dict[str, Any]:
         """A request with token ids, one that SGLang can take."""
+        tokens = self._token_ids(request)
         if _has_media(request):
+            request = {**request, "text": self._text_of(tokens, request["text"])}
             special = getattr(self._engine.tokenizer_manager.mm_processor, "mm_tokens", None)
             patterns = {f"{kind}s": getattr(special, f"{kind}_token_regex", None) for kind in ("image", "video")}
             check_placeholders(request, patterns)
-        tokens = self._token_ids(request)
         if not tokens:  # it would end SGLang
             raise EngineError("a prompt is empty; engine 'sglang' needs one token at least")
+        if len(tokens) >= self._longest:
+            raise EngineError(too_long("a prompt", len(tokens), self._longest))
         return {**request, "tokens": tokens}
 
     def _token_ids(self, request: dict[str, Any]) -> list[int]:
@@ -155,6 +164,18 @@ class Server:
         if tokenizer is None:
             raise EngineError("a prompt has no token ids, and the model's directory has no tokenizer for its text")
         return list(tokenizer(request["text"], add_special_tokens=False)["input_ids"])
+
+    def _text_of(self, tokens: list[int], text: str | None) -> str:
+        """The text that these are the tokens of, which is ``text`` if any: beside media SGLang takes nothing else."""
+        tokenizer = self._engine.tokenizer_manager.tokenizer
+        if text is None:
+            text = str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        if tokenizer(text, add_special_tokens=False)["input_ids"] != tokens:
+            raise EngineError(
+                f"the token ids of a prompt with images or videos are not those of their text, {text[:80]!r}; engine "
+                f"'sglang' takes such prompts as text: give it, or ids that the model's tokenizer makes"
+            )
+        return text
 
     def _rescore(self, asked: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]], media: bool) -> None:
         """Replace log-probabilities of penalised logits by the model's own; with media there are none."""

@@ -1,14 +1,10 @@
-"""From settings to vLLM's own arguments.
-
-Beside the settings of the engine, these extra arguments are read, all optional: ``engine_kv_cache_bytes``,
-``engine_max_model_len``, ``engine_max_sequences``, ``engine_eager``, ``limit_mm_image_per_prompt``,
-``limit_mm_video_per_prompt``, ``trust_remote_code``.
-"""
+"""From settings to vLLM's own arguments."""
 
 import os
 from typing import Any
 
 from lightrft.config import ConfigError, StrategyConfig
+from lightrft.engines.settings import EngineSettings
 from lightrft.engines.source import ModelSource
 
 KV_CACHE_BYTES_ON_CPU = 2**30
@@ -16,13 +12,15 @@ KV_CACHE_BYTES_ON_CPU = 2**30
 
 
 def llm_arguments(config: StrategyConfig, source: ModelSource, *, on_cpu: bool, seed: int) -> dict[str, Any]:
-    """Arguments of ``vllm.LLM``. Raises `ConfigError` for what vLLM cannot do on a CPU."""
+    """Arguments of ``vllm.LLM``. Raises `ConfigError` for what vLLM cannot do, here or at all."""
+    settings = EngineSettings.of(config)
     if on_cpu and config.enable_engine_sleep:
         raise ConfigError(
             "enable_engine_sleep=True: vLLM cannot sleep on a CPU, where it would only say that it does; use "
             "enable_engine_sleep=False, or another engine"
         )
-    extra = config.get_extra_arg
+    if settings.verifies and config.engine_tp_size > 1:
+        raise ConfigError("weight_sync_verify='checksum' reads a whole model back from vLLM; it needs engine_tp_size=1")
     return {
         "model": source.path,
         "skip_tokenizer_init": not source.has_tokenizer,
@@ -33,13 +31,14 @@ def llm_arguments(config: StrategyConfig, source: ModelSource, *, on_cpu: bool, 
         "distributed_executor_backend": "external_launcher",
         "gpu_memory_utilization": config.engine_mem_util,
         "enable_sleep_mode": config.enable_engine_sleep,
-        "enforce_eager": bool(extra("engine_eager", on_cpu)),
+        "enforce_eager": on_cpu if settings.eager is None else settings.eager,
         "seed": seed,
-        "trust_remote_code": bool(extra("trust_remote_code", False)),
+        "trust_remote_code": settings.trust_remote_code,
         "generation_config": "vllm",
         "logprobs_mode": "raw_logprobs",
         "disable_log_stats": True,
-        **_limits(config, on_cpu=on_cpu),
+        **_limits(settings, on_cpu=on_cpu),
+        **settings.arguments,
     }
 
 
@@ -58,15 +57,11 @@ def variables(rank: int, size: int, device_index: int) -> dict[str, str]:
     }
 
 
-def _limits(config: StrategyConfig, *, on_cpu: bool) -> dict[str, Any]:
+def _limits(settings: EngineSettings, *, on_cpu: bool) -> dict[str, Any]:
     named = {
-        "kv_cache_memory_bytes": config.get_extra_arg(
-            "engine_kv_cache_bytes", KV_CACHE_BYTES_ON_CPU if on_cpu else None
-        ),
-        "max_model_len": config.get_extra_arg("engine_max_model_len", None),
-        "max_num_seqs": config.get_extra_arg("engine_max_sequences", None),
+        "kv_cache_memory_bytes": settings.kv_cache_bytes or (KV_CACHE_BYTES_ON_CPU if on_cpu else None),
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": settings.max_sequences,
+        "limit_mm_per_prompt": dict(settings.media_limits) or None,
     }
-    media = {kind: config.get_extra_arg(f"limit_mm_{kind}_per_prompt", None) for kind in ("image", "video")}
-    found = {name: int(value) for name, value in named.items() if value is not None}
-    limits = {kind: int(value) for kind, value in media.items() if value is not None}
-    return {**found, "limit_mm_per_prompt": limits} if limits else found
+    return {name: value for name, value in named.items() if value is not None}

@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from lightrft.config import EngineError
 from lightrft.engines.seeds import seed_of
+from lightrft.engines.settings import EngineSettings
 from lightrft.engines.source import ModelSource
 from lightrft.engines.vllm import library, verify
 from lightrft.engines.vllm.arguments import llm_arguments, variables
@@ -42,7 +43,7 @@ class VLLMEngine(EngineBase):
             request.config, source, on_cpu=request.device.type == "cpu", seed=request.config.seed + request.rank - place
         )
         self._timeout = timedelta(seconds=request.config.timeout)
-        self._verify = verify.is_wanted(request.config)
+        self._verify = EngineSettings.of(request.config).verifies
         self._broken = self._half_done = False
         self.vocabulary = source.vocabulary
         self.capabilities = EngineCapabilities(
@@ -83,6 +84,7 @@ class VLLMEngine(EngineBase):
                 library.number_groups(self._territory.number)
                 with _translated("start"):
                     self._llm = self._vllm.LLM(**self._arguments)
+                self.longest = int(self._llm.llm_engine.model_config.max_model_len)
         except BaseException:
             self._close()
             raise
@@ -117,8 +119,8 @@ class VLLMEngine(EngineBase):
 
     @override
     def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
-        tokenizer = self._source.has_tokenizer
-        arguments = sampling_arguments(sampling, self._source.end_ids, tokenizer=tokenizer)
+        tokenizer = self._llm.get_tokenizer() if self._source.has_tokenizer else None
+        arguments = sampling_arguments(sampling, self._source.end_ids, tokenizer=tokenizer is not None)
         requests = [request(prompt) for prompt in prompts]
         with self._inside():
             self._forget_half_done()

@@ -1,6 +1,7 @@
 """Prompts and sampling in vLLM's terms, and vLLM's answers in ours. vLLM is imported by the caller."""
 
 from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from lightrft.config import EngineError
@@ -9,7 +10,7 @@ from lightrft.strategy import Completion, Prompt, Sampling
 
 
 def request(prompt: Prompt) -> dict[str, Any]:
-    """A prompt as vLLM takes it: token ids where there are any, unexpanded where media belong to them."""
+    """A prompt as vLLM takes it: token ids where there are any."""
     base: dict[str, Any] = (
         {"prompt_token_ids": list(prompt.token_ids)} if prompt.token_ids is not None else {"prompt": prompt.text}
     )
@@ -49,16 +50,19 @@ def sampling_arguments(sampling: Sampling, end_ids: Collection[int], *, tokenize
 
 
 def completions(
-    prompts: Sequence[Prompt], answers: Sequence[Any], sampling: Sampling, *, version: int, tokenizer: bool
+    prompts: Sequence[Prompt], answers: Sequence[Any], sampling: Sampling, *, version: int, tokenizer: Any
 ) -> list[Completion]:
-    """The completions in vLLM's answers. Raises `EngineError` on any that is not whole."""
+    """The completions in vLLM's answers. Raises `EngineError` on any that is not whole.
+
+    ``tokenizer``: the model's, or None.
+    """
     drawn = _drawn(sampling)
     found = [len(answer.outputs) for answer in answers]
     if found != [drawn] * len(prompts):
         raise EngineError(f"vLLM answered {len(prompts)} prompts, {drawn} samples each, with {found} completions")
     return [
-        _completion(prompt, answer, output, version, output.text if tokenizer else None)
-        for prompt, answer in zip(prompts, answers, strict=True)
+        _completion(tokens, output, version, None if tokenizer is None else output.text)
+        for tokens, answer in zip(map(partial(_given_tokens, tokenizer), prompts, answers), answers, strict=True)
         for output in sorted(answer.outputs, key=lambda it: int(it.index)) * (sampling.n // drawn)
     ]
 
@@ -68,12 +72,21 @@ def _drawn(sampling: Sampling) -> int:
     return 1 if sampling.greedy else sampling.n
 
 
-def _completion(prompt: Prompt, answer: Any, output: Any, version: int, text: str | None) -> Completion:
+def _given_tokens(tokenizer: Any, prompt: Prompt, answer: Any) -> tuple[int, ...]:
+    """The prompt's, without those that vLLM put in where media are."""
+    if prompt.token_ids is not None:
+        return prompt.token_ids
+    expanded = bool(prompt.images or prompt.videos)
+    found = tokenizer(prompt.text, add_special_tokens=False)["input_ids"] if expanded else answer.prompt_token_ids
+    return tuple(map(int, found))
+
+
+def _completion(prompt: tuple[int, ...], output: Any, version: int, text: str | None) -> Completion:
     if output.finish_reason not in ("stop", "length"):
         raise EngineError(f"vLLM ended a completion with {output.finish_reason!r} ({output.stop_reason!r})")
     tokens = tuple(output.token_ids)
     return Completion(
-        prompt_token_ids=prompt.token_ids if prompt.token_ids is not None else tuple(answer.prompt_token_ids),
+        prompt_token_ids=prompt,
         output_token_ids=tokens,
         logprobs=tuple(_logprobs(tokens, output.logprobs)),
         finish_reason=output.finish_reason,

@@ -12,22 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightrft.config import ConfigError, EngineError, StrategyConfig
+from lightrft.config import EngineError
 from lightrft.engines.naming import canonical
 
 _LAYER = re.compile(r"^.*?\.\d+(?=\.)")
 _ROWS = 256
 """Of an identity matrix, by which packed weights are read back, at a time."""
-
-
-def is_wanted(config: StrategyConfig) -> bool:
-    """What ``weight_sync_verify`` asks for. Raises `ConfigError` where it cannot be done."""
-    asked = config.get_extra_arg("weight_sync_verify", None)
-    if asked not in (None, False, "", "none", "checksum"):
-        raise ConfigError(f"weight_sync_verify={asked!r}; allowed is 'checksum', or nothing")
-    if asked == "checksum" and config.engine_tp_size > 1:
-        raise ConfigError("weight_sync_verify='checksum' reads a whole model back from vLLM; it needs engine_tp_size=1")
-    return bool(asked == "checksum")
 
 
 def sent_sums(tensors: Iterator[tuple[str, torch.Tensor]], sums: Counter[str]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -116,7 +116,9 @@ class Rollouts(Checkpointing):
             found = self._models.at_hand(actor, "update_engine_weights")
             self._rollout.sync(
                 lambda: weights.full_shapes(self, found.module),
-                lambda: self.full_parameters(actor, self._rollout.bucket_bytes),
+                lambda: self.full_parameters(
+                    actor, self._rollout.bucket_bytes, dtype=torch.bfloat16 if self._rollout.bf16 else None
+                ),
             )
 
     @final

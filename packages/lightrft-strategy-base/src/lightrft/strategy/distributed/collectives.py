@@ -75,22 +75,27 @@ class Collectives:
         self.agree("barrier", None)
 
     @contextmanager
-    def together(self, call: str, kind: type[LightRFTError] = StrategyError) -> Iterator[None]:
+    def together(
+        self, call: str, kind: type[LightRFTError] = StrategyError, tell: Callable[[], Any] = lambda: None
+    ) -> Iterator[list[Any]]:
         """Run the body on every rank; where it raises on some, raise on all.
 
         The ranks where the body raised raise that error, the others one of ``kind`` that quotes it. The
-        body must not contain a collective that a failing rank would leave the others waiting in.
+        body must not contain a collective that a failing rank would leave the others waiting in. The list that
+        the body gets has, once the ranks have met, what each ``tell`` returned after it, whether it raised or not.
         """
         error: Exception | None = None
+        told: list[Any] = []
         try:
-            yield
+            yield told
         except Exception as raised:  # noqa: BLE001 - carried to the other ranks, then raised again
             error = raised
         failed = None if error is None else f"{type(error).__name__}: {error}"
-        failures = self.exchange(call, failed)
+        messages = self.exchange(call, [failed, tell()])
+        told += [value for _, value in messages]
         if error is not None:
             raise error
-        reasons = [f"rank {rank}: {reason}" for rank, reason in enumerate(failures) if reason]
+        reasons = [f"rank {rank}: {reason}" for rank, (reason, _) in enumerate(messages) if reason]
         if reasons:
             raise kind(f"{call} failed on another rank; {'; '.join(reasons)}")
 

@@ -26,7 +26,8 @@ PARTS: frozenset[Part] = frozenset({"weights", "kv_cache"})
 class Prompt:
     """One prompt: token ids, or text, or both, with the images and videos that belong to it.
 
-    With images or videos, ``token_ids`` are those before placeholders are expanded.
+    Where both are given, engines take the ids; none at all, beside a text, are as good as None. With images or videos,
+    ``token_ids`` are those before placeholders are expanded.
     """
 
     token_ids: tuple[int, ...] | None = None
@@ -37,6 +38,8 @@ class Prompt:
     def __post_init__(self) -> None:
         if self.token_ids is None and self.text is None:
             raise ArgumentError("a Prompt needs token_ids or text, and got neither")
+        if not self.token_ids and self.text is not None:
+            object.__setattr__(self, "token_ids", None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,7 @@ class Completion:
     """One completion of one prompt."""
 
     prompt_token_ids: tuple[int, ...]
+    """As given, or of the text as given: placeholders of images and videos are not expanded."""
     output_token_ids: tuple[int, ...]
     """The new tokens, the end-of-sequence token included where it was made."""
     logprobs: tuple[float, ...] | None
@@ -143,6 +147,8 @@ class EngineBase(ABC):
     capabilities: EngineCapabilities = EngineCapabilities()
     vocabulary: int | None = None
     """Token ids of prompts are below it; None: the engine finds out itself."""
+    longest: int | None = None
+    """Tokens of the longest sequence, prompt and all, at which a completion ends with "length"; None: no limit."""
 
     def __init__(self, *, has_weights: bool) -> None:
         """``has_weights``: whether there are weights to generate from before the first sync."""
@@ -256,10 +262,12 @@ class EngineBase(ABC):
             raise EngineError(f"{self._name}: sleep(level={level}) is not among the levels {able} that it has")
         if not self._awake and not (level == 2 and self._stale is None):
             return
-        if level == 2:
-            self._stale = "sleep(level=2) dropped the weights"
-        self._sleep(level)
+        kept = self._stale
+        self._stale = "sleep(level=2) dropped the weights" if level == 2 else f"sleep(level={level}) did not end well"
         self._awake = frozenset()
+        self._sleep(level)
+        if level != 2:
+            self._stale = kept
 
     @final
     def wake_up(self, parts: Collection[Part] | None = None) -> None:
@@ -295,6 +303,7 @@ class EngineBase(ABC):
             raise EngineError(f"{self._name} takes no images and no videos; use an engine that does")
         if sampling.stop and not self.capabilities.stop_strings:
             raise EngineError(f"{self._name} takes no stop strings here; use stop_token_ids")
+        self._check_room([prompt.token_ids or () for prompt in prompts])
         if self.vocabulary is not None:
             for index, prompt in enumerate(prompts):
                 largest = max(prompt.token_ids or (0,))
@@ -303,6 +312,20 @@ class EngineBase(ABC):
                         f"{self._name}: prompt {index} has token {largest}, and the model's vocabulary has "
                         f"{self.vocabulary}, from 0; make prompts with the model's own tokenizer"
                     )
+
+    def _check_room(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Raise `EngineError` unless each of the prompts leaves room for a token."""
+        for index, tokens in enumerate(prompts):
+            if self.longest is not None and len(tokens) >= self.longest:
+                raise EngineError(f"{self._name}: {too_long(f'prompt {index}', len(tokens), self.longest)}")
+
+
+def too_long(prompt: str, tokens: int, longest: int) -> str:
+    """What is wrong with a prompt that leaves no room."""
+    return (
+        f"{prompt} has {tokens} tokens, and a sequence may have {longest}, prompt and all; shorten it, so that there "
+        f"is room for a token"
+    )
 
 
 def is_engine(candidate: object) -> bool:

@@ -34,6 +34,7 @@ class FakeEngine(EngineBase):
         super().__init__(has_weights=False)
         self._model = EmbeddedModel(request, "fake")
         self._device = request.device
+        self.longest = getattr(getattr(self._model.module, "config", None), "max_position_embeddings", None)
         self._stream = (request.config.seed, request.rank)
         self._calls = 0
 
@@ -66,7 +67,12 @@ class FakeEngine(EngineBase):
         key = stream_key(seed, prompt.token_ids, sample)
         output: list[int] = []
         logprobs: list[float] = []
-        while len(output) < sampling.max_tokens and not (output and output[-1] in ends):
+        most = (
+            sampling.max_tokens
+            if self.longest is None
+            else min(sampling.max_tokens, self.longest - len(prompt.token_ids))
+        )
+        while len(output) < most and not (output and output[-1] in ends):
             tokens_1T = torch.tensor([[*prompt.token_ids, *output]], device=self._device)
             logits_1V = self._model.logits(tokens_1T)[:, -1].float()
             allowed_1V = penalized(logits_1V, [prompt.token_ids], [output], sampling)

@@ -96,10 +96,11 @@ def prompts_of_inputs(inputs: Sequence[dict[str, Any]]) -> list[Prompt]:
 
 
 def prompts_of_tokens(token_ids: Sequence[Any]) -> list[Prompt]:
-    """From lists of token ids, or one such list."""
-    if token_ids and all(isinstance(token, int) for token in token_ids):
-        token_ids = [token_ids]
-    return [Prompt(token_ids=_ints(tokens)) for tokens in token_ids]
+    """From lists of token ids, or one such list; arrays and tensors are as good."""
+    given = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
+    if len(given) and all(isinstance(token, Integral) for token in given):
+        given = [given]
+    return [Prompt(token_ids=_ints(tokens)) for tokens in given]
 
 
 def one_kind_of_prompts(token_ids: Sequence[Any] | None, inputs: Sequence[dict[str, Any]] | None) -> list[Prompt]:

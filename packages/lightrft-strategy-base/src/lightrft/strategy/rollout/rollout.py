@@ -5,6 +5,7 @@ sleep. Which engine it is, and which strategy, makes no difference here.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 
@@ -38,7 +39,7 @@ class Rollout:
         self.engine: RolloutEngine | None = None
         self._status = EngineStatus.ABSENT  # of ranks that share an engine and do not hold it
         self._sleeps = config.enable_engine_sleep
-        self.bucket_bytes = config.weight_sync_bucket_bytes
+        self.bucket_bytes, self.bf16 = config.weight_sync_bucket_bytes, config.bf16
         self.mp_group, self.dp_group = self._make_groups()
 
     def _make_groups(self) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
@@ -74,7 +75,8 @@ class Rollout:
                 f"{self._config.engine_tp_size}, by which its ranks share engines; give it to get_strategy"
             )
         self.shutdown()
-        self._sleeps, self.bucket_bytes = config.enable_engine_sleep, config.weight_sync_bucket_bytes
+        self._sleeps = config.enable_engine_sleep
+        self.bucket_bytes, self.bf16 = config.weight_sync_bucket_bytes, config.bf16
         try:
             with self._collectives.together("setup_inference_engine"):
                 kind = engine_class(engine_type)
@@ -119,6 +121,17 @@ class Rollout:
         elif self._status is EngineStatus.ASLEEP:
             self._status = EngineStatus.AWAKE
 
+    @contextmanager
+    def _together(self, call: str) -> Iterator[None]:
+        """`Collectives.together`; a rank whose engine another rank holds hears how that one is, after errors too."""
+        told: list[Any] = []
+        try:
+            with self._collectives.together(call, tell=lambda: self.status.value) as told:
+                yield
+        finally:
+            if told and self.engine is None:
+                self._status = EngineStatus(told[self._world.rank - self._world.rank % self._config.engine_tp_size])
+
     # Weights
 
     def sync(self, names: Callable[[], Mapping[str, torch.Size]], stream: Callable[[], Iterator[Bucket]]) -> None:
@@ -130,7 +143,7 @@ class Rollout:
             self._check_coverage(names())
         before = 0 if self.engine is None else self.engine.weight_version
         try:
-            with self._collectives.together("update_engine_weights"):
+            with self._together("update_engine_weights"):
                 self._send(stream())
         except BaseException:
             if self.engine is not None and self.engine.weight_version != before:
@@ -162,7 +175,6 @@ class Rollout:
         if self.engine is None:
             for _ in stream:  # a rank that holds no engine still takes part in gathering
                 pass
-            self._status = EngineStatus.AWAKE
             return
         self.engine.wake_up(["weights"])
         try:
@@ -196,7 +208,7 @@ class Rollout:
         with self._collectives.together("gather_and_generate"):
             self._require_engine("gather_and_generate")
             prompts, settings = build(), sampling()
-        with self._collectives.together("gather_and_generate"):
+        with self._together("gather_and_generate"):
             completions = self._generate_shared(prompts, settings)
         if sleep:
             self.sleep()
