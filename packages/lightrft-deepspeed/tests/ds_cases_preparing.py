@@ -29,6 +29,13 @@ def called_before_and_after(**settings: object) -> list[torch.Tensor]:
         return [output.detach().float() for output in outputs]
 
 
+def with_an_empty_parameter(**settings: object) -> None:
+    with ds_cases.strategy(Program(), persist=False, **settings) as made:
+        model = nn.Linear(2, 2)
+        model.register_parameter("nothing", nn.Parameter(torch.zeros(0, 2)))
+        made.prepare((model, made.create_optimizer(model, lr=RATE), None))
+
+
 def built_on_rank_0_alone(in_training: bool, **settings: object) -> dict[str, torch.Tensor]:
     with ds_cases.strategy(Program(), persist=False, **settings) as made:
         with made.init_model_context(meta_init=True):

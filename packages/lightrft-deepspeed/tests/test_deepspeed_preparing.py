@@ -118,6 +118,12 @@ def test_at_stage_0_the_optimizer_stays_whole(two: Workers, kind: str) -> None:
     two.run(cases.with_groups, empty=False, stepped=True, kind=kind, zero_stage=0)
 
 
+def test_parameters_without_elements_are_refused_by_zero_3_alone(two: Workers) -> None:
+    two.run(cases.with_an_empty_parameter, zero_stage=2)
+    with pytest.raises(WorkersError, match="nothing of Linear have no elements, which ZeRO-3 cannot gather"):
+        two.run(cases.with_an_empty_parameter, zero_stage=3)
+
+
 def test_a_model_that_a_closed_strategy_sharded_is_refused(one: Workers) -> None:
     with pytest.raises(WorkersError, match="sharded already, by a strategy that was closed"):
         one.run(cases.prepared_twice, zero_stage=3)

@@ -35,6 +35,17 @@ def prepared(made: FSDPV2Strategy, model: nn.Module | None = None) -> tuple[nn.M
     return found[0], found[1]
 
 
+def train_laid_out_otherwise(program: Program) -> Observed:
+    """`train`, of a model whose matrices lie column by column."""
+    with strategy(program) as made:
+        bare = layered(3 + made.get_rank())
+        for parameter in bare.parameters():
+            parameter.data = parameter.data.t().contiguous().t() if parameter.ndim == 2 else parameter.data
+        model, optimizer = prepared(made, bare)
+        training.run(program, made, model, optimizer)
+        return Observed(parameters=training.whole(made, model))
+
+
 def train(program: Program, **settings: Any) -> Observed:
     """Run ``program``; every rank's model begins with other weights, of which rank 0's count."""
     with strategy(program, **settings) as made:

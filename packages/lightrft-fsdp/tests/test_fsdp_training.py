@@ -30,6 +30,11 @@ def test_one_micro_batch_without_clipping_is_bitwise_plain_torch(one: Workers, t
     assert furthest(trained(two, program), plain(program, 2)) == 0
 
 
+def test_parameters_that_lie_column_by_column_train_like_others(two: Workers) -> None:
+    program = Program(updates=2)
+    assert furthest(same(two.run(cases.train_laid_out_otherwise, program=program)), plain(program, 2)) == 0
+
+
 def test_several_micro_batches_and_two_losses_in_each_give_their_mean(two: Workers) -> None:
     program = Program(updates=6, window=2, losses="forward, forward, backward, backward")
     assert relative(trained(two, program), plain(program, 2), layered) < 5e-5

@@ -1,8 +1,9 @@
 """What DeepSpeed would do to an optimizer in silence, refused before."""
 
+from torch import nn
 from torch.optim import Adagrad, Optimizer
 
-from lightrft.config import StrategyError
+from lightrft.config import StrategyError, UnsupportedOperationError
 from lightrft.strategy.training.trained_model import TrainedModel
 
 
@@ -29,6 +30,16 @@ def check_can_be_partitioned(optimizer: Optimizer) -> None:
         raise StrategyError(
             f"prepare: the optimizer ({kind}) has stepped already, and DeepSpeed would drop its state; prepare before the "
             f"first step, and load a checkpoint afterwards"
+        )
+
+
+def check_nothing_is_empty(module: nn.Module) -> None:
+    """Raise `UnsupportedOperationError` for parameters without elements, which ZeRO-3 gathers and waits for in vain."""
+    empty = [name for name, parameter in module.named_parameters() if parameter.numel() == 0]
+    if empty:
+        raise UnsupportedOperationError(
+            f"prepare: {', '.join(empty[:3])} of {type(module).__name__} have no elements, which ZeRO-3 cannot gather; leave "
+            f"them out of the model, or use zero_stage=2 or less"
         )
 
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightrft.deepspeed import ds_config, stage_limits
-from lightrft.deepspeed.checks import check_still_trained
+from lightrft.deepspeed.checks import check_nothing_is_empty, check_still_trained
 from lightrft.deepspeed.environment import prepare_environment
 from lightrft.deepspeed.removal import check_whole
 from lightrft.strategy.backend import WrapOptions
@@ -90,6 +90,8 @@ class DeepspeedStrategy(StrategyBase):
     @override
     def _check_model(self, module: nn.Module, options: WrapOptions) -> None:
         check_whole(module)
+        if self.config.zero_stage == 3:
+            check_nothing_is_empty(module)
 
     @override
     def _wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:

@@ -49,6 +49,7 @@ class FSDPV2Strategy(StrategyBase):
     @override
     def _wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
         layers = layers_to_shard(module, mixed_modalities=self.config.mixed_mm_data)
+        _make_contiguous(module)
         if options.training:
             _make_uniform(module)
         whole = dict(module.named_parameters()) if self.world.rank == 0 else {}
@@ -176,6 +177,12 @@ def _check_shardable(module: nn.Module) -> None:
             f"FSDP2 splits parameters along dim 0, and {', '.join(scalars[:3])} of {type(module).__name__} have none; "
             f"give them shape (1,)"
         )
+
+
+def _make_contiguous(module: nn.Module) -> None:
+    """Lay parameters out row by row, which is all that FSDP2 takes: others come of channels_last, or of transposing."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.contiguous()
 
 
 def _make_uniform(module: nn.Module) -> None:
