@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("transformers", reason="needs transformers")
 
 from engine_cases import smollm2, smollm2_path, sync_and_compare
+from tiny_vision import text_beside_pictures
 from workers import one, two
 
 __all__ = ["one", "smollm2_path", "two"]  # fixtures
@@ -58,3 +59,10 @@ def test_two_ranks_train_and_an_engine_over_both_follows(two, engine, strategy):
     require(engine, f"lightrft.{STRATEGIES[strategy]['strategy']}")
     versions = two.run(sync_and_compare, engine=engine, deadline=SECONDS, engine_tp_size=2, **STRATEGIES[strategy])
     assert versions == [3, 0 if engine in LEADER_ONLY else 3]
+
+
+@pytest.mark.parametrize("share", [1, 2])
+@pytest.mark.parametrize("engine", SHARED)
+def test_a_rank_with_text_and_a_rank_with_pictures_generate_together(two, engine, share, tmp_path):
+    require(engine, "lightrft.fsdp")
+    two.run(text_beside_pictures, engine=engine, folder=tmp_path, engine_tp_size=share, deadline=SECONDS)

@@ -1,10 +1,12 @@
 """A small Qwen2-VL of transformers with a tokenizer and processor of its own, and small pictures."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from engine_cases import GREEDY, rollout, whole
 from PIL import Image
 
 SPECIAL = ["<|endoftext|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
@@ -26,7 +28,7 @@ def model(seed: int = 3) -> Any:
     config = Qwen2VLConfig(
         text_config={
             "vocab_size": 32, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-            "num_key_value_heads": 1, "max_position_embeddings": 512, "tie_word_embeddings": True,
+            "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": True,
             "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}, "bos_token_id": None, "eos_token_id": None,
         },
         vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2, "patch_size": 14, "in_chans": 3},
@@ -93,3 +95,25 @@ def greedy(made: Any, text: str, images: list[Any], videos: list[Any], count: in
             **inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
         )
     return tuple(found[0, inputs["input_ids"].shape[1] :].tolist())
+
+
+def text_beside_pictures(engine: str, folder: Path, **settings: Any) -> None:
+    """Rank 0 has prompts without pictures, rank 1 one with pictures and one without: each gets its own completions."""
+    path, actor = save(folder / os.environ["RANK"]), model().train()
+    with rollout(engine, "fsdp", model=actor, pretrain=path, engine_kv_cache_bytes=2**26, **settings) as (
+        made,
+        actor,
+        _,
+    ):
+        for parameter in actor.parameters():
+            parameter.data.mul_(1.05)
+        made.update_engine_weights(actor)
+        reference = whole(made, actor, model())
+        texts = ["what is this ?"], [f"what is {IMAGE} and {IMAGE} ?", "a red film"]
+        images = [[]], [[picture("red", (84, 56)), picture("blue", (56, 84))], []]
+        own = texts[made.get_rank()], images[made.get_rank()]
+        found = made.gather_and_generate(GREEDY, all_prompts=own[0], all_images=own[1])
+        wanted = [
+            greedy(reference, text, pictures, [], GREEDY["max_tokens"]) for text, pictures in zip(*own, strict=True)
+        ]
+        assert [it.output_token_ids for it in found] == wanted
