@@ -144,6 +144,31 @@ def experts(seed: int = 1) -> Any:
     return _uneven(lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**SMALL, **more, tie_word_embeddings=False)), seed)
 
 
+def adapted() -> Any:
+    """A small Llama with a LoRA adapter."""
+    import peft
+
+    settings = peft.LoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], r=4, init_lora_weights=False)
+    return _uneven(lambda: peft.get_peft_model(llama(), settings), seed=2)
+
+
+def adapters_arrive_merged(engine: str, strategy: str, **settings: Any) -> None:
+    """The engine, which knows no adapters, generates what base model and adapters do together, after each sync."""
+    with rollout(engine, strategy, model=adapted(), **settings) as (made, actor, optimizer):
+        before = None
+        for _ in range(2):
+            train(made, actor, optimizer, updates=3)
+            made.update_engine_weights(actor)
+            reference = adapted()
+            state = {name: it.clone() for bucket in made.full_parameters(actor) for name, it in bucket}
+            told = reference.load_state_dict(state, strict=False)
+            assert not told.unexpected_keys
+            assert all("lm_head" in name for name in told.missing_keys)  # tied
+            compare(made, reference.eval(), PROMPTS[made.get_rank() :])
+            assert before is None or any(not torch.equal(before[name], it) for name, it in state.items())
+            before = state
+
+
 def _uneven(build: Callable[[], Any], seed: int) -> Any:
     """Norms and biases begin at 1 and 0, which hides mistakes."""
     with torch.random.fork_rng(devices=[]):

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("transformers", reason="needs transformers")
 
-from engine_cases import smollm2, smollm2_path, sync_and_compare
+from engine_cases import adapters_arrive_merged, smollm2, smollm2_path, sync_and_compare
 from tiny_vision import text_beside_pictures
 from workers import one, two
 
@@ -59,6 +59,18 @@ def test_two_ranks_train_and_an_engine_over_both_follows(two, engine, strategy):
     require(engine, f"lightrft.{STRATEGIES[strategy]['strategy']}")
     versions = two.run(sync_and_compare, engine=engine, deadline=SECONDS, engine_tp_size=2, **STRATEGIES[strategy])
     assert versions == [3, 0 if engine in LEADER_ONLY else 3]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_one_process_trains_adapters_and_the_engine_follows(one, engine):
+    require(engine, "peft")
+    one.run(adapters_arrive_merged, engine=engine, strategy="fake", deadline=SECONDS)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_ranks_train_adapters_and_an_engine_each_follows(two, strategy):
+    require("transformers", "peft", f"lightrft.{STRATEGIES[strategy]['strategy']}")
+    two.run(adapters_arrive_merged, engine="transformers", deadline=SECONDS, **STRATEGIES[strategy])
 
 
 @pytest.mark.parametrize("share", [1, 2])

@@ -361,6 +361,15 @@ def test_several_adapters_have_folders_of_their_own(strategy, tmp_path):
         assert peft.PeftConfig.from_pretrained(folder).r == rank
 
 
+def test_adapters_that_were_activated_after_preparing_are_not_merged_unseen(strategy, tmp_path):
+    model, _ = with_adapters(strategy)
+    inner = strategy.unwrap_model(model)
+    inner.add_adapter("other", inner.peft_config["default"])
+    inner.set_adapter("other")
+    with pytest.raises(UnsupportedOperationError, match="are active, and when it was prepared default were"):
+        strategy.save_model(model, None, tmp_path / "out", merge_adapters=True)
+
+
 def test_what_cannot_be_merged_is_refused_by_name(strategy, tmp_path):
     model, _ = with_adapters(strategy, lora_bias=True, target_modules=["q_proj"], build=lambda: llama(biases=True))
     with pytest.raises(UnsupportedOperationError, match=r"q_proj.*merge_and_unload"):

@@ -9,6 +9,8 @@ from torch import nn
 
 from lightrft.config import StrategyError
 from lightrft.strategy.api.checkpointing import Checkpointing
+from lightrft.strategy.export import for_engines
+from lightrft.strategy.export.adapters import has_adapters
 from lightrft.strategy.rollout import multimodal, weights
 from lightrft.strategy.rollout.engine import Completion, RolloutEngine
 from lightrft.strategy.rollout.rollout import EngineStatus
@@ -34,8 +36,12 @@ class Rollouts(Checkpointing):
         """
         found = self._models.at_hand(model, "full_parameters")
         limit = self.config.weight_sync_bucket_bytes if bucket_bytes is None else bucket_bytes
-        chosen = dtype or (torch.bfloat16 if self.config.bf16 else None)
-        buckets = weights.full_parameters(self, found.module, limit, chosen)
+        yield from self._flowing(weights.full_parameters(self, found.module, limit, self._type_sent(dtype)))
+
+    def _type_sent(self, asked: torch.dtype | None) -> torch.dtype | None:
+        return asked or (torch.bfloat16 if self.config.bf16 else None)
+
+    def _flowing(self, buckets: Iterator[weights.Bucket]) -> Iterator[weights.Bucket]:
         while True:
             with self._running("full_parameters"):
                 bucket = next(buckets, None)
@@ -91,7 +97,10 @@ class Rollouts(Checkpointing):
         found = None if actor is None else self._models.find(actor)
         if actor is not None and (found is None or found.skeleton is None):
             raise StrategyError("setup_inference_engine: the actor must be prepared for training first")
-        return None if found is None or found.skeleton is None else skeleton_with_buffers(found.skeleton, found.module)
+        if found is None or found.skeleton is None:
+            return None
+        skeleton = skeleton_with_buffers(found.skeleton, found.module)
+        return for_engines.without_adapters(skeleton) if has_adapters(found.module) else skeleton
 
     @final
     def maybe_sleep_inference_engine(self) -> None:
@@ -109,17 +118,27 @@ class Rollouts(Checkpointing):
     def update_engine_weights(self, actor: nn.Module) -> None:
         """Send all weights of ``actor``, and of no other model, to the engine; without one, say so and do nothing.
 
+        Of a model with PEFT adapters go those of its base model, with the active adapters merged in.
+
         Raises `EngineError` before the engine is touched where the actor's names or shapes are not those of the
         engine's checkpoint. Where sending fails, the engine is stale, and refuses to generate, until a sync ends well.
         """
         with self._running("update_engine_weights"):
             found = self._models.at_hand(actor, "update_engine_weights")
-            self._rollout.sync(
-                lambda: weights.full_shapes(self, found.module),
-                lambda: self.full_parameters(
-                    actor, self._rollout.bucket_bytes, dtype=torch.bfloat16 if self._rollout.bf16 else None
-                ),
-            )
+            limit, dtype = self._rollout.bucket_bytes, torch.bfloat16 if self._rollout.bf16 else None
+            if has_adapters(found.module):
+                whole, skeleton = found.module, found.skeleton or found.module
+                self._rollout.sync(
+                    lambda: for_engines.merged_shapes(self, whole, skeleton),
+                    lambda: self._flowing(
+                        for_engines.merged_parameters(self, whole, skeleton, limit, self._type_sent(dtype))
+                    ),
+                )
+            else:
+                self._rollout.sync(
+                    lambda: weights.full_shapes(self, found.module),
+                    lambda: self.full_parameters(actor, limit, dtype=dtype),
+                )
 
     @final
     def engine_generate_local(

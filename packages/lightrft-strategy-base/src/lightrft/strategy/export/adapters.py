@@ -136,6 +136,7 @@ class MergedForm:
     """A whole model with its active adapters merged in, as a checkpoint of the base model's class has it."""
 
     def __init__(self, module: nn.Module, skeleton: nn.Module) -> None:
+        _check_same_adapters(module, skeleton)
         self._skeleton, base = skeleton, _base_model(skeleton)
         own = dict(saved_form.all_tensors(module))
         self._adapters = _adapters(skeleton)
@@ -178,6 +179,15 @@ class MergedForm:
         return merged
 
 
+def _check_same_adapters(module: Any, skeleton: Any) -> None:
+    """Raise `UnsupportedOperationError` where others are active than when the model was prepared."""
+    if (now := module.active_adapters) != (then := skeleton.active_adapters):
+        raise UnsupportedOperationError(
+            f"the adapters {', '.join(now)} of {type(module).__name__} are active, and when it was prepared "
+            f"{', '.join(then)} were; set_adapter before prepare"
+        )
+
+
 def _adapters(skeleton: nn.Module) -> dict[str, list[str]]:
     """Names of the tensors of adapters, by the weight that they change. Raises where they change something else."""
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -195,6 +205,6 @@ def _adapters(skeleton: nn.Module) -> dict[str, list[str]]:
 
 def _cannot_merge(what: str) -> UnsupportedOperationError:
     return UnsupportedOperationError(
-        f"save_model cannot merge {what} into a weight as it streams the model; save the adapters, and merge them with "
-        f"PEFT's merge_and_unload where they are loaded"
+        f"{what} cannot be merged into a weight while the model is streamed. To save it, save the adapters, and merge "
+        f"them with PEFT's merge_and_unload where they are loaded; to sync it to an engine, use adapters of another kind"
     )
