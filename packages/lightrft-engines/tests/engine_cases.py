@@ -7,6 +7,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lightrft.config import EngineError
-from lightrft.strategy import StrategyBase, get_strategy
+from lightrft.config import ArgumentError, EngineError, StrategyError
+from lightrft.strategy import EngineStatus, Sampling, StrategyBase, get_strategy
+from lightrft.strategy.rollout.sampling import penalized
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10]]
 GREEDY = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True}
@@ -29,11 +31,11 @@ CACHE = 2**24
 """Bytes for keys and values: enough for these."""
 
 
-def llama(seed: int = 1, *, tied: bool = True) -> Any:
+def llama(seed: int = 1, *, tied: bool = True, **settings: Any) -> Any:
     """A small Llama, with the smallest heads that vLLM runs on a CPU."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return _uneven(lambda: LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=tied)), seed)
+    return _uneven(lambda: LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=tied, **settings)), seed)
 
 
 def indifferent() -> Any:
@@ -113,6 +115,77 @@ def sequences_end_with_the_context(strategy: StrategyBase) -> None:
         with pytest.raises(EngineError, match=f"prompt 1 has {tokens} tokens, and a sequence may have 512"):
             strategy.gather_and_generate(GREEDY, [[3], [1] * tokens])
     assert len(strategy.gather_and_generate(GREEDY, PROMPTS)) == 3
+
+
+def settings_mean_the_same(strategy: StrategyBase, actor: Any) -> None:
+    """Greedy tokens under penalties and stop tokens are those of a loop that knows no engine."""
+    reference = whole(strategy, actor, llama())
+    penalties = [
+        {"repetition_penalty": 1.5},
+        {"repetition_penalty": 0.7},
+        {"presence_penalty": 1.5},
+        {"frequency_penalty": 1.5},
+    ]
+    for given in (*penalties, {"stop_token_ids": list(range(20)), "repetition_penalty": 1.2}):
+        sampling = Sampling.of({**GREEDY, **given})
+        found = strategy.gather_and_generate(sampling, PROMPTS)
+        wanted = [_penalized_greedy(reference, prompt, sampling) for prompt in PROMPTS]
+        assert [it.output_token_ids for it in found] == wanted, given
+        assert [it.finish_reason for it in found] == ["length" if len(it) == 8 else "stop" for it in wanted]
+
+
+@torch.no_grad()
+def _penalized_greedy(model: Any, prompt: list[int], sampling: Sampling) -> tuple[int, ...]:
+    made: list[int] = []
+    while len(made) < sampling.max_tokens and not (made and made[-1] in sampling.stop_token_ids):
+        logits_1V = model(torch.tensor([prompt + made])).logits[:, -1].float()
+        made.append(int(penalized(logits_1V, [prompt], [made], sampling).argmax()))
+    return tuple(made)
+
+
+def ends_with_the_tokenizers_end(strategy: StrategyBase) -> None:
+    """Also where the model's configuration names no end-of-sequence token, and its tokenizer does."""
+    found = strategy.gather_and_generate({"temperature": 2.0, "max_tokens": 16, "n": 60, "seed": 1}, PROMPTS)
+    ended = [1 in it.output_token_ids for it in found]
+    assert any(ended) and not all(ended)
+    for completion, has_ended in zip(found, ended, strict=True):
+        assert 1 not in completion.output_token_ids[:-1]
+        assert completion.finish_reason == ("stop" if has_ended else "length")
+
+
+def threads_take_turns(strategy: StrategyBase) -> None:
+    """Each of several threads gets the completion of its own prompt."""
+    prompts = [[first, 2, 3] for first in range(1, 9)]
+    wanted = [it.output_token_ids for it in strategy.gather_and_generate(GREEDY, prompts)]
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        found = list(threads.map(lambda prompt: strategy.engine_generate_local(GREEDY, [prompt]), prompts * 3))
+    assert [it.output_token_ids for (it,) in found] == wanted * 3
+
+
+def asked_alike(engine: str, strategy: str, **settings: Any) -> None:
+    """Ranks that share an engine and ask for different things are refused, and all hear how it is."""
+    with rollout(engine, strategy, engine_tp_size=2, **settings) as (made, actor, _):
+        rank = made.get_rank()
+        for differing in (
+            {"temperature": float(rank)},
+            {"seed": rank, "temperature": 1.0},
+            {"max_tokens": 4 + rank},
+            {"n": 1 + rank},
+        ):
+            with pytest.raises(ArgumentError, match="ranks that share an engine must ask alike"):
+                made.gather_and_generate({**GREEDY, **differing}, PROMPTS)
+        compare(made, whole(made, actor, llama()), PROMPTS[rank:])
+        if engine == "sglang":
+            if rank == 0:
+                made.inference_engine._server.end()
+            with pytest.raises((EngineError, StrategyError)):
+                made.gather_and_generate(GREEDY, PROMPTS)
+            assert made.inference_engine_status is EngineStatus.ASLEEP
+            made.wakeup_inference_engine()
+            assert made.inference_engine_status is EngineStatus.ASLEEP
+            made.update_engine_weights(actor)
+            assert made.inference_engine_status is EngineStatus.AWAKE
+            compare(made, whole(made, actor, llama()), PROMPTS[rank:])
 
 
 def with_tokenizer_that_adds(folder: Path) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("transformers", reason="needs transformers")
 
-from engine_cases import adapters_arrive_merged, smollm2, smollm2_path, sync_and_compare
+from engine_cases import adapters_arrive_merged, asked_alike, smollm2, smollm2_path, sync_and_compare
 from tiny_vision import text_beside_pictures
 from workers import one, two
 
@@ -59,6 +59,12 @@ def test_two_ranks_train_and_an_engine_over_both_follows(two, engine, strategy):
     require(engine, f"lightrft.{STRATEGIES[strategy]['strategy']}")
     versions = two.run(sync_and_compare, engine=engine, deadline=SECONDS, engine_tp_size=2, **STRATEGIES[strategy])
     assert versions == [3, 0 if engine in LEADER_ONLY else 3]
+
+
+@pytest.mark.parametrize("engine", SHARED)
+def test_ranks_that_share_an_engine_ask_alike_and_know_how_it_is(two, engine):
+    require(engine, "lightrft.fsdp")
+    two.run(asked_alike, engine=engine, strategy="fsdp", deadline=SECONDS)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

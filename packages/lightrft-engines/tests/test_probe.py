@@ -1,5 +1,7 @@
 """An engine that lacks a call is refused when it is built, with what was found and what is supported."""
 
+import importlib
+
 import pytest
 
 from lightrft.config import BackendNotInstalledError, EngineError
@@ -25,6 +27,12 @@ def test_calls_that_are_there_are_accepted():
 def test_a_call_that_is_missing_is_named_with_the_versions(call, words):
     with pytest.raises(EngineError, match=rf"'sample' cannot drive torch 2\..*{words}.*1 to 2"):
         TORCH.require([call])
+
+
+def test_a_library_that_cannot_be_imported_is_named_with_the_reason():
+    words = r"torch 2\..* cannot be imported: .*no_such_module.*of its own"
+    with pytest.raises(BackendNotInstalledError, match=words), TORCH.importing():
+        importlib.import_module("no_such_module")
 
 
 @pytest.mark.parametrize("calls", [[], [Call(Sample, "gone")]])

@@ -24,6 +24,7 @@ from engine_cases import (
     PROMPTS,
     compare,
     descendants,
+    ends_with_the_tokenizers_end,
     experts,
     indifferent,
     interrupted,
@@ -32,10 +33,14 @@ from engine_cases import (
     prompts_draw_apart,
     resident,
     sequences_end_with_the_context,
+    settings_mean_the_same,
     smollm2,
     smollm2_path,
+    takes_text_as_it_is,
+    threads_take_turns,
     train,
     whole,
+    with_tokenizer_that_adds,
 )
 from tiny_vision import IMAGE, VIDEO, picture
 from transformers import AutoTokenizer
@@ -139,6 +144,14 @@ def test_sequences_end_with_the_context(made):
     sequences_end_with_the_context(made)
 
 
+def test_settings_mean_what_they_mean_elsewhere(running):
+    settings_mean_the_same(*running[:2])
+
+
+def test_threads_take_turns(made):
+    threads_take_turns(made)
+
+
 def test_text_without_a_tokenizer_is_refused(made):
     with pytest.raises(EngineError, match="no tokenizer"):
         made.gather_and_generate(GREEDY, all_prompts=["hello"])
@@ -147,10 +160,16 @@ def test_text_without_a_tokenizer_is_refused(made):
 def test_an_empty_prompt_is_an_error_and_the_engine_lives_on(smollm2_path):
     with rollout(model=smollm2(smollm2_path), pretrain=smollm2_path) as (made, *_):
         pid = server_of(made)._pid
-        with pytest.raises(EngineError, match="a prompt is empty"):
+        with pytest.raises(EngineError, match=r"prompt .*is empty"):
             made.gather_and_generate(GREEDY, all_prompts=[""])
         assert len(made.gather_and_generate(GREEDY, PROMPTS)) == 3
         assert server_of(made)._pid == pid
+
+
+def test_a_tokenizer_adds_nothing_to_text_and_ends_completions(tmp_path):
+    with rollout(pretrain=with_tokenizer_that_adds(tmp_path)) as (made, *_):
+        takes_text_as_it_is(made)
+        ends_with_the_tokenizers_end(made)
 
 
 def test_the_last_id_of_the_vocabulary_has_a_log_probability_under_penalties():
@@ -406,6 +425,12 @@ def test_media_go_beside_ids_and_only_with_as_many_placeholders(tmp_path):
             with pytest.raises(EngineError, match=f"{found} placeholders for {given} images"):
                 made.gather_and_generate(GREEDY, all_prompts=[text], all_images=[images[0] * given])
         assert tokens_of(made.gather_and_generate(GREEDY, ids, texts, images)) == wanted
+
+
+def test_what_sglang_has_no_place_for_is_an_error():
+    words = r"LlamaForCausalLM has no place for 6 of the weights, model\.layers\.0\.mlp\.gate_proj\.bias"
+    with pytest.raises(EngineError, match=words), rollout(model=llama(mlp_bias=True), weight_sync_bucket_bytes=2**20):
+        pass
 
 
 def test_experts_arrive_under_the_names_that_they_have_on_disk():

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from lightrft.config import ConfigError, EngineError, StrategyConfig
-from lightrft.engines.sglang import arguments, process, requests, scheduler, shared
+from lightrft.engines.sglang import arguments, meanings, process, requests, scheduler, shared, watching
 from lightrft.engines.sglang.server import Server
 from lightrft.engines.source import ModelSource
 from lightrft.strategy import Prompt, Sampling
@@ -164,6 +165,42 @@ def test_media_and_placeholders_that_are_not_as_many_are_an_error(text, images):
     requests.check_placeholders({**asked, "text": "<i>" * images}, patterns)
     with pytest.raises(EngineError, match=rf"has {text.count('<i>')} placeholders for {images} images"):
         requests.check_placeholders(asked, patterns)
+
+
+@pytest.mark.parametrize(
+    ("config", "windows", "words"),
+    [
+        ({}, [], None),
+        ({"sliding_window": 4}, [], "the last 4"),
+        ({"sliding_window": 4}, [-1, 3], None),
+        ({"sliding_window": 4, "use_sliding_window": False}, [], None),
+        ({"sliding_window": 4, "layer_types": ["full_attention"]}, [], None),
+        ({"sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]}, [-1], "the last 4"),
+        ({"sliding_window": 10}, [], None),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, [], "dynamic"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, [], None),
+    ],
+)  # fmt: skip
+def test_what_sglang_computes_otherwise_is_known(config, windows, words):
+    layers = [SimpleNamespace(), *(SimpleNamespace(sliding_window_size=it) for it in windows)]
+    found = meanings.otherwise(config, iter(layers), longest=10)
+    assert found is None if words is None else words in found
+
+
+def test_weights_that_are_only_looked_at_are_left_out():
+    names = ["copied", "narrowed", "by its data", "stacked", "in a thread", "looked at", "not even that"]
+    weights = dict(watching.watched([(name, torch.ones(2, 2)) for name in names]))
+    target = torch.zeros(2, 2)
+    target.copy_(weights["copied"])
+    weights["narrowed"].narrow(0, 0, 1)
+    target.data.copy_(weights["by its data"].data)
+    torch.stack([weights["stacked"], target])
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(lambda: target.add_(weights["in a thread"])).result()
+    seen = weights["looked at"]
+    assert (seen.shape, seen.dtype, seen.size(0), seen.numel(), seen.is_cuda) == ((2, 2), torch.float32, 2, 4, False)
+    assert watching.left_out(list(weights.items())) == names[-2:]
+    assert type(target) is torch.Tensor
 
 
 def test_only_the_last_id_of_a_vocabulary_may_be_scored_as_0():

@@ -159,6 +159,18 @@ def test_sequences_end_with_the_context() -> None:
         engine_cases.sequences_end_with_the_context(strategy)
 
 
+def test_settings_and_threads() -> None:
+    with rollout(engine_cases.llama()) as (strategy, actor):
+        engine_cases.settings_mean_the_same(strategy, actor)
+        engine_cases.threads_take_turns(strategy)
+
+
+def test_a_tokenizer_adds_nothing_to_text_and_ends_completions(tmp_path: Path) -> None:
+    with rollout(engine_cases.llama(), pretrain=engine_cases.with_tokenizer_that_adds(tmp_path)) as (strategy, _):
+        engine_cases.takes_text_as_it_is(strategy)
+        engine_cases.ends_with_the_tokenizers_end(strategy)
+
+
 def test_many_cycles_leave_nothing_behind() -> None:
     with rollout(enable_engine_sleep=True) as made:
         many_cycles_leave_nothing_behind(*made)

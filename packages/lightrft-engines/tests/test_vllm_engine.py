@@ -17,6 +17,7 @@ from engine_cases import (
     GREEDY,
     PROMPTS,
     compare,
+    ends_with_the_tokenizers_end,
     experts,
     fail_on_one_rank,
     indifferent,
@@ -26,7 +27,9 @@ from engine_cases import (
     prompts_draw_apart,
     refuses_unknown_tokens,
     sequences_end_with_the_context,
+    settings_mean_the_same,
     takes_text_as_it_is,
+    threads_take_turns,
     train,
     whole,
     with_tokenizer_that_adds,
@@ -132,6 +135,14 @@ def test_sequences_end_with_the_context(made):
     sequences_end_with_the_context(made)
 
 
+def test_settings_mean_what_they_mean_elsewhere(running):
+    settings_mean_the_same(*running[:2])
+
+
+def test_threads_take_turns(made):
+    threads_take_turns(made)
+
+
 def test_an_interrupted_call_leaves_nothing_to_the_next(made):
     wanted = tokens_of(made.gather_and_generate(GREEDY, PROMPTS))
     with interrupted(0.7):
@@ -149,16 +160,30 @@ def test_a_sync_right_after_an_interrupted_call_builds_nothing_anew(running):
     compare(made, whole(made, actor, llama()), PROMPTS)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_what_an_interrupted_call_did_not_compute_does_not_count_as_computed(running, seed):
+def test_whenever_a_call_is_interrupted_the_next_one_is_right(running):
     made, actor, _ = running
     made.update_engine_weights(actor)
-    reference, numbers = whole(made, actor, llama()), random.Random(seed)
-    prompts = [[numbers.randrange(48) for _ in range(400)] for _ in range(6)]
-    with interrupted(0.02 * (1 + seed)):
-        while True:
-            made.gather_and_generate(LONG, prompts)
-    compare(made, reference, prompts)
+    reference, numbers = whole(made, actor, llama()), random.Random(0)
+    for _ in range(25):
+        prompts = [[numbers.randrange(48) for _ in range(numbers.randrange(1, 400))] for _ in range(4)]
+        with interrupted(numbers.uniform(0.001, 0.08)):
+            while True:
+                made.gather_and_generate({**LONG, "max_tokens": 20}, prompts)
+        compare(made, reference, [prompt[:60] for prompt in prompts])
+
+
+def test_an_engine_that_failed_in_a_step_is_built_anew_by_the_next_sync(running, monkeypatch):
+    made, actor, _ = running
+    core = made.inference_engine._llm.llm_engine.engine_core
+    monkeypatch.setattr(core, "get_output", lambda: [][0])
+    with pytest.raises(EngineError, match="could not generate: IndexError"):
+        made.gather_and_generate(GREEDY, PROMPTS)
+    monkeypatch.undo()
+    with pytest.raises(StaleWeightsError, match="in the midst of a step"):
+        made.gather_and_generate(GREEDY, PROMPTS)
+    made.update_engine_weights(actor)
+    assert made.inference_engine._llm.llm_engine.engine_core is not core
+    compare(made, whole(made, actor, llama()), PROMPTS)
 
 
 def test_tokens_of_no_vocabulary_are_refused(made):
@@ -258,9 +283,10 @@ def test_checksums_are_of_the_type_that_the_engine_has():
 
 
 @pytest.mark.usefixtures("room")
-def test_text_gets_no_tokens_that_it_has_not(tmp_path):
+def test_a_tokenizer_adds_nothing_to_text_and_ends_completions(tmp_path):
     with rollout(pretrain=with_tokenizer_that_adds(tmp_path)) as (made, *_):
         takes_text_as_it_is(made)
+        ends_with_the_tokenizers_end(made)
 
 
 @pytest.mark.usefixtures("room")

@@ -8,7 +8,7 @@ from fsdp_models import layered
 from programs import Program, loss_of, tokens
 from torch import nn
 
-from lightrft.config import LightRFTError
+from lightrft.config import LightRFTError, StrategyError
 from lightrft.fsdp import FSDPV2Strategy
 from lightrft.strategy import get_strategy
 
@@ -22,6 +22,25 @@ def refused(what: str) -> tuple[str, str]:
     except LightRFTError as error:
         return type(error).__name__, str(error)
     raise AssertionError(f"{what}: nothing was raised")
+
+
+def left_by_one_rank() -> list[str]:
+    """What each rank is told after rank 0 was interrupted in a call, and goes on."""
+    told: list[str] = []
+    with fsdp_cases.strategy(Program(), timeout=5.0) as made:
+        try:
+            with made._collectives.together("sample"):
+                if made.get_rank() == 0:
+                    raise KeyboardInterrupt
+        except (KeyboardInterrupt, RuntimeError, LightRFTError) as error:
+            told.append(type(error).__name__)
+        if made.get_rank() == 0:
+            for call in (lambda: made.all_reduce(1.0), lambda: made.gather_and_generate({}, [[1]])):
+                try:
+                    call()
+                except StrategyError as error:
+                    told.append(str(error))
+    return told
 
 
 def _settings(**given: object) -> Callable[[], None]:

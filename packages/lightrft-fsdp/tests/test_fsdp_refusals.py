@@ -22,6 +22,13 @@ WORDS = {
 }
 
 
+def test_a_rank_that_was_interrupted_in_a_call_does_not_go_on_as_if_the_others_had_been(two: Workers) -> None:
+    (kind, *calls), other = two.run(cases.left_by_one_rank)
+    assert kind == "KeyboardInterrupt"
+    assert ["was left by KeyboardInterrupt" in it for it in calls] == [True, True]
+    assert len(other) == 1
+
+
 @pytest.mark.parametrize("what", cases.MISTAKES)
 def test_a_mistake_is_explained_on_every_rank(two: Workers, what: str) -> None:
     if what == "no CUDA" and torch.cuda.is_available():

@@ -5,7 +5,8 @@ the middle of training, and not by training on against stale weights.
 """
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -21,6 +22,8 @@ class Library:
     distributions: tuple[str, ...]
     supported: str
     """In words, such as "0.30 to 0.33"."""
+    remark: str = ""
+    """On installing it."""
 
     @property
     def found(self) -> str:
@@ -32,8 +35,20 @@ class Library:
                 continue
         raise BackendNotInstalledError(
             f"engine {self.engine!r} is not installed: {' or '.join(self.distributions)} was not found; supported are the "
-            f"versions {self.supported}; install it with: pip install 'lightrft-engines[{self.engine}]'"
+            f"versions {self.supported}; install it, in an environment of its own, with: "
+            f"pip install 'lightrft-engines[{self.engine}]'{self.remark}"
         )
+
+    @contextmanager
+    def importing(self) -> Iterator[None]:
+        """Raise `BackendNotInstalledError` where the body cannot import it, or what it needs."""
+        try:
+            yield
+        except (ImportError, OSError, RuntimeError) as error:
+            raise BackendNotInstalledError(
+                f"engine {self.engine!r}: {self.found} is installed, and cannot be imported: {type(error).__name__}: {error}. "
+                f"It wants an environment of its own; see the README of lightrft-engines"
+            ) from error
 
     def require(self, calls: "Iterable[Call]") -> None:
         """Raise `BackendNotInstalledError` where it is not there, and `EngineError` unless every call can be made."""

@@ -40,7 +40,7 @@ class ModelSource:
     longest: int | None
     """Tokens of the longest sequence, prompt and all; None where the model's configuration sets no limit."""
     end_ids: frozenset[int]
-    """End-of-sequence token ids, by the model's own configuration."""
+    """End-of-sequence token ids, by the model's own configuration and its tokenizer's."""
     _temporary: OwnFolder | None = None
 
     @classmethod
@@ -58,16 +58,20 @@ class ModelSource:
     @classmethod
     def _of_model(cls, path: str, request: EngineRequest) -> Self:
         settings = EngineSettings.of(request.config)
-        config, directory = _found(path, trusted=settings.trust_remote_code)
+        trusted = settings.trust_remote_code
+        config, directory = _found(path, trusted=trusted)
+        has_tokenizer = any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
         return cls(
             path=path,
             loads_weights=request.skeleton is None,
             stores_weights=stored_shapes(directory) is not None or any(directory.glob("*.bin")),
-            has_tokenizer=any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")),
+            has_tokenizer=has_tokenizer,
             expected=_expected(directory, config, request.skeleton),
             vocabulary=vocabulary_of(config),
             longest=longest_sequence(config, settings, directory),
-            end_ids=_end_ids(config) | _end_ids(_generation_config(directory)),
+            end_ids=_end_ids(config)
+            | _end_ids(_generation_config(directory))
+            | (_tokenizer_end_ids(path, trusted=trusted) if has_tokenizer else frozenset()),
         )
 
     @classmethod
@@ -92,7 +96,7 @@ class ModelSource:
             expected=_shapes_of(skeleton),
             vocabulary=vocabulary_of(skeleton.config),
             longest=longest,
-            end_ids=_end_ids(getattr(skeleton, "generation_config", None)) or _end_ids(skeleton.config),
+            end_ids=_end_ids(getattr(skeleton, "generation_config", None)) | _end_ids(skeleton.config),
             _temporary=temporary,
         )
 
@@ -182,6 +186,13 @@ def _tokenizer_limit(directory: Path | None) -> int | None:
         return None
     limit = json.loads(file.read_text(encoding="utf-8")).get("model_max_length")
     return int(limit) if isinstance(limit, (int, float)) else None
+
+
+def _tokenizer_end_ids(path: str, *, trusted: bool) -> frozenset[int]:
+    from transformers import AutoTokenizer
+
+    with opening(path):
+        return _end_ids(AutoTokenizer.from_pretrained(path, trust_remote_code=trusted))
 
 
 def _end_ids(holder: Any) -> frozenset[int]:

@@ -42,6 +42,8 @@ class TransformersEngine(EngineBase):
             )
         self._tokenizer: Any = AutoTokenizer.from_pretrained(model_path) if _has_tokenizer(model_path) else None
         settings, config = EngineSettings.of(request.config), self._model.module.config
+        own_end = getattr(self._tokenizer, "eos_token_id", None)
+        self._tokenizer_ends: frozenset[int] = frozenset() if own_end is None else frozenset({own_end})
         self.vocabulary = vocabulary_of(config)
         self.longest = longest_sequence(config, settings, None if model_path is None else Path(model_path))
         self._limit = settings.max_sequences or MAX_SEQUENCES
@@ -72,7 +74,8 @@ class TransformersEngine(EngineBase):
         seed = sampling.seed if sampling.seed is not None else hash((*self._stream, self._calls))
         tokens = [self._tokens(prompt) for prompt in prompts]
         self._check_room(tokens)
-        ends = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._model.end_ids)
+        own = frozenset() if sampling.ignore_eos else self._model.end_ids | self._tokenizer_ends
+        ends = own | frozenset(sampling.stop_token_ids)
         batch = Batch(self._model.module, sampling, ends, self._device, longest=self.longest)
         rows: dict[int, list[Row]] = {}
         for group in self._groups(tokens, sampling.n):

@@ -23,6 +23,9 @@ from lightrft.strategy import Completion, EngineBase, EngineCapabilities, Engine
 from lightrft.strategy.rollout.engine import PARTS, Part
 from lightrft.strategy.rollout.weights import Bucket
 
+PATIENCE = 0.8
+"""Part of ``timeout`` after which a call is given up, so that ranks which wait for its end are still waiting."""
+
 
 class SGLangEngine(EngineBase):
     """Generates with SGLang, in a server process that this rank holds."""
@@ -38,7 +41,7 @@ class SGLangEngine(EngineBase):
             request.config, source, device=request.device.type, index=request.device.index or 0,
             seed=request.config.seed + request.rank,
         )  # fmt: skip
-        self._timeout, self._ranks = request.config.timeout, request.config.engine_tp_size
+        self._timeout, self._ranks = PATIENCE * request.config.timeout, request.config.engine_tp_size
         self._verify = EngineSettings.of(request.config).verifies
         sleeps = request.config.enable_engine_sleep or request.device.type == "cpu"
         self.capabilities = EngineCapabilities(

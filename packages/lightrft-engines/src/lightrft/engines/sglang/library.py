@@ -8,21 +8,27 @@ SGLANG = Library(engine="sglang", distributions=("sglang",), supported="0.5.21 t
 
 
 def load() -> Any:
-    """Import SGLang's engine class. Raises `BackendNotInstalledError` without it, `EngineError` where it lacks a call."""
+    """Import SGLang's engine class. Raises `BackendNotInstalledError` without all of it, `EngineError` where it lacks a
+    call.
+    """
     SGLANG.require(())
-    from sglang.srt.entrypoints.engine import Engine
+    with SGLANG.importing():
+        from sglang.srt.entrypoints.engine import Engine
 
-    SGLANG.require(_calls(Engine))
+        calls = _calls(Engine)
+    SGLANG.require(calls)
     return Engine
 
 
 def _calls(engine: Any) -> list[Call]:
     from sglang.srt.layers.sampler import Sampler
     from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
+    from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
     from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
     from sglang.srt.plugins.hook_registry import HookRegistry
+    from sglang.srt.sampling.penaltylib.repetition_penalty import BatchedRepetitionPenalizer
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
     from sglang.srt.sampling.sampling_params import SamplingParams
     from sglang.srt.server_args import ServerArgs
@@ -45,5 +51,7 @@ def _calls(engine: Any) -> list[Call]:
         Call(SamplingBatchInfo, "from_schedule_batch", ("batch",)),
         Call(WeightUpdater, "update_weights_from_tensor", ("named_tensors", "load_format")),
         Call(Scheduler, "__init__"),
+        Call(Req, "_check_token_based_finish"),
+        Call(BatchedRepetitionPenalizer, "_prepare"),
         Call(HookRegistry, "register", ("target", "hook", "hook_type")),
     ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 seeds        with a seed, a draw depends on it and on the position alone; SGLang has this on some GPUs only
 failures     a bucket that cannot be loaded is a failed call, not the end of the process
-context      sequences end where those of other engines do
+meanings     what SGLang means otherwise than the other engines; see meanings.py
 memory       on a CPU, where SGLang would only say that it gave memory back, it does
 files        what SGLang would leave in /dev/shm goes with the temporary files
 """
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from lightrft.engines.sglang import meanings, watching
 from lightrft.engines.sglang.shared import checksum, from_json, views
 
 _GOLDEN = -7046029254386353131
@@ -44,7 +45,12 @@ def install() -> None:
     HookRegistry.register("sglang.srt.layers.sampler.Sampler._sample_from_probs", seeded, HookType.AROUND)
     scheduler = "sglang.srt.managers.scheduler.Scheduler.__init__"
     HookRegistry.register(scheduler, with_host_memory, HookType.AFTER)
-    HookRegistry.register(scheduler, with_whole_context, HookType.AFTER)
+    HookRegistry.register(scheduler, meanings.with_whole_context, HookType.AFTER)
+    HookRegistry.register(scheduler, meanings.refuse_other_models, HookType.AFTER)
+    request = "sglang.srt.managers.schedule_batch.Req._check_token_based_finish"
+    HookRegistry.register(request, meanings.stops_at_ids, HookType.AROUND)
+    penalizer = "sglang.srt.sampling.penaltylib.repetition_penalty.BatchedRepetitionPenalizer._prepare"
+    HookRegistry.register(penalizer, meanings.with_prompts, HookType.AFTER)
     HookRegistry.apply_hooks()
 
 
@@ -77,7 +83,14 @@ def load_bucket(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch
     size = plan["size"]
     if plan["checksum"] is not None and (found := checksum(block[:size])) != plan["checksum"]:
         raise ValueError(f"a bucket arrived with checksum {found:#x}, and was sent with {plan['checksum']:#x}")
-    model.load_weights(views(block, plan["entries"]))  # type: ignore[operator]
+    weights = watching.watched(views(block, plan["entries"]))
+    model.load_weights(weights)  # type: ignore[operator]
+    homeless = [name for name in watching.left_out(weights) if not name.endswith("rotary_emb.inv_freq")]
+    if homeless and plan["whole"]:
+        raise ValueError(
+            f"SGLang's {type(model).__name__} has no place for {len(homeless)} of the weights, {homeless[0]} first, so it "
+            f"would compute something else; use another engine"
+        )
     if mm_schedule.embedding_cache is not None:
         mm_schedule.embedding_cache.clear()
 
@@ -139,17 +152,6 @@ def filtered(
     kept_BV = (ranks_V < top_ks_B[:, None]) & (before_BV < top_ps_B[:, None] * sorted_BV.sum(dim=-1, keepdim=True))
     kept_BV &= sorted_BV >= sorted_BV[:, :1] * min_ps_B[:, None]
     return probs_BV.where(torch.zeros_like(kept_BV).scatter(-1, order_BV, kept_BV), 0.0)
-
-
-# Context
-
-
-def with_whole_context(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
-    """Take prompts up to the end of the context: SGLang refuses those that leave less than five new tokens.
-
-    A sequence may have one token less than ``max_req_len``; as a prompt it may be scored. The engine is told so.
-    """
-    scheduler.max_req_input_len = scheduler.max_req_len
 
 
 # Memory

@@ -84,8 +84,10 @@ class Server:
         from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
         from sglang.srt.utils import MultiprocessingSerializer
 
-        plan = to_json({"entries": entries, "size": size, "checksum": checksum})
-        ranks = self._engine.server_args.tp_size
+        parallel = self._engine.server_args
+        whole = parallel.ep_size == parallel.pp_size == 1  # each process of the model has a part of all weights
+        plan = to_json({"entries": entries, "size": size, "checksum": checksum, "whole": whole})
+        ranks = parallel.tp_size
         blocks = [_Foreign(it) for it in handles] if handles is not None else [self._block] * ranks
         request = UpdateWeightsFromTensorReqInput(
             serialized_named_tensors=[

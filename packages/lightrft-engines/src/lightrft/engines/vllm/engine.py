@@ -7,9 +7,9 @@ import contextlib
 import gc
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from lightrft.engines.settings import EngineSettings
 from lightrft.engines.source import ModelSource
 from lightrft.engines.vllm import library, verify
 from lightrft.engines.vllm.arguments import llm_arguments, variables
+from lightrft.engines.vllm.interrupts import put_off
 from lightrft.engines.vllm.prompts import completions, request, sampling_arguments
 from lightrft.engines.vllm.reload import forget, reload
 from lightrft.engines.vllm.territory import Territory
@@ -44,7 +45,8 @@ class VLLMEngine(EngineBase):
         )
         self._timeout = timedelta(seconds=request.config.timeout)
         self._verify = EngineSettings.of(request.config).verifies
-        self._broken = self._half_done = False
+        self._broken = self._half_done = self._in_step = False
+        self._deliver_interrupt: Callable[[], None] = lambda: None
         self.vocabulary = source.vocabulary
         self.capabilities = EngineCapabilities(
             multimodal=True,
@@ -84,12 +86,34 @@ class VLLMEngine(EngineBase):
                 library.number_groups(self._territory.number)
                 with _translated("start"):
                     self._llm = self._vllm.LLM(**self._arguments)
+                self._watch_steps()
                 self.longest = int(self._llm.llm_engine.model_config.max_model_len)
         except BaseException:
             self._close()
             raise
         finally:
             library.forget_names(self._territory.number)
+
+    def _watch_steps(self) -> None:
+        """Know whether a step came to its end; after each one, Ctrl-C may come."""
+        engine = self._llm.llm_engine
+        original = engine.step
+
+        def step() -> Any:
+            self._in_step = True
+            outputs = original()
+            self._in_step = False
+            self._deliver_interrupt()
+            return outputs
+
+        engine.step = step
+        self._in_step = False
+
+    @contextlib.contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """vLLM's own ground, with Ctrl-C put off to where the body lets it come."""
+        with put_off() as self._deliver_interrupt, self._inside():
+            yield
 
     @contextlib.contextmanager
     def _inside(self) -> Iterator[None]:
@@ -122,7 +146,7 @@ class VLLMEngine(EngineBase):
         tokenizer = self._llm.get_tokenizer() if self._source.has_tokenizer else None
         arguments = sampling_arguments(sampling, self._source.end_ids, tokenizer=tokenizer is not None)
         requests = [request(prompt) for prompt in prompts]
-        with self._inside():
+        with self._undisturbed(), self._giving_up_on_half_a_step():
             self._forget_half_done()
             self._half_done = True
             with _translated("generate"):
@@ -135,6 +159,16 @@ class VLLMEngine(EngineBase):
                 )
             self._half_done = False
         return completions(prompts, answers, sampling, version=self.weight_version, tokenizer=tokenizer)
+
+    @contextlib.contextmanager
+    def _giving_up_on_half_a_step(self) -> Iterator[None]:
+        """An engine that failed in the midst of a step generates no more, until the next sync builds it anew."""
+        try:
+            yield
+        except BaseException:
+            if self._in_step:
+                self._broken, self._stale = True, "vLLM failed in the midst of a step"
+            raise
 
     def _forget_half_done(self) -> None:
         """What a call left that failed or was interrupted: requests that would be answered among those of the next, and
@@ -152,7 +186,7 @@ class VLLMEngine(EngineBase):
             self._close()
             self._open()
         self._broken = True  # until it ends well: vLLM cannot take up a reload that was left
-        with self._inside(), _translated("take the weights"):
+        with self._undisturbed(), _translated("take the weights"):
             self._forget_half_done()
             sums: Counter[str] = Counter()
             tensors = self._tensors(buckets)
@@ -184,10 +218,12 @@ class VLLMEngine(EngineBase):
             if bucket is None:
                 return
             yield bucket
+            with _not_vllms():
+                self._deliver_interrupt()
 
     @override
     def _sleep(self, level: int) -> None:
-        with self._inside():
+        with self._undisturbed():
             if self._llm.llm_engine.is_sleeping():
                 self._llm.wake_up()  # vLLM goes from awake to asleep only
             weights = sum(self._llm.apply_model(_device_bytes))
@@ -199,7 +235,7 @@ class VLLMEngine(EngineBase):
 
     @override
     def _wake(self, parts: frozenset[Part]) -> None:
-        with self._inside():
+        with self._undisturbed():
             self._llm.wake_up(tags=sorted(parts))
 
     @override

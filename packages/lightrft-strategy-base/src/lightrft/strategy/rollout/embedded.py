@@ -32,11 +32,11 @@ class EmbeddedModel:
     @property
     def end_ids(self) -> frozenset[int]:
         """End-of-sequence token ids, by the model's own configuration."""
+        ends: set[int] = set()
         for holder in (getattr(self.module, "generation_config", None), getattr(self.module, "config", None)):
             found = getattr(holder, "eos_token_id", None)
-            if found is not None:
-                return frozenset([found] if isinstance(found, int) else found)
-        return frozenset()
+            ends |= set() if found is None else {found} if isinstance(found, int) else set(found)
+        return frozenset(ends)
 
     def load(self, buckets: Iterable[Bucket]) -> None:
         """Copy the stream in place, taking memory first where there is none."""

@@ -4,10 +4,12 @@
 (asleep or awake, stale or not, the version of the weights), once; an adapter fills in a few hooks.
 """
 
+import functools
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, Self, final, runtime_checkable
+from typing import Any, ClassVar, Literal, ParamSpec, Protocol, Self, TypeVar, final, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -137,8 +139,23 @@ class RolloutEngine(Protocol):
         ...
 
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _in_turn(method: Callable[_P, _R]) -> Callable[_P, _R]:
+    """One call at a time, of whatever threads."""
+
+    @functools.wraps(method)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with args[0]._turn:  # type: ignore[attr-defined]
+            return method(*args, **kwargs)
+
+    return call
+
+
 class EngineBase(ABC):
-    """The promises that all engines keep alike, over a few hooks."""
+    """The promises that all engines keep alike, over a few hooks. Calls of several threads take turns."""
 
     honours: ClassVar[frozenset[str]] = frozenset()
     """The settings of some engines alone with which this one does something; see `lightrft.strategy.settings_check`."""
@@ -152,6 +169,7 @@ class EngineBase(ABC):
 
     def __init__(self, *, has_weights: bool) -> None:
         """``has_weights``: whether there are weights to generate from before the first sync."""
+        self._turn = threading.RLock()
         self._version = 0
         self._awake: frozenset[Part] = PARTS
         self._stale: str | None = None if has_weights else "it has had no weights yet"
@@ -205,6 +223,7 @@ class EngineBase(ABC):
         return self._stale
 
     @final
+    @_in_turn
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
         """Complete each prompt ``sampling.n`` times, those of a prompt in a row.
 
@@ -229,6 +248,7 @@ class EngineBase(ABC):
             raise EngineError(f"{self._name}: generate failed: {type(error).__name__}: {error}") from error
 
     @final
+    @_in_turn
     def update_weights(self, buckets: Iterable[Bucket]) -> None:
         """Take a whole weight stream. Unless it ends well, the engine is stale until one does.
 
@@ -245,6 +265,7 @@ class EngineBase(ABC):
         self._stale = None
 
     @final
+    @_in_turn
     def revoke_weights(self, why: str) -> None:
         """Take the last committed sync back: the engine is stale, ``why`` says it, until the next one is committed.
 
@@ -254,6 +275,7 @@ class EngineBase(ABC):
         self._stale = why
 
     @final
+    @_in_turn
     def sleep(self, level: int = 1) -> None:
         """Give memory back. Again is the same as once, but a deeper level goes deeper."""
         self._require_open("sleep")
@@ -270,6 +292,7 @@ class EngineBase(ABC):
             self._stale = kept
 
     @final
+    @_in_turn
     def wake_up(self, parts: Collection[Part] | None = None) -> None:
         """Take memory again for ``parts`` ("weights", "kv_cache"), or for all. What is awake stays awake."""
         self._require_open("wake_up")
@@ -282,6 +305,7 @@ class EngineBase(ABC):
             self._awake |= missing
 
     @final
+    @_in_turn
     def shutdown(self) -> None:
         """End it, with whatever it started. May be called twice."""
         if not self._closed:
@@ -299,12 +323,20 @@ class EngineBase(ABC):
             raise EngineError(f"{self._name}: {call} refused, since the engine was shut down; set up another one")
 
     def _check(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
+        for index, prompt in enumerate(prompts):
+            if not prompt.token_ids and not prompt.text:
+                raise EngineError(f"{self._name}: prompt {index} is empty; give one token at least")
         if not self.capabilities.multimodal and any(prompt.images or prompt.videos for prompt in prompts):
             raise EngineError(f"{self._name} takes no images and no videos; use an engine that does")
         if sampling.stop and not self.capabilities.stop_strings:
             raise EngineError(f"{self._name} takes no stop strings here; use stop_token_ids")
         self._check_room([prompt.token_ids or () for prompt in prompts])
         if self.vocabulary is not None:
+            largest = max(sampling.stop_token_ids, default=0)
+            if largest >= self.vocabulary:
+                raise EngineError(
+                    f"{self._name}: {largest} is among stop_token_ids, and the model's vocabulary has {self.vocabulary}, from 0"
+                )
             for index, prompt in enumerate(prompts):
                 largest = max(prompt.token_ids or (0,))
                 if largest >= self.vocabulary:

@@ -25,6 +25,8 @@ def build_prompts(
     videos_num: Sequence[int] | None,
 ) -> list[Prompt]:
     """One `Prompt` each. Raises `ArgumentError` where the lists do not fit together."""
+    if isinstance(texts, str):
+        raise ArgumentError(f"generate: all_prompts is one text, {texts[:40]!r}; wanted a list of them")
     if token_ids is None and texts is None:
         raise ArgumentError("generate: give all_prompt_token_ids, or all_prompts, or both; got neither")
     count = len(token_ids if token_ids is not None else texts or ())

@@ -5,19 +5,20 @@ sleep. Which engine it is, and which strategy, makes no difference here.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from lightrft.config import ConfigError, EngineError, StrategyConfig
+from lightrft.config import ArgumentError, ConfigError, EngineError, LightRFTError, StrategyConfig
 from lightrft.strategy.distributed.collectives import Collectives
 from lightrft.strategy.distributed.world import World
 from lightrft.strategy.log import say
 from lightrft.strategy.registry import engine_class
-from lightrft.strategy.rollout.engine import Completion, EngineRequest, Prompt, RolloutEngine
+from lightrft.strategy.rollout.engine import Completion, EngineBase, EngineRequest, Prompt, RolloutEngine
 from lightrft.strategy.rollout.sampling import Sampling
 from lightrft.strategy.rollout.weights import Bucket
 from lightrft.strategy.settings_check import check_engine
@@ -82,21 +83,30 @@ class Rollout:
                 kind = engine_class(engine_type)
                 check_engine(config, engine_type, kind)
                 if not (kind.leader_only and self._world.rank % config.engine_tp_size):
-                    self.engine = kind.build(
-                        EngineRequest(
-                            config=config,
-                            device=self._world.device,
-                            rank=self._world.rank,
-                            group=self.mp_group if config.engine_tp_size > 1 else None,
-                            model_path=config.get_extra_arg("pretrain"),
-                            skeleton=skeleton(),
-                        )
-                    )
+                    self.engine = self._built(kind, config, skeleton())
         except BaseException:
             self.shutdown()  # of an engine of which another rank has no share
             raise
         self._status = EngineStatus.AWAKE
         return self.engine
+
+    def _built(self, kind: type[EngineBase], config: StrategyConfig, skeleton: nn.Module | None) -> EngineBase:
+        request = EngineRequest(
+            config=config,
+            device=self._world.device,
+            rank=self._world.rank,
+            group=self.mp_group if config.engine_tp_size > 1 else None,
+            model_path=config.get_extra_arg("pretrain"),
+            skeleton=skeleton,
+        )
+        try:
+            return kind.build(request)
+        except LightRFTError:
+            raise
+        except Exception as error:
+            raise EngineError(
+                f"setup_inference_engine: {kind.__name__} could not be built: {type(error).__name__}: {error}"
+            ) from error
 
     def shutdown(self) -> None:
         """End the engine, if there is one."""
@@ -107,19 +117,20 @@ class Rollout:
 
     def sleep(self) -> None:
         """Put the engine to sleep, where ``enable_engine_sleep`` allows; again is the same as once."""
-        if not self._sleeps:
-            return
-        if self.engine is not None:
-            self.engine.sleep()
-        elif self._status is EngineStatus.AWAKE:
-            self._status = EngineStatus.ASLEEP
+        if self._sleeps and self.status is not EngineStatus.ABSENT:
+            with self._together_if_shared("maybe_sleep_inference_engine"):
+                if self.engine is not None:
+                    self.engine.sleep()
 
     def wake(self) -> None:
-        """Wake the engine, all of it; again is the same as once."""
-        if self.engine is not None:
-            self.engine.wake_up()
-        elif self._status is EngineStatus.ASLEEP:
-            self._status = EngineStatus.AWAKE
+        """Wake the engine, all of it; again is the same as once. All ranks that share engines call this, and `sleep`."""
+        if self.status is not EngineStatus.ABSENT:
+            with self._together_if_shared("wakeup_inference_engine"):
+                if self.engine is not None:
+                    self.engine.wake_up()
+
+    def _together_if_shared(self, call: str) -> AbstractContextManager[None]:
+        return self._together(call) if self._config.engine_tp_size > 1 else nullcontext()
 
     @contextmanager
     def _together(self, call: str) -> Iterator[None]:
@@ -217,13 +228,18 @@ class Rollout:
     def _generate_shared(self, prompts: list[Prompt], sampling: Sampling) -> list[Completion]:
         if self._config.engine_tp_size == 1:
             return self.generate_local(prompts, sampling)
-        share = dist.get_world_size(self.mp_group)
-        gathered: list[list[Prompt]] = [[] for _ in range(share)]
-        dist.all_gather_object(gathered, prompts, group=self.mp_group)
-        everything = [prompt for rank_prompts in gathered for prompt in rank_prompts]
+        asked: list[Any] = [None] * dist.get_world_size(self.mp_group)
+        dist.all_gather_object(asked, (prompts, sampling), group=self.mp_group)
+        differing = [it for _, it in asked if it != asked[0][1]]
+        if differing:
+            raise ArgumentError(
+                f"gather_and_generate: ranks that share an engine must ask alike, and one asks for {asked[0][1]}, another for "
+                f"{differing[0]}"
+            )
+        everything = [prompt for rank_prompts, _ in asked for prompt in rank_prompts]
         completions = self._completions_of_group(everything, sampling)
         place = dist.get_rank(self.mp_group)
-        start = sum(len(rank_prompts) for rank_prompts in gathered[:place]) * sampling.n
+        start = sum(len(rank_prompts) for rank_prompts, _ in asked[:place]) * sampling.n
         return completions[start : start + len(prompts) * sampling.n]
 
     def _completions_of_group(self, prompts: list[Prompt], sampling: Sampling) -> list[Completion]:

@@ -6,7 +6,6 @@ sample's number alone, so a prompt gets the same completion in whatever batch, o
 
 import dataclasses
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -34,7 +33,8 @@ _KINDS: dict[str, tuple[Any, str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How completions are drawn. Names and defaults are vLLM's, but for ``max_tokens``."""
+    """How completions are drawn. Names, defaults and meanings are vLLM's, but for ``max_tokens``; ranges are those that
+    every engine takes."""
 
     n: int = 1
     """Completions of each prompt."""
@@ -64,15 +64,15 @@ class Sampling:
                 raise ArgumentError(f"Sampling: {name}={value!r} ({type(value).__name__}); allowed is {words}")
         ranges = [
             ("n", self.n >= 1, ">= 1"),
-            ("temperature", self.temperature >= 0, ">= 0"),
+            ("temperature", 0 <= self.temperature <= 2, ">= 0 and <= 2"),
             ("top_p", 0 < self.top_p <= 1, "> 0 and <= 1"),
             ("top_k", self.top_k >= -1, ">= -1"),
             ("min_p", 0 <= self.min_p <= 1, ">= 0 and <= 1"),
             ("max_tokens", self.max_tokens >= 1, ">= 1"),
             ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, ">= 0 and <= max_tokens"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "> 0"),
-            ("presence_penalty", math.isfinite(self.presence_penalty), "a finite number"),
-            ("frequency_penalty", math.isfinite(self.frequency_penalty), "a finite number"),
+            ("repetition_penalty", 0 < self.repetition_penalty <= 2, "> 0 and <= 2"),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, ">= -2 and <= 2"),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, ">= -2 and <= 2"),
             ("stop", all(isinstance(it, str) and it for it in self.stop), "strings that are not empty"),
             ("stop_token_ids", all(type(it) is int and it >= 0 for it in self.stop_token_ids), "token ids, from 0"),
         ]
