@@ -229,6 +229,14 @@ def examples(session: nox.Session) -> None:
 
 
 @session(default=False)
+@nox.parametrize("engine", [nox.param(name, id=name) for name in ENGINES])
+def venv(session: nox.Session, engine: str) -> None:
+    """Make an environment with one engine, for scripts of your own, and say where it is."""
+    ENGINES[engine].prepare(session)
+    session.log(f". {ENGINES[engine].folder}/bin/activate")
+
+
+@session(default=False)
 def demo(session: nox.Session) -> None:
     """Train a language model on arithmetic, and see it learn."""
     _demo(session, *session.posargs)

@@ -43,6 +43,13 @@ def test_nonsense_is_refused(name, value, allowed):
         settings(**{name: value})
 
 
+def test_a_name_that_means_nothing_is_told():
+    with pytest.warns(
+        UserWarning, match="'engine_max_model_length' is no extra .*; did you mean 'engine_max_model_len'?"
+    ):
+        settings(engine_max_model_length=8)
+
+
 def test_the_longest_sequence_is_what_model_tokenizer_and_settings_allow(tmp_path):
     plain = LlamaConfig(max_position_embeddings=100)
     scaled = LlamaConfig(

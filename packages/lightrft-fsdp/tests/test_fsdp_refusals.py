@@ -6,7 +6,7 @@ import torch
 from workers import Workers
 
 WORDS = {
-    "unknown strategy": ("ConfigError", "there is no strategy 'fdsp'", "did you mean 'fsdp'?", "installed are: "),
+    "unknown strategy": ("ConfigError", "there is no strategy 'fdsp'", "did you mean 'fsdp'?", "registered are: "),
     "batch that does not divide": ("ConfigError", "train_batch_size=3", "1 x 2 = 2", "the same whole number"),
     "sequence parallelism": ("ConfigError", "sp_size=2", "not supported yet", "use sp_size=1"),
     "no CUDA": ("ConfigError", "device='cuda'", "no CUDA device", "use device='cpu' or 'auto'"),

@@ -52,14 +52,14 @@ def certificate(report: dict[str, Any]) -> str:
     holds = report["exit_code"] == 0
     settings = ", ".join(f"`{name}={value}`" for name, value in strategy["settings"].items())
     lines = [
-        f"# {'Certificate' if holds else 'No certificate'}: {strategy['name']}",
+        f"# {'Certificate' if holds else 'No certificate'}: {_title(strategy)}",
         "",
         _verdict(report),
         "",
         "| | |",
         "|---|---|",
-        f"| class | `{strategy.get('class', '')}` |",
-        f"| distribution | {_origin(strategy)} |",
+        f"| strategy | `{strategy.get('class', '')}` |",
+        f"| distribution of the strategy | {_origin(strategy)} |",
         *_engine_rows(strategy.get("engine")),
         f"| settings | {settings or 'defaults'} |",
         f"| capabilities | {', '.join(strategy.get('capabilities', [])) or 'none beyond the contract'} |",
@@ -80,6 +80,11 @@ def certificate(report: dict[str, Any]) -> str:
         remark = clause["message"].splitlines()[0].replace("|", "\\|") if clause["message"] else ""
         lines.append(f"| {clause['id']} | {clause['level']} | {clause['verdict']} | {clause['examples']} | {remark} |")
     return "\n".join(lines) + "\n"
+
+
+def _title(strategy: dict[str, Any]) -> str:
+    engine = strategy.get("engine")
+    return str(strategy["name"]) if engine is None else f"{engine['class'].rpartition('.')[2]} for {strategy['name']}"
 
 
 def _origin(found: dict[str, Any]) -> str:

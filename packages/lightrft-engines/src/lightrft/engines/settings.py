@@ -1,11 +1,17 @@
 """The extra arguments that engines read, all optional, each checked before an engine is built."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Self
 
-from lightrft.config import ConfigError, StrategyConfig
+from lightrft.config import ConfigError, StrategyConfig, nearest
+
+NAMES = (
+    "engine_kv_cache_bytes", "engine_max_model_len", "engine_max_sequences", "engine_eager", "engine_arguments",
+    "limit_mm_image_per_prompt", "limit_mm_video_per_prompt",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +38,8 @@ class EngineSettings:
 
     @classmethod
     def of(cls, config: StrategyConfig) -> Self:
-        """Raises `ConfigError` for a value that means nothing."""
+        """Raises `ConfigError` for a value that means nothing; warns of a name that does."""
+        _warn_of_strange_names(config)
         asked = config.get_extra_arg("weight_sync_verify", None)
         if asked not in (None, False, "", "none", "checksum"):
             raise ConfigError(f"weight_sync_verify={asked!r}; allowed is 'checksum', or nothing")
@@ -47,6 +54,14 @@ class EngineSettings:
             trust_remote_code=bool(_flag(config, "trust_remote_code")),
             verifies=asked == "checksum",
         )
+
+
+def _warn_of_strange_names(config: StrategyConfig) -> None:
+    for name in config.extra_args:
+        if name.startswith(("engine_", "limit_mm_")) and name not in NAMES:
+            likely = nearest(name, NAMES)
+            hint = f"; did you mean {likely!r}?" if likely else f"; there are {', '.join(NAMES)}"
+            warnings.warn(f"{name!r} is no extra argument of engines, and does nothing{hint}", stacklevel=4)
 
 
 def _number(config: StrategyConfig, name: str, least: int = 1) -> int | None:

@@ -67,7 +67,7 @@ def _load(group: str, name: str, what: str) -> Any:
         raise BackendNotInstalledError(f"{what} {name!r} is not installed; install it with: pip install {package!r}")
     likely = nearest(name, [*points, *(known for kind, known in _PACKAGES if kind == group)])
     hint = f"did you mean {likely!r}? " if likely else ""
-    raise ConfigError(f"there is no {what} {name!r}; {hint}installed are: {', '.join(sorted(points)) or 'none'}")
+    raise ConfigError(f"there is no {what} {name!r}; {hint}registered are: {', '.join(sorted(points)) or 'none'}")
 
 
 def _import(point: EntryPoint, group: str, what: str) -> Any:
