@@ -17,7 +17,7 @@ def with_whole_context(result: None, scheduler: Any, *args: Any, **kwargs: Any) 
 def refuse_other_models(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
     """Raise `ValueError` for a model that SGLang computes otherwise than its configuration says, and does not tell."""
     runner = scheduler.tp_worker.model_runner
-    lacking = otherwise(vars(scheduler.model_config.hf_text_config), runner.model.modules(), scheduler.max_req_len)
+    lacking = otherwise(vars(scheduler.model_config.hf_text_config), runner.model.modules(), scheduler.max_req_len - 1)
     if lacking:
         raise ValueError(f"SGLang's {type(runner.model).__name__} {lacking}; use another engine")
 
