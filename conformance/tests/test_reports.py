@@ -79,6 +79,15 @@ def test_a_certificate_has_all_that_is_needed_to_repeat_it() -> None:
         assert str(words) in text
 
 
+def test_the_certificate_of_an_engine_has_its_name() -> None:
+    engine = {"class": "some.engines.Mine", "distribution": "mine", "version": "3"}
+    asked = Request(strategy="fake", engine="some.engines:Mine")
+    report = Report(request=asked, identity={"class": "a.B", "engine": engine}, results=[result("pass")])
+    text = certificate(report.to_json())
+    assert text.startswith("# Certificate: Mine for fake\n")
+    assert "mine 3" in text
+
+
 def expectations(tmp_path: Path, text: str, **settings: Any) -> Expectations:
     path = tmp_path / "expected.toml"
     path.write_text(text, encoding="utf-8")

@@ -37,7 +37,7 @@ class ServerProcess:
     """One server process, and the connection to it."""
 
     def __init__(self, arguments: Mapping[str, Any], timeout: float) -> None:
-        """``timeout``: seconds after which any call is given up, and the server ended. Calls of threads take turns."""
+        """``timeout``: seconds after which any call is given up, and the server ended."""
         self._timeout, self._owner = timeout, os.getpid()
         self._folder = OwnFolder("sglang")
         self._log = Path(self._folder.path) / "log"
