@@ -7,6 +7,7 @@ the ranks once, at the last micro-batch, or at each (the family).
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -154,6 +155,28 @@ def greedy(module: nn.Module, prompt: Sequence[int], tokens: int) -> tuple[list[
             output.append(int(logits.argmax()))
             logprobs.append(float(logits.log_softmax(dim=-1)[output[-1]]))
     return output, logprobs
+
+
+def penalised(
+    module: nn.Module, prompt: Sequence[int], tokens: int, penalties: Sequence[float], *, forgets_prompt: bool = False
+) -> tuple[list[int], float]:
+    """The most likely continuation under penalties (repetition, presence, frequency), and by how much at least each of its
+    tokens leads the next likely. ``forgets_prompt``: as it would be if the prompt were not repeated.
+    """
+    repetition, presence, frequency = penalties
+    output: list[int] = []
+    lead = math.inf
+    with torch.no_grad():
+        for _ in range(tokens):
+            row = models.logits_of(module, torch.tensor([[*prompt, *output]]))[0, -1].float().tolist()
+            for token in {*output, *(() if forgets_prompt else prompt)}:
+                row[token] = row[token] / repetition if row[token] > 0 else row[token] * repetition
+            for token, times in Counter(output).items():
+                row[token] -= presence + frequency * times
+            first, second = sorted(row, reverse=True)[:2]
+            lead = min(lead, first - second)
+            output.append(row.index(first))
+    return output, lead
 
 
 def score(module: nn.Module, prompt: Sequence[int], output: Sequence[int]) -> list[float]:

@@ -195,6 +195,7 @@ class Endings(Rollouts):
             generate([[prompt]], max_tokens=6, stop_token_ids=[likely[-1], likely[0]]),
             generate([[prompt]], max_tokens=first, stop_token_ids=[likely[-1]]),
             generate([[prompt]], max_tokens=6, stop_token_ids=[prompt[-1]]),
+            generate([[prompt]], max_tokens=6, stop_token_ids=[likely[-1]], ignore_eos=True),
         ]
         return [Program(operations=(*rollout(place), *looks), settings={**FP32, **geometry(place)})]
 
@@ -264,3 +265,52 @@ class Filters(Clause):
                 f"{where}: token {place} of {tokens} is {token}, but {count} tokens, with {mass:.3f} of the probability, are "
                 f"likelier ({sampling})",
             )
+
+
+@CONTRACT.add
+class Penalties(Clause):
+    """The repetition penalty divides the logits above zero, and multiplies those below, of what prompt or completion have;
+    the presence penalty is taken from the logits of what the completion has, the frequency penalty as often as it has it."""
+
+    id = "GEN-10"
+    settings: ClassVar[Sequence[tuple[float, float, float]]] = [
+        (1.6, 0.0, 0.0), (0.6, 0.0, 0.0), (1.0, 1.5, 0.0), (1.0, -1.5, 0.0), (1.0, 0.0, 1.5), (1.3, 0.7, 0.4),
+    ]  # fmt: skip
+
+    @override
+    def witnesses(self, place: Place) -> Sequence[Program]:
+        model = models.build(place.language_model, 1)
+        looks = [
+            generate([[self._telling(model, it)]], max_tokens=8, repetition_penalty=it[0], presence_penalty=it[1], frequency_penalty=it[2])
+            for it in self.settings
+        ]  # fmt: skip
+        return [Program(operations=(*rollout(place), *looks), settings={**FP32, **geometry(place)})]
+
+    @staticmethod
+    def _telling(model: torch.nn.Module, penalties: tuple[float, float, float]) -> list[int]:
+        """A prompt that another kind of penalty would complete otherwise, and whose tokens are no matter of rounding."""
+        repetition, presence, frequency = penalties
+        others = [(1.0, presence, frequency), (repetition, 0.0, frequency), (repetition, presence, 0.0)]
+        for first, second in itertools.product(range(models.VOCABULARY), repeat=2):
+            prompt = [first, second, first]
+            wanted, lead = reference.penalised(model, prompt, 8, penalties)
+            otherwise = [reference.penalised(model, prompt, 8, it)[0] for it in others if it != penalties]
+            if repetition != 1:
+                otherwise.append(reference.penalised(model, prompt, 8, penalties, forgets_prompt=True)[0])
+            if lead > 1e-3 and wanted not in otherwise:
+                return prompt
+        raise AssertionError(f"no prompt tells penalties of {penalties} from others")
+
+    @override
+    def check(self, trial: Trial) -> None:
+        model = models.build(trial.place.language_model, 1)
+        for index, operation, seen in trial.each("generate"):
+            sampling, (prompt,) = operation["sampling"], operation["prompts"][0]
+            penalties = [sampling[f"{kind}_penalty"] for kind in ("repetition", "presence", "frequency")]
+            wanted, _ = reference.penalised(model, prompt, sampling["max_tokens"], penalties)
+            for rank, (completion,) in enumerate(seen):
+                self.require(
+                    completion["tokens"] == wanted,
+                    f"rank {rank}: generate (operation {index}) with penalties {penalties} gave {completion['tokens']}, "
+                    f"wanted {wanted}",
+                )

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from lightrft.conformance.saboteurs.catalogue import saboteur
 from lightrft.strategy import FakeStrategy
-from lightrft.strategy.rollout import saved_form
+from lightrft.strategy.rollout import fake_engine, saved_form
 from lightrft.strategy.rollout.engine import Completion, Prompt
 from lightrft.strategy.rollout.fake_engine import FakeEngine
 from lightrft.strategy.rollout.sampling import Sampling
@@ -26,6 +26,51 @@ class StopIgnored(FakeEngine):
     @override
     def _complete(self, prompt: Prompt, sampling: Sampling, seed: int, sample: int) -> Completion:
         return super()._complete(prompt, replace(sampling, stop_token_ids=()), seed, sample)
+
+
+@saboteur("GEN-8", engine=True)
+class StopIgnoredWithTheEnd(FakeEngine):
+    """Where the end-of-sequence token is ignored, so are stop_token_ids."""
+
+    @override
+    def _complete(self, prompt: Prompt, sampling: Sampling, seed: int, sample: int) -> Completion:
+        stops = () if sampling.ignore_eos else sampling.stop_token_ids
+        return super()._complete(prompt, replace(sampling, stop_token_ids=stops), seed, sample)
+
+
+@saboteur("GEN-10", engine=True)
+class RepetitionIgnored(FakeEngine):
+    """repetition_penalty is ignored."""
+
+    @override
+    def _complete(self, prompt: Prompt, sampling: Sampling, seed: int, sample: int) -> Completion:
+        return super()._complete(prompt, replace(sampling, repetition_penalty=1.0), seed, sample)
+
+
+@saboteur("GEN-10", engine=True)
+class PenaltiesSwapped(FakeEngine):
+    """The presence penalty is taken as often as a token came, the frequency penalty once."""
+
+    @override
+    def _complete(self, prompt: Prompt, sampling: Sampling, seed: int, sample: int) -> Completion:
+        presence, frequency = sampling.frequency_penalty, sampling.presence_penalty
+        swapped = replace(sampling, presence_penalty=presence, frequency_penalty=frequency)
+        return super()._complete(prompt, swapped, seed, sample)
+
+
+@saboteur("GEN-10", engine=True)
+class RepetitionOfTheCompletion(FakeEngine):
+    """The repetition penalty knows nothing of the prompt."""
+
+    @override
+    def _complete(self, prompt: Prompt, sampling: Sampling, seed: int, sample: int) -> Completion:
+        names = vars(fake_engine)
+        original = names["penalized"]
+        names["penalized"] = lambda logits, prompts, outputs, given: original(logits, [[]], outputs, given)
+        try:
+            return super()._complete(prompt, sampling, seed, sample)
+        finally:
+            names["penalized"] = original
 
 
 @saboteur("GEN-8", engine=True)
