@@ -81,7 +81,8 @@ DRAWN = [("fake", 1), ("fsdp", 2), ("zero3", 2)]
 TRAINING = ("lightrft-conformance", "lightrft-deepspeed", "lightrft-engines", "lightrft-fsdp")
 ENGINES = {
     "transformers": Environment(
-        ("lightrft-engines[transformers]", *TRAINING, *group("gguf")), unresolved=group("model")
+        ("lightrft-engines[transformers]", "lightrft-strategy-base[peft]", *TRAINING, *group("gguf")),
+        unresolved=group("model"),
     ),
     "sglang": Environment(TRAINING, pins="constraints/sglang.txt", complete=True),
     "vllm": Environment(TRAINING, pins="constraints/vllm.txt", complete=True),
