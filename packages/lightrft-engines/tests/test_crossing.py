@@ -11,7 +11,6 @@ import pytest
 pytest.importorskip("transformers", reason="needs transformers")
 
 from engine_cases import adapters_arrive_merged, asked_alike, smollm2, smollm2_path, sync_and_compare
-from tiny_vision import text_beside_pictures
 from workers import one, two
 
 __all__ = ["one", "smollm2_path", "two"]  # fixtures
@@ -82,5 +81,7 @@ def test_two_ranks_train_adapters_and_an_engine_each_follows(two, strategy):
 @pytest.mark.parametrize("share", [1, 2])
 @pytest.mark.parametrize("engine", SHARED)
 def test_a_rank_with_text_and_a_rank_with_pictures_generate_together(two, engine, share, tmp_path):
-    require(engine, "lightrft.fsdp")
+    require(engine, "lightrft.fsdp", "PIL")
+    from tiny_vision import text_beside_pictures
+
     two.run(text_beside_pictures, engine=engine, folder=tmp_path, engine_tp_size=share, deadline=SECONDS)
