@@ -73,9 +73,10 @@ def test_one_process_trains_adapters_and_the_engine_follows(one, engine):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_two_ranks_train_adapters_and_an_engine_each_follows(two, strategy):
-    require("transformers", "peft", f"lightrft.{STRATEGIES[strategy]['strategy']}")
-    two.run(adapters_arrive_merged, engine="transformers", deadline=SECONDS, **STRATEGIES[strategy])
+@pytest.mark.parametrize("engine", ["transformers"])
+def test_two_ranks_train_adapters_and_an_engine_each_follows(two, engine, strategy):
+    require(engine, "peft", f"lightrft.{STRATEGIES[strategy]['strategy']}")
+    two.run(adapters_arrive_merged, engine=engine, deadline=SECONDS, **STRATEGIES[strategy])
 
 
 @pytest.mark.parametrize("share", [1, 2])
