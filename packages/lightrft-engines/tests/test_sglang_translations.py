@@ -187,6 +187,20 @@ def test_what_sglang_computes_otherwise_is_known(config, windows, words):
     assert found is None if words is None else words in found
 
 
+def test_penalties_that_were_accumulated_are_applied_in_the_order_of_others():
+    scaling = torch.full((1, 2), 2.0)
+    info = SimpleNamespace(acc_scaling_penalties=scaling)
+    logits = torch.tensor([[3.0, -3.0]])
+
+    def original(found, given):
+        assert found.acc_scaling_penalties is None
+        given.add_(torch.tensor([[-1.0, 0.0]]))
+
+    meanings.repetition_first_of_accumulated(original, info, logits)
+    assert logits.tolist() == [[0.5, -6.0]]
+    assert info.acc_scaling_penalties is scaling
+
+
 def test_weights_that_are_only_looked_at_are_left_out():
     names = ["copied", "narrowed", "by its data", "stacked", "in a thread", "looked at", "not even that"]
     weights = dict(watching.watched([(name, torch.ones(2, 2)) for name in names]))

@@ -28,6 +28,7 @@ def _calls(engine: Any) -> list[Call]:
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
     from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
     from sglang.srt.plugins.hook_registry import HookRegistry
+    from sglang.srt.sampling.penaltylib.orchestrator import BatchedPenalizerOrchestrator
     from sglang.srt.sampling.penaltylib.repetition_penalty import BatchedRepetitionPenalizer
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
     from sglang.srt.sampling.sampling_params import SamplingParams
@@ -53,5 +54,7 @@ def _calls(engine: Any) -> list[Call]:
         Call(Scheduler, "__init__"),
         Call(Req, "_check_token_based_finish"),
         Call(BatchedRepetitionPenalizer, "_prepare"),
+        Call(BatchedPenalizerOrchestrator, "__init__"),
+        Call(SamplingBatchInfo, "_apply_pre_grammar_logits_transforms", ("logits",)),
         Call(HookRegistry, "register", ("target", "hook", "hook_type")),
     ]  # fmt: skip

@@ -62,3 +62,22 @@ def with_prompts(result: None, penalizer: Any, *args: Any, **kwargs: Any) -> Non
         penalizer.cumulated_repetition_penalties[row, known.to(orchestrator.device)] = (
             request.sampling_params.repetition_penalty
         )
+
+
+def repetition_first(result: None, orchestrator: Any, *args: Any, **kwargs: Any) -> None:
+    """Have the repetition penalty applied before what is added, as in vLLM: SGLang's order is that of a set of classes."""
+    found = orchestrator.penalizers.items()
+    orchestrator.penalizers = dict(sorted(found, key=lambda it: not it[0].is_multiplicative))
+
+
+def repetition_first_of_accumulated(original: Callable[..., Any], info: Any, logits_BV: torch.Tensor) -> Any:
+    """The same where scheduling overlaps, and penalties were accumulated before."""
+    scaling_BV = info.acc_scaling_penalties
+    if scaling_BV is None:
+        return original(info, logits_BV)
+    logits_BV.copy_(torch.where(logits_BV < 0, logits_BV * scaling_BV, logits_BV / scaling_BV))
+    info.acc_scaling_penalties = None
+    try:
+        return original(info, logits_BV)
+    finally:
+        info.acc_scaling_penalties = scaling_BV

@@ -49,8 +49,13 @@ def install() -> None:
     HookRegistry.register(scheduler, meanings.refuse_other_models, HookType.AFTER)
     request = "sglang.srt.managers.schedule_batch.Req._check_token_based_finish"
     HookRegistry.register(request, meanings.stops_at_ids, HookType.AROUND)
-    penalizer = "sglang.srt.sampling.penaltylib.repetition_penalty.BatchedRepetitionPenalizer._prepare"
+    sampling = "sglang.srt.sampling"
+    penalizer = f"{sampling}.penaltylib.repetition_penalty.BatchedRepetitionPenalizer._prepare"
     HookRegistry.register(penalizer, meanings.with_prompts, HookType.AFTER)
+    penalizers = f"{sampling}.penaltylib.orchestrator.BatchedPenalizerOrchestrator.__init__"
+    HookRegistry.register(penalizers, meanings.repetition_first, HookType.AFTER)
+    accumulated = f"{sampling}.sampling_batch_info.SamplingBatchInfo._apply_pre_grammar_logits_transforms"
+    HookRegistry.register(accumulated, meanings.repetition_first_of_accumulated, HookType.AROUND)
     HookRegistry.apply_hooks()
 
 
