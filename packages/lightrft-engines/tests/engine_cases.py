@@ -100,6 +100,8 @@ def refuses_unknown_tokens(strategy: StrategyBase) -> None:
     for token in (48, 63, 2**70):
         with pytest.raises(EngineError, match=f"prompt 1 has token {token}, and the model's vocabulary has 48"):
             strategy.gather_and_generate(GREEDY, [[1, 2], [3, token]])
+    with pytest.raises(EngineError, match="48 is among stop_token_ids, and the model's vocabulary has 48"):
+        strategy.gather_and_generate({**GREEDY, "stop_token_ids": [3, 48]}, PROMPTS)
     assert strategy.gather_and_generate(GREEDY, PROMPTS) == wanted
 
 

@@ -13,7 +13,7 @@ from engine_cases import many_cycles_leave_nothing_behind, resident
 from llamas import llama
 from torch import nn
 
-from lightrft.config import EngineError, StaleWeightsError
+from lightrft.config import ConfigError, EngineError, StaleWeightsError
 from lightrft.engines.transformers import TransformersEngine
 from lightrft.strategy import Completion, FakeStrategy, Sampling
 
@@ -205,6 +205,8 @@ def test_what_it_cannot_do_it_explains(tmp_path: Path) -> None:
             strategy.gather_and_generate(GREEDY, all_prompts=["<image>"], all_images=[["picture"]])
         with pytest.raises(EngineError, match="stop"):
             completed(strategy, [[1]], **GREEDY, stop=["end"])
+        with pytest.raises(ConfigError, match="engine_arguments: engine 'transformers' has no"):
+            strategy.setup_inference_engine({"engine_arguments": {"x": 1}}, engine_type="transformers")
         with pytest.raises(EngineError, match="neither an actor nor a model; pass setup_inference_engine"):
             strategy.setup_inference_engine(engine_type="transformers")
     with pytest.raises(EngineError, match="the actor is a Linear; use engine 'fake'"), rollout(nn.Linear(2, 2)):

@@ -1,6 +1,7 @@
 """The parts of rollouts that can be looked at alone: engines' promises, prompts, drawing."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ from lightrft.strategy import (
     Completion,
     EngineBase,
     EngineCapabilities,
+    FakeStrategy,
     Prompt,
     RolloutEngine,
     Sampling,
@@ -170,6 +172,13 @@ def test_a_prompt_leaves_room_for_a_token():
         engine.generate([*PROMPT, Prompt(token_ids=(1, 2, 3))], Sampling())
 
 
+def test_whatever_building_raises_is_an_error_of_the_engine(monkeypatch):
+    monkeypatch.setattr(Small, "build", lambda request: Path("/nowhere/at/all").read_text())
+    monkeypatch.setattr("lightrft.strategy.rollout.rollout.engine_class", lambda name: Small)
+    with FakeStrategy({}) as strategy, pytest.raises(EngineError, match="Small could not be built: FileNotFoundError"):
+        strategy.setup_inference_engine(engine_type="small")
+
+
 def test_a_shut_down_engine_says_so():
     engine = synced()
     engine.shutdown()
@@ -303,6 +312,8 @@ def test_prompts_need_tokens_or_text():
     assert Prompt(token_ids=(), text="a") == Prompt(text="a")
     with pytest.raises(ArgumentError, match="got neither"):
         build_prompts(None, None, None, None, None, None)
+    with pytest.raises(ArgumentError, match="all_prompts is one text"):
+        build_prompts(None, "text", None, None, None, None)
     with pytest.raises(ArgumentError, match="token_ids or text"):
         Prompt()
     assert build_prompts([torch.tensor([1, 2])], None, None, None, None, None)[0].token_ids == (1, 2)

@@ -21,6 +21,7 @@ from lightrft.engines.own_folder import OwnFolder
 from lightrft.engines.settings import EngineSettings
 from lightrft.strategy import EngineRequest
 from lightrft.strategy.rollout import saved_form
+from lightrft.strategy.rollout.embedded import end_ids_of
 
 
 @dataclass(kw_only=True)
@@ -60,18 +61,16 @@ class ModelSource:
         settings = EngineSettings.of(request.config)
         trusted = settings.trust_remote_code
         config, directory = _found(path, trusted=trusted)
-        has_tokenizer = any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
+        tokenizer = tokenizer_at(directory, trusted=trusted)
         return cls(
             path=path,
             loads_weights=request.skeleton is None,
             stores_weights=stored_shapes(directory) is not None or any(directory.glob("*.bin")),
-            has_tokenizer=has_tokenizer,
+            has_tokenizer=tokenizer is not None,
             expected=_expected(directory, config, request.skeleton),
             vocabulary=vocabulary_of(config),
             longest=longest_sequence(config, settings, directory),
-            end_ids=_end_ids(config)
-            | _end_ids(_generation_config(directory))
-            | (_tokenizer_end_ids(path, trusted=trusted) if has_tokenizer else frozenset()),
+            end_ids=end_ids_of(config, _generation_config(directory), tokenizer),
         )
 
     @classmethod
@@ -96,7 +95,7 @@ class ModelSource:
             expected=_shapes_of(skeleton),
             vocabulary=vocabulary_of(skeleton.config),
             longest=longest,
-            end_ids=_end_ids(getattr(skeleton, "generation_config", None)) | _end_ids(skeleton.config),
+            end_ids=end_ids_of(getattr(skeleton, "generation_config", None), skeleton.config),
             _temporary=temporary,
         )
 
@@ -188,13 +187,11 @@ def _tokenizer_limit(directory: Path | None) -> int | None:
     return int(limit) if isinstance(limit, (int, float)) else None
 
 
-def _tokenizer_end_ids(path: str, *, trusted: bool) -> frozenset[int]:
+def tokenizer_at(directory: Path, *, trusted: bool) -> Any:
+    """The tokenizer of a model's directory, or None where there is none."""
+    if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return None
     from transformers import AutoTokenizer
 
-    with opening(path):
-        return _end_ids(AutoTokenizer.from_pretrained(path, trust_remote_code=trusted))
-
-
-def _end_ids(holder: Any) -> frozenset[int]:
-    found = getattr(holder, "eos_token_id", None)
-    return frozenset() if found is None else frozenset([found] if isinstance(found, int) else found)
+    with opening(str(directory)):
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trusted)

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from typing_extensions import override
 
-from lightrft.config import EngineError
+from lightrft.config import ConfigError, EngineError
 from lightrft.engines.batch import Batch, Row
 from lightrft.engines.settings import EngineSettings
-from lightrft.engines.source import longest_sequence, opening, vocabulary_of
+from lightrft.engines.source import longest_sequence, opening, tokenizer_at, vocabulary_of
 from lightrft.strategy import Completion, EngineBase, EngineCapabilities, EngineRequest, Prompt, Sampling
-from lightrft.strategy.rollout.embedded import EmbeddedModel
+from lightrft.strategy.rollout.embedded import EmbeddedModel, end_ids_of
 from lightrft.strategy.rollout.engine import Part
 from lightrft.strategy.rollout.sampling import stream_key
 from lightrft.strategy.rollout.weights import Bucket
@@ -31,7 +31,12 @@ class TransformersEngine(EngineBase):
     """Generates with transformers from a copy of the actor, or from the model at ``pretrain``."""
 
     def __init__(self, request: EngineRequest) -> None:
-        model_path = request.model_path
+        settings, directory = (
+            EngineSettings.of(request.config),
+            None if request.model_path is None else Path(request.model_path),
+        )
+        if settings.arguments:
+            raise ConfigError("engine_arguments: engine 'transformers' has no arguments of its own; leave them out")
         super().__init__(has_weights=request.skeleton is None)
         self._device = request.device
         self._model = EmbeddedModel(request if request.skeleton is not None else _with_model(request), "transformers")
@@ -40,12 +45,10 @@ class TransformersEngine(EngineBase):
                 f"engine 'transformers' generates with transformers models, and the actor is a "
                 f"{type(self._model.module).__name__}; use engine 'fake', which takes any module"
             )
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(model_path) if _has_tokenizer(model_path) else None
-        settings, config = EngineSettings.of(request.config), self._model.module.config
-        own_end = getattr(self._tokenizer, "eos_token_id", None)
-        self._tokenizer_ends: frozenset[int] = frozenset() if own_end is None else frozenset({own_end})
-        self.vocabulary = vocabulary_of(config)
-        self.longest = longest_sequence(config, settings, None if model_path is None else Path(model_path))
+        trusted = settings.trust_remote_code
+        self._tokenizer: Any = None if directory is None else tokenizer_at(directory, trusted=trusted)
+        self.vocabulary = vocabulary_of(self._model.module.config)
+        self.longest = longest_sequence(self._model.module.config, settings, directory)
         self._limit = settings.max_sequences or MAX_SEQUENCES
         self._stream = (request.config.seed, request.rank)
         self._calls = 0
@@ -74,7 +77,7 @@ class TransformersEngine(EngineBase):
         seed = sampling.seed if sampling.seed is not None else hash((*self._stream, self._calls))
         tokens = [self._tokens(prompt) for prompt in prompts]
         self._check_room(tokens)
-        own = frozenset() if sampling.ignore_eos else self._model.end_ids | self._tokenizer_ends
+        own = frozenset() if sampling.ignore_eos else self._model.end_ids | end_ids_of(self._tokenizer)
         ends = own | frozenset(sampling.stop_token_ids)
         batch = Batch(self._model.module, sampling, ends, self._device, longest=self.longest)
         rows: dict[int, list[Row]] = {}
@@ -132,12 +135,6 @@ class TransformersEngine(EngineBase):
         self._model.drop()
 
 
-def _has_tokenizer(path: str | None) -> bool:
-    return path is not None and any(
-        (Path(path) / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")
-    )
-
-
 def _with_model(request: EngineRequest) -> EngineRequest:
     """``request`` with the model at its path, weights and all, in place of the actor's skeleton."""
     if request.model_path is None:
@@ -147,7 +144,10 @@ def _with_model(request: EngineRequest) -> EngineRequest:
         )
     dtype = torch.bfloat16 if request.config.bf16 else torch.float32
     with opening(request.model_path):
-        model = AutoModelForCausalLM.from_pretrained(request.model_path, dtype=dtype, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            request.model_path, dtype=dtype, local_files_only=True,
+            trust_remote_code=EngineSettings.of(request.config).trust_remote_code,
+        )  # fmt: skip
     return EngineRequest(
         config=request.config, device=request.device, rank=request.rank, group=None, model_path=request.model_path,
         skeleton=model.to(request.device),

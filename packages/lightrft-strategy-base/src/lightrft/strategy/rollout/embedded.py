@@ -13,6 +13,12 @@ from lightrft.strategy.rollout.weights import Bucket
 from lightrft.strategy.training.modules import replace_tensors
 
 
+def end_ids_of(*holders: Any) -> frozenset[int]:
+    """End-of-sequence token ids of configurations and tokenizers, None among them too."""
+    found = [getattr(holder, "eos_token_id", None) for holder in holders]
+    return frozenset(token for it in found if it is not None for token in ([it] if isinstance(it, int) else it))
+
+
 class EmbeddedModel:
     """The actor's architecture with weights of its own, in the type in which the actor computes."""
 
@@ -32,11 +38,7 @@ class EmbeddedModel:
     @property
     def end_ids(self) -> frozenset[int]:
         """End-of-sequence token ids, by the model's own configuration."""
-        ends: set[int] = set()
-        for holder in (getattr(self.module, "generation_config", None), getattr(self.module, "config", None)):
-            found = getattr(holder, "eos_token_id", None)
-            ends |= set() if found is None else {found} if isinstance(found, int) else set(found)
-        return frozenset(ends)
+        return end_ids_of(getattr(self.module, "generation_config", None), getattr(self.module, "config", None))
 
     def load(self, buckets: Iterable[Bucket]) -> None:
         """Copy the stream in place, taking memory first where there is none."""
