@@ -4,8 +4,8 @@ import subprocess
 import sys
 
 
-def test_importing_loads_neither_torch_nor_numpy():
-    code = "import sys, lightrft.config; print([m for m in ('torch', 'numpy') if m in sys.modules])"
+def test_importing_loads_neither_torch_nor_numpy_nor_yaml():
+    code = "import sys, lightrft.config; print([m for m in ('torch', 'numpy', 'yaml') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

@@ -1,4 +1,4 @@
-"""Settings and errors of LightRFT's strategy layer. Needs pydantic and PyYAML; loads no torch and no NumPy."""
+"""Settings and exceptions of LightRFT's strategy layer. Needs pydantic and PyYAML; imports neither torch nor NumPy."""
 
 from lightrft.config.errors import (
     ArgumentError,

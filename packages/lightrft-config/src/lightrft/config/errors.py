@@ -1,49 +1,49 @@
-"""The errors that every LightRFT package raises.
+"""The exceptions that every LightRFT package raises.
 
-One root, so that ``except LightRFTError`` catches all of them; and each is also the standard type that
-people already catch, so that ``except ValueError`` around a configuration keeps working.
+All inherit from `LightRFTError`. Each one also inherits from the built-in exception that callers already handle, so
+``except ValueError`` around a configuration catches a `ConfigError`.
 """
 
 
 class LightRFTError(Exception):
-    """Root of every error raised on purpose by a LightRFT package."""
+    """Base class of every exception that a LightRFT package raises deliberately."""
 
 
 class ConfigError(LightRFTError, ValueError):
-    """A setting is unknown, ill-typed, out of range, or contradicts another one."""
+    """A setting is unknown, has the wrong type, is out of range, or conflicts with another setting."""
 
 
 class ArgumentError(LightRFTError, ValueError):
-    """An argument of a call has a value that the call does not take."""
+    """An argument of a call has an invalid value."""
 
 
 class ArgumentTypeError(LightRFTError, TypeError):
-    """An argument of a call has a type or dtype that the call does not take."""
+    """An argument of a call has an invalid type or dtype."""
 
 
 class BackendNotInstalledError(LightRFTError, ImportError):
-    """A strategy or an engine was asked for whose package is not installed."""
+    """The package of the requested strategy or engine is not installed."""
 
 
 class StrategyError(LightRFTError, RuntimeError):
-    """A strategy was used in a way, or met a state, in which it cannot go on."""
+    """A strategy was used incorrectly, or reached a state from which it cannot continue."""
 
 
 class CheckpointError(LightRFTError, RuntimeError):
-    """A checkpoint is damaged, incomplete, or does not fit what it is loaded into."""
+    """A checkpoint is damaged, incomplete, or incompatible with the objects it is loaded into."""
 
 
 class CheckpointNotFoundError(LightRFTError, FileNotFoundError):
-    """There is no such checkpoint."""
+    """The requested checkpoint does not exist."""
 
 
 class EngineError(LightRFTError, RuntimeError):
-    """A rollout engine refused or failed a call."""
+    """A rollout engine rejected a call or failed during it."""
 
 
 class StaleWeightsError(EngineError):
-    """The engine does not hold the weights that it should generate from."""
+    """The engine does not hold the current weights of the model."""
 
 
 class UnsupportedOperationError(LightRFTError, NotImplementedError):
-    """The chosen strategy or engine cannot do what was asked, and says so."""
+    """The chosen strategy or engine does not support the operation."""

@@ -1,4 +1,4 @@
-"""Reading settings out of whatever a script holds them in."""
+"""Reading setting names and values from the objects in which scripts keep them."""
 
 import dataclasses
 import inspect
@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from lightrft.config.errors import ConfigError
+from lightrft.config.validation import shown
 
 _NAMELESS = (
     type, str, bytes, bytearray, int, float, complex, list, tuple, set, frozenset, FunctionType, MethodType,
@@ -16,19 +17,26 @@ _NAMELESS = (
 )  # fmt: skip
 
 
-def read(source: object) -> dict[str, Any]:
-    """The names and values that ``source`` holds, one level deep.
+def read_settings(source: object) -> dict[str, Any]:
+    """Return the names and values that ``source`` holds, one level deep.
 
-    Takes a mapping, a dataclass instance, a pydantic model, an argparse Namespace, or any other object
-    with public data attributes, its own or its class's. Raises `ConfigError` for anything that has no
-    names to read: None, a string, a number, a sequence, an array, a class, a function, a module.
+    Args:
+        source: A mapping, a dataclass instance, a pydantic model, an argparse Namespace, or any other object with
+            public data attributes (set on the instance or on its class).
+
+    Returns:
+        The values by name.
+
+    Raises:
+        ConfigError: ``source`` has no named values (None, a string, a number, a sequence, an array, a class, a
+            function, a module), a key of a mapping is not a string, or reading an attribute raised.
     """
     if isinstance(source, Mapping):
         return _with_string_keys(source)
     if source is None or isinstance(source, _NAMELESS) or hasattr(type(source), "__array__"):
         raise ConfigError(
-            f"from_args: got {source!r} ({type(source).__name__}); wanted an argparse Namespace, a mapping, "
-            f"a dataclass, a pydantic model, or an object with attributes"
+            f"StrategyConfig.from_args: expected an argparse Namespace, a mapping, a dataclass, a pydantic model or an "
+            f"object with attributes, got {shown(source)}"
         )
     if dataclasses.is_dataclass(source):
         return {field.name: getattr(source, field.name) for field in dataclasses.fields(source)}
@@ -38,31 +46,32 @@ def read(source: object) -> dict[str, Any]:
 
 
 def _with_string_keys(source: Mapping[Any, Any]) -> dict[str, Any]:
-    strange = [key for key in source if not isinstance(key, str)]
-    if strange:
-        raise ConfigError(f"from_args: names of settings are strings; got {strange[0]!r} ({type(strange[0]).__name__})")
+    for key in source:
+        if not isinstance(key, str):
+            raise ConfigError(f"StrategyConfig.from_args: expected names that are strings, got {shown(key)}")
     return dict(source)
 
 
-def _attributes(source: object) -> dict[str, Any]:
-    """Public data attributes: of the object, of its slots and properties, and of its classes."""
+def _attributes(source: object) -> dict[str, object]:
+    """Public data attributes of the object, including its slots, its properties and its classes' attributes."""
     names = [name for cls in reversed(type(source).__mro__[:-1]) for name in vars(cls)] + list(
         getattr(source, "__dict__", ())
     )
-    found: dict[str, Any] = {}
+    values: dict[str, object] = {}
     for name in dict.fromkeys(names):
-        if name.startswith("_") or _is_behaviour(inspect.getattr_static(source, name, None)):
+        if name.startswith("_") or _is_callable_member(inspect.getattr_static(source, name, None)):
             continue
         try:
-            found[name] = getattr(source, name)
+            values[name] = getattr(source, name)
         except AttributeError:  # a slot that was never set
             continue
         except Exception as error:
             raise ConfigError(
-                f"from_args: reading {name!r} of the {type(source).__name__} raised {type(error).__name__}: {error}"
+                f"StrategyConfig.from_args: reading attribute {name!r} of the {type(source).__name__} raised "
+                f"{type(error).__name__}: {error}"
             ) from error
-    return found
+    return values
 
 
-def _is_behaviour(attribute: object) -> bool:
+def _is_callable_member(attribute: object) -> bool:
     return isinstance(attribute, (FunctionType, MethodType, classmethod, staticmethod, type))

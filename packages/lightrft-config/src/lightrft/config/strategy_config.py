@@ -1,79 +1,121 @@
-"""`StrategyConfig`: the settings, with the ways to read, check and write them."""
+"""`StrategyConfig`: the settings, and the ways to read, check and write them."""
 
 import argparse
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import yaml
 from pydantic import PrivateAttr, ValidationError
 
-from lightrft.config import arguments, validation
-from lightrft.config.contradictions import contradictions
+from lightrft.config import arguments
+from lightrft.config.conflicts import conflicts
 from lightrft.config.errors import ConfigError
 from lightrft.config.names import near_miss
+from lightrft.config.serialization import check_serializable, without_duplicates
 from lightrft.config.settings import Owner, Settings
-from lightrft.config.sources import read
+from lightrft.config.sources import read_settings
+from lightrft.config.validation import combined_error, config_error, shown
 
 
 class StrategyConfig(Settings):
-    """All settings of a run, frozen and checked.
+    """All settings of a run, validated and immutable.
 
-    Built directly, it takes known names and exact types only, and raises `ConfigError` otherwise. Built with
-    `from_args` it takes what scripts hold, and keeps what it does not know in `extra_args`.
+    The constructor accepts only known names and values of the right type. `from_args` reads the arguments of a script
+    and keeps names that are not settings in ``extra_args``.
+
+    A value is stored exactly or rejected. Nothing is converted, with these exceptions: a float setting accepts an
+    integer that a float holds exactly, and a setting with several values accepts a list.
+
+    Args:
+        settings: Settings by name. See ``docs/settings.md``.
+
+    Raises:
+        ConfigError: A setting is unknown, has the wrong type, is out of range, or conflicts with another one. The
+            message lists everything that is wrong.
     """
 
     _source: Any = PrivateAttr(default=None)
 
-    def __init__(self, **settings: Any) -> None:
-        try:
-            super().__init__(**settings)
-        except ValidationError as error:
-            raise validation.config_error(error, settings) from None
-        reasons = list(contradictions(self))
-        if reasons:
-            raise validation.refusal(reasons)
+    if not TYPE_CHECKING:  # type checkers derive the signature from the fields, as for a dataclass
+
+        def __init__(self, /, **settings):
+            try:
+                super().__init__(**settings)
+            except ValidationError as error:
+                raise config_error(error, settings) from None
+            messages = list(conflicts(self))
+            if messages:
+                raise combined_error(messages)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, StrategyConfig) and dict(self) == dict(other)
 
     __hash__ = None  # type: ignore[assignment]  # extra_args is a dict
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if name in type(self).model_fields:
             raise ConfigError(
-                f"{name}: a StrategyConfig does not change; make another: config.replace({name}={value!r})"
+                f"StrategyConfig.{name}: cannot assign {value!r}, a config is immutable. "
+                f"Make a copy: config.replace({name}={value!r})"
             )
         super().__setattr__(name, value)
 
     # Reading
 
     @classmethod
-    def model_validate(cls, obj: object, **_: Any) -> Self:
-        """Build one directly from a mapping, under pydantic's name. Raises `ConfigError`, as the constructor does."""
+    def model_validate(cls, obj: object, **_: object) -> Self:
+        """Return a config with the settings in ``obj``, as the constructor does.
+
+        Args:
+            obj: Settings by name, or a config, which is returned unchanged.
+
+        Returns:
+            The config.
+
+        Raises:
+            ConfigError: ``obj`` is neither, or a setting is invalid.
+        """
         if isinstance(obj, Mapping):
             return cls(**obj)
         if isinstance(obj, cls):
             return obj
-        raise ConfigError(f"model_validate: got {obj!r} ({type(obj).__name__}); wanted settings by name, or from_args")
+        raise ConfigError(
+            f"StrategyConfig.model_validate: expected a mapping of settings, got {shown(obj)}. "
+            f"For other objects use StrategyConfig.from_args"
+        )
 
     @classmethod
     def from_args(cls, source: object) -> Self:
-        """Read settings from an argparse Namespace, a mapping, a dataclass, a pydantic model or any object.
+        """Read settings from the arguments of a script.
 
-        Names that are no settings go to `extra_args`; one that looks like a misspelt setting warns. The
-        object itself stays at `args`. A `StrategyConfig` is returned as it is.
+        Names that are not settings are kept in ``extra_args``. A name that resembles a setting causes a warning.
+
+        Args:
+            source: An argparse Namespace, a mapping, a dataclass, a pydantic model, or any object with attributes. A
+                `StrategyConfig` is returned unchanged.
+
+        Returns:
+            The config. Its `args` is ``source``.
+
+        Raises:
+            ConfigError: ``source`` has no named values, or a setting is invalid.
         """
         if isinstance(source, cls):
             return source
-        found = read(source)
-        known = {name: value for name, value in found.items() if name in cls.model_fields and name != "extra_args"}
-        extra = {name: value for name, value in found.items() if name not in cls.model_fields}
-        nested = found.get("extra_args") or {}
+        values = read_settings(source)
+        nested = values.pop("extra_args", None)
+        nested = {} if nested is None else nested
         if not isinstance(nested, Mapping):
-            raise ConfigError(f"extra_args: got {nested!r} ({type(nested).__name__}); allowed is a dict")
+            raise ConfigError(f"StrategyConfig.from_args: extra_args: expected a dict, got {shown(nested)}")
+        known = {name: value for name, value in values.items() if name in cls.model_fields}
+        extra = {name: value for name, value in values.items() if name not in cls.model_fields}
+        for name in extra.keys() & nested.keys():
+            raise ConfigError(
+                f"StrategyConfig.from_args: {name!r} is given twice, by itself and in extra_args. Remove one of the two"
+            )
         _warn_of_near_misses(extra)
         config = cls(**known, extra_args={**extra, **nested})
         config._source = source
@@ -81,60 +123,101 @@ class StrategyConfig(Settings):
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Self:
-        """Read a YAML file. Unknown names raise, as when built directly."""
-        return cls._from_file(path, lambda text: yaml.load(text, Loader=arguments.YamlLoader), yaml.YAMLError)
+        """Read a YAML file.
+
+        Booleans and numbers follow YAML 1.2: ``1e-5`` is a number; ``no``, ``010`` and ``1:30`` are strings.
+
+        Args:
+            path: The file. An empty file means the defaults.
+
+        Returns:
+            The config.
+
+        Raises:
+            ConfigError: The file is not valid YAML, or a setting is unknown or invalid.
+            OSError: The file cannot be read.
+        """
+        from lightrft.config.yaml_format import load_yaml
+
+        return cls._from_file(path, load_yaml)
 
     @classmethod
     def from_json(cls, path: str | Path) -> Self:
-        """Read a JSON file. Unknown names raise, as when built directly."""
-        return cls._from_file(
-            path, lambda text: json.loads(text, object_pairs_hook=arguments.unique), json.JSONDecodeError
-        )
+        """Read a JSON file.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The config.
+
+        Raises:
+            ConfigError: The file is not valid JSON, or a setting is unknown or invalid.
+            OSError: The file cannot be read.
+        """
+        return cls._from_file(path, partial(json.loads, object_pairs_hook=without_duplicates))
 
     @classmethod
-    def _from_file(cls, path: str | Path, parse: Any, syntax_error: type[Exception]) -> Self:
+    def _from_file(cls, path: str | Path, load: Callable[[str], object]) -> Self:
         try:
-            content = parse(Path(path).read_text(encoding="utf-8"))
-        except (syntax_error, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: cannot be read: {error}") from error
-        except ConfigError as error:
+            content = load(Path(path).read_text(encoding="utf-8"))
+            if content is None:
+                content = {}
+            if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+                raise ConfigError(f"expected settings by name, got {shown(content)}")
+            check_serializable(content.get("extra_args"), "extra_args")
+            return cls(**content)
+        except ValueError as error:  # ConfigError, invalid JSON or UTF-8, an integer with too many digits
             raise ConfigError(f"{path}: {error}") from error
-        if content is None:
-            content = {}
-        if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-            raise ConfigError(f"{path}: holds {type(content).__name__}; wanted settings by name")
-        return cls(**content)
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        """Add an option for each setting to ``parser``; read the result with `from_args`."""
+        """Add a command-line option for each setting to ``parser``.
+
+        Hyphens may replace underscores. A flag (``--bf16``) has an opposite (``--no-bf16``). ``none`` is accepted where
+        a setting may be None. Options that the parser already has are not replaced.
+
+        Args:
+            parser: The parser. Pass what it parses to `from_args`.
+
+        Returns:
+            ``parser``.
+        """
         return arguments.add_arguments(parser)
 
-    # Asking
+    # Queries
 
     @property
     def args(self) -> Any:
-        """The object that `from_args` read, or this config where it was built directly."""
+        """The object that `from_args` read, or this config if the constructor made it."""
         return self if self._source is None else self._source
 
     @property
     def from_script(self) -> bool:
-        """Whether `from_args` read this: then what a strategy cannot honour warns, and otherwise raises."""
+        """Whether `from_args` made this config. If so, a setting that the strategy does not support warns; if not, it raises."""
         return self._source is not None
 
     def get_extra_arg(self, name: str, default: Any = None) -> Any:
-        """The value that `from_args` found under ``name``, which is no setting, or ``default``."""
+        """Return a value from ``extra_args``.
+
+        Args:
+            name: A name that is not a setting.
+            default: The result if there is no such value.
+
+        Returns:
+            The value, or ``default``.
+        """
         return self.extra_args.get(name, default)
 
     @classmethod
     def owner(cls, name: str) -> Owner:
-        """Who reads the setting ``name``."""
+        """Return the component that reads the setting ``name``."""
         owner: Owner = cls._extra(name)["owner"]
         return owner
 
     @classmethod
     def backend(cls, name: str) -> str | None:
-        """The one strategy that has the setting ``name``, or None where all have it."""
+        """Return the only strategy that has the setting ``name``, or None if all have it."""
         return cls._extra(name).get("backend")
 
     @classmethod
@@ -144,7 +227,7 @@ class StrategyConfig(Settings):
         return extra
 
     def changed(self) -> dict[str, Any]:
-        """The settings that differ from their defaults, by name."""
+        """Return the settings that differ from their defaults, by name."""
         return {
             name: getattr(self, name)
             for name, field in type(self).model_fields.items()
@@ -154,13 +237,33 @@ class StrategyConfig(Settings):
     # Writing
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some settings changed, checked like a new one; it remembers where it came from."""
+        """Return a copy with some settings changed. The copy keeps `args`.
+
+        Args:
+            changes: New values by setting name.
+
+        Returns:
+            The copy, validated.
+
+        Raises:
+            ConfigError: As the constructor.
+        """
         copy = type(self)(**{**dict(self), **changes})
         copy._source = self._source
         return copy
 
     def overlaid(self, source: object) -> Self:
-        """A copy with the settings that ``source``, read as by `from_args`, names; a whole config is returned as it is."""
+        """Return a copy in which the settings that ``source`` names are replaced.
+
+        Args:
+            source: Anything that `from_args` reads. A `StrategyConfig` is returned unchanged.
+
+        Returns:
+            The copy.
+
+        Raises:
+            ConfigError: As `from_args`.
+        """
         given = type(self).from_args(source)
         if given is source:
             return given
@@ -168,54 +271,69 @@ class StrategyConfig(Settings):
         return self.replace(**named, extra_args={**self.extra_args, **given.extra_args})
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """`replace`, under pydantic's name; what pydantic's own does not, it checks ``update``."""
+        """Return a copy. Unlike pydantic's, it validates ``update``, as `replace` does."""
         return super().model_copy(deep=deep) if not update else self.replace(**update)
 
     def to_dict(self) -> dict[str, Any]:
-        """All settings by name, as plain values; `extra_args` only where there are any."""
+        """Return all settings by name. ``extra_args`` is left out if it is empty."""
         settings = dict(self)
         return settings if settings["extra_args"] else {k: v for k, v in settings.items() if k != "extra_args"}
 
     def to_json(self, path: str | Path) -> None:
-        """Write all settings to a file that `from_json` reads."""
-        self._write(path, lambda settings: json.dumps(settings, indent=2, allow_nan=False))
+        """Write all settings to a JSON file, for `from_json`.
+
+        Args:
+            path: The file. An existing file is replaced.
+
+        Raises:
+            ConfigError: ``extra_args`` has a value that a file cannot hold.
+            OSError: The file cannot be written.
+        """
+        self._write(path, partial(json.dumps, indent=2, allow_nan=False))
 
     def to_yaml(self, path: str | Path) -> None:
-        """Write all settings to a file that `from_yaml` reads."""
-        self._write(
-            path, lambda settings: yaml.dump(settings, Dumper=arguments.YamlDumper, sort_keys=False, allow_unicode=True)
-        )
+        """Write all settings to a YAML file, for `from_yaml`.
 
-    def _write(self, path: str | Path, render: Any) -> None:
-        arguments.check_plain(self.extra_args, f"{path}: extra_args")
+        Args:
+            path: The file. An existing file is replaced.
+
+        Raises:
+            ConfigError: ``extra_args`` has a value that a file cannot hold.
+            OSError: The file cannot be written.
+        """
+        from lightrft.config.yaml_format import dump_yaml
+
+        self._write(path, dump_yaml)
+
+    def _write(self, path: str | Path, dump: Callable[[dict[str, object]], str]) -> None:
+        check_serializable(self.extra_args, f"{path}: extra_args")
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in self.to_dict().items()}
-        Path(path).write_text(render(plain), encoding="utf-8")
+        Path(path).write_text(dump(plain), encoding="utf-8")
 
     @classmethod
     def json_schema(cls) -> dict[str, Any]:
-        """JSON schema of the settings, with their descriptions and owners."""
+        """Return the JSON schema of the settings, with descriptions and owners."""
         return cls.model_json_schema()
 
     def summary(self) -> str:
-        """What differs from the defaults, as a table: setting, value, default, owner."""
+        """Return a table of the settings that differ from their defaults: setting, value, default, owner."""
         rows = [("setting", "value", "default", "owner")]
         for name, value in self.changed().items():
             if name != "extra_args":
                 rows.append((name, repr(value), repr(type(self).model_fields[name].default), self.owner(name)))
         rows += [(f"extra_args[{name!r}]", repr(value), "", "trainer") for name, value in self.extra_args.items()]
         if len(rows) == 1:
-            return "All settings have their defaults."
+            return "All settings have their default values."
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
-def _warn_of_near_misses(extra: Mapping[str, Any]) -> None:
+def _warn_of_near_misses(extra: Mapping[str, object]) -> None:
     for name in extra:
         likely = near_miss(name, Settings.model_fields)
         if likely:
             warnings.warn(
-                f"StrategyConfig.from_args: {name!r} is not a setting and was kept in extra_args; "
-                f"did you mean {likely!r}?",
+                f"StrategyConfig.from_args: {name!r} is not a setting; it is kept in extra_args. Did you mean {likely!r}?",
                 stacklevel=3,
             )

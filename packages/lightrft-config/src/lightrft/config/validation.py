@@ -1,4 +1,4 @@
-"""Turning pydantic's findings into one `ConfigError` that a person can act on."""
+"""Error messages: what a setting expects, what it got, and the remedy."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -19,10 +19,23 @@ _TYPE_WORDS = {
     "object": "a dict with string keys",
 }
 _BOUNDS = {"minimum": ">= ", "exclusiveMinimum": "> ", "maximum": "<= ", "exclusiveMaximum": "< "}
+_LONGEST_REPR = 200
+"""Characters of a value that a message shows."""
+
+
+def shown(value: object) -> str:
+    """Return the type and the shortened repr of ``value``: ``int (3)``."""
+    if value is None:
+        return "None"
+    try:
+        text = repr(value)
+    except ValueError:  # more digits than Python converts
+        text = "too many digits to show"
+    return f"{type(value).__name__} ({text if len(text) <= _LONGEST_REPR else text[:_LONGEST_REPR] + '...'})"
 
 
 def describe(schema: dict[str, Any]) -> str:
-    """What a JSON-schema type allows, in words: ``an integer >= 0 and <= 3``."""
+    """Describe the values that a JSON schema allows: ``an integer >= 0 and <= 3``."""
     if "anyOf" in schema:
         return " or ".join(describe(option) for option in schema["anyOf"])
     if "enum" in schema:
@@ -30,34 +43,30 @@ def describe(schema: dict[str, Any]) -> str:
     if "prefixItems" in schema:
         return f"{len(schema['prefixItems'])} values, each {describe(schema['prefixItems'][0])}"
     if schema.get("type") == "array":
-        return f"a list, each {describe(schema['items'])}"
+        return f"a list (each value {describe(schema['items'])})"
     bounds = " and ".join(sign + str(schema[key]) for key, sign in _BOUNDS.items() if key in schema)
     words = _TYPE_WORDS.get(schema.get("type", ""), "any value")
     if schema.get("minLength"):
-        words = "a string that is not empty"
+        words = "a non-empty string"
     return f"{words} {bounds}".strip()
 
 
-def allowed(name: str) -> str:
-    """What the setting ``name`` allows, in words."""
-    return describe(Settings.model_json_schema()["properties"][name])
+def config_error(error: ValidationError, given: dict[str, object]) -> ConfigError:
+    """Return a `ConfigError` that names each invalid setting, what it expects and what it got."""
+    return combined_error(dict.fromkeys(_message(detail, given) for detail in error.errors()))
 
 
-def _sentence(error: ErrorDetails, given: dict[str, Any]) -> str:
+def combined_error(messages: Iterable[str]) -> ConfigError:
+    """Return one `ConfigError` for all ``messages``, one a line."""
+    return ConfigError("StrategyConfig: " + "\n  ".join(messages))
+
+
+def _message(error: ErrorDetails, given: dict[str, object]) -> str:
     name = str(error["loc"][0])
     if error["type"] == "extra_forbidden":
         likely = nearest(name, Settings.model_fields)
-        hint = f"did you mean {likely!r}?" if likely else "from_args keeps names of your own in extra_args"
-        return f"{name!r} is not a setting (got {given.get(name)!r}); {hint}"
-    value = given.get(name)
-    return f"{name}: got {value!r} ({type(value).__name__}); allowed is {allowed(name)}"
-
-
-def config_error(error: ValidationError, given: dict[str, Any]) -> ConfigError:
-    """Name each setting that is wrong, what it got and what it allows."""
-    return refusal(dict.fromkeys(_sentence(detail, given) for detail in error.errors()))
-
-
-def refusal(reasons: Iterable[str]) -> ConfigError:
-    """One error for all that is wrong, a line each."""
-    return ConfigError("StrategyConfig: " + "\n  ".join(reasons))
+        remedy = f"Did you mean {likely!r}?" if likely else "StrategyConfig.from_args keeps other names in extra_args."
+        return f"{name!r} is not a setting, got {shown(given.get(name))}. {remedy}"
+    expected = describe(Settings.model_json_schema()["properties"][name])
+    remedy = f". {error['ctx']['error']}" if error["type"] == "value_error" else ""
+    return f"{name}: expected {expected}, got {shown(given.get(name))}{remedy}"
