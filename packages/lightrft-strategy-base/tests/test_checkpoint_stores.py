@@ -12,9 +12,10 @@ from torch import nn
 
 from lightrft.config import CheckpointError
 from lightrft.strategy import FakeStrategy
-from lightrft.strategy.checkpoint import files
-from lightrft.strategy.checkpoint.lock import Lock, holding
-from lightrft.strategy.checkpoint.tag_writer import TagWriter
+from lightrft.strategy.checkpoint import format
+from lightrft.strategy.checkpoint.save_checkpoint import TagWriter
+from lightrft.strategy.storage import files
+from lightrft.strategy.storage.locks import Lock, holding
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def test_links_are_neither_cleaned_up_nor_rotated_nor_replaced(strategy, model, 
     strategy.save_ckpt(model, store, tag="e", max_num=1)
     assert names(store) == [".b.writing", ".c.replaced", ".d.removing", "e", "latest", "t"]
     assert names(elsewhere) == ["manifest.json", "rank-00000-of-00001.safetensors"]
-    with pytest.raises(CheckpointError, match=r"store/t .*symbolic link.*use another tag or directory, or remove it"):
+    with pytest.raises(CheckpointError, match=r"store/t .*symbolic link. Use another tag or directory, or remove it"):
         strategy.save_ckpt(model, store, tag="t")
     assert strategy.load_ckpt(model, store, tag="t")[0] == store / "t"
 
@@ -67,7 +68,7 @@ def test_what_cannot_be_removed_is_a_warning_with_its_path(strategy, model, tmp_
         for tag in ("b", "b", "c"):
             strategy.save_ckpt(model, tmp_path, tag=tag, max_num=1)
     for name in (".x.writing", ".b.replaced", ".a.removing"):
-        assert any(f"see to {tmp_path / name}" in it and "Permission denied" in it for it in caplog.messages)
+        assert any(f"fix {tmp_path / name}" in it and "Permission denied" in it for it in caplog.messages)
     assert strategy.load_ckpt(model, tmp_path)[0].name == "c"
     monkeypatch.undo()
     strategy.save_ckpt(model, tmp_path, tag="d", max_num=1)
@@ -86,10 +87,10 @@ def test_files_that_somebody_put_into_a_checkpoint_outlive_it(strategy, model, t
         strategy.save_ckpt(model, tmp_path, tag="b", max_num=1)
     assert names(tmp_path) == ["a", "b", "latest"]
     assert names(path) == ["notes.txt"]
-    assert f"{path} was removed, but for" in caplog.text
+    assert f"{path} was removed, except files" in caplog.text
 
 
-@pytest.mark.parametrize("instant", ["stepped aside", "given back"])
+@pytest.mark.parametrize("instant", ["moved away", "given back"])
 def test_files_of_somebody_outlive_a_killed_rotation(strategy, model, tmp_path, instant):
     path = strategy.save_ckpt(model, tmp_path, tag="a")
     (path / "notes.txt").write_text("mine")
@@ -110,7 +111,9 @@ def test_what_another_process_is_saving_is_left_alone(strategy, model, tmp_path)
     other.begin("token", {})
     strategy.save_ckpt(model, tmp_path, tag="u", max_num=1)
     assert (other.folder / "token").read_text() == "token"
-    with pytest.raises(CheckpointError, match=r"another process is saving .*/t, and holds .*give each run a directory"):
+    with pytest.raises(
+        CheckpointError, match=r"/t to have one writer, got another process .* holds .*Use a directory for each run"
+    ):
         strategy.save_ckpt(model, tmp_path, tag="t")
     assert (other.folder / "token").read_text() == "token"
     other.end()
@@ -143,7 +146,7 @@ def test_a_checkpoint_that_another_process_is_replacing_is_not_rotated_away(stra
 def test_a_killed_process_holds_nothing(strategy, model, tmp_path):
     code = f"""
 from pathlib import Path
-from lightrft.strategy.checkpoint.tag_writer import TagWriter
+from lightrft.strategy.checkpoint.save_checkpoint import TagWriter
 TagWriter(Path({str(tmp_path)!r}), "t").begin("token", {{}})
 import os
 os.kill(os.getpid(), 9)
@@ -156,16 +159,16 @@ os.kill(os.getpid(), 9)
 
 def test_a_lock_is_had_by_one_and_leaves_no_file(tmp_path):
     one, other = Lock(tmp_path, "t"), Lock(tmp_path, "t")
-    assert one.take() and not other.take()
+    assert one.acquire() and not other.acquire()
     one.release()
-    assert other.take() and not one.take()
+    assert other.acquire() and not one.acquire()
     other.release()
     assert not names(tmp_path)
 
 
 def test_a_lock_that_its_holder_removed_meanwhile_is_taken_anew(tmp_path, monkeypatch):
     one, other = Lock(tmp_path, "t"), Lock(tmp_path, "t")
-    assert one.take()
+    assert one.acquire()
     opened = os.open
 
     def slow(*arguments):
@@ -174,7 +177,7 @@ def test_a_lock_that_its_holder_removed_meanwhile_is_taken_anew(tmp_path, monkey
         return descriptor
 
     monkeypatch.setattr(os, "open", slow)
-    assert other.take(patience=1)
+    assert other.acquire(timeout=1)
     assert other.path.exists()
     other.release()
 
@@ -236,7 +239,7 @@ def test_a_checkpoint_of_other_models_is_not_replaced(strategy, model, tmp_path)
         for name, module in (("critic", nn.Linear(3, 2)), ("actor", nn.Bilinear(3, 2, 1))):
             critic = other.prepare_model(module)
             with pytest.raises(
-                CheckpointError, match=r"/t is there.*other models: 'actor' \(Linear\), and here.*use another"
+                CheckpointError, match=r"/t to be new.*other models: 'actor' \(Linear\) instead of .*Use another"
             ):
                 other.save_ckpt({name: critic}, tmp_path, tag="t")
         other.save_ckpt({"actor": other.prepare_model(nn.Linear(3, 2))}, tmp_path, tag="t")
@@ -248,16 +251,16 @@ def test_a_checkpoint_of_other_models_is_not_replaced(strategy, model, tmp_path)
 @pytest.mark.parametrize(
     ("number", "remedy"),
     [
-        (28, "free some space there"),
-        (13, "let this user do that"),
+        (28, "free space there"),
+        (13, "grant this user permission"),
         (17, "remove it, or use another tag"),
-        (5, "see to it"),
+        (5, "check the file system"),
     ],
 )
 def test_what_the_system_refuses_is_said_with_the_file_and_what_to_do(tmp_path, number, remedy):
     with (
         pytest.raises(CheckpointError, match=rf"cannot write {tmp_path}/t/file: .*; {remedy}"),
-        files.naming(tmp_path, "cannot write"),
+        files.explain_os_errors(tmp_path, "cannot write"),
     ):
         raise OSError(number, os.strerror(number), str(tmp_path / "t" / "file"))
 
@@ -266,22 +269,22 @@ def test_a_missing_file_is_named_with_the_tag_and_what_to_do(strategy, model, tm
     path = strategy.save_ckpt(model, tmp_path, tag="t")
     (path / "rank-00000-of-00001.safetensors").unlink()
     with pytest.raises(
-        CheckpointError, match=r"t/rank-00000-of-00001.safetensors is damaged: .*from 't', load another tag"
+        CheckpointError, match=r"t/rank-00000-of-00001.safetensors is damaged: .*from 't'; load another tag"
     ):
         strategy.load_ckpt(model, tmp_path)
 
 
-@pytest.mark.parametrize("step", ["write_text", "write_tensors", "synchronise"])
-def test_a_failed_save_leaves_nothing(strategy, model, tmp_path, monkeypatch, step):
+@pytest.mark.parametrize(("module", "step"), [(files, "write_text"), (format, "write_tensors"), (files, "synchronise")])
+def test_a_failed_save_leaves_nothing(strategy, model, tmp_path, monkeypatch, module, step):
     strategy.save_ckpt(model, tmp_path, tag="a")
-    done = getattr(files, step)
+    done = getattr(module, step)
 
     def full(path, *rest):
         if path.name.startswith(".b") or path.parent.name.startswith(".b"):
             raise CheckpointError(f"cannot write {path}: No space left on device")
         return done(path, *rest)
 
-    monkeypatch.setattr(files, step, full)
+    monkeypatch.setattr(module, step, full)
     with pytest.raises(CheckpointError, match="No space left"):
         strategy.save_ckpt(model, tmp_path, tag="b")
     assert names(tmp_path) == ["a", "latest"]
@@ -293,3 +296,9 @@ def test_a_new_directory_and_all_in_it_are_on_disk(strategy, model, tmp_path, mo
     monkeypatch.setattr(files, "synchronise", lambda path: (synchronised.append(path), synchronise(path)))
     strategy.save_ckpt(model, tmp_path / "new" / "store", tag="t")
     assert {tmp_path, tmp_path / "new", tmp_path / "new" / "store"} <= set(synchronised)
+
+
+def test_a_path_with_a_tilde_is_in_the_home_directory(strategy, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert strategy.save_ckpt(model, "~/store", tag="t") == tmp_path / "store" / "t"
+    assert strategy.load_ckpt(model, "~/store")[0] == tmp_path / "store" / "t"

@@ -104,7 +104,7 @@ def test_another_shape_is_named_and_never_waived(strategy, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors")
     model = strategy.prepare_model(other(llama))
     for strict in (True, False):
-        with pytest.raises(CheckpointError, match=r"model\.norm\.weight has shape \(16,\).*\(5,\)"):
+        with pytest.raises(CheckpointError, match=r"expected model\.norm\.weight to have shape \(16,\).*got \(5,\)"):
             strategy.load_model(model, tmp_path, strict=strict)
 
 
@@ -259,7 +259,10 @@ def test_a_hostile_metadata_file_changes_no_class_that_belongs_there(strategy, t
     (tmp_path / ".metadata").write_bytes(
         b"\x80\x02c%s\n%s\n%sb." % (known.__module__.encode(), known.__name__.encode(), state)
     )
-    with pytest.raises(CheckpointError, match=r"cannot read .*\.metadata as metadata of torch.distributed.checkpoint"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"expected metadata of torch.distributed.checkpoint at .*\.metadata, which cannot be read",
+    ):
         strategy.load_model(strategy.prepare_model(llama()), tmp_path)
     assert not hasattr(known, "poisoned")
 
@@ -273,7 +276,7 @@ def test_metadata_names_no_files_elsewhere(strategy, tmp_path):
     for info in found.storage_data.values():
         info.relative_path = f"../there/{info.relative_path}"
     metadata.write_bytes(pickle.dumps(found))
-    with pytest.raises(CheckpointError, match=r"\.metadata names files elsewhere"):
+    with pytest.raises(CheckpointError, match=r"expected .*\.metadata to name files beside it"):
         strategy.load_model(strategy.prepare_model(llama()), tmp_path / "here")
 
 
@@ -336,11 +339,11 @@ def test_damage_to_state_dicts_is_found_before_anything_changes(strategy, tmp_pa
     else:
         torch.save({"model": {}}, first)
     expected = {
-        "no shard": f"{first} is missing",
-        "not in the shard": f"{first} lacks",
-        "cut short": f"cannot read {first} as a file of torch.save",
-        "no index": f"cannot read {index} as an index of weights",
-        "no state dict": f"{first} holds no state dict",
+        "no shard": f"{first}, which is missing",
+        "not in the shard": f"in {first}, as its index says, found none",
+        "cut short": f"expected a file of torch.save at {first}, which cannot be read",
+        "no index": f"expected an index of weights at {index}, which cannot be read",
+        "no state dict": f"expected {first} to hold a state dict",
     }[damage]
     model = strategy.prepare_model(other(llama))
     before = {name: it.clone() for name, it in model.state_dict().items()}
@@ -350,10 +353,10 @@ def test_damage_to_state_dicts_is_found_before_anything_changes(strategy, tmp_pa
 
 
 @pytest.mark.parametrize(("file", "contents", "expected"), [
-    ("model.safetensors", b"{}", "cannot read {} as a safetensors file"),
-    (".metadata", b"{}", "cannot read {} as metadata of torch.distributed.checkpoint"),
-    ("mp_rank_00_model_states.pt", b"{}", "cannot read {} as a file of torch.save"),
-    ("mp_rank_00_model_states.pt", {"state": 1}, "{} has no 'module', and is not one of DeepSpeed's files"),
+    ("model.safetensors", b"{}", "expected a safetensors file at {}, which cannot be read"),
+    (".metadata", b"{}", "expected metadata of torch.distributed.checkpoint at {}, which cannot be read"),
+    ("mp_rank_00_model_states.pt", b"{}", "expected a file of torch.save at {}, which cannot be read"),
+    ("mp_rank_00_model_states.pt", {"state": 1}, "expected {} to be a file of a DeepSpeed checkpoint with 'module', got a file without"),
 ])  # fmt: skip
 def test_a_file_of_another_kind_is_named_with_what_was_expected(strategy, tmp_path, file, contents, expected):
     if isinstance(contents, bytes):

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from lightrft.config import ArgumentError, CheckpointError, StrategyError, UnsupportedOperationError
 from lightrft.strategy import FakeStrategy
-from lightrft.strategy.checkpoint import files
-from lightrft.strategy.export.publication import Publication
+from lightrft.strategy.export.atomic_directory import AtomicDirectory
+from lightrft.strategy.storage import files
 
 BUILDS = {"tied": llama, "untied": lambda: llama(tied=False), "experts": mixture_of_experts, "vision": vision_language}
 
@@ -159,7 +159,7 @@ def test_an_older_model_is_replaced_and_other_files_stay(strategy, tmp_path):
     assert [it.name for it in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("instant", ["written", "stepped aside", "in place", "moving over"])
+@pytest.mark.parametrize("instant", ["written", "moved away", "in place", "moving over"])
 def test_a_killed_export_is_brought_to_an_end_by_the_next(strategy, tmp_path, instant):
     model, out, token = trained(strategy, llama()), tmp_path / "out", "0123456789abcdef"
     strategy.save_model(model, None, out)
@@ -185,10 +185,10 @@ def test_a_model_does_not_take_the_place_of_checkpoints(strategy, tmp_path):
     path = strategy.save_ckpt(model, tmp_path / "run")
     before = {it: it.read_bytes() for it in path.iterdir()}
     for target in (path, path.parent):
-        with pytest.raises(CheckpointError, match=r"global_step0.* would destroy; give another path"):
+        with pytest.raises(CheckpointError, match=r"global_step0.* .*Use another path"):
             strategy.save_model(model, None, target)
     (path / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match="would destroy"):
+    with pytest.raises(CheckpointError, match="to hold no checkpoints"):
         strategy.save_model(model, None, path)
     assert all(it.read_bytes() == data for it, data in before.items() if it.name != "manifest.json")
     assert [it.name for it in tmp_path.iterdir()] == ["run"]
@@ -212,8 +212,10 @@ def test_files_that_no_export_wrote_stay_whatever_their_names(strategy, tmp_path
 
 def test_two_exports_to_one_place_do_not_meet(strategy, tmp_path):
     model = trained(strategy, llama())
-    first = Publication(tmp_path / "out")
-    with pytest.raises(CheckpointError, match=r"another process is writing .*out.*give another path, or wait"):
+    first = AtomicDirectory(tmp_path / "out")
+    with pytest.raises(
+        CheckpointError, match=r"out to have one writer, got another process .*Use another path, or wait"
+    ):
         strategy.save_model(model, None, tmp_path / "out")
     assert first.folder.is_dir()
     first.discard()
@@ -258,7 +260,7 @@ def test_a_failure_leaves_the_older_model_as_it_was(strategy, tmp_path, monkeypa
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: No space left on device"):
         strategy.save_model(model, Refusing(), out)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
-    with pytest.raises(CheckpointError, match=r"free some, or give another path"):
+    with pytest.raises(CheckpointError, match=r"Free space, or use another path"):
         strategy.save_model(model, None, out)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
     assert [it.name for it in tmp_path.iterdir()] == ["out"]
@@ -290,7 +292,7 @@ def test_settings_of_generation_that_transformers_refuses_are_named_before_anyth
 
 
 def test_models_that_are_not_there_to_be_saved(strategy, tmp_path):
-    with pytest.raises(StrategyError, match="save_model: this strategy has not prepared the model"):
+    with pytest.raises(StrategyError, match="save_model: expected a model that this strategy has prepared"):
         strategy.save_model(llama(), None, tmp_path / "out")
     model = trained(strategy, llama())
     strategy.offload_model(model)
@@ -366,7 +368,7 @@ def test_adapters_that_were_activated_after_preparing_are_not_merged_unseen(stra
     inner = strategy.unwrap_model(model)
     inner.add_adapter("other", inner.peft_config["default"])
     inner.set_adapter("other")
-    with pytest.raises(UnsupportedOperationError, match="are active, and when it was prepared default were"):
+    with pytest.raises(UnsupportedOperationError, match=r"active when it was prepared \(default\), got other"):
         strategy.save_model(model, None, tmp_path / "out", merge_adapters=True)
 
 

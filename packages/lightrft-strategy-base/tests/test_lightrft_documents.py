@@ -8,7 +8,7 @@ from torch import nn
 
 from lightrft.config import BackendNotInstalledError, StrategyConfig
 from lightrft.strategy import FakeStrategy, get_fake_strategy, get_strategy
-from lightrft.strategy.registry import strategy_name
+from lightrft.strategy.strategy import strategy_name
 
 
 def test_basic_usage():
@@ -73,7 +73,7 @@ def test_the_constructor_of_lightrft():
     assert (strategy.config.seed, strategy.accumulated_gradient) == (7, 4)
     strategy.close()
     with (
-        pytest.warns(UserWarning, match="cannot honour"),
+        pytest.warns(UserWarning, match="does not support"),
         FakeStrategy(args=Namespace(grad_accum_dtype="bf16")) as other,
     ):
         assert other.config.grad_accum_dtype is None

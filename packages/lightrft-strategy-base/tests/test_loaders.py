@@ -78,7 +78,7 @@ def test_the_position_of_another_loader_is_refused_by_name(strategy, tmp_path, s
     model = nn.Linear(1, 1)
     weight = model.weight.detach().clone()
     with get_fake_strategy() as other:
-        wanted = rf"loader 0 .* has {here}, and the one .* had {there}"
+        wanted = rf"expected loader 0 .* to have {there}, .* got {here}"
         if made_first:
             made = loader(other, **settings)
             with pytest.raises(CheckpointError, match=wanted):
@@ -95,6 +95,6 @@ def test_another_seed_is_another_order(strategy, tmp_path):
     begun(strategy, tmp_path, loader(strategy))
     with get_fake_strategy(seed=7) as other:
         made = loader(other)
-        with pytest.raises(CheckpointError, match=r"has seed=7, .* had seed=42"):
+        with pytest.raises(CheckpointError, match=r"to have seed=42, .* got seed=7"):
             other.load_ckpt(nn.Linear(1, 1), tmp_path)
         assert made.consumed_samples == 0

@@ -4,8 +4,13 @@ import inspect
 import subprocess
 import sys
 
+import pytest
+
 import lightrft.strategy
 from lightrft.strategy import FakeStrategy, StrategyBase
+from lightrft.strategy.backend import ReplicatedBackend
+from lightrft.strategy.backend.contract import Lifecycle, Offload, Preparing, Sharding, Step
+from lightrft.strategy.strategy_base import _MOVED as MOVED
 
 NAMES = {
     "Completion", "EngineBase", "EngineCapabilities", "EngineRequest", "EngineStatus", "FakeStrategy", "Prompt",
@@ -54,7 +59,7 @@ SIGNATURES = {
 }  # fmt: skip
 PROPERTIES = {
     "args", "world_size", "local_rank", "device", "accumulated_gradient", "inference_engine", "inference_engine_status",
-    "engine_mp_group", "engine_dp_group",
+    "engine_mp_group", "engine_dp_group", "stop_requested",
 }  # fmt: skip
 
 
@@ -75,7 +80,7 @@ def test_the_methods_and_their_signatures():
 
 
 def test_nothing_else_is_public():
-    attributes = {"name", "honours", "capabilities", "adopts", "transparent", "config", "world"}
+    attributes = {"name", "backend_class", "make_backend", "supported_settings", "capabilities"}
     public = {name for name in dir(StrategyBase) if not name.startswith("_")}
     assert public - attributes == set(SIGNATURES) | PROPERTIES
 
@@ -102,3 +107,59 @@ def test_the_paths_that_lightrft_users_know():
     assert StrategyConfig is lightrft.strategy.StrategyConfig
     assert get_fake_strategy is lightrft.strategy.get_fake_strategy
     assert get_strategy is lightrft.strategy.get_strategy
+
+
+@pytest.mark.parametrize("hook", sorted(MOVED))
+def test_a_strategy_that_overrides_a_hook_of_0_1_is_told_its_new_place(hook):
+    with pytest.raises(TypeError, match=rf"Old.{hook}: .*override {MOVED[hook]} there, and set backend_class of Old"):
+        type("Old", (StrategyBase,), {hook: lambda self: None})
+
+
+def test_honours_is_called_supported_settings():
+    with pytest.raises(TypeError, match=r"Old.honours: .*supported_settings"):
+        type("Old", (StrategyBase,), {"honours": frozenset()})
+
+
+def test_every_hook_that_moved_is_a_hook_of_a_backend():
+    hooks = {name for moved in MOVED.values() for name in moved.split(" or ")}
+    assert hooks <= set(dir(ReplicatedBackend))
+
+
+def test_every_hook_is_documented_in_the_contract():
+    hooks = {name for name in vars(ReplicatedBackend) if not name.startswith("_")}
+    documented = {name: group for group in (Lifecycle, Preparing, Step, Sharding, Offload) for name in vars(group)}
+    assert hooks <= set(documented)
+    assert [name for name in hooks if not inspect.getdoc(vars(documented[name])[name])] == []
+
+
+def test_a_type_checker_knows_what_comes_back(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        """
+from typing import assert_type
+import torch
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from lightrft.strategy import StrategyBase
+
+def check(strategy: StrategyBase, model: nn.Linear, optimizer: AdamW, scheduler: LambdaLR, loss: torch.Tensor) -> None:
+    assert_type(strategy.prepare(model), nn.Linear)
+    assert_type(strategy.prepare((model, optimizer, scheduler)), tuple[nn.Linear, AdamW, LambdaLR])
+    assert_type(strategy.prepare((model, optimizer, None), model), tuple[tuple[nn.Linear, AdamW, None], nn.Linear])
+    assert_type(strategy.prepare_model(model), nn.Linear)
+    assert_type(strategy.all_reduce(loss), torch.Tensor)
+    assert_type(strategy.all_reduce(1.5), float)
+    assert_type(strategy.all_reduce(1, "sum"), int)
+    assert_type(strategy.all_gather(2), torch.Tensor)
+    strategy.all_reduce("loss")  # refused
+    strategy.all_gather([loss])  # refused
+"""
+    )
+    result = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", f"--cache-dir={tmp_path}", str(script)],
+        capture_output=True,
+        text=True,
+    )
+    refused = [line for line in result.stdout.splitlines() if ": error: " in line]
+    assert [int(line.split(":")[1]) for line in refused] == [18, 19], result.stdout + result.stderr

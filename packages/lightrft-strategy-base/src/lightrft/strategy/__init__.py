@@ -2,6 +2,7 @@
 
 from lightrft.config import StrategyConfig
 from lightrft.strategy.fake_strategy import FakeStrategy, get_fake_strategy
+from lightrft.strategy.models.registry import is_actor
 from lightrft.strategy.rollout.engine import (
     Completion,
     EngineBase,
@@ -13,10 +14,9 @@ from lightrft.strategy.rollout.engine import (
 )
 from lightrft.strategy.rollout.rollout import EngineStatus
 from lightrft.strategy.rollout.sampling import Sampling
+from lightrft.strategy.step.update import StepResult
 from lightrft.strategy.strategy import get_strategy
 from lightrft.strategy.strategy_base import StrategyBase
-from lightrft.strategy.training.modules import is_actor
-from lightrft.strategy.training.trained_model import StepResult
 
 __all__ = [
     "Completion",

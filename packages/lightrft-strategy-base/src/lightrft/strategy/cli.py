@@ -8,14 +8,14 @@ import torch
 import typer
 
 from lightrft.config import LightRFTError
-from lightrft.strategy.export.converting import Conversion
-from lightrft.strategy.export.plan import bytes_of_size
+from lightrft.strategy.export.convert_checkpoint import Conversion
+from lightrft.strategy.export.save_model import bytes_of_size
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
 
 class Precision(StrEnum):
-    """Types of floating tensors."""
+    """Dtypes of floating tensors."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -24,30 +24,30 @@ class Precision(StrEnum):
 
 @app.callback()
 def lightrft() -> None:
-    """Work on what LightRFT's training leaves behind."""
+    """Tools for the checkpoints of LightRFT."""
 
 
 @app.command()
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a directory of several: the newest is taken")],
-    output: Annotated[Path, typer.Argument(help="The directory to write")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A checkpoint, or a directory of several, of which the newest is converted")
+    ],
+    output: Annotated[Path, typer.Argument(help="Directory to write")],
     base: Annotated[
-        Path | None, typer.Option(help="The model that training began from; its tokenizer and configuration are copied")
+        Path | None, typer.Option(help="Directory of the base model, whose tokenizer and configuration are copied")
     ] = None,
-    tag: Annotated[str | None, typer.Option(help="Which of several checkpoints")] = None,
-    model: Annotated[str | None, typer.Option(help="Which of several models in a checkpoint")] = None,
-    dtype: Annotated[
-        Precision | None, typer.Option(help="Of floating tensors; by default they stay as they are")
-    ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="The largest file")] = "5GB",
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read files that may run code")] = False,
+    tag: Annotated[str | None, typer.Option(help="Tag of the checkpoint, in a directory of several")] = None,
+    model: Annotated[str | None, typer.Option(help="Name of the model, in a checkpoint of several")] = None,
+    dtype: Annotated[Precision | None, typer.Option(help="Dtype of floating tensors; default: as stored")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file")] = "5GB",
+    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read files that can run code")] = False,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the code that stands in the base model's directory")
+        bool, typer.Option("--trust-remote-code", help="Run the code in the directory of the base model")
     ] = False,
 ) -> None:
-    """Make a model that from_pretrained opens of a checkpoint: LightRFT's, of any version, or DeepSpeed's or PyTorch's.
+    """Convert a checkpoint of LightRFT, DeepSpeed or PyTorch to a model that from_pretrained opens.
 
-    Needs one process, no accelerator, and none of the code that trained it.
+    Runs in one process, without an accelerator and without the code that trained the model.
     """
     try:
         conversion = Conversion(

@@ -1,37 +1,43 @@
 """`FakeStrategy`: the whole contract in one process, with no process group and no GPU.
 
-No mock: it trains, clips, accumulates, skips and generates for real. It is what the other strategies must
-equal, and what a script is tested with where there is no cluster.
+Not a mock: it trains, clips, accumulates, skips and generates. The other strategies must match it. Use it to test
+scripts without a cluster.
 """
 
 from typing import Any
 
-from torch import nn
 from typing_extensions import override
 
-from lightrft.strategy.backend import WrapOptions
+from lightrft.config import StrategyConfig
+from lightrft.strategy.backend.replicated import ReplicatedBackend
 from lightrft.strategy.distributed.world import World
 from lightrft.strategy.strategy_base import StrategyBase
-from lightrft.strategy.training.modules import replicate
+
+
+class FakeBackend(ReplicatedBackend):
+    """One process. Trains bare models and optimizers too, without `prepare`."""
+
+    capabilities = frozenset({"adoption", "uneven_modules"})
+    accepts_unprepared = True
+
+    @classmethod
+    @override
+    def join(cls, config: StrategyConfig) -> World:
+        return World.alone(config)
 
 
 class FakeStrategy(StrategyBase):
-    """One process, plain torch. Takes bare models and optimizers too, without `prepare`."""
+    """One process, plain torch."""
 
     name = "fake"
-    adopts = True
-    capabilities = frozenset({"adoption", "uneven_modules"})
-
-    @override
-    def _join(self) -> World:
-        return World.alone(self.config)
-
-    @override
-    def _wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
-        replicate(module, self.world)
-        return module
+    backend_class = FakeBackend
 
 
 def get_fake_strategy(args: object = None, **settings: Any) -> FakeStrategy:
-    """A `FakeStrategy` with the settings of ``args``, or with the defaults."""
+    """Return a `FakeStrategy` with the settings of ``args``, or with the defaults.
+
+    Args:
+        args: As for `get_strategy`.
+        **settings: Single settings that replace those of ``args``.
+    """
     return FakeStrategy(args, **settings)

@@ -1,17 +1,32 @@
 """`get_strategy`: from settings to a strategy that is ready for use."""
 
 from lightrft.config import StrategyConfig
-from lightrft.strategy.registry import strategy_class, strategy_name
+from lightrft.strategy.registry import STRATEGIES, load
 from lightrft.strategy.strategy_base import StrategyBase
 
 
 def get_strategy(args: object = None) -> StrategyBase:
-    """Make the strategy that the settings choose: ``strategy``, or, by "auto", ``fsdp``.
+    """Create the strategy that the settings select.
 
-    ``args``: a `StrategyConfig`, an argparse Namespace, a mapping, or any object with attributes.
+    All ranks must call this.
 
-    Raises `BackendNotInstalledError`, with the pip command, for a strategy that is not installed, and
-    `ConfigError` for one that nobody knows and for settings that it cannot honour.
+    Args:
+        args: A `StrategyConfig`, an argparse Namespace, a mapping, or any object with attributes. Its ``strategy`` is a
+            registered name or ``module:attribute``; "auto" means "fsdp" if ``fsdp`` is set, else "deepspeed".
+
+    Raises:
+        BackendNotInstalledError: The strategy is not installed; the message has the pip command.
+        ConfigError: There is no such strategy, or it does not support a setting.
     """
     config = StrategyConfig() if args is None else StrategyConfig.from_args(args)
     return strategy_class(strategy_name(config))(config)
+
+
+def strategy_name(config: StrategyConfig) -> str:
+    """Return the registered name that the settings select: "auto" is "fsdp" if ``fsdp`` is set, else "deepspeed"."""
+    return config.strategy if config.strategy != "auto" else "fsdp" if config.fsdp else "deepspeed"
+
+
+def strategy_class(name: str) -> type[StrategyBase]:
+    """Return the strategy registered as ``name``, or found at ``module:attribute``."""
+    return load(STRATEGIES, name, StrategyBase)

@@ -1,19 +1,1052 @@
 """`StrategyBase`: the one API over every training backend and every rollout engine.
 
-A thin face. What it promises is in the docstrings of its public methods, which stand by concern in
-`lightrft.strategy.api`; what it does is in its parts: `World` and `Operations` (the process group),
-`Collectives`, `Preparation` and `PreparedModels`, `TrainedModel` (one for each model), `MovingAverages`, `Checkpoints`,
-`Rollout`. A backend is a subclass that overrides the hooks of `Backend`, and only those.
+A thin facade: every public method checks its call and delegates to a part. What differs between training backends is in
+`lightrft.strategy.backend`, one update in `lightrft.strategy.step.update`, checkpoints in
+`lightrft.strategy.checkpoint`, and rollouts in `lightrft.strategy.rollout`.
 """
 
-from lightrft.strategy.api.exporting import Exporting
-from lightrft.strategy.api.rollouts import Rollouts
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from datetime import timedelta
+from os import PathLike
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Literal, Self, TypeVar, final, overload
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, Sampler
+
+from lightrft.config import ArgumentError, ArgumentTypeError, ConfigError, StrategyConfig, StrategyError
+from lightrft.strategy import supported_settings
+from lightrft.strategy.backend.contract import Backend
+from lightrft.strategy.backend.replicated import ReplicatedBackend
+from lightrft.strategy.backend.types import TrainedModel, WrapOptions
+from lightrft.strategy.checkpoint.checkpoint_items import Models, RunState
+from lightrft.strategy.checkpoint.compatibility import LoadOptions
+from lightrft.strategy.checkpoint.load_checkpoint import load_checkpoint
+from lightrft.strategy.checkpoint.save_checkpoint import CheckpointSaver
+from lightrft.strategy.data.loaders import ResumableLoader, make_loader
+from lightrft.strategy.distributed.collectives import Collectives, ReduceOp
+from lightrft.strategy.distributed.operations import Operations, Watch
+from lightrft.strategy.distributed.rank_consensus import RankConsensus
+from lightrft.strategy.distributed.stop_request import StopRequest
+from lightrft.strategy.distributed.world import World, current_rank, local_rank
+from lightrft.strategy.export import load_model, save_model
+from lightrft.strategy.export.load_model import LoadedNames
+from lightrft.strategy.models.meta import weights_on_rank_0
+from lightrft.strategy.models.optimizers import check_kinds
+from lightrft.strategy.models.prepare import Preparation
+from lightrft.strategy.models.registry import ModelRegistry
+from lightrft.strategy.rollout.engine import Completion, RolloutEngine
+from lightrft.strategy.rollout.rollout import EngineStatus, Rollout
+from lightrft.strategy.step import update
+from lightrft.strategy.step.moving_average import MovingAverages
+from lightrft.strategy.step.schedules import cosine_schedule
+from lightrft.strategy.step.update import StepResult
+from lightrft.strategy.telemetry import log, memory
+
+T = TypeVar("T")
+T1 = TypeVar("T1")
+T2 = TypeVar("T2")
+T3 = TypeVar("T3")
+T4 = TypeVar("T4")
+Key = TypeVar("Key")
+
+UNKNOWN_NUMBER_OF_UPDATES = int(1e8)
+"""Number of updates over which a schedule decays if the caller does not give one."""
+_MOVED = {
+    "_join": "join", "_setup": "__init__", "_teardown": "close", "_check_model": "check_model", "_wrap": "wrap",
+    "_create_optimizer": "create_optimizer", "_algorithm": "algorithm", "_bind": "bind",
+    "_forward_context": "forward_context", "_leaves": "graph_leaves", "_backward": "backward",
+    "_gradient_shards": "gradient_shards", "_update": "reduce or fused_step", "_settle": "reshard",
+    "_gathered": "gathered", "_full_shape": "full_shape", "_shards": "shards", "_state_slices": "state_slices",
+    "_refresh": "sync_from_master", "_resume_optimizer": "resume_optimizer", "_move_optimizer": "move_optimizer",
+    "_move_model": "move_model", "adopts": "accepts_unprepared", "transparent": "transparent",
+    "capabilities": "capabilities",
+}  # fmt: skip
+"""The strategy hooks of version 0.1, and the hook of `lightrft.strategy.backend.Backend` that replaces each."""
 
 
-class StrategyBase(Rollouts, Exporting):
-    """Trains models and generates from them, on one process or many, by one contract.
+class StrategyBase:
+    """Trains models and generates from them, on one process or many, with the same behaviour on every backend.
 
-    Made ready by its constructor; a context manager, which `close` ends. Every rank makes the same calls in
-    the same order, but where a method says otherwise. Raises `ConfigError` for settings, `StrategyError` for
-    misuse and for lost peers, `EngineError` for rollouts; each names the call.
+    The constructor joins the other ranks, and `close` frees everything; a strategy is also a context manager. Every
+    rank makes the same calls in the same order, unless a method says otherwise. Errors name the call: `ConfigError` for
+    settings, `ArgumentError` and `StrategyError` for invalid usage, `StrategyError` for lost peers, `EngineError` for
+    rollouts.
+
+    A subclass names itself and its backend::
+
+        class MyStrategy(StrategyBase):
+            name = "mine"
+            backend_class = MyBackend
     """
+
+    name: ClassVar[str]
+    """The name under which the strategy is registered."""
+    backend_class: ClassVar[type[ReplicatedBackend]] = ReplicatedBackend
+    """The class that `make_backend` instantiates; its `join` finds the other ranks."""
+    supported_settings: ClassVar[frozenset[str]] = frozenset()
+    """The optional settings that this strategy supports; see `lightrft.strategy.supported_settings`."""
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        for name in vars(cls):
+            if name in _MOVED:
+                raise TypeError(
+                    f"{cls.__name__}.{name}: the hooks of a strategy moved to its backend in version 0.2. Derive a class "
+                    f"from lightrft.strategy.backend.ReplicatedBackend, override {_MOVED[name]} there, and set "
+                    f"backend_class of {cls.__name__} to it"
+                )
+            if name == "honours":
+                raise TypeError(f"{cls.__name__}.honours: it is called supported_settings since version 0.2. Rename it")
+
+    def __init__(self, config: object = None, *, args: object = None, **settings: Any) -> None:
+        """Join the other ranks and create the backend. All ranks must call this.
+
+        Args:
+            config: A `StrategyConfig`, or anything that `StrategyConfig.from_args` accepts. Default: all defaults.
+            args: The same, under LightRFT's name for it.
+            **settings: Individual settings that override those of ``config``.
+
+        Raises:
+            ConfigError: A setting is invalid, is not supported by this strategy, or differs between ranks.
+        """
+        source = config if config is not None else args
+        base = StrategyConfig(**settings) if source is None else StrategyConfig.from_args(source)
+        chosen = base.replace(**settings) if source is not None and settings else base
+        self.config = supported_settings.validate(chosen, self.name, self.supported_settings)
+        self._open = False
+        self.setup_distributed()
+
+    def make_backend(self, config: StrategyConfig, world: World) -> Backend:
+        """Create the backend; a subclass may choose among several. `close` restores environment variables set here."""
+        return self.backend_class(config, world)
+
+    # Lifecycle
+
+    @final
+    def setup_distributed(self, timeout: timedelta | None = None) -> None:
+        """Join the other ranks. All ranks must call this.
+
+        The constructor calls this; another call only sets the timeout. After `close`, it reopens the strategy.
+
+        Args:
+            timeout: How long a collective waits for another rank. Default: the setting ``timeout``.
+
+        Raises:
+            ArgumentTypeError: ``timeout`` is not a positive timedelta.
+        """
+        if not self._open:
+            self._begin()
+        if timeout is not None and not (isinstance(timeout, timedelta) and timeout > timedelta(0)):
+            raise ArgumentTypeError(
+                f"setup_distributed: expected timeout to be a datetime.timedelta above 0, got {timeout!r}"
+            )
+        if timeout is not None and timeout != self.world.timeout:
+            self.world.timeout = timeout
+            self._operations.timeout = timeout.total_seconds()
+            self.world.impose_timeout()
+
+    def _begin(self) -> None:
+        self.world = world = self.backend_class.join(self.config)
+        self._operations = operations = Operations(world.rank, world.size, world.timeout.total_seconds())
+        self._consensus = consensus = RankConsensus(world)
+        self._collectives = Collectives(world, consensus)
+        log.set_rank(world.rank)
+        with ExitStack() as on_failure:
+            on_failure.callback(world.close)
+            consensus.agree_on_all("get_strategy", _shared_settings(self.config))
+            with world.remembering_environment():
+                self.backend = backend = self.make_backend(self.config, world)
+            on_failure.callback(backend.close)
+            self.config = backend.config
+            self._models = ModelRegistry()
+            self._preparation = Preparation(backend, self._models, operations, consensus, self.accumulated_gradient)
+            self._averages = MovingAverages(backend, consensus)
+            self._run_state = RunState(self.name, backend, self._models, self._preparation, consensus, self._averages)
+            self._checkpoint_saver = CheckpointSaver(self._run_state, operations)
+            self._stop = StopRequest(consensus)
+            self._rollout = Rollout(world, consensus, backend.config)
+            world.impose_timeout()
+            on_failure.pop_all()
+        self._watch = Watch(operations) if world.size > 1 and world.device.type == "cuda" else None
+        self._open = True
+        self.set_seed(self.config.seed)
+
+    @final
+    def close(self) -> None:
+        """Free the engine, process groups and threads of this strategy, and restore the environment. Idempotent.
+
+        Waits for a checkpoint that is being written. All ranks must call this.
+
+        Raises:
+            CheckpointError: Writing that checkpoint failed; everything is freed nevertheless.
+        """
+        if not self._open:
+            return
+        self._open = False
+        try:
+            self._checkpoint_saver.finish()
+        finally:
+            self._rollout.shutdown()
+            self._models.clear()
+            self.backend.close()
+            if self._watch is not None:
+                self._watch.close()
+            self.world.close()
+            log.set_rank(current_rank())  # of another strategy in this process
+
+    @final
+    def __enter__(self) -> Self:
+        self.setup_distributed()
+        return self
+
+    @final
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @contextmanager
+    def _running(self, call: str) -> Iterator[None]:
+        """Run the public method ``call``: errors of lost peers name it, and a closed strategy refuses it."""
+        if not self._open:
+            raise StrategyError(
+                f"{call}: expected an open strategy, got one that was closed. Call setup_distributed first"
+            )
+        with self._operations.running(call):
+            yield
+
+    # This process and its rank
+
+    @property
+    def args(self) -> Any:
+        """The object that the settings were read from, as the script passed it."""
+        return self.config.args
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """What the backend can do beyond the contract."""
+        return self.backend.capabilities
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks; 1 without a process group."""
+        return self.world.size
+
+    @property
+    def local_rank(self) -> int:
+        """Index of this process's device on its host: the setting, else LOCAL_RANK of the environment, else 0."""
+        return local_rank(self.config)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of prepared models and of their inputs."""
+        return self.world.device
+
+    @property
+    def accumulated_gradient(self) -> int:
+        """K: the number of micro-batches of one update on one rank.
+
+        Raises:
+            ConfigError: On every rank, if it is not a whole number.
+        """
+        total, micro, ranks = self.config.train_batch_size, self.config.micro_train_batch_size, self.world.size
+        if total % (micro * ranks):
+            raise ConfigError(
+                f"train_batch_size={total} is not a multiple of micro_train_batch_size x ranks = {micro} x {ranks} = "
+                f"{micro * ranks}; every rank must get the same whole number of micro-batches"
+            )
+        return total // (micro * ranks)
+
+    @final
+    def get_rank(self) -> int:
+        """Return this process's rank; 0 without a process group."""
+        return self.world.rank
+
+    @final
+    def is_rank_0(self) -> bool:
+        """Return whether this is rank 0, which prints and logs."""
+        return self.world.rank == 0
+
+    @final
+    def print(self, *message: object) -> None:
+        """Print with the time, on rank 0 only. Any rank may call this."""
+        log.say(*message)
+
+    @final
+    def set_seed(self, seed: int) -> None:
+        """Seed the random number generators of Python, NumPy and torch, CUDA included. Any rank may call this."""
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+
+    @final
+    def report_memory(self, prefix: str = "") -> memory.MemoryReport:
+        """Measure this process's memory, in bytes, and print the report on rank 0. Any rank may call this."""
+        report = memory.measure(self.world.device)
+        log.say(f"MEMORY {prefix}: {report}")
+        return report
+
+    @final
+    def sync_and_clear_cache(self) -> None:
+        """Wait for the device and for every rank, and free cached device memory. All ranks must call this."""
+        with self._running("sync_and_clear_cache"):
+            if self.world.device.type == "cuda":
+                torch.cuda.synchronize(self.world.device)
+            self._consensus.barrier()
+            if self.world.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    # Collectives
+
+    @overload
+    def all_reduce(self, data: torch.Tensor, op: ReduceOp = ...) -> torch.Tensor: ...
+    @overload
+    def all_reduce(self, data: int, op: Literal["sum", "max"]) -> int: ...
+    @overload
+    def all_reduce(self, data: float, op: ReduceOp = ...) -> float: ...
+    @overload
+    def all_reduce(self, data: Mapping[Key, Any], op: ReduceOp = ...) -> dict[Key, Any]: ...
+    @final
+    def all_reduce(self, data: Any, op: ReduceOp = "mean") -> Any:
+        """Reduce a tensor, a number, or nested dicts of these over all ranks. All ranks must call this.
+
+        bf16 and fp16 are reduced in fp32, integers exactly, numbers in 64 bits; the mean of an int is a float.
+
+        Args:
+            data: Tensors of any shape, numbers, or nested dicts of these; the same structure on every rank.
+            op: "mean", "sum" or "max".
+
+        Returns:
+            New values with the keys, shapes, dtypes and devices of ``data``.
+
+        Raises:
+            ArgumentTypeError: On every rank, for the mean of an integer tensor.
+            ArgumentError: On every rank, for an unknown ``op``.
+            StrategyError: On every rank, if the ranks pass different keys, dtypes or shapes.
+        """
+        with self._running("all_reduce"):
+            return self._collectives.all_reduce(data, op)
+
+    @overload
+    def all_gather(self, data: torch.Tensor | float) -> torch.Tensor: ...
+    @overload
+    def all_gather(self, data: Mapping[Key, Any]) -> dict[Key, Any]: ...
+    @final
+    def all_gather(self, data: Any) -> Any:
+        """Concatenate a tensor, a number, or nested dicts of these over all ranks. All ranks must call this.
+
+        Args:
+            data: Tensors (rows, ...), which may differ between ranks in their number of rows only, 0 included; numbers
+                and 0-dim tensors count as one row.
+
+        Returns:
+            Tensors (sum of rows, ...) in rank order, in the structure of ``data``.
+
+        Raises:
+            ArgumentError, ArgumentTypeError, StrategyError: On every rank, as in `all_reduce`.
+        """
+        with self._running("all_gather"):
+            return self._collectives.all_gather(data)
+
+    # Preparing
+
+    @contextmanager
+    def init_model_context(self, meta_init: bool = False) -> Iterator[None]:
+        """Build models in this context, or load them with ``from_pretrained``. All ranks must enter it.
+
+        Args:
+            meta_init: Allocate and load weights on rank 0 only; `prepare` distributes them.
+        """
+        with weights_on_rank_0(self.world.rank) if meta_init else nullcontext():
+            yield
+
+    @final
+    def create_optimizer(self, model: nn.Module, **settings: Any) -> Optimizer:
+        """Create AdamW over the trainable parameters; biases and norms are excluded from ``weight_decay``.
+
+        All ranks must call this.
+
+        Args:
+            model: A model that will be passed to `prepare` with the optimizer, or one that `prepare_model` returned.
+            **settings: ``lr``, ``betas`` and the like, as in ``torch.optim.AdamW``. ``weight_decay`` is 0 by default.
+
+        Raises:
+            StrategyError: The model already has an optimizer, or was prepared for inference.
+        """
+        with self._running("create_optimizer"):
+            check_kinds("create_optimizer", model)
+            prepared = self._models.find(model)
+            if prepared is not None and prepared.trained is not None:
+                raise StrategyError(
+                    f"create_optimizer: expected a model without an optimizer, got {prepared.class_name}, which has one. Use "
+                    f"that one"
+                )
+            if prepared is not None and not prepared.options.training:
+                raise StrategyError(
+                    f"create_optimizer: expected a model to train, got {prepared.class_name}, which was prepared for "
+                    f"inference. Use a copy that is not prepared"
+                )
+            optimizer = self.backend.create_optimizer(self._models.unwrap(model), **settings)
+            if prepared is not None:
+                self._preparation.bind(model, optimizer)
+            return optimizer
+
+    @overload
+    def prepare(self, model: T, /, *, is_rlhf: bool = ...) -> T: ...
+    @overload
+    def prepare(self, first: T1, second: T2, /, *, is_rlhf: bool = ...) -> tuple[T1, T2]: ...
+    @overload
+    def prepare(self, first: T1, second: T2, third: T3, /, *, is_rlhf: bool = ...) -> tuple[T1, T2, T3]: ...
+    @overload
+    def prepare(
+        self, first: T1, second: T2, third: T3, fourth: T4, /, *, is_rlhf: bool = ...
+    ) -> tuple[T1, T2, T3, T4]: ...
+    @overload
+    def prepare(self, *models: Any, is_rlhf: bool = ...) -> tuple[Any, ...]: ...
+    @final
+    def prepare(self, *models: Any, is_rlhf: bool = False) -> Any:
+        """Prepare models, for training or for inference. All ranks must call this.
+
+        Args:
+            *models: Each is a model, for inference; ``(model, optimizer, scheduler)``, for training; a list of models;
+                or None.
+            is_rlhf: Has no effect; accepted because LightRFT's scripts pass it.
+
+        Returns:
+            The arguments, each in its original structure; a single argument is returned without a tuple around it. A
+            model may be wrapped. The optimizer and the scheduler are the caller's own objects.
+
+        Raises:
+            StrategyError: On every rank, for a model that this strategy does not support or that is already prepared.
+        """
+        with self._running("prepare"):
+            results = [self._preparation.prepare(model) for model in models]
+            return results[0] if len(results) == 1 else tuple(results)
+
+    @final
+    def prepare_model(
+        self, model: T, is_training: bool = False, shard_size: int = -1, reshard_after_forward: bool = True
+    ) -> T:
+        """Prepare one model before its optimizer is created. All ranks must call this.
+
+        Args:
+            model: The model; anything that is not a module is returned unchanged.
+            is_training: Whether `create_optimizer` will be called for it.
+            shard_size: Number of ranks that share one copy of the parameters; groups of this size are replicas. -1 uses
+                the setting.
+            reshard_after_forward: Whether gathered parameters are freed between forward and backward.
+
+        Raises:
+            ConfigError: ``shard_size`` does not divide the number of ranks.
+        """
+        if not isinstance(model, nn.Module):
+            return model
+        if not (isinstance(shard_size, int) and (shard_size == -1 or shard_size > 0)):
+            raise ConfigError(
+                f"prepare_model: expected shard_size to be a number of ranks, or -1 for the setting, got {shard_size!r}"
+            )
+        options = WrapOptions(training=is_training, shard_size=shard_size, reshard_after_forward=reshard_after_forward)
+        with self._running("prepare_model"):
+            wrapped: Any = self._preparation.model(model, options)
+            return wrapped  # type: ignore[no-any-return]
+
+    @final
+    def prepare_models_and_optimizers(
+        self, actor: nn.Module, critic: nn.Module | None, reward_models: Any, initial_model: nn.Module | None, args: object,
+        max_steps: int,
+    ) -> tuple[tuple[Any, Any, Any], tuple[Any, Any, Any], Any, Any]:  # fmt: skip
+        """Prepare the models of RLHF: actor and critic with AdamW and a cosine schedule, the others for inference.
+
+        All ranks must call this.
+
+        Args:
+            actor: The model to train.
+            critic: The critic, or None. It is trained if ``critic_pretrain`` is set, else prepared for inference.
+            reward_models: One or several, for inference; returned unchanged if ``remote_rm_url`` is set.
+            initial_model: The reference model, for inference.
+            args: Learning rates, betas, weight decay and warm-up that override this strategy's settings.
+            max_steps: Number of updates over which the schedules decay.
+
+        Returns:
+            ``((actor, optimizer, scheduler), (critic, optimizer, scheduler), reward_models, initial_model)``, with None
+            for what does not exist.
+        """
+        config = self._config_of(args)
+        if not isinstance(max_steps, int) or max_steps < 1:
+            raise ArgumentError(
+                f"prepare_models_and_optimizers: expected max_steps to be an integer of at least 1, got {max_steps!r}"
+            )
+        check_kinds("prepare_models_and_optimizers", actor)
+        actor.is_actor = True  # type: ignore[assignment]  # LightRFT's mark, by which its trainers know the wrapper
+        trained_actor = self._with_optimizer(actor, config, config.actor_learning_rate, max_steps)
+        trained_critic: tuple[Any, Any, Any] = (None, None, None)
+        if critic is not None and config.critic_pretrain:
+            trained_critic = self._with_optimizer(critic, config, config.critic_learning_rate, max_steps)
+        elif critic is not None:
+            trained_critic = (self.prepare(critic), None, None)
+        rewards = reward_models if config.remote_rm_url else self.prepare(reward_models)
+        return trained_actor, trained_critic, rewards, self.prepare(initial_model)
+
+    @final
+    def prepare_reward_model(
+        self, reward_model: nn.Module, args: object = None, max_steps: int = UNKNOWN_NUMBER_OF_UPDATES
+    ) -> tuple[Any, Any, Any]:
+        """Prepare a reward model for training, with the actor's learning rate. All ranks must call this.
+
+        Args:
+            reward_model: The model.
+            args: Learning rates, betas, weight decay and warm-up that override this strategy's settings.
+            max_steps: Number of updates over which the schedule decays.
+
+        Returns:
+            ``(model, optimizer, scheduler)``.
+        """
+        config = self._config_of(args)
+        return self._with_optimizer(reward_model, config, config.actor_learning_rate, max_steps)
+
+    def _with_optimizer(
+        self, model: nn.Module, config: StrategyConfig, rate: float, max_steps: int
+    ) -> tuple[Any, Any, Any]:
+        optimizer = self.create_optimizer(model, lr=rate, betas=config.adam_betas, weight_decay=config.l2)
+        scheduler = cosine_schedule(optimizer, config.lr_warmup_ratio, max_steps)
+        return self.prepare((model, optimizer, scheduler))
+
+    def _config_of(self, args: object) -> StrategyConfig:
+        return self.config if args is None or args is self.args else self.config.overlaid(args)
+
+    @final
+    def unwrap_model(self, model: nn.Module) -> nn.Module:
+        """Return the original model, without the wrappers of the actor and the backend. Idempotent."""
+        return self._models.unwrap(model)
+
+    @final
+    def setup_dataloader(
+        self, replay_buffer: Any, batch_size: int, pin_memory: bool = False, shuffle: bool = True,
+        collate_fn: Callable[[list[Any]], Any] | None = None, drop_last: bool = True, sampler: Sampler[int] | None = None,
+        consumed_samples: int = 0,
+    ) -> DataLoader[Any]:  # fmt: skip
+        """Return a loader over this rank's share of a map-style dataset. All ranks must call this.
+
+        The order depends only on the seed and the epoch (``loader.set_epoch``). While the loader exists, every
+        checkpoint stores its position. Loaders are matched by the order in which they were created: the n-th loader of
+        a resumed run gets the position of the n-th loader, whether it is created before or after `load_ckpt`.
+
+        Args:
+            replay_buffer: The dataset.
+            batch_size: Samples per batch on this rank.
+            pin_memory: Copy batches to pinned memory.
+            shuffle: Shuffle each epoch.
+            collate_fn: Turns a list of samples into a batch.
+            drop_last: Drop samples that do not fill the last batch on every rank. If False, fewer samples than there
+                are ranks are repeated, so that each rank gets the same number.
+            sampler: The caller's own sampler; checkpoints do not store its position.
+            consumed_samples: Number of samples of the epoch to skip, over all ranks.
+
+        Raises:
+            ArgumentError: The dataset has no length, or a position is out of range.
+            CheckpointError: A loaded checkpoint has the position of a different loader.
+        """
+        loader = make_loader(
+            replay_buffer, batch_size, rank=self.world.rank, ranks=self.world.size, seed=self.config.seed,
+            shuffle=shuffle, drop_last=drop_last, sampler=sampler, consumed_samples=consumed_samples,
+            collate_fn=collate_fn, pin_memory=pin_memory,
+        )  # fmt: skip
+        if isinstance(loader, ResumableLoader):
+            self._run_state.loaders.add(loader)
+        return loader
+
+    # Training
+
+    @final
+    def backward(
+        self, loss: torch.Tensor, model: nn.Module, optimizer: Optimizer, *, retain_graph: bool = False
+    ) -> None:
+        """Add the gradient of a loss to the update in progress. All ranks must call this.
+
+        May be called any number of times. The update uses the mean of the losses over micro-batches and ranks: do not
+        divide the loss by their number.
+
+        Args:
+            loss: A scalar whose graph leads to parameters of ``model``.
+            model: The model in training.
+            optimizer: Its optimizer.
+            retain_graph: Keep the graph for another backward pass.
+
+        Raises:
+            ArgumentError: The loss is not a scalar tensor.
+            StrategyError: The loss has no graph or comes from another model, or the optimizer is another model's.
+        """
+        with self._running("backward"):
+            trained = self._trained(model, optimizer, "backward")
+            update.backward(self.backend, trained, loss, retain_graph=retain_graph)
+
+    @final
+    def optimizer_step(
+        self, optimizer: Optimizer, model: nn.Module, scheduler: LRScheduler | None = None, name: str = "model", *,
+        boundary: bool | None = None,
+    ) -> StepResult:  # fmt: skip
+        """End a micro-batch. The K-th since the last update makes an update: reduce, clip, step, schedule.
+
+        If the gradient is not finite on any rank, all ranks skip the update: parameters, optimizer state, schedule and
+        step counter do not change. All ranks must call this.
+
+        Args:
+            optimizer: The model's optimizer.
+            model: The model in training.
+            scheduler: Its schedule, which steps with each applied update, and only if it is passed.
+            name: Name of the model in error messages.
+            boundary: Whether to update now, for a varying number of micro-batches; the same on all ranks. None counts
+                to K.
+
+        Returns:
+            Whether the update was applied or skipped, and the gradient norm before clipping.
+
+        Raises:
+            StrategyError: `backward` was not called; the ranks pass different values of ``boundary``; or, on every
+                rank, ``max_skipped_updates`` consecutive updates were skipped.
+        """
+        with self._running("optimizer_step" if name == "model" else f"optimizer_step of {name}"):
+            trained = self._trained(model, optimizer, "optimizer_step")
+            if trained.optimizer_offloaded:
+                self._load_optimizer(trained, None)
+            agree = lambda value: self._consensus.agree("optimizer_step", value)  # noqa: E731
+            result = update.optimizer_step(self.backend, trained, scheduler, boundary, agree)
+            if self._stop.is_watching and not self._models.has_pending_gradient:
+                self._stop.agree()
+            return result
+
+    def _trained(self, model: nn.Module, optimizer: Optimizer, call: str) -> TrainedModel:
+        if not self._models.is_trained(model, optimizer):
+            check_kinds(call, model, optimizer)
+            self._preparation.adopt_if_bare(model, optimizer)
+        return self._models.require_trained(model, optimizer, call)
+
+    @final
+    def moving_average(
+        self, model: nn.Module, model_ema: nn.Module, beta: float = 0.992, device: torch.device | str | None = None
+    ) -> None:
+        """Set ``model_ema = beta * model_ema + (1 - beta) * model``, for the parameters that ``model`` trains.
+
+        Call it after `optimizer_step`: the average changes once per applied update. All ranks must call this.
+
+        Args:
+            model: The model in training.
+            model_ema: A copy of it, prepared for inference; keep it in fp32.
+            beta: At least 0, less than 1.
+            device: Device to compute on. Default: the device of ``model_ema``.
+
+        Raises:
+            ArgumentError: ``beta`` is out of range, or the average lacks a parameter.
+            StrategyError: A model was not prepared, or is offloaded.
+        """
+        with self._running("moving_average"):
+            prepared = self._models.require_ready(model, "moving_average")
+            if prepared.trained is None:
+                raise StrategyError(
+                    f"moving_average: expected a model in training, got {prepared.class_name}, which is not. Pass the model "
+                    f"first and its average second"
+                )
+            average = self._models.require_ready(model_ema, "moving_average").module
+            self._averages.move(prepared.trained, average, beta, None if device is None else torch.device(device))
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether SIGTERM reached some rank inside `saving_on_sigterm`; the same on all ranks.
+
+        Becomes True at the end of an `optimizer_step` that made an update, unless a model has pending gradients.
+        """
+        return self._stop.agreed
+
+    @contextmanager
+    def saving_on_sigterm(self, save: Callable[[], object]) -> Iterator[None]:
+        """Save when a cluster scheduler announces preemption by SIGTERM. All ranks must enter this.
+
+        A SIGTERM on any rank sets `stop_requested` on all ranks at the next update. The training loop checks it and
+        ends, and ``save`` runs on exit from the block. The process is not terminated::
+
+            with strategy.saving_on_sigterm(lambda: strategy.save_ckpt(model, "checkpoints")):
+                for batch in loader:
+                    ...
+                    strategy.optimizer_step(optimizer, model)
+                    if strategy.stop_requested:
+                        break
+
+        Args:
+            save: Called on every rank after the block if a stop was requested; usually calls `save_ckpt`.
+
+        Raises:
+            StrategyError: Not in the main thread, or inside another such block.
+        """
+        with self._stop.watching():
+            yield
+            if self.stop_requested:
+                save()
+
+    # Memory
+
+    @final
+    def maybe_offload_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """If ``adam_offload`` is set, move the optimizer's state to host memory. Idempotent."""
+        with self._running("maybe_offload_optimizer"):
+            prepared = self._models.owner(optimizer)
+            if self.config.adam_offload and prepared is not None and prepared.trained is not None:
+                self.backend.move_optimizer(prepared.trained, torch.device("cpu"))
+                prepared.trained.optimizer_offloaded = True
+            return optimizer
+
+    @final
+    def maybe_load_optimizer(self, optimizer: Optimizer, device: torch.device | str | None = None) -> Optimizer:
+        """Undo `maybe_offload_optimizer`: move the state to ``device``. `optimizer_step` does so automatically."""
+        with self._running("maybe_load_optimizer"):
+            prepared = self._models.owner(optimizer)
+            if prepared is not None and prepared.trained is not None and prepared.trained.optimizer_offloaded:
+                self._load_optimizer(prepared.trained, device)
+            return optimizer
+
+    def _load_optimizer(self, trained: TrainedModel, device: torch.device | str | None) -> None:
+        self.backend.move_optimizer(trained, self.world.device if device is None else torch.device(device))
+        trained.optimizer_offloaded = False
+
+    @final
+    def offload_model(self, models: Any, empty_cache: bool = True) -> None:
+        """Move prepared models to host memory; they cannot be called until `reload_model`. All ranks must call this.
+
+        Args:
+            models: One model or a list; anything that is not a module is skipped.
+            empty_cache: Free cached device memory afterwards.
+        """
+        self._move_models("offload_model", models, torch.device("cpu"), offloaded=True)
+        if empty_cache:
+            self.sync_and_clear_cache()
+
+    @final
+    def reload_model(self, models: Any) -> None:
+        """Undo `offload_model`: move the models back to the device. Idempotent. All ranks must call this."""
+        self._move_models("reload_model", models, self.world.device, offloaded=False)
+
+    def _move_models(self, call: str, models: Any, device: torch.device, *, offloaded: bool) -> None:
+        with self._running(call):
+            for model in models if isinstance(models, (list, tuple)) else [models]:
+                if not isinstance(model, nn.Module):
+                    continue
+                prepared = self._models.require_known(model, call)
+                if prepared.offloaded != offloaded:
+                    self.backend.reshard(prepared.module)
+                    self.backend.move_model(prepared.module, device)
+                    prepared.offloaded = offloaded
+
+    # Checkpoints
+
+    @final
+    def save_ckpt(
+        self, model: Models, save_dir: str | PathLike[str], tag: str | None = None, max_num: int = 3,
+        max_mem: float = 1000, client_state: Mapping[str, Any] | None = None, save_latest: bool = True,
+        optimizer: Optimizer | Mapping[str, Optimizer] | None = None, scheduler: Any = None,
+    ) -> Path:  # fmt: skip
+        """Save the state of the run to ``save_dir/tag``. All ranks must call this.
+
+        The state is the weights in master precision, the optimizer, the schedule, the counters, the random states of
+        every rank, the positions of the loaders, and ``client_state``. The checkpoint is atomic: after a crash it is
+        complete or absent. With ``async_ckpt``, the call returns as soon as the state is copied; an error is printed
+        when it occurs, and raised by the next save, load or `close`.
+
+        Args:
+            model: One model, or several by name in one checkpoint: ``{"actor": actor, "critic": critic}``.
+            save_dir: A directory on a file system that all hosts share.
+            tag: Name of the checkpoint. Default: ``global_stepN`` after N updates. The new checkpoint replaces an older
+                one with this name and the same models, once it is complete.
+            max_num: Number of checkpoints to keep; the oldest are removed once this one is complete. Only checkpoints
+                in ``save_dir`` that hold the same models and come from this run, or a run that it continues, count.
+            max_mem: Total size of these checkpoints to keep, in gigabytes.
+            client_state: None, bool, int, float, str, bytes, or nested lists, tuples and dicts of these. Rank 0's is
+                stored.
+            save_latest: Whether `load_ckpt` without a tag may load this checkpoint.
+            optimizer: The optimizer of a model that was not prepared; by name for several models.
+            scheduler: Its schedule. Default: the one passed to `prepare`.
+
+        Returns:
+            The path of the checkpoint, the same on every rank.
+
+        Raises:
+            StrategyError: On every rank, if gradients are pending or the models cannot be saved.
+            CheckpointError: On every rank, if writing fails; older checkpoints stay.
+        """
+        with self._running("save_ckpt"):
+            items = self._run_state.items("save_ckpt", model, optimizer, scheduler)
+            return self._checkpoint_saver.save(items, save_dir, tag, max_num, max_mem, client_state, save_latest)
+
+    @final
+    def load_ckpt(
+        self, model: Models, load_dir: str | PathLike[str], tag: str | None = None, load_module_strict: bool = True,
+        load_optimizer_states: bool = True, load_lr_scheduler_states: bool = True, load_module_only: bool = False,
+        optimizer: Optimizer | Mapping[str, Optimizer] | None = None, scheduler: Any = None,
+    ) -> tuple[Path, Any]:  # fmt: skip
+        """Resume from a checkpoint that any strategy saved on any number of ranks. All ranks must call this.
+
+        The checkpoint is verified before any state changes. Rank r gets the random states of rank r modulo the number
+        of ranks that saved.
+
+        Args:
+            model: One prepared model, or several by name: all models of the checkpoint, or some of them.
+            load_dir: The directory passed to `save_ckpt`.
+            tag: Name of the checkpoint. Default: the newest.
+            load_module_strict: Raise if the parameter names differ; False loads the parameters that both have.
+            load_optimizer_states: Load the optimizer's state and hyperparameters.
+            load_lr_scheduler_states: Load the schedule.
+            load_module_only: Load weights and buffers, and nothing else.
+            optimizer: As for `save_ckpt`.
+            scheduler: As for `save_ckpt`.
+
+        Returns:
+            The path of the checkpoint and the client state.
+
+        Raises:
+            CheckpointNotFoundError: On every rank, if there is no such checkpoint; lists the available tags.
+            CheckpointError: On every rank; names the damaged file or the mismatch.
+        """
+        options = LoadOptions.of(
+            strict=load_module_strict, optimizer=load_optimizer_states, scheduler=load_lr_scheduler_states,
+            module_only=load_module_only,
+        )  # fmt: skip
+        with self._running("load_ckpt"):
+            self._checkpoint_saver.finish()
+            items = self._run_state.items("load_ckpt", model, optimizer, scheduler)
+            return load_checkpoint(self._run_state, items, load_dir, tag, options)
+
+    @final
+    def save_model(
+        self, model: nn.Module, tokenizer: Any, output_dir: str | PathLike[str], *, processor: Any = None,
+        dtype: torch.dtype | None = None, max_shard_size: int | str = "5GB", merge_adapters: bool = False,
+    ) -> Path:  # fmt: skip
+        """Write a prepared model as a directory that ``from_pretrained`` opens. All ranks must call this.
+
+        The directory is written atomically and replaces an existing one.
+
+        Args:
+            model: The model. If it is not a transformers model, only its weights are written.
+            tokenizer: Written to the same directory, or None.
+            output_dir: The directory.
+            processor: Written to the same directory, or None.
+            dtype: Type of floating-point tensors. Default: the type in which the model computes.
+            max_shard_size: Largest safetensors file, in bytes or as text such as "5GB".
+            merge_adapters: For a model with PEFT adapters, write the full model with the adapters merged in, instead of
+                only the adapters. The model in memory does not change.
+
+        Returns:
+            The path of the directory, the same on every rank.
+
+        Raises:
+            CheckpointError: On every rank, if it cannot be written.
+        """
+        with self._running(save_model.CALL):
+            prepared = self._models.require_ready(model, save_model.CALL)
+            return save_model.save_model(
+                self.backend, self._consensus, prepared, output_dir, dtype=dtype, max_shard_size=max_shard_size,
+                merge_adapters=merge_adapters, processors={"tokenizer": tokenizer, "processor": processor},
+            )  # fmt: skip
+
+    @final
+    def load_model(
+        self, model: nn.Module, path: str | PathLike[str], *, strict: bool = True, allow_pickle: bool = False
+    ) -> LoadedNames:
+        """Load weights into a prepared model and its master weights; nothing else changes. All ranks must call this.
+
+        Args:
+            model: The model.
+            path: A Hugging Face directory of a model or, for a model with PEFT adapters, of its adapters; or a
+                checkpoint that LightRFT itself wrote with torch.distributed.checkpoint or DeepSpeed.
+            strict: Raise if names are missing or unexpected, instead of skipping them.
+            allow_pickle: Read pickle files, which can run code, if the weights are in no other format.
+
+        Returns:
+            The names that were skipped.
+
+        Raises:
+            CheckpointError: On every rank, before anything changes, if files are missing or damaged, or shapes differ.
+        """
+        with self._running(load_model.CALL):
+            prepared = self._models.require_ready(model, load_model.CALL)
+            return load_model.load_model(
+                self.backend,
+                self._consensus,
+                prepared,
+                Path(path).expanduser(),
+                strict=strict,
+                allow_pickle=allow_pickle,
+            )
+
+    # Rollouts
+
+    @final
+    def full_parameters(
+        self, model: nn.Module, bucket_bytes: int | None = None, dtype: torch.dtype | None = None
+    ) -> Iterator[list[tuple[str, torch.Tensor]]]:
+        """Yield the full parameters and persistent buffers of a prepared model, one bucket at a time, on every rank.
+
+        Names and layouts are those that ``save_pretrained`` writes; tied tensors come once. All ranks must consume all
+        buckets.
+
+        Args:
+            model: The model.
+            bucket_bytes: Maximum bytes of a bucket, unless one tensor is larger. Default: ``weight_sync_bucket_bytes``.
+            dtype: Type of floating-point tensors. Default: the type in which the model computes.
+
+        Yields:
+            Names and full tensors, which may share the model's memory; valid until the next bucket.
+        """
+        prepared = self._models.require_ready(model, "full_parameters")
+        buckets = self._rollout.parameters_of(self.backend, prepared, bucket_bytes, dtype)
+        while True:
+            with self._running("full_parameters"):
+                bucket = next(buckets, None)
+            if bucket is None:
+                return
+            yield bucket
+
+    @property
+    def inference_engine(self) -> RolloutEngine | None:
+        """The rollout engine; None before `setup_inference_engine`, or if another rank holds it."""
+        return self._rollout.engine
+
+    @property
+    def inference_engine_status(self) -> EngineStatus:
+        """Whether the engine is absent, awake or asleep."""
+        return self._rollout.status
+
+    @property
+    def engine_mp_group(self) -> dist.ProcessGroup | None:
+        """The ranks that share this rank's engine; None without a process group."""
+        return self._rollout.mp_group
+
+    @property
+    def engine_dp_group(self) -> dist.ProcessGroup | None:
+        """The ranks at the same position in the other engines; None without a process group."""
+        return self._rollout.dp_group
+
+    @final
+    def setup_inference_engine(
+        self, args: object = None, engine_type: str | None = None, actor: nn.Module | None = None
+    ) -> RolloutEngine | None:
+        """Build the rollout engine, send it the weights of ``actor``, and put it to sleep. All ranks must call this.
+
+        It stays awake without ``enable_engine_sleep``.
+
+        Args:
+            args: Engine settings that override this strategy's, and ``pretrain``, the path of the model.
+            engine_type: A registered name. Default: the setting.
+            actor: A model in training.
+
+        Returns:
+            The engine; None on ranks that share an engine held by another rank.
+
+        Raises:
+            ConfigError, BackendNotInstalledError: The engine is unknown, or not installed.
+        """
+        config = self._config_of(args)
+        with self._running("setup_inference_engine"):
+            prepared = None if actor is None else self._models.find(actor)
+            if actor is not None and (prepared is None or prepared.meta_model is None):
+                raise StrategyError(
+                    f"setup_inference_engine: expected an actor that is prepared for training, got another "
+                    f"{type(actor).__name__}. Call prepare((actor, optimizer, scheduler)) first"
+                )
+            self._rollout.setup(config.engine_type if engine_type is None else engine_type, config, prepared)
+        if actor is not None:
+            self.update_engine_weights(actor)
+        self.maybe_sleep_inference_engine()
+        return self._rollout.engine
+
+    @final
+    def maybe_sleep_inference_engine(self) -> None:
+        """Put the engine, if any, to sleep if ``enable_engine_sleep`` is set. All ranks must call this."""
+        with self._running("maybe_sleep_inference_engine"):
+            self._rollout.sleep()
+
+    @final
+    def wakeup_inference_engine(self) -> None:
+        """Wake the engine, if any; generating and syncing do so automatically. All ranks must call this."""
+        with self._running("wakeup_inference_engine"):
+            self._rollout.wake()
+
+    @final
+    def update_engine_weights(self, actor: nn.Module) -> None:
+        """Send all weights of ``actor`` to the engine. All ranks must call this.
+
+        Without an engine, it prints a message and does nothing. For a model with PEFT adapters, it sends the base
+        model's weights with the active adapters merged in. After a failure the engine is stale and refuses to generate
+        until a sync succeeds.
+
+        Args:
+            actor: A prepared model.
+
+        Raises:
+            EngineError: On every rank, before the engine changes, if names or shapes differ from those of the engine's
+                checkpoint.
+        """
+        with self._running("update_engine_weights"):
+            self._rollout.sync(self.backend, self._models.require_ready(actor, "update_engine_weights"))
+
+    @final
+    def engine_generate_local(
+        self, sampling_params: Any, prompt_token_ids: Sequence[Any] | None = None,
+        multi_modal_inputs: Sequence[dict[str, Any]] | None = None,
+    ) -> list[Completion]:  # fmt: skip
+        """Complete prompts on this rank's engine, and wake it first. Other ranks need not call this.
+
+        Args:
+            sampling_params: A `Sampling`, a dict, or vLLM's ``SamplingParams``.
+            prompt_token_ids: Token ids of each prompt.
+            multi_modal_inputs: LightRFT's ``{"prompt": ..., "multi_modal_data": ...}`` dicts, instead of token ids.
+
+        Raises:
+            ArgumentError: Both token ids and multimodal inputs are given, or neither.
+            EngineError: There is no engine, or another rank holds it.
+        """
+        with self._running("engine_generate_local"):
+            return self._rollout.generate_local(sampling_params, prompt_token_ids, multi_modal_inputs)
+
+    @final
+    def gather_and_generate(
+        self, sampling_params: Any, all_prompt_token_ids: Sequence[Any] | None = None,
+        all_prompts: Sequence[str] | None = None, all_images: Sequence[Any] | None = None, sleep_engine: bool = True,
+        images_num: Sequence[int] | None = None, all_videos: Sequence[Any] | None = None,
+        videos_num: Sequence[int] | None = None,
+    ) -> list[Completion]:  # fmt: skip
+        """Complete the prompts of each rank; their number may differ between ranks. All ranks must call this.
+
+        Args:
+            sampling_params: A `Sampling`, a dict, or vLLM's ``SamplingParams``.
+            all_prompt_token_ids: Token ids of each prompt.
+            all_prompts: Text of each prompt, instead of or in addition to token ids.
+            all_images: Images: one list per prompt, or a flat list with ``images_num``.
+            sleep_engine: Put the engine to sleep afterwards if ``enable_engine_sleep`` is set.
+            images_num: Number of images of each prompt.
+            all_videos: Videos: one list per prompt, or a flat list with ``videos_num``.
+            videos_num: Number of videos of each prompt.
+
+        Returns:
+            The completions of this rank's prompts, in order; the ``n`` completions of a prompt are adjacent.
+
+        Raises:
+            ArgumentError, EngineError: On every rank, if any rank fails.
+        """
+        with self._running("gather_and_generate"):
+            return self._rollout.gather_and_generate(
+                sampling_params, sleep_engine, all_prompt_token_ids, all_prompts, all_images, images_num, all_videos,
+                videos_num,
+            )  # fmt: skip
+
+
+def _shared_settings(config: StrategyConfig) -> list[list[object]]:
+    """Return the settings that must be the same on all ranks, as JSON values."""
+    shared = {name: value for name, value in config.to_dict().items() if name not in ("extra_args", "local_rank")}
+    return [[name, list(value) if isinstance(value, tuple) else value] for name, value in shared.items()]

@@ -1,4 +1,4 @@
 """Checkpoints: one format on disk for every strategy and every number of ranks.
 
-`checkpoints.py` is where to begin reading; `layout.py` is the format.
+Begin with `save_checkpoint.py` and `load_checkpoint.py`; `format.py` defines the format.
 """

@@ -1,1 +1,1 @@
-"""The ranks of a run: their process groups, what they are doing, and how they agree and exchange data."""
+"""The ranks of a run: process groups, collectives, agreement, and errors of lost peers."""

@@ -1,7 +1,7 @@
-"""Naming what a process is doing, so that a rank which waits in vain says in which call it waited.
+"""The public call in progress, so that a rank that waits for a lost peer reports in which call it waited.
 
-torch reports a lost peer as a transport error deep inside a collective. Every public method of a strategy
-runs inside `Operations.running(its name)`, which turns such an error into a `StrategyError` under that name.
+torch reports a lost peer as a transport error deep inside a collective. Every public method of a strategy runs inside
+`Operations.running(name)`, which turns such an error into a `StrategyError` with that name.
 """
 
 import re
@@ -18,18 +18,18 @@ from lightrft.config import StrategyError
 _GLOO = re.compile(
     r"\[[^\]]*/gloo/gloo/[^\]]*:\d+\] |Gloo connectFullMesh failed with |Application timeout caused pair closure"
 )
-"""How the messages begin of gloo, whose errors torch raises as plain ``RuntimeError``."""
+"""The start of gloo's messages; torch raises its errors as plain ``RuntimeError``."""
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether ``error`` says that another rank did not answer: a timeout, or a closed connection."""
+    """Return whether ``error`` means that another rank did not answer: a timeout, or a closed connection."""
     if isinstance(error, dist.DistError):
         return True
     return type(error) is RuntimeError and _GLOO.match(str(error)) is not None
 
 
 class Operations:
-    """The name of the outermost public call in progress, and the translation of what goes wrong in it."""
+    """The outermost public call in progress, and the translation of transport errors in it."""
 
     def __init__(self, rank: int, size: int, timeout: float) -> None:
         self.rank, self.size, self.timeout = rank, size, timeout
@@ -38,9 +38,10 @@ class Operations:
 
     @contextmanager
     def running(self, name: str) -> Iterator[None]:
-        """Do the body under ``name``; nested calls keep the outermost name.
+        """Run the body as the call ``name``; nested calls keep the outermost name.
 
-        Raises `StrategyError` with that name where the body met a lost peer; other errors pass.
+        Raises:
+            StrategyError: A peer was lost; the message has that name. Other errors pass unchanged.
         """
         if self.current is not None:
             yield
@@ -56,19 +57,19 @@ class Operations:
             self.current = None
 
     def lost_peer(self, name: str) -> str:
-        """The message for a rank that waited in vain in ``name``."""
+        """Return the message for a rank that lost a peer in the call ``name``."""
         return (
             f"{name}: rank {self.rank} of {self.size} waited for another rank, which ended or did not make the "
-            f"same call within {self.timeout:g} s. See the first error on the other ranks; every rank must make "
-            f"this call, in the same order. This process group cannot be used any more."
+            f"same call within {self.timeout:g} s. See the first error on the other ranks. Every rank must make "
+            f"this call, in the same order. This process group can no longer be used."
         )
 
 
 class Watch:
-    """A thread that writes the operation in progress to stderr shortly before its time is up.
+    """A thread that writes the call in progress to stderr shortly before its timeout.
 
-    NCCL's watchdog ends the process at the timeout, so that no exception can be raised there; gloo raises,
-    and needs no watch.
+    NCCL's watchdog ends the process at the timeout, so no exception can be raised there. gloo raises, and needs no
+    watch.
     """
 
     def __init__(self, operations: Operations) -> None:
@@ -84,7 +85,7 @@ class Watch:
             name, since = self._operations.current, self._operations.since
             if name is not None and since != reported and time.monotonic() - since > limit:
                 reported = since
-                # The logger speaks on rank 0 only, and this must be heard from whichever rank waits.
+                # Not through the logger, which is silent on ranks other than 0: any rank may be the one that waits.
                 print(f"lightrft: {self._operations.lost_peer(name)}", file=sys.stderr, flush=True)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Models as directories that Hugging Face tools open: written from a prepared model, and read into one.
+"""Models as directories that Hugging Face tools open: written from a prepared model, read into one, or converted.
 
-`saving.py` and `loading.py` are where to begin reading.
+Begin with `save_model.py`, `load_model.py` or `convert_checkpoint.py`.
 """

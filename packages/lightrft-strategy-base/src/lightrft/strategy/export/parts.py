@@ -1,4 +1,4 @@
-"""What of a model is written: all of it, or each of its adapters, in a folder of its own."""
+"""The parts of a model that are written: the whole model, or each of its adapters, in separate folders."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -10,33 +10,32 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from lightrft.strategy.export import adapters, companions
 from lightrft.strategy.export.tensor_files import Contents
-from lightrft.strategy.rollout import weights
-from lightrft.strategy.rollout.saved_form import SavedForm, Unit, tied_aliases
+from lightrft.strategy.models import adapters, hf_metadata, weight_stream
+from lightrft.strategy.models.state_dict_adapter import StateDictAdapter, Unit, tied_aliases
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part(ABC):
-    """A set of weights, and what says how they are to be read."""
+    """A set of weights with its configuration."""
 
-    form: weights.Form
+    form: weight_stream.Form
     module: nn.Module
-    """Knows its configuration."""
+    """Has the configuration."""
 
     stem = "model"
-    """What the names of its files begin with."""
+    """Beginning of the names of its files."""
     folder = ""
-    """Below the directory."""
+    """Folder in the model's directory."""
     splits = True
-    """Whether there may be several files."""
+    """Whether several files are allowed."""
 
     @abstractmethod
     def write_configuration(self, folder: Path, contents: Contents) -> None:
-        """Write what says how ``contents``, the weights, are to be read."""
+        """Write the configuration of ``contents``, the weights."""
 
     def merges(self, unit: Unit) -> bool:
-        """Whether adapters are merged in ``unit``, which takes full precision."""
+        """Return whether adapters are merged in ``unit``, which takes full precision."""
         return isinstance(self.form, adapters.MergedForm) and self.form.merges(unit)
 
 
@@ -44,18 +43,18 @@ class Part(ABC):
 class WholeModel(Part):
     """All weights of a model."""
 
-    kind: type[nn.Module]
-    """Its class, which wrapping may have replaced."""
+    model_class: type[nn.Module]
+    """Class of the model before wrapping, which may replace it."""
 
     @override
     def write_configuration(self, folder: Path, contents: Contents) -> None:
         untied = not tied_aliases(self.module).isdisjoint(contents)
-        companions.write_configuration(self.module, self.kind, _dtype_of(contents), folder, untied=untied)
+        hf_metadata.write_configuration(self.module, self.model_class, _dtype_of(contents), folder, untied=untied)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter(Part):
-    """The weights of one adapter. PEFT puts the default one at the top, and reads one file."""
+    """The weights of one adapter: one file, the default adapter's at the top, as PEFT writes them."""
 
     name: str
 
@@ -64,29 +63,33 @@ class Adapter(Part):
 
     @property
     def folder(self) -> str:  # type: ignore[override]
-        """Below the directory."""
+        """Folder in the model's directory."""
         return "" if self.name == "default" else self.name
 
     @override
     def write_configuration(self, folder: Path, contents: Contents) -> None:
-        companions.write_adapter_configuration(self.module, self.name, folder)
+        hf_metadata.adapter_configuration(self.module, self.name).save_pretrained(folder)
 
 
 def parts_of(
-    module: nn.Module, skeleton: nn.Module, kind: type[nn.Module], *, merge_adapters: bool = False
+    module: nn.Module, meta_model: nn.Module, model_class: type[nn.Module], *, merge_adapters: bool = False
 ) -> Sequence[Part]:
-    """What is to be written of ``module``: its adapters where it has some, merged or by themselves, else all of it.
+    """Return the parts of ``module``: its adapters, or the whole model if it has none or they are merged.
 
-    ``skeleton``: it, or its copy on the meta device from before wrapping. ``kind``: its class from before wrapping.
+    Args:
+        module: The model.
+        meta_model: The model, or its copy on the meta device from before wrapping.
+        model_class: Class of the model before wrapping.
+        merge_adapters: Merge the adapters into the whole model.
     """
     if not adapters.has_adapters(module):
-        return [WholeModel(form=SavedForm.of(module), module=module, kind=kind)]
-    peft_model: Any = skeleton
+        return [WholeModel(form=StateDictAdapter.of(module), module=module, model_class=model_class)]
+    peft_model: Any = meta_model
     if merge_adapters:
         base = peft_model.get_base_model()
-        return [WholeModel(form=adapters.MergedForm(module, skeleton), module=base, kind=type(base))]
+        return [WholeModel(form=adapters.MergedForm(module, meta_model), module=base, model_class=type(base))]
     return [
-        Adapter(form=adapters.adapter_form(module, skeleton, name), module=skeleton, name=name)
+        Adapter(form=adapters.adapter_form(module, meta_model, name), module=meta_model, name=name)
         for name in peft_model.peft_config
     ]
 

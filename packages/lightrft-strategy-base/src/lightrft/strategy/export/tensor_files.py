@@ -1,7 +1,7 @@
-"""Writing safetensors files of tensors that come one after the other, in any order.
+"""Writing safetensors files of tensors that arrive one at a time, in any order.
 
-What there will be is known before: so the files are laid out first, and each tensor is then written in its place.
-Only one tensor is copied at a time, and none that is contiguous in host memory already.
+The contents are known in advance: the files are laid out first, and each tensor is then written at its position. At most one
+tensor is copied at a time, and none that is contiguous in host memory.
 """
 
 import json
@@ -14,34 +14,36 @@ from typing import Any, BinaryIO, Self
 import torch
 
 from lightrft.config import CheckpointError
-from lightrft.strategy.checkpoint import files
+from lightrft.strategy.checkpoint.format import dtype_name
+from lightrft.strategy.storage import files
+from lightrft.strategy.tensors import memory_of
 
 Contents = Mapping[str, torch.Tensor]
-"""Tensors on the meta device: the names, shapes and types of what is to be written."""
+"""Names, shapes and dtypes of what is written, as tensors on the meta device."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where a tensor is written."""
+class Slot:
+    """The position of a tensor in the files."""
 
     file: str
     position: int
-    """Of the first byte in the file."""
+    """Position of the first byte in the file."""
     dtype: torch.dtype
     shape: torch.Size
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileLayout:
-    """One safetensors file: its header, and the place of each of its tensors."""
+    """One safetensors file: its header, and the slot of each tensor."""
 
     name: str
     header: bytes
-    places: Mapping[str, Place]
+    slots: Mapping[str, Slot]
 
 
 def split(contents: Contents, limit: int) -> Iterator[dict[str, torch.Tensor]]:
-    """``contents`` in order, in parts of at most ``limit`` bytes, one larger tensor alone."""
+    """Yield ``contents`` in order, in parts of at most ``limit`` bytes; a larger tensor comes alone."""
     part: dict[str, torch.Tensor] = {}
     filled = 0
     for name, tensor in contents.items():
@@ -54,7 +56,7 @@ def split(contents: Contents, limit: int) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def file_layouts(contents: Contents, stem: str, limit: int) -> list[FileLayout]:
-    """The files of ``contents``: ``stem.safetensors``, or, beyond ``limit`` bytes, numbered ones."""
+    """Return the files of ``contents``: ``stem.safetensors``, or numbered files above ``limit`` bytes."""
     parts = list(split(contents, limit))
     if len(parts) == 1:
         return [_layout(f"{stem}.safetensors", parts[0])]
@@ -64,64 +66,66 @@ def file_layouts(contents: Contents, stem: str, limit: int) -> list[FileLayout]:
 
 
 def _layout(file: str, contents: Contents) -> FileLayout:
-    # Larger elements first: each tensor then begins at a multiple of its element's size.
+    # Larger elements first, so that each tensor is aligned to its element size.
     ordered = sorted(contents.items(), key=lambda item: -item[1].element_size())
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begins, end = {}, 0
     for name, tensor in ordered:
         begins[name], end = end, end + tensor.nbytes
         table[name] = {
-            "dtype": files.type_name(name, tensor.dtype),
+            "dtype": dtype_name(name, tensor.dtype),
             "shape": list(tensor.shape),
             "data_offsets": [begins[name], end],
         }
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
-    places = {
-        name: Place(file=file, position=len(header) + begins[name], dtype=tensor.dtype, shape=tensor.shape)
+    slots = {
+        name: Slot(file=file, position=len(header) + begins[name], dtype=tensor.dtype, shape=tensor.shape)
         for name, tensor in ordered
     }
-    return FileLayout(name=file, header=header, places=places)
+    return FileLayout(name=file, header=header, slots=slots)
 
 
 def index_of(layouts: Iterable[FileLayout]) -> dict[str, Any]:
-    """The index that says in which of several files each tensor is."""
-    places = {name: place for layout in layouts for name, place in layout.places.items()}
+    """Return the index, which has the file of each tensor."""
+    slots = {name: slot for layout in layouts for name, slot in layout.slots.items()}
     return {
         "metadata": {
-            "total_parameters": sum(place.shape.numel() for place in places.values()),
-            "total_size": sum(place.shape.numel() * place.dtype.itemsize for place in places.values()),
+            "total_parameters": sum(slot.shape.numel() for slot in slots.values()),
+            "total_size": sum(slot.shape.numel() * slot.dtype.itemsize for slot in slots.values()),
         },
-        "weight_map": {name: places[name].file for name in sorted(places)},
+        "weight_map": {name: slots[name].file for name in sorted(slots)},
     }
 
 
 class TensorWriter:
-    """Files being written; a context manager. `finish` at its end makes sure of what was written."""
+    """Files being written; a context manager. `finish` checks that all tensors were written."""
 
     def __init__(self, folder: Path, layouts: Iterable[FileLayout]) -> None:
         self._folder, self._layouts = folder, list(layouts)
-        self._places = {name: place for layout in self._layouts for name, place in layout.places.items()}
-        self._left = {layout.name: len(layout.places) for layout in self._layouts}
+        self._slots = {name: slot for layout in self._layouts for name, slot in layout.slots.items()}
+        self._remaining = {layout.name: len(layout.slots) for layout in self._layouts}
         self._written: set[str] = set()
         self._open: dict[str, BinaryIO] = {}
         self._headers = {layout.name: layout.header for layout in self._layouts}
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write a whole tensor, on any device, in the type that was planned."""
-        place = self._places.get(name)
-        if place is None or name in self._written or tensor.shape != place.shape:
-            planned = "nothing" if place is None else f"{tuple(place.shape)}, once"
-            raise CheckpointError(f"the model gave {name} {tuple(tensor.shape)}, and planned was {planned}")
-        with files.naming(self._folder / place.file, "cannot write"):
-            file = self._file(place.file)
-            file.seek(place.position)
-            file.write(files.bytes_of(tensor.detach().to("cpu", place.dtype).contiguous()))
+        """Write a whole tensor, on any device, in the planned dtype."""
+        slot = self._slots.get(name)
+        if slot is None or name in self._written or tensor.shape != slot.shape:
+            planned = "no such tensor" if slot is None else f"one of shape {tuple(slot.shape)}, once"
+            raise CheckpointError(
+                f"expected {planned}, got {name} of shape {tuple(tensor.shape)}. This is a bug: report it"
+            )
+        with files.explain_os_errors(self._folder / slot.file, "cannot write"):
+            file = self._file(slot.file)
+            file.seek(slot.position)
+            file.write(memory_of(tensor.detach().to("cpu", slot.dtype).contiguous()))
             self._written.add(name)
-            self._left[place.file] -= 1
-            if not self._left[place.file]:
-                self._end(place.file)
+            self._remaining[slot.file] -= 1
+            if not self._remaining[slot.file]:
+                self._end(slot.file)
 
     def _file(self, name: str) -> BinaryIO:
         if name not in self._open:
@@ -135,10 +139,12 @@ class TensorWriter:
             os.fsync(file.fileno())
 
     def finish(self) -> None:
-        """Write the index, if there are several files. Raises `CheckpointError` where tensors are missing."""
-        missing = [name for name in self._places if name not in self._written]
+        """Write the index, if there are several files. Raise `CheckpointError` if tensors are missing."""
+        missing = [name for name in self._slots if name not in self._written]
         if missing:
-            raise CheckpointError(f"the model gave no {', '.join(missing[:3])} ({len(missing)} tensors in all)")
+            raise CheckpointError(
+                f"expected {len(missing)} more tensors, such as {', '.join(missing[:3])}, got none. This is a bug: report it"
+            )
         if len(self._layouts) > 1:
             stem = self._layouts[0].name.rpartition("-of-")[0].rpartition("-")[0]
             text = json.dumps(index_of(self._layouts), indent=2)

@@ -1,65 +1,72 @@
-"""A copy of the actor inside this process, for engines that have no server: filled by the weight stream."""
+"""Engines without a server: a copy of the actor in this process, filled by the weight stream."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from lightrft.config import EngineError
-from lightrft.strategy.rollout import saved_form
-from lightrft.strategy.rollout.engine import EngineRequest
-from lightrft.strategy.rollout.weights import Bucket
-from lightrft.strategy.training.modules import replace_tensors
+from lightrft.strategy.backend.modules import replace_tensors
+from lightrft.strategy.models import state_dict_adapter
+from lightrft.strategy.models.weight_stream import Bucket
+from lightrft.strategy.rollout.engine import EngineBase, EngineRequest, Part
+from lightrft.strategy.rollout.sampling import Sampling
 
 
-def end_ids_of(*holders: Any) -> frozenset[int]:
-    """End-of-sequence token ids of configurations and tokenizers, None among them too."""
-    found = [getattr(holder, "eos_token_id", None) for holder in holders]
-    return frozenset(token for it in found if it is not None for token in ([it] if isinstance(it, int) else it))
+def end_ids_of(*sources: Any) -> frozenset[int]:
+    """The end-of-sequence token ids that configurations and tokenizers name; ``sources`` may contain None."""
+    named = [getattr(source, "eos_token_id", None) for source in sources]
+    return frozenset(token for ids in named if ids is not None for token in ([ids] if isinstance(ids, int) else ids))
+
+
+def weight_shapes(module: nn.Module) -> dict[str, torch.Size]:
+    """Names and shapes, as in a checkpoint, of the weights that a sync of ``module`` delivers."""
+    tensors = state_dict_adapter.saved_tensors(module)
+    return state_dict_adapter.saved_shapes(module, {name: tensor.shape for name, tensor in tensors.items()})
 
 
 class EmbeddedModel:
-    """The actor's architecture with weights of its own, in the type in which the actor computes."""
+    """The actor's architecture with separate weights, in the dtype in which the actor computes."""
 
     def __init__(self, request: EngineRequest, engine: str) -> None:
-        if request.skeleton is None:
+        """Use the actor of ``request``, for the engine named ``engine``. Raises `EngineError` if there is none."""
+        if request.meta_model is None:
             raise EngineError(
-                f"engine {engine!r} runs the actor's own architecture in this process, and was given no actor; pass a "
-                f"prepared one: setup_inference_engine(args, {engine!r}, actor=actor)"
+                f"setup_inference_engine: engine {engine!r} expected an actor, whose architecture it runs in this "
+                f"process, got none. Pass a prepared one: setup_inference_engine(args, {engine!r}, actor=actor)"
             )
-        self.module = request.skeleton.eval().requires_grad_(False)
+        self.module = request.meta_model.eval().requires_grad_(False)
         self._device = request.device
         self._dtype = torch.bfloat16 if request.config.bf16 else torch.float32
-        tensors = saved_form.saved_tensors(self.module)
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        self.expected: Mapping[str, torch.Size] = saved_form.saved_shapes(self.module, shapes)
+        self.expected: Mapping[str, torch.Size] = weight_shapes(self.module)
 
     @property
     def end_ids(self) -> frozenset[int]:
-        """End-of-sequence token ids, by the model's own configuration."""
+        """The end-of-sequence token ids in the model's configuration."""
         return end_ids_of(getattr(self.module, "generation_config", None), getattr(self.module, "config", None))
 
     def load(self, buckets: Iterable[Bucket]) -> None:
-        """Copy the stream in place, taking memory first where there is none."""
+        """Copy the weight stream in place. Allocates memory first if there is none."""
         self._allocate()
-        own = saved_form.saved_tensors(self.module)
+        targets = state_dict_adapter.saved_tensors(self.module)
         for bucket in buckets:
-            for name, tensor in saved_form.restore(self.module, dict(bucket)).items():
-                own[name].data.copy_(tensor)
+            for name, tensor in state_dict_adapter.restore(self.module, dict(bucket)).items():
+                targets[name].data.copy_(tensor)
 
     def drop(self) -> None:
-        """Give the weights' memory back; buffers stay."""
+        """Free the weights' memory; buffers stay."""
         replace_tensors(self.module, lambda tensor: torch.empty_like(tensor, device="meta"), nn.Parameter)
 
     def move(self, device: torch.device) -> None:
-        """Move what is not dropped."""
+        """Move all tensors that have memory to ``device``."""
         for tensor in (*self.module.parameters(), *self.module.buffers()):
             if not tensor.is_meta:
                 tensor.data = tensor.data.to(device)
 
     def logits(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Logits of a forward, whether the model returns them or an output that has them."""
+        """The logits of a forward pass, for models that return a tensor or an output with ``logits``."""
         output = self.module(*args, **kwargs)
         return output if isinstance(output, torch.Tensor) else output.logits
 
@@ -67,8 +74,50 @@ class EmbeddedModel:
         replace_tensors(self.module, self._filled, torch.Tensor)
 
     def _filled(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Memory for a tensor that has none; one that has some, on the device."""
+        """The tensor on the device; a new, uninitialised one if it was on the meta device."""
         if not tensor.is_meta:
             return tensor.to(self._device)
         dtype = self._dtype if isinstance(tensor, nn.Parameter) and tensor.is_floating_point() else tensor.dtype
         return torch.empty_like(tensor, dtype=dtype, device=self._device)
+
+
+class EmbeddedEngine(EngineBase):
+    """The hooks that engines with an `EmbeddedModel` share; a subclass adds `build` and `_generate`."""
+
+    def __init__(self, request: EngineRequest, engine: str, *, has_weights: bool) -> None:
+        """Use the actor of ``request``, for the engine named ``engine``; ``has_weights``: see `EngineBase`."""
+        super().__init__(has_weights=has_weights)
+        self._model = EmbeddedModel(request, engine)
+        self._device = request.device
+        self._stream = (request.config.seed, request.rank)
+        self._calls = 0
+
+    def _call_seed(self, sampling: Sampling) -> int:
+        """The seed of the next call. Without ``sampling.seed`` it differs by call and rank, and repeats in a new run."""
+        self._calls += 1
+        return sampling.seed if sampling.seed is not None else hash((*self._stream, self._calls))
+
+    @property
+    @override
+    def expected_weights(self) -> Mapping[str, torch.Size]:
+        return self._model.expected
+
+    @override
+    def _load(self, buckets: Iterator[Bucket]) -> None:
+        self._model.load(buckets)
+
+    @override
+    def _sleep(self, level: int) -> None:
+        if level == 2:
+            self._model.drop()
+        else:
+            self._model.move(torch.device("cpu"))
+
+    @override
+    def _wake(self, parts: frozenset[Part]) -> None:
+        if "weights" in parts:
+            self._model.move(self._device)
+
+    @override
+    def _shutdown(self) -> None:
+        self._model.drop()

@@ -1,11 +1,12 @@
-"""What a rollout engine is: prompts in, completions out, weights in between.
+"""The contract of rollout engines: prompts in, completions out, weights by stream.
 
-`RolloutEngine` is what a strategy asks of an engine. `EngineBase` owns what all engines promise alike
-(asleep or awake, stale or not, the version of the weights), once; an adapter fills in a few hooks.
+`RolloutEngine` is the interface that a strategy uses. `EngineBase` implements the state that all engines share (awake or
+asleep, stale or not, the version of the weights) over a few hooks, which an adapter overrides.
 """
 
 import functools
 import threading
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,30 +17,35 @@ import torch.distributed as dist
 from torch import nn
 
 from lightrft.config import ArgumentError, EngineError, LightRFTError, StaleWeightsError, StrategyConfig
+from lightrft.strategy.models.weight_stream import Bucket
+from lightrft.strategy.registry import ENGINES, load
 from lightrft.strategy.rollout.sampling import Sampling
-from lightrft.strategy.rollout.weights import Bucket
 
 Part = Literal["weights", "kv_cache"]
 PARTS: frozenset[Part] = frozenset({"weights", "kv_cache"})
-"""What sleep may give back, and wake_up brings back, each for itself."""
+"""The parts of an engine's memory that `wake_up` can allocate separately."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One prompt: token ids, or text, or both, with the images and videos that belong to it.
+    """One prompt: token ids, or text, or both, with its images and videos.
 
-    Where both are given, engines take the ids; none at all, beside a text, are as good as None. With images or videos,
-    ``token_ids`` are those before placeholders are expanded.
+    If both are given, engines use the ids; empty ids beside a text count as None.
+
+    Raises:
+        ArgumentError: Neither token ids nor text is given.
     """
 
     token_ids: tuple[int, ...] | None = None
+    """With images or videos: before placeholders are expanded."""
     text: str | None = None
     images: tuple[Any, ...] = ()
+    """In any form that the engine's processor accepts."""
     videos: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
         if self.token_ids is None and self.text is None:
-            raise ArgumentError("a Prompt needs token_ids or text, and got neither")
+            raise ArgumentError("Prompt: expected token_ids or text, got neither")
         if not self.token_ids and self.text is not None:
             object.__setattr__(self, "token_ids", None)
 
@@ -49,30 +55,31 @@ class Completion:
     """One completion of one prompt."""
 
     prompt_token_ids: tuple[int, ...]
-    """As given, or of the text as given: placeholders of images and videos are not expanded."""
+    """As given, or of the given text; placeholders of images and videos are not expanded."""
     output_token_ids: tuple[int, ...]
-    """The new tokens, the end-of-sequence token included where it was made."""
+    """The new tokens, with the end-of-sequence token if there is one."""
     logprobs: tuple[float, ...] | None
-    """Log-probability of each new token under the model itself, before temperature and filters."""
+    """Log-probability (natural logarithm) of each new token under the model, before temperature and filters."""
     finish_reason: Literal["stop", "length"]
+    """"stop" after an end-of-sequence or stop token or a stop string; "length" at the limit."""
     weight_version: int
-    """`RolloutEngine.weight_version` when this was made."""
+    """`RolloutEngine.weight_version` at generation."""
     text: str | None = None
-    """The new tokens as text, where the engine has a tokenizer."""
+    """The new tokens as text, if the engine has a tokenizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineCapabilities:
-    """What an engine can do beyond plain generation; what it cannot, it refuses."""
+    """What an engine supports beyond plain generation; it refuses the rest."""
 
     multimodal: bool = False
-    """Takes images and videos."""
+    """Accepts images and videos."""
     stop_strings: bool = False
-    """Takes ``Sampling.stop``."""
+    """Accepts ``Sampling.stop``."""
     seeds_by_prompt: bool = False
-    """With a seed, the draw depends on seed, prompt and sample alone, not on the batch."""
+    """With a seed, a draw depends only on seed, prompt and sample, not on the batch."""
     sleep_levels: frozenset[int] = frozenset({1})
-    """1 keeps the weights in host memory, 2 drops them."""
+    """Level 1 keeps the weights in host memory; level 2 frees them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,102 +90,114 @@ class EngineRequest:
     device: torch.device
     rank: int
     group: dist.ProcessGroup | None
-    """The ranks that share the engine; None where each has its own."""
+    """The ranks that share the engine; None if every rank has its own."""
     model_path: str | None
-    """A Hugging Face directory with the weights to begin with."""
-    skeleton: nn.Module | None
+    """A Hugging Face directory with the initial weights."""
+    meta_model: nn.Module | None
     """The actor on the meta device: its architecture, for engines that run in this process."""
+
+    @property
+    def skeleton(self) -> nn.Module | None:
+        """`meta_model` under its name in version 0.1; deprecated."""
+        warnings.warn("EngineRequest.skeleton is called meta_model since version 0.2", DeprecationWarning, stacklevel=2)
+        return self.meta_model
 
 
 @runtime_checkable
 class RolloutEngine(Protocol):
-    """What a strategy asks of an engine."""
+    """The interface through which a strategy uses an engine; see `EngineBase` for the details of each method."""
 
     @property
     def capabilities(self) -> EngineCapabilities:
-        """What it can do beyond plain generation."""
-        ...
+        """What it supports beyond plain generation."""
 
     @property
     def weight_version(self) -> int:
-        """Committed weight syncs so far."""
-        ...
+        """Number of committed weight syncs."""
 
     @property
     def awake(self) -> frozenset[Part]:
-        """The parts that are in place."""
-        ...
+        """The parts that have memory."""
 
     @property
     def expected_weights(self) -> Mapping[str, torch.Size] | None:
-        """Names and shapes of the checkpoint that it was built from, or None where it cannot know them."""
-        ...
+        """Names and shapes in the checkpoint that it was built from; None if unknown."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
-        """Complete each prompt ``sampling.n`` times, those of a prompt in a row."""
-        ...
+        """Complete each prompt ``sampling.n`` times; completions of one prompt are consecutive."""
 
     def update_weights(self, buckets: Iterable[Bucket]) -> None:
-        """Take a whole weight stream, as one session."""
-        ...
+        """Load a full weight stream."""
 
     def revoke_weights(self, why: str) -> None:
-        """Take the last committed sync back, and be stale until the next one."""
-        ...
+        """Revoke the last committed sync; the engine is stale until the next one."""
 
     def sleep(self, level: int = 1) -> None:
-        """Give memory back; see `EngineCapabilities.sleep_levels`."""
-        ...
+        """Free memory; see `EngineCapabilities.sleep_levels`."""
 
     def wake_up(self, parts: Collection[Part] | None = None) -> None:
-        """Take memory again, for ``parts`` or for all."""
-        ...
+        """Allocate memory again, for ``parts`` or for all."""
 
     def shutdown(self) -> None:
-        """End it, with whatever it started. May be called twice."""
-        ...
+        """End the engine and everything it started. Idempotent."""
 
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
-def _in_turn(method: Callable[_P, _R]) -> Callable[_P, _R]:
-    """One call at a time, of whatever threads."""
+def _one_at_a_time(method: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Let calls of several threads wait for each other."""
 
     @functools.wraps(method)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        with args[0]._turn:  # type: ignore[attr-defined]
+        with args[0]._lock:  # type: ignore[attr-defined]
             return method(*args, **kwargs)
 
     return call
 
 
 class EngineBase(ABC):
-    """The promises that all engines keep alike, over a few hooks. Calls of several threads take turns."""
+    """The behaviour that all engines share, over a few hooks. Calls of several threads wait for each other."""
 
-    honours: ClassVar[frozenset[str]] = frozenset()
-    """The settings of some engines alone with which this one does something; see `lightrft.strategy.settings_check`."""
+    supported_settings: ClassVar[frozenset[str]] = frozenset()
+    """The optional settings that this engine supports; see `lightrft.strategy.supported_settings`."""
     leader_only: ClassVar[bool] = False
-    """Of the ranks that share an engine, only the first holds it; else all call it alike."""
+    """Whether only the first of the ranks that share an engine holds it; otherwise all of them make the same calls."""
     capabilities: EngineCapabilities = EngineCapabilities()
     vocabulary: int | None = None
-    """Token ids of prompts are below it; None: the engine finds out itself."""
+    """Size of the vocabulary, which token ids must be below; None: the engine checks it itself."""
     longest: int | None = None
-    """Tokens of the longest sequence, prompt and all, at which a completion ends with "length"; None: no limit."""
+    """Tokens of the longest sequence, prompt included; a completion ends there with "length". None: no limit."""
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        if "honours" in vars(cls):
+            warnings.warn(
+                f"{cls.__name__}.honours is called supported_settings since version 0.2", DeprecationWarning, 2
+            )
+            cls.supported_settings = vars(cls)["honours"]
 
     def __init__(self, *, has_weights: bool) -> None:
-        """``has_weights``: whether there are weights to generate from before the first sync."""
-        self._turn = threading.RLock()
+        """Initialise the shared state: awake, and stale unless ``has_weights``.
+
+        Args:
+            has_weights: Whether the engine can generate before the first sync.
+        """
+        self._lock = threading.RLock()
         self._version = 0
         self._awake: frozenset[Part] = PARTS
-        self._stale: str | None = None if has_weights else "it has had no weights yet"
+        self._stale: str | None = None if has_weights else "it has received no weights yet"
         self._closed = False
 
     @classmethod
     @abstractmethod
     def build(cls, request: EngineRequest) -> Self:
-        """Make the engine. Raises `EngineError` where what is needed is not there."""
+        """Make the engine. All ranks of ``request.group`` call this.
+
+        Raises:
+            EngineError: Something that the engine needs is missing.
+        """
 
     # Hooks
 
@@ -189,25 +208,25 @@ class EngineBase(ABC):
 
     @abstractmethod
     def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
-        """Complete at least one prompt; awake and not stale."""
+        """Complete ``prompts``, at least one. The engine is awake and not stale."""
 
     @abstractmethod
     def _load(self, buckets: Iterator[Bucket]) -> None:
-        """Take all of ``buckets``, and forget caches that older weights filled. A bucket's tensors live until the next."""
+        """Load all ``buckets``, and drop caches of the old weights. A bucket's tensors are valid until the next one."""
 
     @abstractmethod
     def _sleep(self, level: int) -> None:
-        """Give memory back."""
+        """Free memory."""
 
     @abstractmethod
     def _wake(self, parts: frozenset[Part]) -> None:
-        """Take memory for ``parts``, which are asleep."""
+        """Allocate memory for ``parts``, which are asleep."""
 
     @abstractmethod
     def _shutdown(self) -> None:
-        """End it."""
+        """End the engine and everything it started."""
 
-    # The promises
+    # Behaviour of all engines
 
     @property
     def weight_version(self) -> int:
@@ -219,25 +238,35 @@ class EngineBase(ABC):
 
     @property
     def stale(self) -> str | None:
-        """Why the engine must not generate until a sync is committed, or None where it may."""
+        """Why the engine must not generate before the next committed sync; None if it may."""
         return self._stale
 
     @final
-    @_in_turn
+    @_one_at_a_time
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
-        """Complete each prompt ``sampling.n`` times, those of a prompt in a row.
+        """Complete each prompt ``sampling.n`` times.
 
-        Raises `StaleWeightsError` where the weights are not those of a committed sync, `EngineError` where
-        the engine is asleep or shut down.
+        Args:
+            prompts: Any number of prompts.
+            sampling: The settings of all of them.
+
+        Returns:
+            The completions in the order of the prompts; those of one prompt are consecutive.
+
+        Raises:
+            StaleWeightsError: The weights are not those of a committed sync.
+            EngineError: The engine is asleep or shut down, cannot take a prompt or a setting, or failed.
         """
         self._require_open("generate")
         if self._stale is not None:
             raise StaleWeightsError(
-                f"{self._name}: generate refused, since {self._stale}; sync first: strategy.update_engine_weights(actor)"
+                f"{self._name}.generate: expected committed weights, but {self._stale}. Call "
+                f"strategy.update_engine_weights(actor) first"
             )
         if self._awake != PARTS:
             raise EngineError(
-                f"{self._name}: generate refused, since {', '.join(PARTS - self._awake)} are asleep; wake_up first"
+                f"{self._name}.generate: expected an engine that is awake, but {', '.join(sorted(PARTS - self._awake))} are "
+                f"asleep. Call wake_up first"
             )
         self._check(prompts, sampling)
         try:
@@ -245,69 +274,92 @@ class EngineBase(ABC):
         except LightRFTError:
             raise
         except Exception as error:
-            raise EngineError(f"{self._name}: generate failed: {type(error).__name__}: {error}") from error
+            raise EngineError(f"{self._name}.generate failed: {type(error).__name__}: {error}") from error
 
     @final
-    @_in_turn
+    @_one_at_a_time
     def update_weights(self, buckets: Iterable[Bucket]) -> None:
-        """Take a whole weight stream. Unless it ends well, the engine is stale until one does.
+        """Load a full weight stream. If it fails, the engine is stale until one succeeds.
 
-        Raises `EngineError` where names are unknown, missing or come twice, and whatever loading raises.
+        Args:
+            buckets: Names as in a checkpoint, and full tensors; a bucket's tensors are valid until the next one.
+
+        Raises:
+            EngineError: A name is unknown, missing or duplicate, or a shape differs. Errors of loading pass unchanged.
         """
         self._require_open("update_weights")
         if "weights" not in self._awake:
             raise EngineError(
-                f"{self._name}: update_weights refused, since the weights are asleep; wake_up(['weights']) first"
+                f"{self._name}.update_weights: expected weights that are awake, but the weights are asleep. Call "
+                f"wake_up(['weights']) first"
             )
-        self._stale = "the last weight sync did not end well"
+        self._stale = "the last weight sync failed"
         self._load(checked(buckets, self.expected_weights, self._name))
         self._version += 1
         self._stale = None
 
     @final
-    @_in_turn
+    @_one_at_a_time
     def revoke_weights(self, why: str) -> None:
-        """Take the last committed sync back: the engine is stale, ``why`` says it, until the next one is committed.
+        """Revoke the last committed sync, which failed on another rank; the engine is stale until the next one.
 
-        For syncs that count only where they ended well on every rank.
+        Args:
+            why: Completes "expected committed weights, but ..." in the message of `generate`.
         """
         self._version -= 1
         self._stale = why
 
     @final
-    @_in_turn
+    @_one_at_a_time
     def sleep(self, level: int = 1) -> None:
-        """Give memory back. Again is the same as once, but a deeper level goes deeper."""
+        """Free memory. Idempotent; a deeper level frees more.
+
+        Args:
+            level: One of ``capabilities.sleep_levels``. Level 2 frees the weights, so the engine is stale afterwards.
+
+        Raises:
+            EngineError: The engine does not have this level, or was shut down.
+        """
         self._require_open("sleep")
         if level not in self.capabilities.sleep_levels:
-            able = sorted(self.capabilities.sleep_levels)
-            raise EngineError(f"{self._name}: sleep(level={level}) is not among the levels {able} that it has")
+            levels = ", ".join(map(str, sorted(self.capabilities.sleep_levels)))
+            raise EngineError(f"{self._name}: sleep(level={level}) is not among its sleep levels: {levels}")
         if not self._awake and not (level == 2 and self._stale is None):
             return
-        kept = self._stale
-        self._stale = "sleep(level=2) dropped the weights" if level == 2 else f"sleep(level={level}) did not end well"
+        before = self._stale
+        self._stale = "sleep(level=2) dropped the weights" if level == 2 else f"sleep(level={level}) failed"
         self._awake = frozenset()
         self._sleep(level)
         if level != 2:
-            self._stale = kept
+            self._stale = before
 
     @final
-    @_in_turn
+    @_one_at_a_time
     def wake_up(self, parts: Collection[Part] | None = None) -> None:
-        """Take memory again for ``parts`` ("weights", "kv_cache"), or for all. What is awake stays awake."""
+        """Allocate memory again. Idempotent.
+
+        Args:
+            parts: "weights", "kv_cache" or both. None: both.
+
+        Raises:
+            ArgumentError: Other parts were given.
+            EngineError: The engine was shut down.
+        """
         self._require_open("wake_up")
         wanted = PARTS if parts is None else frozenset(parts)
         if not wanted <= PARTS:
-            raise ArgumentError(f"{self._name}: wake_up got {sorted(wanted - PARTS)}; allowed are {sorted(PARTS)}")
+            raise ArgumentError(
+                f"{self._name}.wake_up: expected parts of {sorted(PARTS)}, got {sorted(wanted - PARTS)}"
+            )
         missing = wanted - self._awake
         if missing:
             self._wake(missing)
             self._awake |= missing
 
     @final
-    @_in_turn
+    @_one_at_a_time
     def shutdown(self) -> None:
-        """End it, with whatever it started. May be called twice."""
+        """End the engine and everything it started. Idempotent."""
         if not self._closed:
             self._closed, self._awake = True, frozenset()
             self._shutdown()
@@ -320,53 +372,62 @@ class EngineBase(ABC):
 
     def _require_open(self, call: str) -> None:
         if self._closed:
-            raise EngineError(f"{self._name}: {call} refused, since the engine was shut down; set up another one")
+            raise EngineError(
+                f"{self._name}.{call}: expected a running engine, but it was shut down. Set up another one"
+            )
 
     def _check(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
         for index, prompt in enumerate(prompts):
             if not prompt.token_ids and not prompt.text:
-                raise EngineError(f"{self._name}: prompt {index} is empty; give one token at least")
+                raise EngineError(f"{self._name}.generate: expected at least one token, but prompt {index} is empty")
         if not self.capabilities.multimodal and any(prompt.images or prompt.videos for prompt in prompts):
-            raise EngineError(f"{self._name} takes no images and no videos; use an engine that does")
+            raise EngineError(f"{self._name}.generate: this engine takes no images and no videos. Use one that does")
         if sampling.stop and not self.capabilities.stop_strings:
-            raise EngineError(f"{self._name} takes no stop strings here; use stop_token_ids")
+            raise EngineError(f"{self._name}.generate: this engine takes no stop strings here. Use stop_token_ids")
         self._check_room([prompt.token_ids or () for prompt in prompts])
         if self.vocabulary is not None:
             largest = max(sampling.stop_token_ids, default=0)
             if largest >= self.vocabulary:
                 raise EngineError(
-                    f"{self._name}: {largest} is among stop_token_ids, and the model's vocabulary has {self.vocabulary}, from 0"
+                    f"{self._name}.generate: {largest} is among stop_token_ids, and the model's vocabulary has {self.vocabulary} "
+                    f"tokens, from 0"
                 )
             for index, prompt in enumerate(prompts):
                 largest = max(prompt.token_ids or (0,))
                 if largest >= self.vocabulary:
                     raise EngineError(
-                        f"{self._name}: prompt {index} has token {largest}, and the model's vocabulary has "
-                        f"{self.vocabulary}, from 0; make prompts with the model's own tokenizer"
+                        f"{self._name}.generate: prompt {index} has token {largest}, and the model's vocabulary has "
+                        f"{self.vocabulary} tokens, from 0. Make prompts with the model's tokenizer"
                     )
 
     def _check_room(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Raise `EngineError` unless each of the prompts leaves room for a token."""
+        """Raise `EngineError` unless every prompt leaves room for a token."""
         for index, tokens in enumerate(prompts):
             if self.longest is not None and len(tokens) >= self.longest:
-                raise EngineError(f"{self._name}: {too_long(f'prompt {index}', len(tokens), self.longest)}")
+                raise EngineError(f"{self._name}.generate: {too_long(f'prompt {index}', len(tokens), self.longest)}")
 
 
 def too_long(prompt: str, tokens: int, longest: int) -> str:
-    """What is wrong with a prompt that leaves no room."""
-    return (
-        f"{prompt} has {tokens} tokens, and a sequence may have {longest}, prompt and all; shorten it, so that there "
-        f"is room for a token"
-    )
+    """Return the message for a prompt that leaves no room for a token."""
+    return f"{prompt} has {tokens} tokens, and a sequence may have {longest}, prompt included. Shorten it"
+
+
+def engine_class(name: str) -> type[EngineBase]:
+    """Return the engine registered as ``name``, or found at ``module:attribute``."""
+    return load(ENGINES, name, EngineBase)  # type: ignore[type-abstract]
 
 
 def is_engine(candidate: object) -> bool:
-    """Whether ``candidate`` is a rollout engine rather than a model."""
+    """Return whether ``candidate`` is a rollout engine rather than a model."""
     return isinstance(candidate, RolloutEngine)
 
 
 def checked(buckets: Iterable[Bucket], expected: Mapping[str, torch.Size] | None, name: str) -> Iterator[Bucket]:
-    """``buckets`` as they are; raises `EngineError` on what is unknown, misshapen or twice, and, at the end, missing."""
+    """Yield ``buckets`` unchanged, checked against the checkpoint of the engine ``name``.
+
+    Raises:
+        EngineError: A weight is unknown, duplicate or of another shape, or, at the end, missing.
+    """
     seen: set[str] = set()
     for bucket in buckets:
         _check_bucket(bucket, seen, expected, name)
@@ -374,17 +435,20 @@ def checked(buckets: Iterable[Bucket], expected: Mapping[str, torch.Size] | None
     missing = [weight for weight in expected or () if weight not in seen]
     if missing:
         raise EngineError(
-            f"{name}: the weight stream lacks {len(missing)} weights of the checkpoint, {missing[0]} first"
+            f"{name}.update_weights: the weight stream lacks {len(missing)} weights of the engine's checkpoint ({missing[0]} "
+            f"first)"
         )
 
 
 def _check_bucket(bucket: Bucket, seen: set[str], expected: Mapping[str, torch.Size] | None, name: str) -> None:
     for weight, tensor in bucket:
         if weight in seen:
-            raise EngineError(f"{name}: the weight stream has {weight} twice")
+            raise EngineError(f"{name}.update_weights: expected every weight once, got {weight} twice")
         if expected is not None and weight not in expected:
-            raise EngineError(f"{name}: the weight stream has {weight}, which its checkpoint has not")
+            raise EngineError(f"{name}.update_weights: unexpected weight {weight}: not in the engine's checkpoint")
         if expected is not None and tensor.shape != expected[weight]:
-            wanted, got = tuple(expected[weight]), tuple(tensor.shape)
-            raise EngineError(f"{name}: {weight} came with shape {got} where the checkpoint has {wanted}")
+            raise EngineError(
+                f"{name}.update_weights: expected {weight} of shape {tuple(expected[weight])}, as in the engine's "
+                f"checkpoint, got {tuple(tensor.shape)}"
+            )
         seen.add(weight)

@@ -1,7 +1,7 @@
-"""From the lists that a trainer passes to one `Prompt` each: token ids, text, images, videos.
+"""Building a `Prompt` for each prompt from the lists that a trainer passes: token ids, text, images, videos.
 
-Media come nested, a list a prompt, or flat, one list and a count a prompt. A prompt that has none of a kind
-loses the placeholders of that kind, and nothing else.
+Media come nested, with a list for each prompt, or flat, in one list with a count for each prompt. From a prompt without
+images, the placeholders of images are removed; the same holds for videos.
 """
 
 import re
@@ -24,20 +24,29 @@ def build_prompts(
     videos: Sequence[Any] | None,
     videos_num: Sequence[int] | None,
 ) -> list[Prompt]:
-    """One `Prompt` each. Raises `ArgumentError` where the lists do not fit together."""
+    """Return a `Prompt` for each prompt; see `StrategyBase.gather_and_generate` for the arguments.
+
+    Raises:
+        ArgumentError: The lists do not match.
+    """
     if isinstance(texts, str):
-        raise ArgumentError(f"generate: all_prompts is one text, {texts[:40]!r}; wanted a list of them")
+        raise ArgumentError(
+            f"gather_and_generate: expected a list of texts as all_prompts, got one text, {texts[:40]!r}. Pass [text]"
+        )
     if token_ids is None and texts is None:
-        raise ArgumentError("generate: give all_prompt_token_ids, or all_prompts, or both; got neither")
+        raise ArgumentError("gather_and_generate: expected all_prompt_token_ids, all_prompts, or both, got neither")
     count = len(token_ids if token_ids is not None else texts or ())
     if token_ids is not None and texts is not None and len(texts) != count:
         raise ArgumentError(
-            f"generate: {count} prompts as token ids and {len(texts)} as text; they must be the same prompts"
+            f"gather_and_generate: expected the same prompts as token ids and as text, got {count} as token ids and "
+            f"{len(texts)} as text"
         )
     image_lists = media_by_prompt(images, images_num, count, "image")
     video_lists = media_by_prompt(videos, videos_num, count, "video")
     if texts is None and (any(image_lists) or any(video_lists)):
-        raise ArgumentError("generate: images and videos need all_prompts, the text with their placeholders")
+        raise ArgumentError(
+            "gather_and_generate: expected texts with the placeholders of images and videos, got none. Pass all_prompts"
+        )
     return [
         Prompt(
             token_ids=_ints(token_ids[index]) if token_ids is not None else None,
@@ -52,41 +61,59 @@ def build_prompts(
 
 
 def media_by_prompt(
-    media: Sequence[Any] | None, counts: Sequence[int] | None, prompts: int, kind: str
+    media: Sequence[Any] | None, counts: Sequence[int] | None, prompts: int, modality: str
 ) -> list[tuple[Any, ...]]:
-    """The media of each prompt. ``None`` entries stand for no media."""
+    """Return the media of each prompt.
+
+    Args:
+        media: A list for each prompt; or one list of all media. Entries that are None are skipped.
+        counts: Number of media of each prompt, if ``media`` is one flat list.
+        prompts: Number of prompts.
+        modality: "image" or "video", for messages.
+
+    Raises:
+        ArgumentError: The numbers do not match.
+    """
     if media is None:
         if counts is not None and any(counts):
-            raise ArgumentError(f"generate: {kind}s_num asks for {sum(counts)} {kind}s, and there are none")
+            raise ArgumentError(f"gather_and_generate: expected {sum(counts)} {modality}s by {modality}s_num, got none")
         return [()] * prompts
     if counts is not None and len(counts) != prompts:
-        raise ArgumentError(f"generate: {kind}s_num has {len(counts)} counts for {prompts} prompts")
+        raise ArgumentError(
+            f"gather_and_generate: expected {modality}s_num to have a count for each of {prompts} prompts, got {len(counts)} "
+            f"counts"
+        )
     nested = len(media) == prompts and all(item is None or isinstance(item, (list, tuple)) for item in media)
     if nested and (counts is None or [len(item or ()) for item in media] == list(counts)):
         return [_present(item or ()) for item in media]
     if counts is None:
         if len(media) != prompts:
-            raise ArgumentError(f"generate: {len(media)} {kind}s for {prompts} prompts; nest them, or give {kind}s_num")
+            raise ArgumentError(
+                f"gather_and_generate: expected one of the {modality}s for each of {prompts} prompts, got {len(media)}. Pass a "
+                f"list for each prompt, or {modality}s_num"
+            )
         return [_present([item]) for item in media]
     if sum(counts) != len(media):
-        raise ArgumentError(f"generate: {kind}s_num adds up to {sum(counts)}, and there are {len(media)} {kind}s")
+        raise ArgumentError(
+            f"gather_and_generate: expected {sum(counts)} {modality}s by {modality}s_num, got {len(media)}"
+        )
     ends = [sum(counts[: index + 1]) for index in range(prompts)]
     return [_present(media[end - number : end]) for end, number in zip(ends, counts, strict=True)]
 
 
 def strip_placeholders(text: str, images: Sequence[Any], videos: Sequence[Any]) -> str:
-    """``text`` without the placeholders of what it has none of."""
+    """Return ``text`` without placeholders of images or videos that the prompt does not have."""
     text = text if images else _IMAGE.sub("", text)
     return text if videos else _VIDEO.sub("", text)
 
 
 def prompts_of_inputs(inputs: Sequence[dict[str, Any]]) -> list[Prompt]:
-    """From LightRFT's dicts: ``{"prompt": text, "multi_modal_data": {"image": [...], "video": [...]}}``."""
+    """Return prompts from LightRFT's dicts: ``{"prompt": text, "multi_modal_data": {"image": [...], "video": [...]}}``."""
     prompts = []
     for item in inputs:
         if not isinstance(item, Mapping) or not isinstance(item.get("prompt"), str):
             raise ArgumentError(
-                f"generate: {item!r} has no 'prompt'; wanted {{'prompt': text, 'multi_modal_data': ...}}"
+                f"engine_generate_local: expected {{'prompt': text, 'multi_modal_data': ...}}, got {item!r}"
             )
         media = item.get("multi_modal_data") or {}
         images, videos = _listed(media.get("image")), _listed(media.get("video"))
@@ -98,29 +125,29 @@ def prompts_of_inputs(inputs: Sequence[dict[str, Any]]) -> list[Prompt]:
 
 
 def prompts_of_tokens(token_ids: Sequence[Any]) -> list[Prompt]:
-    """From lists of token ids, or one such list; arrays and tensors are as good."""
-    given = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
-    if len(given) and all(isinstance(token, Integral) for token in given):
-        given = [given]
-    return [Prompt(token_ids=_ints(tokens)) for tokens in given]
+    """Return prompts from lists, arrays or tensors of token ids, or from a single one."""
+    lists = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
+    if len(lists) and all(isinstance(token, Integral) for token in lists):
+        lists = [lists]
+    return [Prompt(token_ids=_ints(tokens)) for tokens in lists]
 
 
 def one_kind_of_prompts(token_ids: Sequence[Any] | None, inputs: Sequence[dict[str, Any]] | None) -> list[Prompt]:
-    """From token ids or from LightRFT's dicts; raises `ArgumentError` for neither or both."""
+    """Return prompts from token ids or from LightRFT's dicts. Raise `ArgumentError` for neither or both."""
     if (token_ids is None) == (inputs is None):
         got = "neither" if token_ids is None else "both"
-        raise ArgumentError(f"engine_generate_local: give prompt_token_ids or multi_modal_inputs; got {got}")
+        raise ArgumentError(f"engine_generate_local: expected prompt_token_ids or multi_modal_inputs, got {got}")
     return prompts_of_tokens(token_ids) if token_ids is not None else prompts_of_inputs(inputs or [])
 
 
 def _ints(tokens: Any) -> tuple[int, ...]:
-    """Token ids, from a list, an array or a tensor of integers."""
+    """Return the token ids in a list, an array or a tensor of integers."""
     plain = tokens.tolist() if hasattr(tokens, "tolist") else tokens
     if isinstance(plain, (str, bytes)) or not isinstance(plain, Sequence):
-        raise ArgumentError(f"generate: a prompt's token ids are {tokens!r}; wanted a list of integers for each prompt")
-    strange = [token for token in plain if isinstance(token, bool) or not isinstance(token, Integral) or token < 0]
-    if strange:
-        raise ArgumentError(f"generate: {strange[0]!r} is among a prompt's token ids; wanted integers from 0 on")
+        raise ArgumentError(f"generate: expected a list of integers for each prompt, got {tokens!r}")
+    invalid = [token for token in plain if isinstance(token, bool) or not isinstance(token, Integral) or token < 0]
+    if invalid:
+        raise ArgumentError(f"generate: expected token ids that are integers from 0, got {invalid[0]!r}")
     return tuple(map(int, plain))
 
 

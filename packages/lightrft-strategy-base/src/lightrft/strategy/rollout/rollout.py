@@ -1,10 +1,10 @@
-"""Rollouts: the engine's life, the weight sync, and the way of the prompts to it and of completions back.
+"""Rollouts: setting up the engine, syncing weights to it, and generating.
 
-The order of a step is the only one that can be written: wake the weights, sync, wake the KV cache, generate,
-sleep. Which engine it is, and which strategy, makes no difference here.
+A rollout step wakes the weights, syncs, wakes the KV cache, generates and sleeps, in this order. The same code serves
+every engine and every backend.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
 from typing import Any
@@ -14,18 +14,24 @@ import torch.distributed as dist
 from torch import nn
 
 from lightrft.config import ArgumentError, ConfigError, EngineError, LightRFTError, StrategyConfig
-from lightrft.strategy.distributed.collectives import Collectives
+from lightrft.strategy.backend.contract import Backend
+from lightrft.strategy.distributed.rank_consensus import RankConsensus
 from lightrft.strategy.distributed.world import World
-from lightrft.strategy.log import say
-from lightrft.strategy.registry import engine_class
-from lightrft.strategy.rollout.engine import Completion, EngineBase, EngineRequest, Prompt, RolloutEngine
+from lightrft.strategy.models import weight_stream
+from lightrft.strategy.models.adapters import has_adapters
+from lightrft.strategy.models.modules import with_buffers_of
+from lightrft.strategy.models.registry import PreparedModel
+from lightrft.strategy.models.state_dict_adapter import StateDictAdapter
+from lightrft.strategy.models.weight_stream import Bucket
+from lightrft.strategy.rollout import multimodal
+from lightrft.strategy.rollout.engine import Completion, EngineBase, EngineRequest, Prompt, RolloutEngine, engine_class
 from lightrft.strategy.rollout.sampling import Sampling
-from lightrft.strategy.rollout.weights import Bucket
-from lightrft.strategy.settings_check import check_engine
+from lightrft.strategy.supported_settings import validate_engine
+from lightrft.strategy.telemetry.log import say
 
 
 class EngineStatus(Enum):
-    """Where the rollout engine is in its life."""
+    """Whether there is a rollout engine, and whether it is awake."""
 
     ABSENT = "absent"
     AWAKE = "awake"
@@ -33,97 +39,107 @@ class EngineStatus(Enum):
 
 
 class Rollout:
-    """One rollout engine, or this rank's share of one."""
+    """The rollout engine of this rank, which it may share with other ranks."""
 
-    def __init__(self, world: World, collectives: Collectives, config: StrategyConfig) -> None:
-        self._world, self._collectives, self._config = world, collectives, config
+    def __init__(self, world: World, consensus: RankConsensus, config: StrategyConfig) -> None:
+        self._world, self._consensus, self._config = world, consensus, config
         self.engine: RolloutEngine | None = None
-        self._status = EngineStatus.ABSENT  # of ranks that share an engine and do not hold it
+        self._status = EngineStatus.ABSENT  # of an engine that another rank holds
         self._sleeps = config.enable_engine_sleep
         self.bucket_bytes, self.bf16 = config.weight_sync_bucket_bytes, config.bf16
         self.mp_group, self.dp_group = self._make_groups()
 
     def _make_groups(self) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
-        """The ranks that share this rank's engine, and the ranks with the same place in other engines."""
+        """Return the group that shares this rank's engine, and the group with the same position in other engines."""
         size, share = self._world.size, self._config.engine_tp_size
         if size % share:
             raise ConfigError(
-                f"engine_tp_size={share} does not divide the {size} ranks; each engine takes {share} of them"
+                f"engine_tp_size={share}: expected a divisor of the number of ranks, got {size} ranks. Each engine takes "
+                f"{share} of them"
             )
         if self._world.control is None:
             return None, None
-        place = self._world.rank % share
-        sharing = list(range(self._world.rank - place, self._world.rank - place + share))
-        return self._group_of(sharing), self._group_of(list(range(place, size, share)))
+        position = self._world.rank % share
+        first = self._world.rank - position
+        return self._group_of(range(first, first + share)), self._group_of(range(position, size, share))
 
-    def _group_of(self, ranks: list[int]) -> dist.ProcessGroup | None:
-        return self._world.control if len(ranks) == self._world.size else self._world.new_group(ranks)
+    def _group_of(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
+        return self._world.control if len(ranks) == self._world.size else self._world.new_group(list(ranks))
 
-    # Life
+    # The engine
 
     @property
     def status(self) -> EngineStatus:
-        """Absent, awake or asleep; awake as soon as the weights are in place."""
+        """Absent, awake or asleep; awake as soon as the weights have memory."""
         if self.engine is None:
             return self._status
         return EngineStatus.AWAKE if "weights" in self.engine.awake else EngineStatus.ASLEEP
 
-    def setup(self, engine_type: str, config: StrategyConfig, skeleton: Callable[[], Any]) -> RolloutEngine | None:
-        """Build the engine; None on ranks that share one and do not hold it."""
+    def setup(self, engine_type: str, config: StrategyConfig, actor: PreparedModel | None) -> RolloutEngine | None:
+        """Build the engine; see `StrategyBase.setup_inference_engine`. All ranks must call this.
+
+        Args:
+            engine_type: A registered name or ``module:attribute``.
+            config: The settings of the engine.
+            actor: The model whose architecture the engine may run.
+
+        Returns:
+            The engine; None if another rank holds it.
+        """
         if config.engine_tp_size != self._config.engine_tp_size:
             raise ConfigError(
-                f"setup_inference_engine: engine_tp_size={config.engine_tp_size}, and this strategy was made with "
-                f"{self._config.engine_tp_size}, by which its ranks share engines; give it to get_strategy"
+                f"setup_inference_engine: expected engine_tp_size={self._config.engine_tp_size}, as when the strategy was "
+                f"made and grouped its ranks, got {config.engine_tp_size}. Pass it to get_strategy"
             )
         self.shutdown()
         self._sleeps = config.enable_engine_sleep
         self.bucket_bytes, self.bf16 = config.weight_sync_bucket_bytes, config.bf16
         try:
-            with self._collectives.together("setup_inference_engine"):
-                kind = engine_class(engine_type)
-                check_engine(config, engine_type, kind)
-                if not (kind.leader_only and self._world.rank % config.engine_tp_size):
-                    self.engine = self._built(kind, config, skeleton())
+            with self._consensus.together("setup_inference_engine"):
+                cls = engine_class(engine_type)
+                validate_engine(config, engine_type, cls.supported_settings)
+                if not (cls.leader_only and self._world.rank % config.engine_tp_size):
+                    self.engine = self._build(cls, config, None if actor is None else _model_for_engine(actor))
         except BaseException:
-            self.shutdown()  # of an engine of which another rank has no share
+            self.shutdown()  # another rank failed
             raise
         self._status = EngineStatus.AWAKE
         return self.engine
 
-    def _built(self, kind: type[EngineBase], config: StrategyConfig, skeleton: nn.Module | None) -> EngineBase:
+    def _build(self, cls: type[EngineBase], config: StrategyConfig, meta_model: nn.Module | None) -> EngineBase:
         request = EngineRequest(
             config=config,
             device=self._world.device,
             rank=self._world.rank,
             group=self.mp_group if config.engine_tp_size > 1 else None,
             model_path=config.get_extra_arg("pretrain"),
-            skeleton=skeleton,
+            meta_model=meta_model,
         )
         try:
-            return kind.build(request)
+            return cls.build(request)
         except LightRFTError:
             raise
         except Exception as error:
             raise EngineError(
-                f"setup_inference_engine: {kind.__name__} could not be built: {type(error).__name__}: {error}"
+                f"setup_inference_engine: {cls.__name__} could not be built: {type(error).__name__}: {error}"
             ) from error
 
     def shutdown(self) -> None:
-        """End the engine, if there is one."""
+        """End the engine, if there is one. Idempotent."""
         engine, self.engine = self.engine, None
         self._status = EngineStatus.ABSENT
         if engine is not None:
             engine.shutdown()
 
     def sleep(self) -> None:
-        """Put the engine to sleep, where ``enable_engine_sleep`` allows; again is the same as once."""
+        """Put the engine to sleep, if ``enable_engine_sleep`` is set. Idempotent."""
         if self._sleeps and self.status is not EngineStatus.ABSENT:
             with self._together_if_shared("maybe_sleep_inference_engine"):
                 if self.engine is not None:
                     self.engine.sleep()
 
     def wake(self) -> None:
-        """Wake the engine, all of it; again is the same as once. All ranks that share engines call this, and `sleep`."""
+        """Wake all parts of the engine. Idempotent. All ranks that share engines must call this, and `sleep`."""
         if self.status is not EngineStatus.ABSENT:
             with self._together_if_shared("wakeup_inference_engine"):
                 if self.engine is not None:
@@ -134,74 +150,96 @@ class Rollout:
 
     @contextmanager
     def _together(self, call: str) -> Iterator[None]:
-        """`Collectives.together`; a rank whose engine another rank holds hears how that one is, after errors too."""
-        told: list[Any] = []
+        """Run the body like `RankConsensus.together`, and update the status of engines that other ranks hold."""
+        told: list[str] = []
         try:
-            with self._collectives.together(call, tell=lambda: self.status.value) as told:
+            with self._consensus.together(call, tell=lambda: self.status.value) as told:
                 yield
         finally:
-            if told and self.engine is None:
+            if told and self.engine is None:  # also after an error
                 self._status = EngineStatus(told[self._world.rank - self._world.rank % self._config.engine_tp_size])
 
     # Weights
 
-    def sync(self, names: Callable[[], Mapping[str, torch.Size]], stream: Callable[[], Iterator[Bucket]]) -> None:
-        """Send a whole model: ``names`` and shapes of what ``stream`` yields. Every rank calls this."""
+    def parameters_of(
+        self, backend: Backend, model: PreparedModel, bucket_bytes: int | None, dtype: torch.dtype | None
+    ) -> Iterator[Bucket]:
+        """Yield the full parameters of ``model``; see `StrategyBase.full_parameters`."""
+        backend.reshard(model.module)
+        limit = backend.config.weight_sync_bucket_bytes if bucket_bytes is None else bucket_bytes
+        stream_dtype = dtype or (torch.bfloat16 if backend.config.bf16 else None)
+        yield from weight_stream.full_parameters(backend, StateDictAdapter.of(model.module), limit, stream_dtype)
+
+    def sync(self, backend: Backend, actor: PreparedModel) -> None:
+        """Send all weights of ``actor`` to the engine. All ranks must call this.
+
+        Compares names and shapes first, then streams. A sync that fails on one rank is revoked on all.
+        """
         if self.status is EngineStatus.ABSENT:
-            say("update_engine_weights: there is no engine, so nothing was sent; setup_inference_engine makes one")
+            say("update_engine_weights: there is no engine, so nothing was sent. setup_inference_engine makes one")
             return
-        with self._collectives.together("update_engine_weights"):
-            self._check_coverage(names())
+        with self._consensus.together("update_engine_weights"):
+            backend.reshard(actor.module)
+            form = weight_stream.form_for_engines(actor.module, actor.meta_model)
+            self._check_coverage(weight_stream.full_shapes(backend, form))
+        dtype = torch.bfloat16 if self.bf16 or backend.config.bf16 else None
         before = 0 if self.engine is None else self.engine.weight_version
         try:
             with self._together("update_engine_weights"):
-                self._send(stream())
+                self._send(weight_stream.full_parameters(backend, form, self.bucket_bytes, dtype))
         except BaseException:
             if self.engine is not None and self.engine.weight_version != before:
                 self.engine.revoke_weights("the last weight sync failed on another rank")
             raise
 
-    def _check_coverage(self, names: Mapping[str, torch.Size]) -> None:
-        """Raise, before the engine is touched, unless the stream has just what its checkpoint has."""
+    def _check_coverage(self, sent: Mapping[str, torch.Size]) -> None:
+        """Raise, before the engine changes, unless the names and shapes ``sent`` are those of its checkpoint."""
         expected = None if self.engine is None else self.engine.expected_weights
         if expected is None:
             return
-        missing, unknown = sorted(expected.keys() - names.keys()), sorted(names.keys() - expected.keys())
-        differing = sorted(name for name in names.keys() & expected.keys() if names[name] != expected[name])
+        missing, unknown = sorted(expected.keys() - sent.keys()), sorted(sent.keys() - expected.keys())
+        reshaped = sorted(name for name in sent.keys() & expected.keys() if sent[name] != expected[name])
         reasons = [
-            f"{len(found)} {words} ({', '.join(found[:3])})"
-            for found, words in [
+            f"{len(names)} {words} ({', '.join(names[:3])})"
+            for names, words in [
                 (missing, "weights of the engine's checkpoint are not in the model"),
                 (unknown, "weights of the model are not in the engine's checkpoint"),
-                (differing, "have another shape there"),
+                (reshaped, "weights have another shape there"),
             ]
-            if found
+            if names
         ]
         if reasons:
             raise EngineError(
-                f"update_engine_weights: {'; '.join(reasons)}. Nothing was sent; the engine keeps its weights"
+                f"update_engine_weights: expected the weights of the engine's checkpoint, but {'; '.join(reasons)}. Nothing "
+                f"was sent, and the engine keeps its weights. Build the engine from this model's checkpoint"
             )
 
     def _send(self, stream: Iterator[Bucket]) -> None:
         if self.engine is None:
-            for _ in stream:  # a rank that holds no engine still takes part in gathering
+            for _ in stream:  # a rank that holds no engine still takes part in the gathers
                 pass
             return
         self.engine.wake_up(["weights"])
         try:
             self.engine.update_weights(stream)
         finally:
-            for _ in stream:  # after a failure here the other ranks are still gathering with this one
+            for _ in stream:  # after a failure here, the other ranks still gather with this one
                 pass
 
-    # Prompts
+    # Generation
 
-    def generate_local(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
-        """Complete ``prompts`` on this rank's engine, alone."""
+    def generate_local(
+        self, sampling: object, token_ids: Sequence[Any] | None, inputs: Sequence[dict[str, Any]] | None
+    ) -> list[Completion]:
+        """Complete prompts on this rank's engine; see `StrategyBase.engine_generate_local`."""
+        return self._generate(multimodal.one_kind_of_prompts(token_ids, inputs), Sampling.of(sampling))
+
+    def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
         self._require_engine("engine_generate_local")
         if self.engine is None:
             raise EngineError(
-                "engine_generate_local: this rank shares an engine that another rank holds; call gather_and_generate on all of them"
+                "engine_generate_local: expected an engine that this rank holds, got a shared engine that another rank "
+                "holds. Call gather_and_generate on all ranks"
             )
         self.engine.wake_up()
         return self.engine.generate(prompts, sampling)
@@ -209,16 +247,20 @@ class Rollout:
     def _require_engine(self, call: str) -> None:
         if self.status is EngineStatus.ABSENT:
             raise EngineError(
-                f"{call}: there is no engine; setup_inference_engine(args, engine_type, actor=actor) makes one"
+                f"{call}: there is no engine. Call setup_inference_engine(args, engine_type, actor=actor) first"
             )
 
-    def gather_and_generate(
-        self, build: Callable[[], list[Prompt]], sampling: Callable[[], Sampling], sleep: bool
-    ) -> list[Completion]:
-        """Complete each rank's own prompts, whatever their number; those of the ranks that share an engine together."""
-        with self._collectives.together("gather_and_generate"):
+    def gather_and_generate(self, sampling: object, sleep: bool, *prompts_and_media: Any) -> list[Completion]:
+        """Complete this rank's prompts; see `StrategyBase.gather_and_generate`. All ranks must call this.
+
+        Args:
+            sampling: What `Sampling.of` reads.
+            sleep: Put the engine to sleep afterwards, if ``enable_engine_sleep`` is set.
+            *prompts_and_media: The arguments of `multimodal.build_prompts`.
+        """
+        with self._consensus.together("gather_and_generate"):
             self._require_engine("gather_and_generate")
-            prompts, settings = build(), sampling()
+            prompts, settings = multimodal.build_prompts(*prompts_and_media), Sampling.of(sampling)
         with self._together("gather_and_generate"):
             completions = self._generate_shared(prompts, settings)
         if sleep:
@@ -227,32 +269,44 @@ class Rollout:
 
     def _generate_shared(self, prompts: list[Prompt], sampling: Sampling) -> list[Completion]:
         if self._config.engine_tp_size == 1:
-            return self.generate_local(prompts, sampling)
-        asked: list[Any] = [None] * dist.get_world_size(self.mp_group)
-        dist.all_gather_object(asked, (prompts, sampling), group=self.mp_group)
-        differing = [it for _, it in asked if it != asked[0][1]]
+            return self._generate(prompts, sampling)
+        requests: list[Any] = [None] * dist.get_world_size(self.mp_group)
+        dist.all_gather_object(requests, (prompts, sampling), group=self.mp_group)
+        differing = [rank_sampling for _, rank_sampling in requests if rank_sampling != requests[0][1]]
         if differing:
             raise ArgumentError(
-                f"gather_and_generate: ranks that share an engine must ask alike, and one asks for {asked[0][1]}, another for "
-                f"{differing[0]}"
+                f"gather_and_generate: expected equal sampling parameters on ranks that share an engine, got "
+                f"{requests[0][1]} and {differing[0]}. Pass the same on all of them"
             )
-        everything = [prompt for rank_prompts, _ in asked for prompt in rank_prompts]
-        completions = self._completions_of_group(everything, sampling)
-        place = dist.get_rank(self.mp_group)
-        start = sum(len(rank_prompts) for rank_prompts, _ in asked[:place]) * sampling.n
+        group_prompts = [prompt for rank_prompts, _ in requests for prompt in rank_prompts]
+        completions = self._generate_in_group(group_prompts, sampling)
+        position = dist.get_rank(self.mp_group)
+        start = sum(len(rank_prompts) for rank_prompts, _ in requests[:position]) * sampling.n
         return completions[start : start + len(prompts) * sampling.n]
 
-    def _completions_of_group(self, prompts: list[Prompt], sampling: Sampling) -> list[Completion]:
-        """The completions of all prompts of the ranks that share an engine, on each of them."""
+    def _generate_in_group(self, prompts: list[Prompt], sampling: Sampling) -> list[Completion]:
+        """Return, on each rank that shares an engine, the completions of the prompts of all of them."""
         if self.engine is not None and not getattr(self.engine, "leader_only", False):
-            return self.generate_local(prompts, sampling)
+            return self._generate(prompts, sampling)
         outcome: list[list[Completion] | None] = [None]
         try:
             if self.engine is not None:
-                outcome = [self.generate_local(prompts, sampling)]
-        finally:  # the ranks that hold no engine are waiting, also where it failed
+                outcome = [self._generate(prompts, sampling)]
+        finally:  # the ranks that hold no engine wait for this, also after an error
             leader = dist.get_global_rank(self.mp_group, 0) if self.mp_group is not None else 0
             dist.broadcast_object_list(outcome, src=leader, group=self.mp_group)
         if outcome[0] is None:
-            raise EngineError("gather_and_generate: the rank that holds this rank's engine failed; see its own error")
+            raise EngineError("gather_and_generate: the rank that holds this rank's engine failed. See the error there")
         return outcome[0]
+
+
+def _model_for_engine(actor: PreparedModel) -> nn.Module | None:
+    """Return a copy of ``actor`` on the meta device, with its buffers and without adapters, for engines to build from."""
+    if actor.meta_model is None:
+        return None
+    model = with_buffers_of(actor.meta_model, actor.module)
+    if not has_adapters(actor.module):
+        return model
+    peft_model: Any = model
+    base_model: nn.Module = peft_model.unload()
+    return base_model

@@ -1,7 +1,9 @@
-"""How to draw completions: the settings, read from whatever a trainer holds, and the drawing itself.
+"""Sampling settings, read from what a trainer passes, and drawing tokens.
 
-The draw of `draw_tokens` is inverse-CDF from a hash: with a seed it depends on the seed, the prompt and the
-sample's number alone, so a prompt gets the same completion in whatever batch, order or rank it is drawn.
+`draw_tokens` draws by inverse CDF at a number in [0, 1) that is a hash. With a seed, the hash depends only on the seed,
+the prompt and the index of the sample, so a prompt gets the same completion in any batch, order and rank.
+
+Shapes in names: B is the batch, V the vocabulary.
 """
 
 import dataclasses
@@ -16,14 +18,14 @@ import torch
 from lightrft.config import ArgumentError, nearest
 
 _ALIASES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "sampling_seed": "seed"}
-"""SGLang's names."""
+"""SGLang's names, and vLLM's for the same settings."""
 _NEUTRAL = {"logprobs": (None, True, False, 0), "detokenize": (True, False), "no_stop_trim": (None, True, False)}
-"""Settings of the engines that change what comes back, not what is drawn, with the values that change nothing here."""
+"""Settings of engines that change what is returned, not what is drawn, with the values that change nothing here."""
 
 
-_WHOLE, _REAL, _FLAG = (Integral, "an integer"), (Real, "a number"), (bool, "True or False")
-_KINDS: dict[str, tuple[Any, str]] = {
-    **dict.fromkeys(("n", "top_k", "max_tokens", "min_tokens"), _WHOLE),
+_INTEGER, _REAL, _FLAG = (Integral, "an integer"), (Real, "a number"), (bool, "True or False")
+_TYPES: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(("n", "top_k", "max_tokens", "min_tokens"), _INTEGER),
     **dict.fromkeys(("temperature", "top_p", "min_p"), _REAL),
     **dict.fromkeys(("repetition_penalty", "presence_penalty", "frequency_penalty"), _REAL),
     **dict.fromkeys(("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"), _FLAG),
@@ -33,20 +35,29 @@ _KINDS: dict[str, tuple[Any, str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How completions are drawn. Names, defaults and meanings are vLLM's, but for ``max_tokens``; ranges are those that
-    every engine takes."""
+    """How completions are drawn.
+
+    Names, defaults and meanings are those of vLLM, except the default of ``max_tokens``. Ranges are those that every
+    engine accepts.
+
+    Raises:
+        ArgumentError: A value has the wrong type or is out of range.
+    """
 
     n: int = 1
     """Completions of each prompt."""
     temperature: float = 1.0
     """0 means greedy."""
     top_p: float = 1.0
+    """Draw from the most likely tokens whose probabilities add up to this."""
     top_k: int = -1
-    """-1 or 0 means all."""
+    """Draw from this many of the most likely tokens; -1 or 0 means all."""
     min_p: float = 0.0
+    """Draw from tokens of at least this fraction of the largest probability."""
     max_tokens: int = 128
+    """Maximum number of new tokens."""
     min_tokens: int = 0
-    """New tokens before which no end-of-sequence or stop token is drawn."""
+    """Number of new tokens before which no end-of-sequence or stop token is drawn."""
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -58,9 +69,9 @@ class Sampling:
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
-        for name, (kind, words) in _KINDS.items():
+        for name, (expected, words) in _TYPES.items():
             value = getattr(self, name)
-            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
                 raise ArgumentError(f"Sampling: {name}={value!r} ({type(value).__name__}); allowed is {words}")
         ranges = [
             ("n", self.n >= 1, ">= 1"),
@@ -73,8 +84,12 @@ class Sampling:
             ("repetition_penalty", 0 < self.repetition_penalty <= 2, "> 0 and <= 2"),
             ("presence_penalty", -2 <= self.presence_penalty <= 2, ">= -2 and <= 2"),
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, ">= -2 and <= 2"),
-            ("stop", all(isinstance(it, str) and it for it in self.stop), "strings that are not empty"),
-            ("stop_token_ids", all(type(it) is int and it >= 0 for it in self.stop_token_ids), "token ids, from 0"),
+            ("stop", all(isinstance(text, str) and text for text in self.stop), "strings that are not empty"),
+            (
+                "stop_token_ids",
+                all(type(token) is int and token >= 0 for token in self.stop_token_ids),
+                "token ids, from 0",
+            ),
         ]
         for name, holds, allowed in ranges:
             if not holds:
@@ -82,9 +97,13 @@ class Sampling:
 
     @classmethod
     def of(cls, source: object) -> Self:
-        """Read a `Sampling`, a dict (vLLM's or SGLang's names), or vLLM's ``SamplingParams``.
+        """Read sampling settings.
 
-        Raises `ArgumentError` on a setting that it does not know, if it is not at its default.
+        Args:
+            source: A `Sampling`, a dict with vLLM's or SGLang's names, vLLM's ``SamplingParams``, or None.
+
+        Raises:
+            ArgumentError: A setting is unknown and not at its default, or ``source`` cannot be read.
         """
         if isinstance(source, cls):
             return source
@@ -101,6 +120,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
         return self.temperature == 0
 
 
@@ -109,7 +129,7 @@ def _from_mapping(source: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _from_object(source: object) -> dict[str, Any]:
-    """Public attributes of ``source``: those that `Sampling` has too, and others that differ from a new one's."""
+    """Return the public attributes of ``source`` that `Sampling` has too, and the others that are not at their default."""
     names = getattr(type(source), "__struct_fields__", None) or getattr(source, "__dict__", None)
     try:
         if names is None:
@@ -117,22 +137,24 @@ def _from_object(source: object) -> dict[str, Any]:
         default = type(source)()
     except TypeError as error:
         raise ArgumentError(
-            f"Sampling: cannot read {source!r} ({type(source).__name__}); pass a Sampling or a dict"
+            f"Sampling: cannot read {source!r} ({type(source).__name__}). Pass a Sampling or a dict"
         ) from error
-    found = {name: getattr(source, name) for name in names if not name.startswith("_")}
-    same = {field.name for field in dataclasses.fields(Sampling)}
-    return _from_mapping({name: it for name, it in found.items() if name in same or it != getattr(default, name, None)})
+    values = {name: getattr(source, name) for name in names if not name.startswith("_")}
+    known = {field.name for field in dataclasses.fields(Sampling)}
+    return _from_mapping(
+        {name: value for name, value in values.items() if name in known or value != getattr(default, name, None)}
+    )
 
 
 def _plain(name: str, value: Any) -> Any:
     if name in ("stop", "stop_token_ids"):
         several = (value,) if isinstance(value, (str, int)) else () if value is None else value
-        return tuple(_own(it) for it in several)
-    return _own(value)
+        return tuple(_without_numpy(item) for item in several)
+    return _without_numpy(value)
 
 
-def _own(value: Any) -> Any:
-    """Python's own number for NumPy's."""
+def _without_numpy(value: Any) -> Any:
+    """Return a number of NumPy as a number of Python; other values unchanged."""
     return value.item() if hasattr(value, "item") else value
 
 
@@ -140,21 +162,33 @@ def _own(value: Any) -> Any:
 
 
 def stream_key(seed: int, prompt: Sequence[int], sample: int) -> bytes:
-    """Names the random stream of one completion."""
+    """Return the key of the random stream of one completion.
+
+    Args:
+        seed: The seed of the call.
+        prompt: Token ids.
+        sample: Index of the completion among those of its prompt.
+    """
     text = f"{seed}:{sample}:{','.join(map(str, prompt))}"
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def uniform(key: bytes, position: int) -> float:
-    """The number in [0, 1) at ``position`` of the stream ``key``."""
+    """Return the number in [0, 1) at ``position`` of the stream ``key``."""
     digest = hashlib.blake2b(position.to_bytes(8, "little"), key=key, digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) / 2**53
 
 
 def draw_tokens(logits_BV: torch.Tensor, sampling: Sampling, uniforms: Sequence[float]) -> torch.Tensor:
-    """One token for each row: the most likely where greedy, else by inverse CDF at that row's uniform number.
+    """Draw one token for each row: the most likely one if greedy, otherwise by inverse CDF.
 
-    ``logits_BV``: (batch, vocabulary), after penalties. Returns (batch,) int64.
+    Args:
+        logits_BV: After penalties.
+        sampling: Temperature and filters.
+        uniforms: A number in [0, 1) for each row.
+
+    Returns:
+        Token ids of shape (B,), int64.
     """
     if sampling.greedy:
         return logits_BV.argmax(dim=-1)
@@ -167,7 +201,7 @@ def draw_tokens(logits_BV: torch.Tensor, sampling: Sampling, uniforms: Sequence[
 
 
 def _filtered(probabilities_BV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Zero what top-k, top-p and min-p leave out; the rest is not renormalised."""
+    """Set to 0 what top-k, top-p and min-p exclude, without normalising the rest."""
     top_k = sampling.top_k if 0 < sampling.top_k < probabilities_BV.shape[-1] else 0
     if sampling.min_p:
         floor_B1 = probabilities_BV.amax(dim=-1, keepdim=True) * sampling.min_p
@@ -186,16 +220,25 @@ def _filtered(probabilities_BV: torch.Tensor, sampling: Sampling) -> torch.Tenso
 def penalized(
     logits_BV: torch.Tensor, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]], sampling: Sampling
 ) -> torch.Tensor:
-    """Apply the repetition, presence and frequency penalties of each row's prompt and output, as vLLM does."""
-    s = sampling
-    if s.repetition_penalty == 1 and s.presence_penalty == 0 and s.frequency_penalty == 0:
+    """Return the logits with repetition, presence and frequency penalties, as in vLLM.
+
+    Args:
+        logits_BV: Of the model.
+        prompts: Token ids of each row's prompt.
+        outputs: Token ids that each row has drawn so far.
+        sampling: The penalties.
+    """
+    repetition, presence, frequency = (
+        sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty,
+    )  # fmt: skip
+    if (repetition, presence, frequency) == (1, 0, 0):
         return logits_BV
     logits_BV = logits_BV.clone()
     for row, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
         seen = torch.tensor(sorted({*prompt, *output}), device=logits_BV.device)
         old = logits_BV[row, seen]
-        logits_BV[row, seen] = torch.where(old > 0, old / s.repetition_penalty, old * s.repetition_penalty)
+        logits_BV[row, seen] = torch.where(old > 0, old / repetition, old * repetition)
         if output:
-            made, counts = torch.tensor(output, device=logits_BV.device).unique(return_counts=True)
-            logits_BV[row, made] -= s.presence_penalty + s.frequency_penalty * counts
+            drawn, counts = torch.tensor(output, device=logits_BV.device).unique(return_counts=True)
+            logits_BV[row, drawn] -= presence + frequency * counts
     return logits_BV

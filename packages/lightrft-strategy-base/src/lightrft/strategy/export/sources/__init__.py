@@ -1,1 +1,1 @@
-"""Where weights are read from: each module knows one kind of directory."""
+"""Where weights are read from: each module reads one format of directories."""

@@ -1,4 +1,4 @@
-"""What every kind of directory offers: what is in it, at once, and tensors, one at a time."""
+"""What every source of weights offers: its contents at once, and its tensors one at a time."""
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -14,63 +14,65 @@ REMEDY = "load another copy, or write it again"
 
 
 class Source(Protocol):
-    """Weights in a directory. Opening one finds what is missing or too short."""
+    """A directory of weights. Opening one finds files that are missing or too short."""
 
-    place: Path
+    path: Path
     names: Literal["saved", "in memory"]
-    """Whether names and form are those of `save_pretrained`, or of a state dict."""
+    """Whether names and form are those of `save_pretrained`, or those of a state dict."""
 
     @property
     def contents(self) -> Mapping[str, torch.Tensor]:
         """All tensors by name, on the meta device."""
 
     def read(self, name: str) -> torch.Tensor:
-        """A whole tensor on the CPU, which may be mapped from the file and cost memory only where it is touched."""
+        """Return a whole tensor on the CPU, which may be memory-mapped. Called inside `opened`."""
 
     def opened(self) -> AbstractContextManager[object]:
-        """Around `read`."""
+        """Return the context in which `read` is called."""
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor without memory: its shape and type are all that it has."""
+    """Return a tensor on the meta device, which has a shape and a dtype and no memory."""
     return torch.empty(tuple(shape), dtype=dtype, device="meta")
 
 
 def listed(what: str, names: Sequence[str]) -> str:
-    """The first of ``names``, as a part of a sentence; nothing where there are none."""
+    """Return a sentence with the first of ``names``; empty if there are none."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{what}: {', '.join(names[:3])}{more}; " if names else ""
+    return f"{what}: {', '.join(names[:3])}{more}. " if names else ""
 
 
 @contextmanager
-def reading(path: Path, what: str) -> Iterator[None]:
-    """Turn what goes wrong in the body into a `CheckpointError` that names ``path`` and ``what`` was expected there."""
+def reading(path: Path, expected: str) -> Iterator[None]:
+    """Convert any error of the body to a `CheckpointError` that names ``path`` and what was ``expected`` there."""
     try:
         yield
     except CheckpointError:
         raise
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing; {REMEDY}") from error
+        raise CheckpointError(f"expected {expected} at {path}, which is missing; {REMEDY}") from error
     except Exception as error:
-        raise CheckpointError(f"cannot read {path} as {what}: {error} ({type(error).__name__}); {REMEDY}") from error
+        raise CheckpointError(
+            f"expected {expected} at {path}, which cannot be read as one: {error} ({type(error).__name__}); {REMEDY}"
+        ) from error
 
 
-def weight_map(place: Path, file: str) -> dict[str, str]:
-    """The file of each tensor, by name, as the index of ``file`` in ``place`` says; empty where there is no index."""
-    index = place / f"{file}.index.json"
+def weight_map(path: Path, file: str) -> dict[str, str]:
+    """Return the file of each tensor, by name, from the index of ``file`` in ``path``; empty if there is no index."""
+    index = path / f"{file}.index.json"
     if not index.exists():
         return {}
     with reading(index, "an index of weights"):
-        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if not all(isinstance(it, str) and Path(it).name == it for it in found.values()):
-            raise CheckpointError(f"{index} names files elsewhere; {REMEDY}")
-        return dict(found)
+        file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not all(isinstance(file_name, str) and Path(file_name).name == file_name for file_name in file_of.values()):
+            raise CheckpointError(f"expected {index} to name files beside it, got others; {REMEDY}")
+        return dict(file_of)
 
 
-def check_indexed(place: Path, files: Mapping[str, str], found: Collection[str]) -> None:
-    """Raise `CheckpointError` where the files lack what their index, ``files``, places there."""
-    lost = [name for name in files if name not in found]
-    if lost:
+def check_indexed(path: Path, file_of: Mapping[str, str], present: Collection[str]) -> None:
+    """Raise `CheckpointError` if files lack tensors that are listed in their index, ``file_of``."""
+    missing = [name for name in file_of if name not in present]
+    if missing:
         raise CheckpointError(
-            f"{place / files[lost[0]]} lacks {', '.join(lost[:3])}, which the index places there; {REMEDY}"
+            f"expected {', '.join(missing[:3])} in {path / file_of[missing[0]]}, as its index says, found none; {REMEDY}"
         )

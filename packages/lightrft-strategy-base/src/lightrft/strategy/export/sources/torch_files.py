@@ -1,4 +1,4 @@
-"""Files that ``torch.save`` wrote, which are pickles: read without running what they may carry, unless that is allowed."""
+"""Files of ``torch.save``, which are pickles: read without running code from them, unless that is allowed."""
 
 import pickle
 import zipfile
@@ -16,52 +16,54 @@ WEIGHTS = "pytorch_model.bin"
 
 
 class TorchFileSource:
-    """A state dict in one file, or in several with an index, as Hugging Face models had them once."""
+    """A state dict in one file, or in several with an index: the old format of Hugging Face models."""
 
     names: Literal["saved", "in memory"] = "saved"
 
-    def __init__(self, place: Path, *, allow_pickle: bool) -> None:
-        self.place = place
-        files = weight_map(place, WEIGHTS)
+    def __init__(self, path: Path, *, allow_pickle: bool) -> None:
+        self.path = path
+        file_of = weight_map(path, WEIGHTS)
         self._tensors: dict[str, torch.Tensor] = {}
-        for file in dict.fromkeys(files.values()) or [WEIGHTS]:
-            self._tensors |= _state_dict(place / file, allow_pickle)
-        check_indexed(place, files, self._tensors)
+        for file in dict.fromkeys(file_of.values()) or [WEIGHTS]:
+            self._tensors |= _state_dict(path / file, allow_pickle)
+        check_indexed(path, file_of, self._tensors)
         self.contents: Mapping[str, torch.Tensor] = {
             name: empty(tensor.shape, tensor.dtype) for name, tensor in self._tensors.items()
         }
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """The files are mapped for as long as this object lives."""
+        """Do nothing: the files stay mapped as long as this object exists."""
         yield
 
     def read(self, name: str) -> torch.Tensor:
-        """A whole tensor."""
+        """Return a whole tensor."""
         return self._tensors[name]
 
 
-def is_here(place: Path) -> bool:
-    """Whether ``place`` has weights in files of this kind."""
-    return (place / WEIGHTS).exists() or (place / f"{WEIGHTS}.index.json").exists()
+def is_here(path: Path) -> bool:
+    """Return whether ``path`` has weights in files of ``torch.save``."""
+    return (path / WEIGHTS).exists() or (path / f"{WEIGHTS}.index.json").exists()
 
 
 def _state_dict(path: Path, allow_pickle: bool) -> Mapping[str, torch.Tensor]:
-    found = load_torch_file(path, allow_pickle=allow_pickle)
-    if not isinstance(found, Mapping) or not all(isinstance(it, torch.Tensor) for it in found.values()):
-        raise CheckpointError(f"{path} holds no state dict, tensors by name, alone; write one there with torch.save")
-    return found
+    state = load_torch_file(path, allow_pickle=allow_pickle)
+    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise CheckpointError(
+            f"expected {path} to hold a state dict, tensors by name, and nothing else. Save one with torch.save"
+        )
+    return state
 
 
 def load_torch_file(path: Path, *, allow_pickle: bool) -> Any:
-    """What ``torch.save`` wrote: tensors and plain values, or with ``allow_pickle`` anything, which may run code."""
+    """Return what ``torch.save`` wrote: tensors and plain values; with ``allow_pickle`` anything, which may run code."""
     with reading(path, "a file of torch.save"), torch.serialization.safe_globals(_INERT):
-        zipped = zipfile.is_zipfile(path)  # or it was written by a torch before 1.6
+        zipped = zipfile.is_zipfile(path)  # False for files of torch before 1.6
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
         if foreign and not allow_pickle:
             raise CheckpointError(
-                f"{path} holds more than tensors and plain values ({', '.join(sorted(foreign)[:3])}), and reading it can run "
-                f"code that came with it; if you trust it, say allow_pickle=True (--allow-pickle)"
+                f"expected {path} to hold tensors and plain values, got {', '.join(sorted(foreign)[:3])}, with which the file "
+                f"can run code. If you trust it, pass allow_pickle=True (--allow-pickle)"
             )
         if foreign:
             return torch.load(path, map_location="cpu", weights_only=False, mmap=True)
@@ -69,15 +71,15 @@ def load_torch_file(path: Path, *, allow_pickle: bool) -> Any:
 
 
 def load_safely(file: Path | BinaryIO, *, mmap: bool = False) -> Any:
-    """Tensors and plain values that ``torch.save`` wrote. Raises `ValueError` for anything else."""
+    """Return tensors and plain values that ``torch.save`` wrote. Raise `ValueError` for anything else."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:  # its text advises to run whatever is in the file
+    except pickle.UnpicklingError as error:  # whose message recommends to run code from the file
         raise ValueError("it holds more than tensors and plain values, or is damaged") from error
 
 
 class _Inert:
-    """Stands for a class that a file names and nobody here needs: objects without behaviour."""
+    """Stands for a class that a file names and that is not needed here."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -91,6 +93,6 @@ _INERT: list[Any] = [
     _inert("deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
     _inert("deepspeed.runtime.zero.config.ZeroStageEnum"),
     _inert("deepspeed.utils.tensor_fragment.fragment_address"),
-    (_Inert, "builtins.getattr"),  # by which Python 3.11.0 to 3.11.3 pickle the members of an enumeration
+    (_Inert, "builtins.getattr"),  # with which Python 3.11.0 to 3.11.3 pickle enum members
 ]
-"""What DeepSpeed's files name, beside tensors and plain values."""
+"""Classes that DeepSpeed's files name."""

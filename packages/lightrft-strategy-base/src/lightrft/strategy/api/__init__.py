@@ -1,1 +1,0 @@
-"""The public methods of `StrategyBase`, by concern."""

@@ -1,0 +1,194 @@
+"""Restoring an optimizer's state for any kind of keys: parameters, DTensors, or flat partitions of many parameters.
+
+`Backend.state_slices` says where the optimizer keeps the state of which range of which parameter. First `plan` and
+`check_groups` compare the stored state with the optimizer; then `allocate` makes the memory, which the caller fills, and
+`restore_groups` sets the hyperparameters. Names of states are such as exp_avg or step; a single number is stored whole.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from lightrft.config import CheckpointError
+from lightrft.strategy.backend.types import Shard, StateSlice, TrainedModel
+from lightrft.strategy.storage.safe_json import from_json
+from lightrft.strategy.tensors import elements, local_part
+
+Stored = Mapping[str, torch.Size]
+"""Shapes of the stored tensors, by ``STATE/PARAMETER``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocation:
+    """The state to be made for one key of the optimizer."""
+
+    key: torch.Tensor
+    slices: list[StateSlice]
+    states: list[str]
+    numbers_on_device: bool
+    """Whether numbers are kept on the device of the key, not on the CPU."""
+
+
+def plan(optimizer: Optimizer, slices: Sequence[StateSlice], stored: Stored) -> list[Allocation]:
+    """Return what is to be made for each key, in the order in which the optimizer makes its state itself.
+
+    Raises:
+        CheckpointError: The stored state does not fit the keys.
+    """
+    states_of: dict[str, list[str]] = {}
+    for name in stored:
+        state, _, parameter = name.partition("/")
+        states_of.setdefault(parameter, []).append(state)
+    by_key: dict[int, list[StateSlice]] = {}
+    for part in slices:
+        by_key.setdefault(id(part.key), []).append(part)
+    group_of = {id(key): group for group in optimizer.param_groups for key in group["params"]}
+    order = {key: index for index, key in enumerate(group_of)}
+    return [
+        _allocation(by_key[key], states_of, stored, _keeps_numbers_on_device(group_of.get(key, {})))
+        for key in sorted(by_key, key=lambda identity: order.get(identity, len(order)))
+    ]
+
+
+def _keeps_numbers_on_device(group: Mapping[str, Any]) -> bool:
+    return bool(group.get("capturable") or group.get("fused"))
+
+
+def _allocation(
+    parts: list[StateSlice], states_of: Mapping[str, list[str]], stored: Stored, numbers_on_device: bool
+) -> Allocation:
+    first = parts[0].shard.name
+    states = sorted(states_of.get(first, []))
+    for part in parts:
+        name = part.shard.name
+        if sorted(states_of.get(name, [])) != states:
+            raise CheckpointError(
+                f"expected the same optimizer state for {first} and {name}, which this optimizer keeps together, got "
+                f"{', '.join(states) or 'none'} for the one and {', '.join(sorted(states_of.get(name, []))) or 'none'} for the "
+                f"other. Load it with a strategy that keeps parameters apart"
+            )
+        for state in states:
+            shape = stored[f"{state}/{name}"]
+            if shape not in (torch.Size(), part.shard.shape) and not part.whole:
+                raise CheckpointError(
+                    f"expected {state} of {name} to have the parameter's shape {tuple(part.shard.shape)}, got {tuple(shape)}, "
+                    f"which cannot be sharded. Load it with a strategy that does not shard"
+                )
+    return Allocation(key=parts[0].key, slices=parts, states=states, numbers_on_device=numbers_on_device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbers:
+    """Stored values of states that are single numbers."""
+
+    values: dict[str, torch.Tensor]
+    """By ``STATE/PARAMETER``."""
+    same_optimizer: bool
+    """Whether an optimizer of the same class stored them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTypes:
+    """Dtypes of stored tensors."""
+
+    states: Mapping[str, torch.dtype]
+    """By ``STATE/PARAMETER``."""
+    parameters: Mapping[str, torch.dtype]
+
+    def of(self, state: str, parameter: str, key: torch.Tensor) -> torch.dtype:
+        """Return the dtype for the state of ``key``: the key's, if it was saved in the parameter's dtype, as in torch."""
+        dtype = self.states[f"{state}/{parameter}"]
+        follows = dtype.is_floating_point and dtype == self.parameters.get(parameter) and key.is_floating_point()
+        return key.dtype if follows else dtype
+
+
+def allocate(
+    optimizer: Optimizer, allocation: Allocation, stored: Stored, types: StoredTypes, numbers: Numbers
+) -> Iterator[Shard]:
+    """Make the state of one key, numbers included; yield the shards that the caller fills. Reuses memory that fits."""
+    made: dict[str, Any] = {}
+    present = optimizer.state.get(allocation.key, {})
+    parameter = allocation.slices[0].shard
+    for state in allocation.states:
+        first = f"{state}/{parameter.name}"
+        if first in numbers.values:
+            made[state] = _as_number(optimizer, allocation, numbers.values[first], numbers.same_optimizer)
+            continue
+        dtype = types.of(state, parameter.name, allocation.key)
+        if stored[first] in (torch.Size(), parameter.shape):
+            made[state] = _state_tensor(allocation, dtype, present.get(state))
+            values = _local(made[state])
+            for part in allocation.slices:
+                yield part.of(values, f"{state}/{part.shard.name}")
+        else:
+            made[state] = torch.zeros(stored[first], dtype=dtype, device=allocation.key.device)
+            yield Shard(name=first, shape=stored[first], offset=0, values=made[state].view(-1))
+    if made:
+        optimizer.state[allocation.key] = made
+    else:
+        optimizer.state.pop(allocation.key, None)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return elements(local_part(tensor.detach()))
+
+
+def _state_tensor(allocation: Allocation, dtype: torch.dtype, present: Any) -> torch.Tensor:
+    """Return memory like the key's; reuse ``present`` if it fits. Elements that are not filled, such as padding, are zero."""
+    key = allocation.key
+    if isinstance(present, type(key.data)) and _layout(present) == (key.shape, key.stride(), key.device, dtype):
+        return present
+    filled = sum(part.shard.values.numel() for part in allocation.slices)
+    make = torch.empty_like if filled == local_part(key).numel() else torch.zeros_like
+    return make(key, dtype=dtype, requires_grad=False)
+
+
+def _layout(tensor: torch.Tensor) -> tuple[object, ...]:
+    return tensor.shape, tensor.stride(), tensor.device, tensor.dtype
+
+
+def is_number(name: str, shape: torch.Size, parameter: torch.Size) -> bool:
+    """Return whether what is stored as ``name`` is a single number, not the state of a parameter of one element."""
+    return not shape and (name.startswith("step/") or bool(parameter))
+
+
+def _as_number(optimizer: Optimizer, allocation: Allocation, stored: torch.Tensor, same_optimizer: bool) -> Any:
+    """Return a number in the form that this optimizer keeps: torch's own keep tensors, DeepSpeed's Python numbers."""
+    was_python = stored.dtype in (torch.int64, torch.float64)
+    from_torch = type(optimizer).__module__.startswith("torch.optim")
+    if was_python if same_optimizer else not from_torch:
+        number = stored.item()
+        return int(number) if float(number).is_integer() and not same_optimizer else number
+    value = stored.to(torch.float32) if was_python else stored
+    return value.to(allocation.key.device) if allocation.numbers_on_device else value
+
+
+def check_groups(trained: TrainedModel, stored: Sequence[Mapping[str, Any]]) -> None:
+    """Raise `CheckpointError` unless the parameters are grouped as they were."""
+    saved = {frozenset(group["names"]) for group in stored}
+    current = {frozenset(names) for names in trained.group_names}
+    if saved != current:
+        raise CheckpointError(
+            f"expected parameter groups of {sorted(map(len, saved))} parameters, as in the checkpoint, got groups of "
+            f"{sorted(map(len, current))} or of other parameters. Make the optimizer as it was, or pass "
+            f"load_optimizer_states=False"
+        )
+
+
+def restore_groups(trained: TrainedModel, stored: Sequence[Mapping[str, Any]], same_optimizer: bool) -> None:
+    """Set the hyperparameters of the groups, which are matched by the names of their parameters."""
+    by_names = {frozenset(group["names"]): group["settings"] for group in stored}
+    for names, group in zip(trained.group_names, trained.optimizer.param_groups, strict=True):
+        for key, value in by_names[frozenset(names)].items():
+            if key in group or same_optimizer:
+                _set(group, key, from_json(value))
+
+
+def _set(group: dict[str, Any], key: str, value: Any) -> None:
+    if isinstance(group.get(key), torch.Tensor):
+        group[key].fill_(value)
+    else:
+        group[key] = value

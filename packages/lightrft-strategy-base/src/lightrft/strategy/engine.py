@@ -1,0 +1,44 @@
+"""What the author of an engine imports: the contract, prompts and completions, sampling, the weight stream.
+
+`EngineBase` keeps the promises that all engines share, over a few hooks. `EmbeddedEngine` fills in those hooks for an
+engine that runs a copy of the actor in this process.
+"""
+
+from lightrft.strategy.models.weight_stream import Bucket
+from lightrft.strategy.rollout.embedded import EmbeddedEngine, EmbeddedModel, end_ids_of, weight_shapes
+from lightrft.strategy.rollout.engine import (
+    PARTS,
+    Completion,
+    EngineBase,
+    EngineCapabilities,
+    EngineRequest,
+    Part,
+    Prompt,
+    RolloutEngine,
+    is_engine,
+    too_long,
+)
+from lightrft.strategy.rollout.sampling import Sampling, draw_tokens, penalized, stream_key, uniform
+
+__all__ = [
+    "PARTS",
+    "Bucket",
+    "Completion",
+    "EmbeddedEngine",
+    "EmbeddedModel",
+    "EngineBase",
+    "EngineCapabilities",
+    "EngineRequest",
+    "Part",
+    "Prompt",
+    "RolloutEngine",
+    "Sampling",
+    "draw_tokens",
+    "end_ids_of",
+    "is_engine",
+    "penalized",
+    "stream_key",
+    "too_long",
+    "uniform",
+    "weight_shapes",
+]

@@ -1,0 +1,1 @@
+"""Models: preparing them, looking them up, and converting their weights to and from checkpoint names and layouts."""

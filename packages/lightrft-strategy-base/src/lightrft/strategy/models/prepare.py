@@ -1,0 +1,177 @@
+"""Preparing models: from what the caller built to what the backend trains.
+
+The same order works on every backend: build the model, create_optimizer, build the schedule, prepare the three together.
+If wrapping replaces parameters, the caller's optimizer is rebound to the new ones by name. Wrapping first and creating
+the optimizer afterwards works on every backend too.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightrft.config import ArgumentError, StrategyError
+from lightrft.strategy.backend.contract import Backend
+from lightrft.strategy.backend.types import TrainedModel, WrapOptions
+from lightrft.strategy.distributed.operations import Operations
+from lightrft.strategy.distributed.rank_consensus import RankConsensus
+from lightrft.strategy.models import state_dict_adapter
+from lightrft.strategy.models.modules import (
+    around_forward,
+    check_actor,
+    check_materialized,
+    meta_copy,
+    raise_precision,
+    schema_of,
+)
+from lightrft.strategy.models.optimizers import check_belongs, check_kinds, check_steps, rebind
+from lightrft.strategy.models.registry import ModelRegistry, PreparedModel, inner_model
+
+
+class Preparation:
+    """Prepares models for one backend."""
+
+    def __init__(
+        self, backend: Backend, models: ModelRegistry, operations: Operations, consensus: RankConsensus,
+        accumulation_steps: int,
+    ) -> None:  # fmt: skip
+        self._backend, self._models, self._accumulation_steps = backend, models, accumulation_steps
+        self._operations, self._consensus = operations, consensus
+
+    def prepare(self, argument: Any) -> Any:
+        """Prepare one argument of `StrategyBase.prepare`, and return it in the same structure."""
+        if argument is None:
+            return None
+        if isinstance(argument, nn.Module):
+            return self.model(argument, WrapOptions(training=False))
+        if _is_training_triple(argument):
+            return self.triple(*argument)
+        if isinstance(argument, (list, tuple)):
+            items = [self.prepare(item) for item in argument]
+            return type(argument)(*items) if hasattr(argument, "_fields") else type(argument)(items)
+        raise ArgumentError(
+            f"prepare: expected a model, (model, optimizer, scheduler), a list of models, or None, got {argument!r} "
+            f"({type(argument).__name__})"
+        )
+
+    def triple(self, model: nn.Module | None, optimizer: Any, scheduler: Any) -> tuple[Any, Any, Any]:
+        """Prepare ``(model, optimizer, scheduler)`` for training; the optimizer and the scheduler stay the caller's."""
+        if model is None:
+            return None, optimizer, scheduler
+        if optimizer is None:
+            return self.model(model, WrapOptions(training=True)), None, scheduler
+        check_kinds("prepare", model, optimizer)
+        inner = self._models.unwrap(model)
+        self._check_free(optimizer, inner)
+        check_belongs(optimizer, inner, "prepare")
+        names = {id(parameter): name for name, parameter in inner.named_parameters()}
+        wrapped = self.model(model, WrapOptions(training=True))
+        rebind(optimizer, names, inner)
+        self.bind(model, optimizer).scheduler = scheduler
+        return wrapped, optimizer, scheduler
+
+    def model(self, model: nn.Module, options: WrapOptions) -> nn.Module:
+        """Wrap ``model``, or return it unchanged if it is wrapped already. All ranks must call this."""
+        prepared = self._models.find(model)
+        if prepared is not None:
+            if prepared.options.training != options.training:
+                purpose = "training" if prepared.options.training else "inference"
+                raise StrategyError(
+                    f"prepare: expected a model that is new to this strategy, got {type(model).__name__}, which was "
+                    f"prepared for {purpose} already. Use a copy for the other purpose"
+                )
+            return model
+        inner = inner_model(model)
+        with self._consensus.together("prepare"):
+            if options.training:
+                check_actor(model)
+            check_materialized(inner, self._backend.world)
+            self._backend.check_model(inner, options)
+        if options.training:
+            raise_precision(inner)
+        else:
+            inner.eval().requires_grad_(False)
+        self._consensus.agree_on_all("prepare", schema_of(inner))
+        state_dict_adapter.remember_conversions(inner)
+        model_class, meta_model = type(inner), meta_copy(inner) if options.training else None
+        with self._backend.world.remembering_environment():
+            wrapped = self._backend.wrap(inner, options)
+        self._backend.world.impose_timeout()
+        prepared = PreparedModel(
+            module=inner, model_class=model_class, wrapped=wrapped, options=options, meta_model=meta_model
+        )
+        self._add(prepared)
+        if inner is model:
+            return wrapped
+        model.model = wrapped
+        return model
+
+    def bind(self, model: nn.Module, optimizer: Optimizer) -> TrainedModel:
+        """Put a wrapped ``model`` in training with ``optimizer``, which holds its current parameters."""
+        prepared = self._models.find(model)
+        assert prepared is not None
+        check_belongs(optimizer, prepared.module, "prepare")
+        check_steps(optimizer, "prepare")
+        trained = TrainedModel(prepared.module, prepared.model_class, optimizer, self._accumulation_steps)
+        prepared.trained = trained
+        with self._backend.world.remembering_environment():
+            self._backend.bind(trained)
+        self._backend.world.impose_timeout()
+        return trained
+
+    def adopt_if_bare(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Put a model and an optimizer that were never prepared in training, if the backend accepts that."""
+        if not self._backend.accepts_unprepared:
+            return
+        prepared = self._models.find(model)
+        bare = prepared is None or (prepared.options.training and prepared.trained is None)
+        if not bare or self._models.owner(optimizer) is not None:
+            return
+        inner = inner_model(model)
+        check_belongs(optimizer, inner, "backward")
+        if prepared is None:
+            self._models.add(
+                PreparedModel(
+                    module=inner, model_class=type(inner), wrapped=inner, options=WrapOptions(training=True),
+                    meta_model=meta_copy(inner),
+                )
+            )  # fmt: skip
+        self.bind(model, optimizer)
+
+    def _check_free(self, optimizer: Optimizer, module: nn.Module) -> None:
+        for prepared in (self._models.owner(optimizer), self._models.find(module)):
+            if prepared is not None and prepared.trained is not None:
+                raise StrategyError(
+                    f"prepare: expected a model and an optimizer that are not in training, got {prepared.class_name}, which "
+                    f"is in training with its {type(prepared.trained.optimizer).__name__}. Prepare a model and its "
+                    f"optimizer once, and use what prepare returned"
+                )
+
+    def _add(self, prepared: PreparedModel) -> None:
+        prepared.undo_forward = around_forward(prepared.wrapped, lambda: self._forward(prepared))
+        self._models.add(prepared)
+
+    @contextmanager
+    def _forward(self, prepared: PreparedModel) -> Iterator[None]:
+        """Run one forward pass of a prepared model."""
+        if prepared.offloaded:
+            raise StrategyError(
+                f"forward: expected a model on the device, got {prepared.class_name}, which was offloaded. Call "
+                f"reload_model first"
+            )
+        with self._operations.running("forward"), self._backend.forward_context(prepared.module, prepared.options):
+            yield
+
+
+def _is_training_triple(argument: object) -> bool:
+    """Return whether this is (model, optimizer, scheduler), any of which may be None, and not several models."""
+    return (
+        isinstance(argument, tuple)
+        and len(argument) == 3
+        and (argument[0] is None or isinstance(argument[0], nn.Module))
+        and not isinstance(argument[1], nn.Module)
+        and not isinstance(argument[2], nn.Module)
+        and (argument[0] is None or argument[1] is not None or argument[2] is None)
+    )

@@ -1,0 +1,143 @@
+"""The models that a strategy has prepared, looked up by the model or by its wrapper."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightrft.config import StrategyError
+from lightrft.strategy.backend.types import TrainedModel, WrapOptions
+
+
+def is_actor(model: object) -> bool:
+    """Return whether ``model`` is an actor by LightRFT's mark: a true attribute ``is_actor``."""
+    return bool(getattr(model, "is_actor", False))
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """Return the model that an actor wraps as ``.model``, or ``model`` itself if it is not a wrapper.
+
+    A Hugging Face model has a ``.model`` too, its backbone, but is not a wrapper.
+    """
+    if not is_actor(model) or hasattr(type(model), "from_pretrained"):
+        return model
+    inner = getattr(model, "model", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+@dataclass(kw_only=True)
+class PreparedModel:
+    """A prepared model and its state."""
+
+    module: nn.Module
+    """The model itself, unwrapped."""
+    model_class: type[nn.Module]
+    """The class of ``module`` before wrapping, which may replace it."""
+    wrapped: nn.Module
+    """The module that the caller calls: ``module``, or the backend's wrapper of it."""
+    options: WrapOptions
+    meta_model: nn.Module | None
+    """A copy on the meta device, made before wrapping; None for models that do not train."""
+    undo_forward: Callable[[], None] = lambda: None
+    """Removes the context around the forward pass of ``wrapped``."""
+    trained: TrainedModel | None = None
+    """Its optimizer and counters; None if it does not train."""
+    offloaded: bool = False
+    """Whether it is in host memory, until `reload_model`."""
+
+    @property
+    def class_name(self) -> str:
+        """Name of the model's class, for messages."""
+        return self.model_class.__name__
+
+
+class ModelRegistry:
+    """All prepared models of a strategy."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[int, PreparedModel] = {}
+        """Each model under the ``id`` of the model itself and of its wrapper."""
+
+    def __iter__(self) -> Iterator[PreparedModel]:
+        return iter({id(prepared): prepared for prepared in self._by_id.values()}.values())
+
+    def add(self, prepared: PreparedModel) -> None:
+        """Register a model under itself and its wrapper."""
+        self._by_id[id(prepared.module)] = self._by_id[id(prepared.wrapped)] = prepared
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        """Return the model inside an actor's wrapper and the backend's. Idempotent."""
+        prepared = self.find(model)
+        return inner_model(model) if prepared is None else prepared.module
+
+    def find(self, model: nn.Module) -> PreparedModel | None:
+        """Return the entry of ``model``, or None if it was not prepared."""
+        return self._by_id.get(id(model)) or self._by_id.get(id(inner_model(model)))
+
+    def require_known(self, model: nn.Module, call: str) -> PreparedModel:
+        """Return the entry of ``model``. Raise `StrategyError` if it was not prepared."""
+        prepared = self.find(model)
+        if prepared is None:
+            raise StrategyError(
+                f"{call}: expected a model that this strategy has prepared, got a {type(model).__name__} that is not prepared. "
+                f"Pass the model that prepare returned"
+            )
+        return prepared
+
+    def require_ready(self, model: nn.Module, call: str) -> PreparedModel:
+        """Return the entry of ``model``. Raise `StrategyError` if it was not prepared, or was offloaded."""
+        prepared = self.require_known(model, call)
+        if prepared.offloaded:
+            raise StrategyError(
+                f"{call}: expected a model on the device, got {prepared.class_name}, which was offloaded. Call "
+                f"reload_model first"
+            )
+        return prepared
+
+    def is_trained(self, model: object, optimizer: object) -> bool:
+        """Return whether ``model`` is in training with ``optimizer``."""
+        prepared = self._by_id.get(id(model))
+        return prepared is not None and prepared.trained is not None and prepared.trained.optimizer is optimizer
+
+    def require_trained(self, model: nn.Module, optimizer: Optimizer, call: str) -> TrainedModel:
+        """Return ``model`` in training with ``optimizer``. Raise `StrategyError` that says which of the two is wrong."""
+        prepared = self.find(model)
+        if prepared is None or prepared.trained is None:
+            raise StrategyError(f"{call}: expected a model in training, {_why_not_trained(model, prepared)}")
+        self.require_ready(model, call)
+        if prepared.trained.optimizer is not optimizer:
+            owner = self.owner(optimizer)
+            whose = f"that of another model ({owner.class_name})" if owner else "one it was not prepared with"
+            raise StrategyError(
+                f"{call}: expected the optimizer of this model ({prepared.class_name}), got {whose} "
+                f"({type(optimizer).__name__}). Pass the optimizer that prepare returned with the model"
+            )
+        return prepared.trained
+
+    def owner(self, optimizer: Optimizer) -> PreparedModel | None:
+        """Return the model that ``optimizer`` trains, or None."""
+        return next(
+            (prepared for prepared in self if prepared.trained is not None and prepared.trained.optimizer is optimizer),
+            None,
+        )
+
+    @property
+    def has_pending_gradient(self) -> bool:
+        """Whether some model has accumulated micro-batches that no update has used yet."""
+        return any(prepared.trained is not None and prepared.trained.has_pending_gradient for prepared in self)
+
+    def clear(self) -> None:
+        """Forget all models and remove the contexts around their forward passes."""
+        for prepared in self:
+            prepared.undo_forward()
+        self._by_id.clear()
+
+
+def _why_not_trained(model: nn.Module, prepared: PreparedModel | None) -> str:
+    name = type(model).__name__
+    if prepared is None:
+        return f"got {name}, which this strategy has not prepared. Call prepare((model, optimizer, scheduler)), and use what it returns"
+    if not prepared.options.training:
+        return f"got {name}, which was prepared for inference. Prepare it as (model, optimizer, scheduler) to train it"
+    return f"got {name}, which has no optimizer yet. Make one with create_optimizer(model)"

@@ -1,0 +1,109 @@
+"""The weight stream: a model's full parameters under checkpoint names, a bucket at a time.
+
+Exports and weight syncs both use it, with every backend.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from lightrft.strategy.backend.contract import Backend
+from lightrft.strategy.models.adapters import MergedForm, has_adapters
+from lightrft.strategy.models.state_dict_adapter import StateDictAdapter, Unit
+from lightrft.strategy.tensors import cast
+
+Bucket = list[tuple[str, torch.Tensor]]
+"""Names in a checkpoint, and full tensors."""
+
+
+class Form(Protocol):
+    """Which tensors of a model are streamed, which of them convert together, and what they become."""
+
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """Parameters and buffers of a prepared model by name in memory."""
+
+    @property
+    def units(self) -> Sequence[Unit]:
+        """Their names, grouped into those that convert together."""
+
+    def merges(self, unit: Unit, /) -> bool:
+        """Return whether adapters are merged in ``unit``, which needs full precision."""
+
+    def convert(self, tensors: Mapping[str, torch.Tensor], /) -> dict[str, torch.Tensor]:
+        """Return whole units, converted to the names and layout of a checkpoint."""
+
+
+def form_for_engines(module: nn.Module, meta_model: nn.Module | None) -> Form:
+    """Return the form in which an engine receives ``module``: its base model, with adapters merged in."""
+    if has_adapters(module):
+        return MergedForm(module, meta_model or module)
+    return StateDictAdapter.of(module)
+
+
+def buckets_of(sizes: Mapping[str, int], units: Sequence[Unit], limit: int) -> Iterator[list[str]]:
+    """Yield ``units`` in order, packed into buckets of at most ``limit`` bytes; a larger unit comes alone.
+
+    Args:
+        sizes: Size of each full tensor in bytes, by name.
+        units: Names, grouped into those that stay together.
+        limit: Size of a bucket in bytes.
+    """
+    bucket: list[str] = []
+    filled = 0
+    for unit in units:
+        size = sum(sizes[name] for name in unit)
+        if bucket and filled + size > limit:
+            yield bucket
+            bucket, filled = [], 0
+        bucket += unit
+        filled += size
+    if bucket:
+        yield bucket
+
+
+def full_parameters(backend: Backend, form: Form, bucket_bytes: int, dtype: torch.dtype | None) -> Iterator[Bucket]:
+    """Yield all tensors of ``form``, gathered and converted, a bucket at a time.
+
+    All ranks must take every bucket. The model must be resharded. Adapters are merged in fp32, and cast afterwards.
+
+    Args:
+        backend: Gathers the tensors.
+        form: Tensors of one prepared model.
+        bucket_bytes: Size of a bucket in bytes.
+        dtype: Of floating-point tensors. None: as they are.
+    """
+    units = form.units
+    yield from stream(backend, form, [unit for unit in units if not form.merges(unit)], bucket_bytes, dtype)
+    for bucket in stream(backend, form, [unit for unit in units if form.merges(unit)], bucket_bytes, torch.float32):
+        yield from _released([(name, cast(tensor, dtype)) for name, tensor in bucket])
+
+
+def stream(
+    backend: Backend, form: Form, units: Sequence[Unit], bucket_bytes: int, dtype: torch.dtype | None
+) -> Iterator[Bucket]:
+    """Yield the ``units`` of ``form`` like `full_parameters`, but merge adapters in ``dtype``."""
+    sizes = {name: _full_bytes(backend, form.tensors[name], dtype) for unit in units for name in unit}
+    for names in buckets_of(sizes, units, bucket_bytes):
+        with backend.gathered([form.tensors[name] for name in names], dtype) as gathered:
+            yield from _released(list(form.convert(dict(zip(names, gathered, strict=True))).items()))
+            del gathered
+
+
+def _released(bucket: Bucket) -> Iterator[Bucket]:
+    """Yield ``bucket`` and empty it: a consumer that keeps the list must not keep its tensors during the next gather."""
+    yield bucket
+    bucket.clear()
+
+
+def full_shapes(backend: Backend, form: Form) -> dict[str, torch.Size]:
+    """Return names and shapes of what `full_parameters` yields, without communication."""
+    empty = {name: torch.empty(backend.full_shape(tensor), device="meta") for name, tensor in form.tensors.items()}
+    return {name: tensor.shape for name, tensor in form.convert(empty).items()}
+
+
+def _full_bytes(backend: Backend, tensor: torch.Tensor, dtype: torch.dtype | None) -> int:
+    item_bytes = dtype.itemsize if dtype is not None and tensor.is_floating_point() else tensor.element_size()
+    return backend.full_shape(tensor).numel() * item_bytes

@@ -1,0 +1,1 @@
+"""Durable files, their checksums, locks, and values as safe JSON."""

@@ -1,1 +1,0 @@
-"""Models in training: preparing them, their updates, their data."""
