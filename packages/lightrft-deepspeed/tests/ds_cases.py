@@ -13,7 +13,7 @@ from lightrft.deepspeed import DeepspeedStrategy
 
 
 class Unkept(DeepspeedStrategy):
-    """Made for large models, and small ones are treated alike: stage 3 keeps none whole, and buckets fill up."""
+    """Treats small models like large ones: stage 3 keeps no parameter whole, and buckets fill up."""
 
     def get_ds_train_config(self, is_actor: bool = False) -> dict[str, Any]:
         settings = _without_persistence(super().get_ds_train_config(is_actor))
@@ -34,9 +34,11 @@ def strategy(program: Program, persist: bool = False, **settings: Any) -> Iterat
     """A strategy for ``program``, closed in the end."""
     import os
 
-    kind = DeepspeedStrategy if persist else Unkept
-    batch = program.window * int(os.environ["WORLD_SIZE"])
-    made = kind(device="cpu", max_norm=program.max_norm, train_batch_size=batch, **{"bf16": False, **settings})
+    strategy_class = DeepspeedStrategy if persist else Unkept
+    batch = program.accumulation_steps * int(os.environ["WORLD_SIZE"])
+    made = strategy_class(
+        device="cpu", max_norm=program.max_norm, train_batch_size=batch, **{"bf16": False, **settings}
+    )
     with made:
         yield made
 

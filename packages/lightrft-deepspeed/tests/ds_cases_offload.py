@@ -27,7 +27,7 @@ def with_the_callers_adamw(program: Program, **settings: Any) -> Observed:
 
 
 def moved_about(cycles: bool, **settings: Any) -> dict[str, torch.Tensor]:
-    program = Program(updates=4, window=2)
+    program = Program(updates=4, accumulation_steps=2)
     with ds_cases.strategy(program, persist=True, **settings) as made:
         model: nn.Module = mixed()
         model, optimizer, _ = made.prepare((model, made.create_optimizer(model, lr=RATE), None))
@@ -47,23 +47,24 @@ def moved_about(cycles: bool, **settings: Any) -> dict[str, torch.Tensor]:
         return training.whole(made, model)
 
 
-def parked(**settings: Any) -> tuple[int, dict[str, torch.Tensor]]:
-    """Park a model as on a device: bytes it held beside its optimizer's state, and the weights that follow."""
-    program = Program(updates=4, window=2)
+def offloaded(**settings: Any) -> tuple[int, dict[str, torch.Tensor]]:
+    """Offload a model as on a device: bytes it held beside its optimizer's state, and the weights that follow."""
+    program = Program(updates=4, accumulation_steps=2)
     with ds_cases.strategy(program, persist=False, **settings) as made:
         model: nn.Module = mixed()
         model, optimizer, _ = made.prepare((model, made.create_optimizer(model, lr=RATE), None))
-        stage, inner, given_back = made._stage, made.unwrap_model(model), 0
+        backend, inner, freed = made.backend, made.unwrap_model(model), 0
         for update, micro, _ in program.micro_batches():
             made.backward(loss_of(model, tokens(update, micro, made.get_rank())), model, optimizer)
-            made._settle(inner)
-            held = {it.untyped_storage().data_ptr(): it.untyped_storage() for it in stage._held(inner) if it.numel()}
-            before = sum(it.nbytes() for it in held.values())
-            stage.park(inner)
-            given_back = before - sum(it.nbytes() for it in held.values())
-            stage.unpark(inner)
+            backend.reshard(inner)
+            tensors = [tensor for tensor in backend.tensors_on_device(inner) if tensor.numel()]
+            storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
+            before = sum(storage.nbytes() for storage in storages.values())
+            backend.offload(inner)
+            freed = before - sum(storage.nbytes() for storage in storages.values())
+            backend.reload(inner)
             made.optimizer_step(optimizer, model)
-        return given_back, training.whole(made, model)
+        return freed, training.whole(made, model)
 
 
 def resumed(path: str, **settings: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

@@ -20,10 +20,14 @@ class Weights(nn.Module):
         return (self.weights * gradient).sum()
 
 
-def descended(gradients: list[float], window: int, rate: float, **settings: Any) -> tuple[list[float], list[float]]:
+def descended(
+    gradients: list[float], accumulation_steps: int, rate: float, **settings: Any
+) -> tuple[list[float], list[float]]:
     """SGD with these gradients, one a micro-batch, on both weights: the weights and the norms."""
     norms = []
-    with ds_cases.strategy(Program(window=window), bf16=True, persist=False, **settings) as made:
+    with ds_cases.strategy(
+        Program(accumulation_steps=accumulation_steps), bf16=True, persist=False, **settings
+    ) as made:
         model: nn.Module = Weights()
         model, optimizer, _ = made.prepare((model, torch.optim.SGD(model.parameters(), lr=rate), None))
         for gradient in gradients:

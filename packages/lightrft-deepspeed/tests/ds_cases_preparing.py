@@ -60,7 +60,7 @@ def for_inference(dtype: torch.dtype, **settings: object) -> tuple[dict[str, tor
             made.backward(loss, model, optimizer)
             assert made.optimizer_step(optimizer, model).applied
         same = {name: it.clone() for bucket in made.full_parameters(frozen) for name, it in bucket}
-        held = sum(it.values.numel() for it in made._shards(made.unwrap_model(frozen)))
+        held = sum(it.values.numel() for it in made.backend.shards(made.unwrap_model(frozen)))
         return same, held, any(it.requires_grad or it.grad is not None for it in frozen.parameters())
 
 
@@ -93,18 +93,18 @@ def written_through_shards(**settings: object) -> tuple[dict[str, torch.Tensor],
         made.optimizer_step(optimizer, model)
         other = dict(mixed(11).named_parameters())
         inner = made.unwrap_model(model)
-        made._settle(inner)
-        for shard in made._shards(inner):
+        made.backend.reshard(inner)
+        for shard in made.backend.shards(inner):
             assert shard.shape == other[shard.name].shape
             shard.values.copy_(shard.of(other[shard.name].detach()))
-        made._refresh(inner)
+        made.backend.sync_from_master(inner)
         outputs = model(tokens(5)).detach().float()
         return training.whole(made, model), training.whole(made, model, torch.bfloat16), outputs
 
 
 def actor_and_critic(**settings: object) -> list[dict[str, torch.Tensor]]:
-    program = Program(updates=4, window=2, max_norm=0.3)
-    other = Program(updates=4, window=2, max_norm=0.3, poisoned=(1,))
+    program = Program(updates=4, accumulation_steps=2, max_norm=0.3)
+    other = Program(updates=4, accumulation_steps=2, max_norm=0.3, poisoned=(1,))
     with ds_cases.strategy(program, persist=False, **settings) as made:
         pairs = []
         for seed in (3, 4):
@@ -128,11 +128,11 @@ def alone(seed: int, program: Program, **settings: object) -> dict[str, torch.Te
         return training.whole(made, model)
 
 
-def with_groups(empty: bool, stepped: bool, kind: str, **settings: object) -> None:
+def with_groups(empty: bool, stepped: bool, optimizer_class: str, **settings: object) -> None:
     with ds_cases.strategy(Program(), **settings) as made:
         model = mixed()
         groups: list[dict[str, object]] = [{"params": [it for it in model.parameters() if it.requires_grad]}]
-        optimizer = getattr(torch.optim, kind)([*groups, {"params": []}] if empty else groups, lr=RATE)
+        optimizer = getattr(torch.optim, optimizer_class)([*groups, {"params": []}] if empty else groups, lr=RATE)
         if stepped:
             loss_of(model, tokens(0)).backward()
             optimizer.step()

@@ -12,7 +12,7 @@ from workers import Workers
 )
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_llama_trains_as_in_plain_torch(two: Workers, stage: int, bf16: bool, checkpointing: str | None) -> None:
-    program = Program(updates=4, window=2)
+    program = Program(updates=4, accumulation_steps=2)
     found = two.run(cases.trained, program=program, checkpointing=checkpointing, zero_stage=stage, bf16=bf16)
     wanted = reference(program, 2, Actor)
     wanted.parameters = {name.removeprefix("model."): it for name, it in wanted.parameters.items()}

@@ -22,7 +22,7 @@ def _compiled(one: Workers) -> None:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_deepspeeds_cpu_adam_takes_over_with_adam_offload(two: Workers, stage: int, bf16: bool) -> None:
     # the layer "detour" gets a gradient now and then
-    program = Program(updates=6, window=2, max_norm=0.5, detours=[(0, 0), (3, 1)])
+    program = Program(updates=6, accumulation_steps=2, max_norm=0.5, detours=[(0, 0), (3, 1)])
     settings = {"zero_stage": stage, "bf16": bf16, "adam_offload": True, "persist": False}
     found = two.run(ds_cases.train, program=program, **settings)
     assert furthest(found[0], found[1]) == 0
@@ -51,12 +51,12 @@ def test_training_with_offload_cycles_equals_training_without(
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_parked_model_gives_its_memory_back_and_returns_bit_for_bit(two: Workers, stage: int, bf16: bool) -> None:
+def test_an_offloaded_model_frees_its_memory_and_is_reloaded_bit_for_bit(two: Workers, stage: int, bf16: bool) -> None:
     settings = {"zero_stage": stage, "bf16": bf16}
     elements = sum(it.numel() for it in mixed().parameters())
     wanted = two.run(cases.moved_about, cycles=False, **settings)
-    for (given_back, found), other in zip(two.run(cases.parked, **settings), wanted, strict=True):
-        assert given_back >= elements * (2 if bf16 and stage else 4) / (2 if stage == 3 else 1)
+    for (freed, found), other in zip(two.run(cases.offloaded, **settings), wanted, strict=True):
+        assert freed >= elements * (2 if bf16 and stage else 4) / (2 if stage == 3 else 1)
         assert all(torch.equal(found[name], it) for name, it in other.items())
 
 

@@ -39,10 +39,10 @@ def test_parameters_that_are_sharded_and_not_kept_whole_give_the_same(two: Worke
     assert furthest(trained(two, program, zero_stage=3, persist=False), reference(program, 2)) == 0
 
 
-@pytest.mark.parametrize("window", [2, 3])
+@pytest.mark.parametrize("accumulation_steps", [2, 3])
 @pytest.mark.parametrize("stage", STAGES)
-def test_several_micro_batches_give_their_mean(two: Workers, stage: int, window: int) -> None:
-    program = Program(updates=10, window=window)
+def test_several_micro_batches_give_their_mean(two: Workers, stage: int, accumulation_steps: int) -> None:
+    program = Program(updates=10, accumulation_steps=accumulation_steps)
     assert relative(trained(two, program, zero_stage=stage), reference(program, 2)) < 5e-5
 
 
@@ -58,43 +58,43 @@ def test_clipping_uses_one_norm_over_all_groups_and_ranks(two: Workers, stage: i
 @pytest.mark.parametrize("losses", TWO_LOSSES)
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_losses_in_a_micro_batch_add(two: Workers, stage: int, losses: str) -> None:
-    program = Program(updates=5, window=2, losses=losses)
+    program = Program(updates=5, accumulation_steps=2, losses=losses)
     assert relative(trained(two, program, zero_stage=stage), reference(program, 2)) < 5e-5
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_losses_in_a_micro_batch_add_in_bfloat16(two: Workers, stage: int) -> None:
-    program = Program(updates=5, window=2, losses="forward, forward, backward, backward")
+    program = Program(updates=5, accumulation_steps=2, losses="forward, forward, backward, backward")
     assert relative(trained(two, program, zero_stage=stage, bf16=True), reference(program, 2)) < 0.1
 
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_window_of_another_length_still_gives_the_mean(two: Workers, stage: int, bf16: bool) -> None:
-    program = Program(updates=6, window=2, lengths=(3, 1, 2, 1, 4, 2), max_norm=0.3)
+def test_an_update_of_another_length_still_gives_the_mean(two: Workers, stage: int, bf16: bool) -> None:
+    program = Program(updates=6, accumulation_steps=2, lengths=(3, 1, 2, 1, 4, 2), max_norm=0.3)
     found, wanted = trained(two, program, zero_stage=stage, bf16=bf16), reference(program, 2)
     assert relative(found, wanted) < (0.1 if bf16 else 5e-5)
     assert found.norms == pytest.approx(wanted.norms, rel=0.1 if bf16 else 1e-5)
 
 
-@pytest.mark.parametrize("window", [1, 3])
+@pytest.mark.parametrize("accumulation_steps", [1, 3])
 @pytest.mark.parametrize("stage", STAGES)
-def test_bfloat16_stays_near_the_fp32_reference(two: Workers, stage: int, window: int) -> None:
-    program = Program(window=window)
+def test_bfloat16_stays_near_the_fp32_reference(two: Workers, stage: int, accumulation_steps: int) -> None:
+    program = Program(accumulation_steps=accumulation_steps)
     assert relative(trained(two, program, zero_stage=stage, bf16=True), reference(program, 2)) < 0.1
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_gradients_accumulate_in_bfloat16_where_that_is_asked_for(two: Workers, stage: int) -> None:
-    program = Program(updates=10, window=3)
+    program = Program(updates=10, accumulation_steps=3)
     found = trained(two, program, zero_stage=stage, bf16=True, grad_accum_dtype="bf16")
     assert relative(found, reference(program, 2)) < 0.1
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_parameter_without_a_gradient_counts_as_having_a_zero_one(two: Workers, stage: int) -> None:
-    # used first, then not at all, then late in the window only: what was left behind would show
-    program = Program(updates=5, window=2, detours=[(0, 0), (0, 1), (2, 1), (3, 0)])
+    # used first, then not at all, then late in the update only: what was left behind would show
+    program = Program(updates=5, accumulation_steps=2, detours=[(0, 0), (0, 1), (2, 1), (3, 0)])
     assert relative(trained(two, program, zero_stage=stage), reference(program, 2)) < 5e-5
 
 
@@ -105,7 +105,7 @@ def test_ranks_may_use_different_modules_at_stages_0_and_1(
 ) -> None:
     if stage == 0 and "grad_accum_dtype" in settings:
         return
-    program = Program(updates=4, window=2, detours=[(0, 0), (2, 1)], detour_of=1)
+    program = Program(updates=4, accumulation_steps=2, detours=[(0, 0), (2, 1)], detour_of=1)
     found = trained(two, program, zero_stage=stage, **settings)
     assert relative(found, reference(program, 2)) < (0.1 if settings else 5e-5)
 
@@ -114,7 +114,10 @@ def test_different_modules_are_an_error_on_every_rank_where_gradients_would_mix(
     program = Program(updates=4, detours=[(1, 0)], detour_of=1)
     with pytest.raises(WorkersError) as caught:
         two.run(ds_cases.train, program=program, zero_stage=2)
-    assert str(caught.value).count("StrategyError: backward: the ranks used different modules of this model") == 2
+    assert (
+        str(caught.value).count("StrategyError: backward: expected all ranks to use the same modules of this model")
+        == 2
+    )
 
 
 def test_different_modules_are_an_error_within_the_timeout_where_parameters_are_gathered(two: Workers) -> None:
@@ -141,12 +144,12 @@ def test_wrapping_before_there_is_an_optimizer_gives_the_same(two: Workers, stag
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_reducing_during_backward_gives_the_same(two: Workers, stage: int) -> None:
-    program = Program(updates=6, window=2)
+    program = Program(updates=6, accumulation_steps=2)
     found = trained(two, program, zero_stage=stage, overlap_comm=True)
     assert relative(found, reference(program, 2)) < 5e-5
 
 
 def test_a_secondary_partition_gives_the_same(two: Workers) -> None:
-    program = Program(updates=6, window=2)
+    program = Program(updates=6, accumulation_steps=2)
     found = trained(two, program, zero_stage=3, zpg=2, persist=False)
     assert relative(found, reference(program, 2)) < 5e-5

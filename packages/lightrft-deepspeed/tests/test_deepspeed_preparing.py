@@ -1,4 +1,4 @@
-"""What becomes of a model: its weights, its names, its masters, its averages."""
+"""What a prepared model is: its weights, names, master weights and averages."""
 
 import ds_cases_preparing as cases
 import pytest
@@ -22,12 +22,12 @@ def equal(found: dict[str, torch.Tensor], model: nn.Module, dtype: torch.dtype |
 @BF16
 @BOTH
 @EACH_STAGE
-def test_the_weights_are_rank_0s_and_the_masters_are_not_rounded(
+def test_the_weights_are_rank_0s_and_the_master_weights_are_not_rounded(
     two: Workers, stage: int, persist: bool, bf16: bool
 ) -> None:
     for fp32, low in two.run(cases.prepared_for_training, persist=persist, zero_stage=stage, bf16=bf16):
         wanted = mixed()
-        if bf16 and stage:  # DeepSpeed stores frozen parameters in bfloat16, and they have no masters
+        if bf16 and stage:  # DeepSpeed stores frozen parameters in bfloat16, and they have no master weights
             wanted.frozen.to(torch.bfloat16).float()
         assert equal(fp32, wanted)
         assert equal(low, mixed(), torch.bfloat16)
@@ -63,28 +63,28 @@ def test_a_model_for_inference_never_changes(two: Workers, stage: int, bf16: boo
 
 @BF16
 @EACH_STAGE
-def test_an_average_follows_the_masters_and_stays_fp32(two: Workers, stage: int, bf16: bool) -> None:
+def test_an_average_follows_the_master_weights_and_stays_fp32(two: Workers, stage: int, bf16: bool) -> None:
     for found, wanted, dtype, outputs in two.run(cases.averaged, zero_stage=stage, bf16=bf16):
         assert dtype is torch.float32
         for name, it in wanted.items():
             torch.testing.assert_close(found[name], it, atol=1e-7, rtol=1e-6)
         plain = mixed()
         plain.load_state_dict({**plain.state_dict(), **found, "head.weight": found["embed.weight"]})
-        near = 0.05 if bf16 else 1e-5
-        torch.testing.assert_close(outputs, plain(tokens(5)).detach(), atol=near, rtol=near)
+        tolerance = 0.05 if bf16 else 1e-5
+        torch.testing.assert_close(outputs, plain(tokens(5)).detach(), atol=tolerance, rtol=tolerance)
 
 
 @BF16
 @EACH_STAGE
-def test_shards_are_views_of_the_masters(two: Workers, stage: int, bf16: bool) -> None:
+def test_shards_are_views_of_the_master_weights(two: Workers, stage: int, bf16: bool) -> None:
     wanted = mixed(11)
     if bf16 and stage:
         wanted.frozen.to(torch.bfloat16).float()
     for fp32, low, outputs in two.run(cases.written_through_shards, zero_stage=stage, bf16=bf16):
         assert equal(fp32, wanted)
         assert equal(low, wanted, torch.bfloat16)
-        near = 0.05 if bf16 else 1e-5
-        torch.testing.assert_close(outputs, wanted(tokens(5)).detach(), atol=near, rtol=near)
+        tolerance = 0.05 if bf16 else 1e-5
+        torch.testing.assert_close(outputs, wanted(tokens(5)).detach(), atol=tolerance, rtol=tolerance)
 
 
 @BF16
@@ -92,8 +92,10 @@ def test_shards_are_views_of_the_masters(two: Workers, stage: int, bf16: bool) -
 def test_two_models_in_training_share_nothing(two: Workers, stage: int, bf16: bool) -> None:
     settings = {"zero_stage": stage, "bf16": bf16}
     together = two.run(cases.actor_and_critic, **settings)
-    actor = two.run(cases.alone, seed=3, program=Program(updates=4, window=2, max_norm=0.3), **settings)
-    critic = two.run(cases.alone, seed=4, program=Program(updates=4, window=2, max_norm=0.3, poisoned=(1,)), **settings)
+    actor = two.run(cases.alone, seed=3, program=Program(updates=4, accumulation_steps=2, max_norm=0.3), **settings)
+    critic = two.run(
+        cases.alone, seed=4, program=Program(updates=4, accumulation_steps=2, max_norm=0.3, poisoned=(1,)), **settings
+    )
     for rank in range(2):
         for found, wanted in zip(together[rank], (actor[rank], critic[rank]), strict=True):
             assert all(torch.equal(found[name], it) for name, it in wanted.items())
@@ -101,26 +103,26 @@ def test_two_models_in_training_share_nothing(two: Workers, stage: int, bf16: bo
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_an_empty_group_is_refused(two: Workers, stage: int) -> None:
-    with pytest.raises(WorkersError, match=r"group 1 of 2 of the optimizer \(SGD\) has no trainable parameters"):
-        two.run(cases.with_groups, empty=True, stepped=False, kind="SGD", zero_stage=stage)
+    with pytest.raises(WorkersError, match=r"of the optimizer \(SGD\), got none in group 1 of 2"):
+        two.run(cases.with_groups, empty=True, stepped=False, optimizer_class="SGD", zero_stage=stage)
 
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_an_optimizer_that_deepspeed_would_empty_or_replace_is_refused(two: Workers, stage: int) -> None:
-    with pytest.raises(WorkersError, match="has stepped already"):
-        two.run(cases.with_groups, empty=False, stepped=True, kind="AdamW", zero_stage=stage)
-    with pytest.raises(WorkersError, match="DeepSpeed replaces Adagrad"):
-        two.run(cases.with_groups, empty=False, stepped=False, kind="Adagrad", zero_stage=stage)
+    with pytest.raises(WorkersError, match="got one that has stepped"):
+        two.run(cases.with_groups, empty=False, stepped=True, optimizer_class="AdamW", zero_stage=stage)
+    with pytest.raises(WorkersError, match=r"got Adagrad\. DeepSpeed replaces it"):
+        two.run(cases.with_groups, empty=False, stepped=False, optimizer_class="Adagrad", zero_stage=stage)
 
 
-@pytest.mark.parametrize("kind", ["Adagrad", "AdamW"])
-def test_at_stage_0_the_optimizer_stays_whole(two: Workers, kind: str) -> None:
-    two.run(cases.with_groups, empty=False, stepped=True, kind=kind, zero_stage=0)
+@pytest.mark.parametrize("optimizer_class", ["Adagrad", "AdamW"])
+def test_at_stage_0_the_optimizer_stays_whole(two: Workers, optimizer_class: str) -> None:
+    two.run(cases.with_groups, empty=False, stepped=True, optimizer_class=optimizer_class, zero_stage=0)
 
 
 def test_parameters_without_elements_are_refused_by_zero_3_alone(two: Workers) -> None:
     two.run(cases.with_an_empty_parameter, zero_stage=2)
-    with pytest.raises(WorkersError, match="nothing of Linear have no elements, which ZeRO-3 cannot gather"):
+    with pytest.raises(WorkersError, match="got none in nothing of Linear, which ZeRO-3 cannot gather"):
         two.run(cases.with_an_empty_parameter, zero_stage=3)
 
 

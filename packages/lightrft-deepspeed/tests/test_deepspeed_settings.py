@@ -1,4 +1,4 @@
-"""Pure functions: DeepSpeed's configuration, what a stage can honour, and where masters lie."""
+"""Pure functions: DeepSpeed's configuration, what a stage supports, and where master weights lie."""
 
 import warnings
 
@@ -8,9 +8,9 @@ from torch import nn
 
 from lightrft.config import ConfigError, StrategyConfig
 from lightrft.deepspeed.ds_config import computes_in_bf16, eval_config, fit_bucket, train_config
-from lightrft.deepspeed.masters import owned_ranges
-from lightrft.deepspeed.parking import Parking
-from lightrft.deepspeed.stage_limits import honourable, unsupported
+from lightrft.deepspeed.master_weights import owned_ranges
+from lightrft.deepspeed.model_offload import OffloadedStorages
+from lightrft.deepspeed.stage_limits import unsupported, validate
 from lightrft.strategy.distributed.world import World
 
 STAGES = (0, 1, 2, 3)
@@ -98,18 +98,18 @@ def test_deepspeed_knows_every_name_in_it(given: dict[str, object]) -> None:
         ({"zero_stage": 0, "grad_accum_dtype": "bf16"}, 2, "grad_accum_dtype", "accumulates in fp32"),
     ],
 )
-def test_what_a_stage_cannot_honour_is_refused_or_warned_of(
+def test_what_a_stage_does_not_support_is_refused_or_warned_of(
     given: dict[str, object], ranks: int, name: str, reason: str
 ) -> None:
     with pytest.raises(ConfigError, match=f"{name}=.*{reason}"):
-        honourable(settings(**given), world(ranks))
+        validate(settings(**given), world(ranks))
     from_script = StrategyConfig.from_args({"device": "cpu", **given})
     with pytest.warns(UserWarning, match=f"{name}=.*{reason}"):
-        left = honourable(from_script, world(ranks))
+        left = validate(from_script, world(ranks))
     assert name not in left.changed()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert honourable(from_script, world(ranks, rank=1)) == left
+        assert validate(from_script, world(ranks, rank=1)) == left
 
 
 @pytest.mark.parametrize(
@@ -120,9 +120,9 @@ def test_what_a_stage_cannot_honour_is_refused_or_warned_of(
         {"zero_stage": 0, "bf16": False, "adam_offload": True},
     ],
 )
-def test_what_a_stage_can_honour_is_left_as_it_is(given: dict[str, object]) -> None:
+def test_what_a_stage_supports_is_left_as_it_is(given: dict[str, object]) -> None:
     assert list(unsupported(settings(**given), 4)) == []
-    assert honourable(settings(**given), world(4)) == settings(**given)
+    assert validate(settings(**given), world(4)) == settings(**given)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
@@ -134,15 +134,15 @@ def test_every_element_is_owned_by_one_rank(sizes: list[int], ranks: int) -> Non
         assert elements == list(range(size))
 
 
-def test_parked_memory_comes_back_under_every_view() -> None:
+def test_offloaded_memory_is_reloaded_under_every_view() -> None:
     flat = torch.arange(12.0)
     view, other = flat[3:7].view(2, 2), nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
-    parked = Parking([flat, view, other])
+    offloaded = OffloadedStorages([flat, view, other])
     assert flat.untyped_storage().nbytes() == other.untyped_storage().nbytes() == 0
-    parked.come_back()
+    offloaded.reload()
     assert torch.equal(flat, torch.arange(12.0))
     assert torch.equal(other, torch.ones(3, dtype=torch.bfloat16))
     view.zero_()
     assert flat[3:7].tolist() == [0.0] * 4
-    parked.come_back()
+    offloaded.reload()
     assert flat[0:3].tolist() == [0.0, 1.0, 2.0]

@@ -15,8 +15,8 @@ State = list[dict[str, torch.Tensor]]
 def test_the_updates_after_a_skip_are_as_if_it_had_not_been(two: Workers, stage: int, bf16: bool) -> None:
     settings = {"zero_stage": stage, "bf16": bf16}
     # the layer "detour" gets a gradient in the bad update only: what it leaves there would show
-    bad = Program(updates=5, window=2, max_norm=0.5, poisoned=(2,), detours=[(0, 0), (2, 1)])
-    good = Program(updates=5, window=2, max_norm=0.5, skipped=(2,), detours=[(0, 0)])
+    bad = Program(updates=5, accumulation_steps=2, max_norm=0.5, poisoned=(2,), detours=[(0, 0), (2, 1)])
+    good = Program(updates=5, accumulation_steps=2, max_norm=0.5, skipped=(2,), detours=[(0, 0)])
     with_it, without_it = two.run(cases.after, program=bad, **settings), two.run(cases.after, program=good, **settings)
     for (parameters, state, seen), (wanted_parameters, wanted_state, _) in zip(with_it, without_it, strict=True):
         assert seen == [(True, False)] * 2 + [(False, True)] + [(True, False)] * 2

@@ -1,7 +1,7 @@
-"""From the settings to DeepSpeed's configuration: pure functions.
+"""DeepSpeed's configuration, from the settings: pure functions.
 
-What DeepSpeed would count and scale by itself it is told to leave alone: micro-batches, the loss, the
-schedule are the strategy's. What it does is shard, reduce, clip, step, and keep master weights.
+DeepSpeed shards, reduces, clips, steps and keeps master weights. It does not count micro-batches, scale the loss or step
+the schedule: the strategy does.
 """
 
 from collections.abc import Mapping
@@ -14,36 +14,41 @@ REDUCE_BUCKET_ELEMENTS = 500_000_000
 
 
 def computes_in_bf16(config: StrategyConfig) -> bool:
-    """Whether DeepSpeed stores what it trains in bfloat16, beside fp32 master weights.
+    """Return whether DeepSpeed stores models in training in bfloat16, beside fp32 master weights.
 
-    Not at stage 0: there it would accumulate gradients in bfloat16 as well ("unsupported mix" otherwise), and
-    shards nothing that the copy could save. Stage 0 trains fp32 parameters under autocast.
+    Not at stage 0: DeepSpeed would accumulate gradients in bfloat16 there (it refuses fp32 as an "unsupported mix"), and
+    would save no memory. Stage 0 trains fp32 parameters under autocast.
     """
     return config.bf16 and config.zero_stage > 0
 
 
 def train_config(config: StrategyConfig, *, pin_memory: bool = False) -> dict[str, Any]:
-    """DeepSpeed's configuration for a model in training."""
+    """Return DeepSpeed's configuration of a model in training.
+
+    Args:
+        config: The settings.
+        pin_memory: Keep what is offloaded in pinned memory.
+    """
     accumulate = (config.grad_accum_dtype or "fp32") if computes_in_bf16(config) else "fp32"
     return {
         **_unmanaged(),
         "gradient_clipping": config.max_norm or 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        # immediate_grad_update: otherwise BF16_Optimizer (stage 1) clears the gradients at the output of each
-        # forward that a backward meets, and two forwards under one loss lose the gradient of one of them.
+        # immediate_grad_update: BF16_Optimizer (stage 1) would else clear the gradients at the output of each forward
+        # that a backward meets, and two forwards under one loss would lose the gradient of one of them.
         "bf16": {"enabled": computes_in_bf16(config), "immediate_grad_update": True},
         "data_types": {"grad_accum_dtype": accumulate},
-        # By default gradients travel in the parameters' type, whatever they are accumulated in.
+        # The default is the parameters' dtype, regardless of the dtype in which gradients are accumulated.
         "communication_data_type": accumulate,
-        "zero_optimization": _zero_of_training(config, pin_memory),
+        "zero_optimization": _zero_optimization(config, pin_memory),
     }
 
 
 def fit_bucket(settings: Mapping[str, Any], elements: int) -> dict[str, Any]:
-    """``settings`` for a model of so many elements: no larger a bucket to reduce than it fills.
+    """Return ``settings`` with a bucket no larger than the ``elements`` of the model in training.
 
-    DeepSpeed allocates the bucket (half a billion elements by default) whatever the model.
+    DeepSpeed allocates the bucket, half a billion elements by default, regardless of the model's size.
     """
     zero = dict(settings["zero_optimization"])
     zero["reduce_bucket_size"] = min(int(zero.get("reduce_bucket_size", REDUCE_BUCKET_ELEMENTS)), max(elements, 1))
@@ -51,9 +56,12 @@ def fit_bucket(settings: Mapping[str, Any], elements: int) -> dict[str, Any]:
 
 
 def eval_config(config: StrategyConfig, *, offload: bool = False, pin_memory: bool = False) -> dict[str, Any]:
-    """DeepSpeed's configuration for a model that does not train: sharded at stage 3, in the type it came in.
+    """Return DeepSpeed's configuration of a model that does not train: sharded at stage 3, in its own type.
 
-    ``offload``: keep the shards in host memory.
+    Args:
+        config: The settings.
+        offload: Keep the shards in host memory.
+        pin_memory: Keep what is offloaded in pinned memory.
     """
     zero: dict[str, Any] = {"stage": 3 if config.zero_stage == 3 else 0}
     if config.zero_stage == 3:
@@ -62,6 +70,7 @@ def eval_config(config: StrategyConfig, *, offload: bool = False, pin_memory: bo
 
 
 def _unmanaged() -> dict[str, Any]:
+    """Return what makes DeepSpeed leave counting and scaling to the strategy."""
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -69,7 +78,7 @@ def _unmanaged() -> dict[str, Any]:
     }
 
 
-def _zero_of_training(config: StrategyConfig, pin_memory: bool) -> dict[str, Any]:
+def _zero_optimization(config: StrategyConfig, pin_memory: bool) -> dict[str, Any]:
     zero: dict[str, Any] = {
         "stage": config.zero_stage,
         "overlap_comm": config.overlap_comm,

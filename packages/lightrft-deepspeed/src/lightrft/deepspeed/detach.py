@@ -1,6 +1,6 @@
-"""Taking off a model what DeepSpeed hung on it, so that a model that outlives its strategy holds nothing of it.
+"""Removing what DeepSpeed attached to a model, so that a model that outlives its strategy does not keep it alive.
 
-What hangs there holds engines, master weights and process groups: threads and sockets.
+The attached objects hold engines, master weights and process groups, and with them threads and sockets.
 """
 
 from torch import nn
@@ -8,7 +8,7 @@ from torch import nn
 from lightrft.config import StrategyError
 
 SHARDED = "ds_id"
-"""The attribute that stays on a parameter that was sharded: it is empty now, and must not be taken for whole."""
+"""Stays on a parameter that was sharded: it is empty now, and must not be mistaken for a full one."""
 
 _ON_MODULES = frozenset(
     {
@@ -30,25 +30,25 @@ _ON_PARAMETERS = frozenset(
 )  # fmt: skip
 
 
-def strip(module: nn.Module) -> None:
-    """Remove DeepSpeed's attributes and containers from ``module`` and its parameters."""
-    for part in module.modules():
-        _remove(part, _ON_MODULES)
-        part._parameters = dict(part._parameters)  # ZeRO-3 puts a container of its own there
+def detach(module: nn.Module) -> None:
+    """Remove DeepSpeed's attributes and containers from ``module`` and its parameters. May be called twice."""
+    for submodule in module.modules():
+        _delete_attributes(submodule, _ON_MODULES)
+        submodule._parameters = dict(submodule._parameters)  # ZeRO-3 puts its own container there
     for parameter in module.parameters():
-        _remove(parameter, _ON_PARAMETERS)
+        _delete_attributes(parameter, _ON_PARAMETERS)
 
 
-def check_whole(module: nn.Module) -> None:
-    """Raise `StrategyError` where ``module`` was sharded, and not by the strategy that asks."""
+def check_not_sharded(module: nn.Module) -> None:
+    """Raise `StrategyError` if ``module`` was sharded by another strategy."""
     if any(hasattr(parameter, SHARDED) for parameter in module.parameters()):
         raise StrategyError(
-            f"prepare: the parameters of {type(module).__name__} are sharded already, by a strategy that was closed or by "
-            f"deepspeed.zero.Init; build the model anew, in init_model_context"
+            f"prepare: expected full parameters, got a {type(module).__name__} that is sharded already, by a strategy that "
+            f"was closed or by deepspeed.zero.Init. Build the model again, in init_model_context"
         )
 
 
-def _remove(holder: object, names: frozenset[str]) -> None:
+def _delete_attributes(holder: object, names: frozenset[str]) -> None:
     for name in list(vars(holder)):
         if (name in names or name.startswith("ds_")) and name != SHARDED:
             delattr(holder, name)

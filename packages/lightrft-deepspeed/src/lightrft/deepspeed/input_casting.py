@@ -1,4 +1,4 @@
-"""What a model is called with, in the type in which it computes."""
+"""Inputs of a model, cast to the type in which it computes."""
 
 from typing import Any
 

@@ -1,7 +1,7 @@
 """Sharding a model over the ranks as ZeRO-3 does, one parameter at a time.
 
-DeepSpeed shards a model that is built under ``zero.Init``, or one that is whole on every rank. Here rank 0 may
-be the only one that has weights: no rank ever holds more of them than it did, and one whole parameter.
+DeepSpeed shards a model that is built under ``zero.Init``, or one that is whole on every rank. Here rank 0 may be the
+only one with weights, and no rank ever holds more of them than it did, plus one whole parameter.
 """
 
 from collections.abc import Callable
@@ -12,17 +12,19 @@ from deepspeed.runtime.zero import GatheredParameters, Init
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from lightrft.strategy.distributed.world import World
-from lightrft.strategy.training.modules import broadcast
+from lightrft.strategy.backend import World, broadcast
 
 
-def shard(module: nn.Module, world: World, group: ProcessGroup, secondary: ProcessGroup | None) -> None:
-    """Move ``module`` to the device: parameters sharded over ``group``, buffers whole, all with rank 0's values.
+def shard_module(module: nn.Module, world: World, group: ProcessGroup, secondary: ProcessGroup | None) -> None:
+    """Move ``module`` to the device with rank 0's values, parameters sharded, buffers whole. All ranks must call this.
 
-    ``secondary``: the ranks of the ZeRO++ secondary partition. Parameters that were on the meta device are
-    replaced. Every rank calls this.
+    Args:
+        module: The model. Parameters on the meta device are replaced.
+        world: The ranks.
+        group: The ranks that share one copy of the parameters.
+        secondary: The ranks of the ZeRO++ secondary partition.
     """
-    # A module, so that it also installs the linear which lets go of gathered weights between forward and backward.
+    # With a module, it also installs the linear that frees gathered weights between forward and backward.
     init = Init(module=nn.Module(), data_parallel_group=group, zero_param_parallel_group=secondary)
 
     def sharded(parameter: nn.Parameter) -> nn.Parameter:
@@ -37,8 +39,8 @@ def shard(module: nn.Module, world: World, group: ProcessGroup, secondary: Proce
         broadcast(buffer.data, world)
         return buffer
 
-    _replace(module, lambda owner: owner._parameters, sharded)
-    _replace(module, lambda owner: owner._buffers, replicated)
+    _replace(module, lambda submodule: submodule._parameters, sharded)
+    _replace(module, lambda submodule: submodule._buffers, replicated)
 
 
 def _on_device(tensor: Any, world: World) -> Any:
@@ -50,10 +52,10 @@ def _on_device(tensor: Any, world: World) -> Any:
 
 
 def _replace(module: nn.Module, store_of: Callable[[nn.Module], dict[str, Any]], change: Callable[[Any], Any]) -> None:
-    """Put ``change(tensor)`` where each tensor is; tied ones are changed once and stay tied."""
-    changed: dict[int, tuple[Any, Any]] = {}  # holds the old ones too, so that no id comes twice
-    for owner in module.modules():
-        store = store_of(owner)
+    """Put ``change(tensor)`` in place of each tensor; tied ones are changed once and stay tied."""
+    changed: dict[int, tuple[Any, Any]] = {}  # holds the old tensors too, so that no id is used twice
+    for submodule in module.modules():
+        store = store_of(submodule)
         for name, tensor in store.items():
             if tensor is not None:
                 if id(tensor) not in changed:
@@ -61,14 +63,14 @@ def _replace(module: nn.Module, store_of: Callable[[nn.Module], dict[str, Any]],
                 store[name] = changed[id(tensor)][1]
 
 
-def owned_part(parameter: Any, rank: int) -> range:
-    """The elements of the whole, flattened parameter that ``rank`` holds. The last ranks may hold fewer, or none."""
+def owned_range(parameter: Any, rank: int) -> range:
+    """Return which elements of the flattened whole parameter ``rank`` holds; the last ranks may hold fewer, or none."""
     size = parameter.ds_tensor.ds_numel
     return range(min(rank * size, parameter.ds_numel), min((rank + 1) * size, parameter.ds_numel))
 
 
 def gather_in_forward(module: nn.Module) -> Callable[[], None]:
-    """Let a sharded module without an engine be called, whole for the time of the call. Returns what undoes this."""
+    """Gather a sharded module without an engine for the time of each call. Returns what undoes this, also twice."""
     gathered: list[GatheredParameters] = []
 
     def before(*_: Any) -> None:
@@ -80,8 +82,8 @@ def gather_in_forward(module: nn.Module) -> Callable[[], None]:
 
     handles = [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)]
 
-    def undo() -> None:
+    def stop() -> None:
         for handle in handles:
             handle.remove()
 
-    return undo
+    return stop

@@ -1,0 +1,67 @@
+"""fp32 master weights that start from the caller's fp32 weights, not from weights rounded to bfloat16.
+
+DeepSpeed rounds a model to bfloat16 first and makes the fp32 master weights from that, so that a model would start up
+to 0.4 % away from its checkpoint:
+https://github.com/deepspeedai/DeepSpeed/blob/v0.19.8/deepspeed/runtime/zero/stage_1_and_2.py#L577. Each rank keeps the
+fp32 values of the ranges that it will own, and puts them back. Until then they take their memory twice.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from lightrft.config import StrategyError
+
+_ALIGNMENT = 2
+"""DeepSpeed pads a flat group to a multiple of this many elements, times the ranks (for 4-byte boundaries)."""
+
+
+def owned_ranges(sizes: Sequence[int], ranks: int, rank: int) -> list[range]:
+    """Return which elements of each tensor ``rank`` owns, in the layout of ZeRO 1 and 2 for one parameter group.
+
+    Args:
+        sizes: Numbers of elements of the tensors, which lie flattened one after the other, in equal partitions.
+        ranks: Number of partitions.
+        rank: Index of the partition.
+    """
+    multiple = _ALIGNMENT * ranks
+    partition = -(-sum(sizes) // multiple) * multiple // ranks
+    begin, end = rank * partition, (rank + 1) * partition
+    ranges, offset = [], 0
+    for size in sizes:
+        ranges.append(range(min(max(begin - offset, 0), size), max(min(end - offset, size), 0)))
+        offset += size
+    return ranges
+
+
+class Fp32Weights:
+    """This rank's ranges of the trainable parameters, in fp32."""
+
+    def __init__(self, groups: Iterable[Sequence[nn.Parameter]], ranks: int, rank: int) -> None:
+        """Copy the ranges. ``groups``: the optimizer's, before DeepSpeed flattens them."""
+        self._weights: dict[nn.Parameter, tuple[range, torch.Tensor]] = {}
+        for group in groups:
+            flat = [parameter for parameter in group if parameter.requires_grad and parameter.numel()]
+            ranges = owned_ranges([parameter.numel() for parameter in flat], ranks, rank)
+            for parameter, owned in zip(flat, ranges, strict=True):
+                if owned:
+                    values = parameter.detach().reshape(-1)[owned.start : owned.stop].clone()
+                    self._weights[parameter] = owned, values
+
+    def restore(self) -> None:
+        """Copy the values to the master weights that DeepSpeed made of the parameters.
+
+        Raises:
+            StrategyError: DeepSpeed laid the parameters out in another way.
+        """
+        for parameter, (owned, values) in self._weights.items():
+            fragment = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed's
+            address = None if fragment is None else fragment.lp_fragment_address
+            if address is None or (address.start, address.numel) != (owned.start, len(owned)):
+                raise StrategyError(
+                    f"prepare: expected DeepSpeed to give this rank the elements {owned} of a parameter of "
+                    f"{parameter.numel()}, got {address}. This version of DeepSpeed lays optimizer groups out in another way "
+                    f"than {__name__}. Use bf16=False, or another version of DeepSpeed"
+                )
+            fragment.hp_fragment.detach().copy_(values)
