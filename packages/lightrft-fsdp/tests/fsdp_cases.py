@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 
 from lightrft.fsdp import FSDPV2Strategy, sharding
+from lightrft.fsdp.backend import FSDPBackend
 from lightrft.strategy.backend import WrapOptions
 
 
@@ -22,7 +23,7 @@ def strategy(
     program: Program, kind: type[FSDPV2Strategy] = FSDPV2Strategy, **settings: Any
 ) -> Iterator[FSDPV2Strategy]:
     """A strategy for ``program``, closed in the end."""
-    batch = program.window * int(os.environ["WORLD_SIZE"])
+    batch = program.accumulation_steps * int(os.environ["WORLD_SIZE"])
     with kind(device="cpu", max_norm=program.max_norm, train_batch_size=batch, **{"bf16": False, **settings}) as made:
         yield made
 
@@ -59,21 +60,27 @@ def held(**settings: Any) -> tuple[int, list[int], set[torch.dtype]]:
     """Elements that this rank holds of a model in training, the sizes of its mesh, and their types."""
     with strategy(Program(), **settings) as made:
         model, _ = prepared(made)
-        shards = made._shards(made.unwrap_model(model))
+        shards = made.backend.shards(made.unwrap_model(model))
         (mesh,) = {parameter.device_mesh for parameter in model.parameters()}
         return sum(it.values.numel() for it in shards), list(mesh.shape), {it.values.dtype for it in shards}
 
 
-class OnTwoMeshes(FSDPV2Strategy):
+class TwoMeshBackend(FSDPBackend):
     """The second layer is whole on every rank, as experts may be sharded otherwise than what is around them."""
 
-    def _wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
+    def wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
         assert isinstance(module, Layered)
         whole = dict(module.named_parameters()) if self.world.rank == 0 else {}
         fully_shard(module.layers[1], mesh=self._mesh(1))
         fully_shard(module, mesh=self._mesh(-1))
         sharding.load_from_rank_0(module, whole, self.world)
         return module
+
+
+class OnTwoMeshes(FSDPV2Strategy):
+    """Its backend has parameters on two meshes."""
+
+    backend_class = TwoMeshBackend
 
 
 def train_on_two_meshes(program: Program) -> Observed:
@@ -103,7 +110,7 @@ def built_on_rank_0_alone(in_training: bool) -> tuple[dict[str, torch.Tensor], t
 
 def moved_about(cycles: bool, **settings: Any) -> dict[str, torch.Tensor]:
     """The weights after a few updates, with the model and the optimizer sent away and back before each."""
-    program = Program(updates=4, window=2)
+    program = Program(updates=4, accumulation_steps=2)
     with strategy(program, **settings) as made:
         model, optimizer = prepared(made)
         for update, micro, _ in program.micro_batches():

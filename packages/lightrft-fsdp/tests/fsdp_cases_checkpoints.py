@@ -12,7 +12,7 @@ import training
 from programs import Program, tokens
 
 from lightrft.config import CheckpointError, LightRFTError, StrategyError
-from lightrft.strategy.checkpoint import capture, saving
+from lightrft.strategy.checkpoint import background, plan
 
 
 def failing(step: str, path: str) -> str:
@@ -22,9 +22,9 @@ def failing(step: str, path: str) -> str:
         raise CheckpointError("no memory")
 
     steps = {
-        "comparing": (capture, "_prints"),
-        "sharing": (saving, "_check_covered"),
-        "copying": (saving.Saving, "detached"),
+        "comparing": (plan, "_buffer_checksums"),
+        "assigning": (plan, "_check_covered"),
+        "copying": (background.Staging, "copies"),
     }
     with fsdp_cases.strategy(Program(), async_ckpt=True, timeout=10.0) as made:
         model, _ = fsdp_cases.prepared(made)
@@ -36,21 +36,19 @@ def failing(step: str, path: str) -> str:
 
 
 def terminated(path: str) -> int:
-    """The exit status of a run of which rank 1 alone gets SIGTERM, in its third update."""
+    """The index of the last update of a run of which rank 1 alone gets SIGTERM, in its third update."""
     program = Program(updates=6)
     with fsdp_cases.strategy(program) as made:
         model, optimizer = fsdp_cases.prepared(made)
-
-        def train() -> None:
+        with made.saving_on_sigterm(lambda: made.save_ckpt(model, path)):
             for update, micro, _ in program.micro_batches():
                 training.backward(program, made, model, optimizer, update, micro)
                 if update == 2 and made.get_rank() == 1:
                     os.kill(os.getpid(), signal.SIGTERM)
                 made.optimizer_step(optimizer, model)
-
-        with made.saving_on_sigterm(lambda: made.save_ckpt(model, path)), pytest.raises(SystemExit) as ended:
-            train()
-        return int(str(ended.value.code))
+                if made.stop_requested:
+                    break
+        return update
 
 
 def went_on(path: str, done: int) -> dict[str, torch.Tensor]:

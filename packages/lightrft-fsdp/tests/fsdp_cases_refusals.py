@@ -29,7 +29,7 @@ def left_by_one_rank() -> list[str]:
     told: list[str] = []
     with fsdp_cases.strategy(Program(), timeout=5.0) as made:
         try:
-            with made._collectives.together("sample"):
+            with made._consensus.together("sample"):
                 if made.get_rank() == 0:
                     raise KeyboardInterrupt
         except (KeyboardInterrupt, RuntimeError, LightRFTError) as error:

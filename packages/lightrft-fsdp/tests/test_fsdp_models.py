@@ -10,7 +10,7 @@ from workers import Workers
 @pytest.mark.parametrize("checkpointing", [None, "reentrant", "not reentrant"])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_llama_trains_as_in_plain_torch(two: Workers, bf16: bool, checkpointing: str | None) -> None:
-    program = Program(updates=4, window=2)
+    program = Program(updates=4, accumulation_steps=2)
     found = two.run(cases.trained, program=program, checkpointing=checkpointing, bf16=bf16)
     wanted = reference(program, 2, Actor)
     wanted.parameters = {name.removeprefix("model."): it for name, it in wanted.parameters.items()}

@@ -8,24 +8,24 @@ from workers import Workers
 WORDS = {
     "unknown strategy": ("ConfigError", "there is no strategy 'fdsp'", "did you mean 'fsdp'?", "registered are: "),
     "batch that does not divide": ("ConfigError", "train_batch_size=3", "1 x 2 = 2", "the same whole number"),
-    "sequence parallelism": ("ConfigError", "sp_size=2", "not supported yet", "use sp_size=1"),
-    "no CUDA": ("ConfigError", "device='cuda'", "no CUDA device", "use device='cpu' or 'auto'"),
+    "sequence parallelism": ("ConfigError", "sp_size=2", "not supported yet", "Use sp_size=1"),
+    "no CUDA": ("ConfigError", "device='cuda'", "no CUDA device", "Use device='cpu' or 'auto'"),
     "unknown engine": ("ConfigError", "there is no engine 'transformer'", "did you mean 'transformers'?"),
     "generating without an engine": ("EngineError", "gather_and_generate", "setup_inference_engine"),
-    "replicas that do not divide": ("ConfigError", "shard_size=3", "2 ranks"),
+    "replicas that do not divide": ("ConfigError", "shard_size to divide the 2 ranks, got 3"),
     "no layers": ("UnsupportedOperationError", "Linear has no layers to wrap", "Set _no_split_modules ="),
-    "scalar parameter": ("UnsupportedOperationError", "temperature of Layered", "give them shape (1,)"),
-    "optimizer of another model": ("StrategyError", "belongs to another model (Layered)", "that prepare returned"),
-    "loss without a graph": ("StrategyError", "backward: the loss carries no graph", "detached"),
-    "model that was not prepared": ("StrategyError", "has not prepared the model", "call prepare("),
-    "step without backward": ("StrategyError", "optimizer_step: no backward", "call strategy.backward("),
+    "scalar parameter": ("UnsupportedOperationError", "temperature of Layered", "Give them shape (1,)"),
+    "optimizer of another model": ("StrategyError", "got that of another model (Layered)", "that prepare returned"),
+    "loss without a graph": ("StrategyError", "backward: expected a loss with a graph", "detached"),
+    "model that was not prepared": ("StrategyError", "which this strategy has not prepared", "Call prepare("),
+    "step without backward": ("StrategyError", "optimizer_step: expected a backward", "Call strategy.backward("),
 }
 
 
 def test_a_rank_that_was_interrupted_in_a_call_does_not_go_on_as_if_the_others_had_been(two: Workers) -> None:
     (kind, *calls), other = two.run(cases.left_by_one_rank)
     assert kind == "KeyboardInterrupt"
-    assert ["was left by KeyboardInterrupt" in it for it in calls] == [True, True]
+    assert ["was interrupted by KeyboardInterrupt" in it for it in calls] == [True, True]
     assert len(other) == 1
 
 

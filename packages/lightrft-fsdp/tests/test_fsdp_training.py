@@ -36,12 +36,12 @@ def test_parameters_that_lie_column_by_column_train_like_others(two: Workers) ->
 
 
 def test_several_micro_batches_and_two_losses_in_each_give_their_mean(two: Workers) -> None:
-    program = Program(updates=6, window=2, losses="forward, forward, backward, backward")
+    program = Program(updates=6, accumulation_steps=2, losses="forward, forward, backward, backward")
     assert relative(trained(two, program), plain(program, 2), layered) < 5e-5
 
 
 def test_copies_that_are_sharded_over_some_ranks_are_replicas(four: Workers) -> None:
-    program = Program(updates=8, window=2, max_norm=0.3)
+    program = Program(updates=8, accumulation_steps=2, max_norm=0.3)
     found, wanted = trained(four, program, fsdp_shard_size=2), plain(program, 4)
     assert relative(found, wanted, layered) < 5e-5
     assert found.norms == pytest.approx(wanted.norms, rel=1e-5)
@@ -58,7 +58,7 @@ def test_each_replica_is_whole_over_its_ranks(four: Workers) -> None:
 
 
 def test_a_layer_on_another_mesh_is_clipped_with_the_rest(two: Workers) -> None:
-    program = Program(updates=8, window=2, max_norm=0.3)
+    program = Program(updates=8, accumulation_steps=2, max_norm=0.3)
     found, wanted = same(two.run(cases.train_on_two_meshes, program=program)), plain(program, 2)
     assert found.norms == pytest.approx(wanted.norms, rel=1e-5)
     assert relative(found, wanted, layered) < 5e-5
@@ -71,20 +71,20 @@ def test_a_layer_on_another_mesh_is_clipped_with_the_rest(two: Workers) -> None:
     ids=str,
 )
 def test_where_things_are_kept_changes_no_update(two: Workers, settings: dict[str, object]) -> None:
-    program = Program(updates=6, window=2, max_norm=0.3)
+    program = Program(updates=6, accumulation_steps=2, max_norm=0.3)
     assert relative(trained(two, program, **settings), plain(program, 2), layered) < 5e-5
 
 
 @pytest.mark.parametrize("given", [None, "bf16"])
 def test_bfloat16_stays_near_the_fp32_reference_and_the_masters_are_fp32(two: Workers, given: str | None) -> None:
-    program = Program(window=2)
+    program = Program(accumulation_steps=2)
     found = trained(two, program, bf16=True, grad_accum_dtype=given)
     assert 0 < relative(found, plain(program, 2), layered) < 0.1
     assert {str(dtype) for _, _, dtypes in two.run(cases.held, bf16=True) for dtype in dtypes} == {"torch.float32"}
 
 
 def test_a_layer_that_only_some_updates_use_moves_as_in_plain_torch(two: Workers) -> None:
-    program = Program(updates=6, window=2, detours=[(0, 0), (3, 1)])
+    program = Program(updates=6, accumulation_steps=2, detours=[(0, 0), (3, 1)])
     assert relative(trained(two, program), plain(program, 2), layered) < 5e-5
 
 

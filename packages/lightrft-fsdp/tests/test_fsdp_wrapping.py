@@ -58,7 +58,10 @@ def test_a_part_declares_for_itself_and_inner_layers_come_first() -> None:
 
 @pytest.mark.parametrize(
     ("declared", "reason"),
-    [(None, "it declares none"), (["Block"], r"none of the classes that it declares \(Block\) is in it")],
+    [
+        (None, "it declares no layer classes"),
+        (["Block"], r"it contains none of the classes that it declares \(Block\)"),
+    ],
 )
 def test_a_model_without_layers_is_told_what_to_do(declared: list[str] | None, reason: str) -> None:
     model = nn.Sequential(nn.Linear(2, 2))

@@ -1,7 +1,7 @@
-"""Between whole tensors and FSDP2's shards: rank 0's weights to every shard, and shards to whole tensors.
+"""Conversion between whole tensors and FSDP2's shards: rank 0's weights to every shard, and shards to whole tensors.
 
-FSDP2 splits dim 0 in chunks of ceil(rows / ranks), so each shard is a contiguous range of the flattened
-tensor, and ranks that share a mesh's shard dimension hold the ranges in order.
+FSDP2 splits dim 0 into chunks of ceil(rows / ranks), so each shard is a contiguous range of the flattened tensor, and the
+ranks along a mesh's shard dimension hold the ranges in order.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,22 +14,20 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from lightrft.strategy.backend import cast
-from lightrft.strategy.distributed.world import World, all_gather_rows
-from lightrft.strategy.training.modules import broadcast
+from lightrft.strategy.backend import World, all_gather_rows, broadcast, cast
 
 
 def shard_group(tensor: DTensor) -> dist.ProcessGroup:
-    """The ranks among which ``tensor`` is split; replicas of an HSDP mesh are not among them."""
+    """Return the ranks among which ``tensor`` is split, without the replicas of an HSDP mesh."""
     return tensor.device_mesh.get_group(tensor.device_mesh.ndim - 1)
 
 
-def forget_meshes() -> None:
-    """Make torch forget the meshes of the process groups that are about to end.
+def clear_mesh_caches() -> None:
+    """Clear torch's caches of meshes, before their process groups end.
 
-    It caches what DTensor operations give, mesh included, by the mesh's layout. A later mesh of the same layout
-    would get tensors that carry the old one, whose process groups are gone. The caches are per thread: this
-    clears the one in which parameters are made.
+    torch caches the results of DTensor operations, mesh included, by the mesh's layout: a later mesh of the same layout
+    would get tensors with the old mesh, whose process groups are gone. The caches are per thread; this clears the one in
+    which parameters are made.
     """
     DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache_clear()
     clear_native = getattr(torch._C, "_clear_DTensor_sharding_propagator_cache", None)  # newer than torch 2.11
@@ -37,8 +35,8 @@ def forget_meshes() -> None:
         clear_native()
 
 
-def let_go_of_groups(module: nn.Module) -> None:
-    """Take the process groups, with their threads and sockets, off a model that may outlive them.
+def release_groups(module: nn.Module) -> None:
+    """Remove the process groups, with their threads and sockets, from a model that may outlive them.
 
     FSDP2 and the meshes of its parameters hold them for as long as the model lives, and have no call that ends that.
     """
@@ -52,10 +50,10 @@ def let_go_of_groups(module: nn.Module) -> None:
 
 
 def gathered_parameters(module: nn.Module) -> set[int]:
-    """What FSDP2 puts in place of the shards for a forward, by ``id``: where the graph of a loss ends."""
+    """Return the ids of the parameters that FSDP2 gathers for a forward pass: the leaves of the graph of a loss."""
     parts = (part for part in module.modules() if isinstance(part, FSDPModule))
-    held = (it for part in parts for group in _parameter_groups(part) for it in group.fsdp_params)
-    return {id(it._unsharded_param) for it in held if hasattr(it, "_unsharded_param")}
+    parameters = (parameter for part in parts for group in _parameter_groups(part) for parameter in group.fsdp_params)
+    return {id(parameter._unsharded_param) for parameter in parameters if hasattr(parameter, "_unsharded_param")}
 
 
 def _mesh_infos(part: FSDPModule) -> Iterator[Any]:
@@ -70,22 +68,25 @@ def _parameter_groups(part: FSDPModule) -> Iterator[Any]:
 
 
 def offset_of(tensor: DTensor) -> int:
-    """Where this rank's shard begins in the flattened whole."""
+    """Return the index of the first element of this rank's shard in the flattened whole tensor."""
     _, starts = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return starts[0] * tensor.shape[1:].numel()
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part, 1-D, sharing memory with ``tensor``."""
+    """Return this rank's part as a 1-D view."""
     part = tensor.detach()
     return (part.to_local() if isinstance(part, DTensor) else part).view(-1)
 
 
 @torch.no_grad()
 def load_from_rank_0(module: nn.Module, whole: Mapping[str, torch.Tensor], world: World) -> None:
-    """Fill the shards of ``module`` and its buffers with rank 0's, a tensor at a time.
+    """Fill the shards of ``module`` and its buffers with rank 0's values, one tensor at a time.
 
-    ``whole``: on rank 0 the whole tensors by name; on other ranks not read.
+    Args:
+        module: The sharded module.
+        whole: On rank 0, the whole tensors by name; not read on other ranks.
+        world: The ranks.
     """
     for name, parameter in module.named_parameters():
         full = _on_device(whole[name], world) if world.rank == 0 else _empty(parameter, world)
@@ -107,7 +108,7 @@ def _empty(parameter: nn.Parameter, world: World) -> torch.Tensor:
 
 
 def gather(tensors: Sequence[torch.Tensor], dtype: torch.dtype | None, device: torch.device) -> list[torch.Tensor]:
-    """The whole tensors on ``device``, floating ones in ``dtype``; one collective for each shard group and type."""
+    """Return whole tensors on ``device``, floating ones in ``dtype``; one collective for each shard group and type."""
     whole: dict[int, torch.Tensor] = {}
     frames: dict[tuple[int, torch.dtype], list[int]] = {}
     for index, tensor in enumerate(tensors):
@@ -127,11 +128,11 @@ def _gather_frame(shards: Sequence[DTensor], dtype: torch.dtype, device: torch.d
     ranks = dist.get_world_size(group)
     chunks = [-(-shard.shape[0] // ranks) * shard.shape[1:].numel() for shard in shards]
     rows = torch.zeros(ranks, sum(chunks), dtype=dtype, device=device)
-    own = rows[dist.get_rank(group)]
+    this_rank = rows[dist.get_rank(group)]
     starts = [sum(chunks[:index]) for index in range(len(chunks))]
     for shard, start in zip(shards, starts, strict=True):
         values = local(shard)
-        own[start : start + values.numel()].copy_(values)  # casts
+        this_rank[start : start + values.numel()].copy_(values)  # casts
     all_gather_rows(rows, group)
     return [
         rows[:, start : start + chunk].reshape(-1)[: shard.shape.numel()].view(shard.shape)
