@@ -1,4 +1,4 @@
-"""What ranks do in the tests of engines: small models in training, and each engine held against transformers."""
+"""What ranks do in the tests of engines: train small models, and compare each engine with transformers."""
 
 import importlib.util
 import itertools
@@ -38,32 +38,34 @@ def llama(seed: int = 1, *, tied: bool = True, **settings: Any) -> Any:
     return _uneven(lambda: LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=tied, **settings)), seed)
 
 
-def indifferent() -> Any:
-    """A model to which each token is as likely as any other, whatever came before."""
+def uniform_model() -> Any:
+    """A model that gives every token the same probability."""
     model = llama()
     for parameter in model.parameters():
         parameter.data.zero_()
     return model
 
 
-def prompts_draw_apart(strategy: StrategyBase) -> None:
-    """Prompts with one seed, of a model that cannot tell them apart, get completions that have nothing in common."""
+def prompts_draw_independently(strategy: StrategyBase) -> None:
+    """Prompts with one seed get independent completions, also from a model that gives all tokens the same probability."""
     sampling = {"temperature": 1.0, "max_tokens": 16, "n": 4, "seed": 3, "ignore_eos": True}
-    drawn = [it.output_token_ids for it in strategy.gather_and_generate(sampling, [[1, 2], [3], [4, 5, 6]])]
+    drawn = [
+        completion.output_token_ids for completion in strategy.gather_and_generate(sampling, [[1, 2], [3], [4, 5, 6]])
+    ]
     for one, other in itertools.combinations(drawn, 2):
         assert sum(a == b for a, b in zip(one, other, strict=True)) < 8, (one, other)
 
 
 def many_cycles_leave_nothing_behind(strategy: StrategyBase, actor: Any) -> None:
-    """Wake, sync, generate and sleep, over and over: the same tokens, and no more processes, threads, files or memory.
+    """Wake, sync, generate and sleep many times: the tokens stay the same, and no processes, threads, files or memory leak.
 
-    The environment's ``LIGHTRFT_CYCLES`` says how often; 12 times by default.
+    The environment variable ``LIGHTRFT_CYCLES`` is the number of cycles; 12 by default.
     """
 
     def cycle() -> list[tuple[int, ...]]:
         strategy.wakeup_inference_engine()
         strategy.update_engine_weights(actor)
-        return [it.output_token_ids for it in strategy.gather_and_generate(GREEDY, PROMPTS)]
+        return [completion.output_token_ids for completion in strategy.gather_and_generate(GREEDY, PROMPTS)]
 
     def held() -> dict[int, list[int]]:
         processes = os.getpid(), *descendants(os.getpid())
@@ -81,21 +83,21 @@ def many_cycles_leave_nothing_behind(strategy: StrategyBase, actor: Any) -> None
 
 def descendants(pid: int) -> list[int]:
     """Process ids below ``pid``."""
-    found = []
+    pids = []
     for task in Path(f"/proc/{pid}/task").iterdir():
         for child in (task / "children").read_text().split():
-            found += [int(child), *descendants(int(child))]
-    return found
+            pids += [int(child), *descendants(int(child))]
+    return pids
 
 
 def resident(pid: int) -> int:
-    """Bytes in memory that are the process's own."""
+    """Bytes of private memory of a process."""
     pages = Path(f"/proc/{pid}/statm").read_text().split()
     return (int(pages[1]) - int(pages[2])) * os.sysconf("SC_PAGE_SIZE")
 
 
 def refuses_unknown_tokens(strategy: StrategyBase) -> None:
-    """A prompt that is not of the model's vocabulary is named, and the engine lives on."""
+    """A prompt with a token outside the vocabulary is an error that names it, and the engine goes on."""
     wanted = strategy.gather_and_generate(GREEDY, PROMPTS)
     for token in (48, 63, 2**70):
         with pytest.raises(EngineError, match=f"prompt 1 has token {token}, and the model's vocabulary has 48"):
@@ -109,19 +111,22 @@ def sequences_end_with_the_context(strategy: StrategyBase) -> None:
     """At the model's 512 positions a completion ends with "length"; a prompt that leaves no room for a token is named."""
     sampling = {**GREEDY, "repetition_penalty": 1.1}
     for settings in (GREEDY, sampling):
-        found = strategy.gather_and_generate(settings, [[1] * 509, [2] * 511, [3]])
-        assert [len(it.output_token_ids) for it in found] == [3, 1, 8]
-        assert {it.finish_reason for it in found} == {"length"}
-        assert all(it.logprobs is not None and len(it.logprobs) == len(it.output_token_ids) for it in found)
+        completions = strategy.gather_and_generate(settings, [[1] * 509, [2] * 511, [3]])
+        assert [len(completion.output_token_ids) for completion in completions] == [3, 1, 8]
+        assert {completion.finish_reason for completion in completions} == {"length"}
+        assert all(
+            completion.logprobs and len(completion.logprobs) == len(completion.output_token_ids)
+            for completion in completions
+        )
     for tokens in (512, 600):
         with pytest.raises(EngineError, match=f"prompt 1 has {tokens} tokens, and a sequence may have 512"):
             strategy.gather_and_generate(GREEDY, [[3], [1] * tokens])
     assert len(strategy.gather_and_generate(GREEDY, PROMPTS)) == 3
 
 
-def settings_mean_the_same(strategy: StrategyBase, actor: Any) -> None:
-    """Greedy tokens under penalties and stop tokens are those of a loop that knows no engine."""
-    reference = whole(strategy, actor, llama())
+def settings_agree_with_a_plain_loop(strategy: StrategyBase, actor: Any) -> None:
+    """Greedy tokens under penalties and with stop tokens are those of a plain loop."""
+    reference = trained_copy(strategy, actor, llama())
     penalties = [
         {"repetition_penalty": 1.5},
         {"repetition_penalty": 0.7},
@@ -130,10 +135,12 @@ def settings_mean_the_same(strategy: StrategyBase, actor: Any) -> None:
     ]
     for given in (*penalties, {"stop_token_ids": list(range(20)), "repetition_penalty": 1.2}):
         sampling = Sampling.of({**GREEDY, **given})
-        found = strategy.gather_and_generate(sampling, PROMPTS)
+        completions = strategy.gather_and_generate(sampling, PROMPTS)
         wanted = [_penalized_greedy(reference, prompt, sampling) for prompt in PROMPTS]
-        assert [it.output_token_ids for it in found] == wanted, given
-        assert [it.finish_reason for it in found] == ["length" if len(it) == 8 else "stop" for it in wanted]
+        assert [completion.output_token_ids for completion in completions] == wanted, given
+        assert [completion.finish_reason for completion in completions] == [
+            "length" if len(tokens) == 8 else "stop" for tokens in wanted
+        ]
 
 
 @torch.no_grad()
@@ -145,12 +152,12 @@ def _penalized_greedy(model: Any, prompt: list[int], sampling: Sampling) -> tupl
     return tuple(made)
 
 
-def ends_with_the_tokenizers_end(strategy: StrategyBase) -> None:
-    """Also where the model's configuration names no end-of-sequence token, and its tokenizer does."""
-    found = strategy.gather_and_generate({"temperature": 2.0, "max_tokens": 16, "n": 60, "seed": 1}, PROMPTS)
-    ended = [1 in it.output_token_ids for it in found]
+def ends_at_the_tokenizers_eos(strategy: StrategyBase) -> None:
+    """Completions end at the end-of-sequence token of the tokenizer if the model's configuration has none."""
+    completions = strategy.gather_and_generate({"temperature": 2.0, "max_tokens": 16, "n": 60, "seed": 1}, PROMPTS)
+    ended = [1 in completion.output_token_ids for completion in completions]
     assert any(ended) and not all(ended)
-    for completion, has_ended in zip(found, ended, strict=True):
+    for completion, has_ended in zip(completions, ended, strict=True):
         assert 1 not in completion.output_token_ids[:-1]
         assert completion.finish_reason == ("stop" if has_ended else "length")
 
@@ -158,14 +165,14 @@ def ends_with_the_tokenizers_end(strategy: StrategyBase) -> None:
 def threads_take_turns(strategy: StrategyBase) -> None:
     """Each of several threads gets the completion of its own prompt."""
     prompts = [[first, 2, 3] for first in range(1, 9)]
-    wanted = [it.output_token_ids for it in strategy.gather_and_generate(GREEDY, prompts)]
+    wanted = [completion.output_token_ids for completion in strategy.gather_and_generate(GREEDY, prompts)]
     with ThreadPoolExecutor(len(prompts)) as threads:
-        found = list(threads.map(lambda prompt: strategy.engine_generate_local(GREEDY, [prompt]), prompts * 3))
-    assert [it.output_token_ids for (it,) in found] == wanted * 3
+        answers = list(threads.map(lambda prompt: strategy.engine_generate_local(GREEDY, [prompt]), prompts * 3))
+    assert [completion.output_token_ids for (completion,) in answers] == wanted * 3
 
 
-def asked_alike(engine: str, strategy: str, **settings: Any) -> None:
-    """Ranks that share an engine and ask for different things are refused, and all hear how it is."""
+def must_ask_alike(engine: str, strategy: str, **settings: Any) -> None:
+    """Ranks that share an engine and ask for different samplings are refused, and all of them know the engine's status."""
     with rollout(engine, strategy, engine_tp_size=2, **settings) as (made, actor, _):
         rank = made.get_rank()
         for differing in (
@@ -174,9 +181,9 @@ def asked_alike(engine: str, strategy: str, **settings: Any) -> None:
             {"max_tokens": 4 + rank},
             {"n": 1 + rank},
         ):
-            with pytest.raises(ArgumentError, match="ranks that share an engine must ask alike"):
+            with pytest.raises(ArgumentError, match="expected equal sampling parameters on ranks that share"):
                 made.gather_and_generate({**GREEDY, **differing}, PROMPTS)
-        compare(made, whole(made, actor, llama()), PROMPTS[rank:])
+        compare(made, trained_copy(made, actor, llama()), PROMPTS[rank:])
         if engine == "sglang":
             if rank == 0:
                 made.inference_engine._server.end()
@@ -187,7 +194,7 @@ def asked_alike(engine: str, strategy: str, **settings: Any) -> None:
             assert made.inference_engine_status is EngineStatus.ASLEEP
             made.update_engine_weights(actor)
             assert made.inference_engine_status is EngineStatus.AWAKE
-            compare(made, whole(made, actor, llama()), PROMPTS[rank:])
+            compare(made, trained_copy(made, actor, llama()), PROMPTS[rank:])
 
 
 def with_tokenizer_that_adds(folder: Path) -> str:
@@ -205,10 +212,10 @@ def with_tokenizer_that_adds(folder: Path) -> str:
     return str(folder)
 
 
-def takes_text_as_it_is(strategy: StrategyBase) -> None:
-    """A template has what special tokens there are to be: no engine adds any."""
-    (found,) = strategy.gather_and_generate(GREEDY, all_prompts=["w5 w6 w7"])
-    assert found.prompt_token_ids == (5, 6, 7)
+def adds_no_special_tokens(strategy: StrategyBase) -> None:
+    """No engine adds special tokens to text: a chat template has them already."""
+    (completion,) = strategy.gather_and_generate(GREEDY, all_prompts=["w5 w6 w7"])
+    assert completion.prompt_token_ids == (5, 6, 7)
 
 
 def experts(seed: int = 1) -> Any:
@@ -228,24 +235,24 @@ def adapted() -> Any:
 
 
 def adapters_arrive_merged(engine: str, strategy: str, **settings: Any) -> None:
-    """The engine, which knows no adapters, generates what base model and adapters do together, after each sync."""
+    """After each sync the engine, which knows no adapters, generates as base model and adapters do together."""
     with rollout(engine, strategy, model=adapted(), **settings) as (made, actor, optimizer):
         before = None
         for _ in range(2):
             train(made, actor, optimizer, updates=3)
             made.update_engine_weights(actor)
             reference = adapted()
-            state = {name: it.clone() for bucket in made.full_parameters(actor) for name, it in bucket}
-            told = reference.load_state_dict(state, strict=False)
-            assert not told.unexpected_keys
-            assert all("lm_head" in name for name in told.missing_keys)  # tied
+            state = {name: tensor.clone() for bucket in made.full_parameters(actor) for name, tensor in bucket}
+            loaded = reference.load_state_dict(state, strict=False)
+            assert not loaded.unexpected_keys
+            assert all("lm_head" in name for name in loaded.missing_keys)  # tied
             compare(made, reference.eval(), PROMPTS[made.get_rank() :])
-            assert before is None or any(not torch.equal(before[name], it) for name, it in state.items())
+            assert before is None or any(not torch.equal(before[name], tensor) for name, tensor in state.items())
             before = state
 
 
 def _uneven(build: Callable[[], Any], seed: int) -> Any:
-    """Norms and biases begin at 1 and 0, which hides mistakes."""
+    """A model with noise in all weights: norms of 1 and biases of 0 would hide mistakes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build()
@@ -294,7 +301,7 @@ def rollout(
 
 @contextmanager
 def interrupted(seconds: float) -> Iterator[None]:
-    """Ctrl-C after so long, which must be what ends the body."""
+    """Send SIGINT after ``seconds``; it must end the body."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
     threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
     try:
@@ -305,7 +312,7 @@ def interrupted(seconds: float) -> Iterator[None]:
 
 
 def train(made: StrategyBase, actor: Any, optimizer: Any, updates: int = 2) -> None:
-    """A few updates, alike in every strategy."""
+    """A few updates, the same in every strategy."""
     for number in range(updates * made.accumulated_gradient):
         generator = torch.Generator().manual_seed(100 * number + made.get_rank())
         tokens = torch.randint(40, (1, 12), generator=generator)
@@ -314,19 +321,19 @@ def train(made: StrategyBase, actor: Any, optimizer: Any, updates: int = 2) -> N
         made.optimizer_step(optimizer, actor)
 
 
-def whole(made: StrategyBase, actor: Any, like: Any) -> Any:
-    """The weights in training, by way of a checkpoint, in a model of transformers' own."""
+def trained_copy(made: StrategyBase, actor: Any, like: Any) -> Any:
+    """A transformers model with the weights in training, which go through a checkpoint."""
     weights = {name: tensor.contiguous().clone() for bucket in made.full_parameters(actor) for name, tensor in bucket}
     with tempfile.TemporaryDirectory() as folder:
         like.config.save_pretrained(folder)
         save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
-        model, told = type(like).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    assert not told["missing_keys"] and not told["unexpected_keys"], told
+        model, info = type(like).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
     return model.eval()
 
 
 def greedy(model: Any, prompt: list[int], count: int) -> tuple[tuple[int, ...], list[float]]:
-    """Tokens and their log-probabilities by a whole forward for each, which no engine has a part in."""
+    """Greedy tokens and their log-probabilities, by a forward pass for each token and without an engine."""
     tokens, logprobs = list(prompt), []
     with torch.no_grad():
         for _ in range(count):
@@ -337,7 +344,7 @@ def greedy(model: Any, prompt: list[int], count: int) -> tuple[tuple[int, ...], 
 
 
 def compare(made: StrategyBase, reference: Any, prompts: list[list[int]], tolerance: float = 1e-3) -> None:
-    """Raise unless the engine's greedy tokens are the reference's, and log-probabilities agree."""
+    """Check that the engine's greedy tokens and log-probabilities are those of the reference."""
     completions = made.gather_and_generate(GREEDY, all_prompt_token_ids=prompts)
     assert len(completions) == len(prompts)
     for prompt, completion in zip(prompts, completions, strict=True):
@@ -348,20 +355,19 @@ def compare(made: StrategyBase, reference: Any, prompts: list[list[int]], tolera
 
 
 def sync_and_compare(engine: str, strategy: str, build: Callable[[], Any] = llama, **settings: Any) -> int:
-    """Train, sync, and hold the engine's tokens against transformers' on the weights in training; its version, 0 where
-    another rank holds it."""
+    """Train, sync, and compare the engine with transformers. Returns the weight version, 0 if another rank holds it."""
     with rollout(engine, strategy, model=build(), **settings) as (made, actor, optimizer):
         for _ in range(2):
             train(made, actor, optimizer)
             made.update_engine_weights(actor)
-            compare(made, whole(made, actor, build()), PROMPTS[made.get_rank() :])
+            compare(made, trained_copy(made, actor, build()), PROMPTS[made.get_rank() :])
         return 0 if made.inference_engine is None else int(made.inference_engine.weight_version)
 
 
 def fail_on_one_rank(engine_type: str, strategy: str, failing: int, **settings: Any) -> list[str]:
-    """A stream that dies on one rank; what each rank is told, and whether the next sync is right."""
+    """Fail a weight stream on one rank, then sync again and compare. Returns the errors of this rank."""
     with rollout(engine_type, strategy, **settings) as (made, actor, optimizer):
-        engine, told = made.inference_engine, []
+        engine, errors = made.inference_engine, []
 
         def dying() -> Iterator[Any]:
             stream = made.full_parameters(actor, 4096)
@@ -375,8 +381,8 @@ def fail_on_one_rank(engine_type: str, strategy: str, failing: int, **settings: 
         try:
             engine.update_weights(dying())
         except Exception as error:  # noqa: BLE001
-            told.append(type(error).__name__)
+            errors.append(type(error).__name__)
         train(made, actor, optimizer)
         made.update_engine_weights(actor)
-        compare(made, whole(made, actor, llama()), PROMPTS)
-        return told
+        compare(made, trained_copy(made, actor, llama()), PROMPTS)
+        return errors

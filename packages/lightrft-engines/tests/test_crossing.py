@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("transformers", reason="needs transformers")
 
-from engine_cases import adapters_arrive_merged, asked_alike, smollm2, smollm2_path, sync_and_compare
+from engine_cases import adapters_arrive_merged, must_ask_alike, smollm2, smollm2_path, sync_and_compare
 from workers import one, two
 
 __all__ = ["one", "smollm2_path", "two"]  # fixtures
@@ -63,7 +63,7 @@ def test_two_ranks_train_and_an_engine_over_both_follows(two, engine, strategy):
 @pytest.mark.parametrize("engine", SHARED)
 def test_ranks_that_share_an_engine_ask_alike_and_know_how_it_is(two, engine):
     require(engine, "lightrft.fsdp")
-    two.run(asked_alike, engine=engine, strategy="fsdp", deadline=SECONDS)
+    two.run(must_ask_alike, engine=engine, strategy="fsdp", deadline=SECONDS)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

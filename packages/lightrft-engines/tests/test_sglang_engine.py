@@ -1,6 +1,7 @@
 """SGLang itself, with a small model: what it generates, what a sync does to it, and what is left when something dies."""
 
 import itertools
+import json
 import os
 import re
 import signal
@@ -22,24 +23,24 @@ import tiny_vision
 from engine_cases import (
     GREEDY,
     PROMPTS,
+    adds_no_special_tokens,
     compare,
     descendants,
-    ends_with_the_tokenizers_end,
+    ends_at_the_tokenizers_eos,
     experts,
-    indifferent,
     interrupted,
     llama,
     many_cycles_leave_nothing_behind,
-    prompts_draw_apart,
+    prompts_draw_independently,
     resident,
     sequences_end_with_the_context,
-    settings_mean_the_same,
+    settings_agree_with_a_plain_loop,
     smollm2,
     smollm2_path,
-    takes_text_as_it_is,
     threads_take_turns,
     train,
-    whole,
+    trained_copy,
+    uniform_model,
     with_tokenizer_that_adds,
 )
 from tiny_vision import IMAGE, VIDEO, picture
@@ -59,8 +60,8 @@ CHECKED = {"weight_sync_verify": "checksum", "weight_sync_bucket_bytes": 4096, "
 @pytest.fixture(scope="module")
 def running():
     """A strategy, a model in training, and SGLang with its weights."""
-    with rollout(**CHECKED) as found:
-        yield found
+    with rollout(**CHECKED) as running:
+        yield running
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def made(running):
 
 
 def tokens_of(completions):
-    return [it.output_token_ids for it in completions]
+    return [completion.output_token_ids for completion in completions]
 
 
 def server_of(made):
@@ -78,7 +79,7 @@ def server_of(made):
 
 def process(made, name):
     """SGLang starts the process of the model first, then that which makes text of tokens."""
-    (task,) = [it for it in Path(f"/proc/{server_of(made)._pid}/task").iterdir() if (it / "children").read_text()]
+    (task,) = [path for path in Path(f"/proc/{server_of(made)._pid}/task").iterdir() if (path / "children").read_text()]
     scheduler, detokenizer = map(int, (task / "children").read_text().split())
     return {"scheduler": scheduler, "detokenizer": detokenizer, "server": server_of(made)._pid}[name]
 
@@ -96,7 +97,7 @@ def generate_without_end(made):
 # Generation
 
 
-def test_the_environment_of_the_training_is_left_alone(running):
+def test_the_state_of_the_training_process_does_not_change(running):
     changed = {name for name in {*BEFORE, *os.environ} if BEFORE.get(name) != os.environ.get(name)}
     assert not [name for name in changed if name.startswith(("SGLANG_", "SGL_", "NCCL_", "CUDA_DEVICE_MAX"))]
     assert threading.main_thread() is threading.current_thread()
@@ -112,8 +113,8 @@ def test_a_seed_draws_the_same_alone_and_in_a_batch(made):
 
 
 def test_prompts_with_one_seed_draw_apart():
-    with rollout(model=indifferent()) as (made, *_):
-        prompts_draw_apart(made)
+    with rollout(model=uniform_model()) as (made, *_):
+        prompts_draw_independently(made)
 
 
 def test_a_completion_ends_with_the_token_that_stopped_it(made):
@@ -129,23 +130,23 @@ def test_a_completion_ends_with_the_token_that_stopped_it(made):
 
 def test_log_probabilities_are_the_models_own_under_temperature_and_penalties(running):
     made, actor, _ = running
-    reference = whole(made, actor, llama())
+    reference = trained_copy(made, actor, llama())
     sampling = {"temperature": 1.7, "max_tokens": 5, "seed": 3, "repetition_penalty": 1.5, "presence_penalty": 0.5}
     for given in (sampling, {"temperature": 1.7, "max_tokens": 5, "seed": 3, "top_k": 5}):
-        (found,) = made.gather_and_generate(given, [[3, 4, 5]])
-        tokens = [3, 4, 5, *found.output_token_ids]
+        (completion,) = made.gather_and_generate(given, [[3, 4, 5]])
+        tokens = [3, 4, 5, *completion.output_token_ids]
         with torch.no_grad():
             rows = reference(torch.tensor([tokens])).logits[0, 2:-1].log_softmax(-1)
-        wanted = rows[range(5), list(found.output_token_ids)]
-        assert torch.allclose(torch.tensor(found.logprobs), wanted, atol=1e-4)
+        wanted = rows[range(5), list(completion.output_token_ids)]
+        assert torch.allclose(torch.tensor(completion.logprobs), wanted, atol=1e-4)
 
 
 def test_sequences_end_with_the_context(made):
     sequences_end_with_the_context(made)
 
 
-def test_settings_mean_what_they_mean_elsewhere(running):
-    settings_mean_the_same(*running[:2])
+def test_settings_agree_with_a_plain_loop(running):
+    settings_agree_with_a_plain_loop(*running[:2])
 
 
 def test_threads_take_turns(made):
@@ -157,7 +158,7 @@ def test_text_without_a_tokenizer_is_refused(made):
         made.gather_and_generate(GREEDY, all_prompts=["hello"])
 
 
-def test_an_empty_prompt_is_an_error_and_the_engine_lives_on(smollm2_path):
+def test_an_empty_prompt_is_an_error_and_the_engine_goes_on(smollm2_path):
     with rollout(model=smollm2(smollm2_path), pretrain=smollm2_path) as (made, *_):
         pid = server_of(made)._pid
         with pytest.raises(EngineError, match=r"prompt .*is empty"):
@@ -168,16 +169,16 @@ def test_an_empty_prompt_is_an_error_and_the_engine_lives_on(smollm2_path):
 
 def test_a_tokenizer_adds_nothing_to_text_and_ends_completions(tmp_path):
     with rollout(pretrain=with_tokenizer_that_adds(tmp_path)) as (made, *_):
-        takes_text_as_it_is(made)
-        ends_with_the_tokenizers_end(made)
+        adds_no_special_tokens(made)
+        ends_at_the_tokenizers_eos(made)
 
 
 def test_the_last_id_of_the_vocabulary_has_a_log_probability_under_penalties():
     with rollout() as (made, *_):
         sampling = {"temperature": 0.0, "max_tokens": 6, "repetition_penalty": 1.9}
-        (found,) = made.gather_and_generate(sampling, [[5, 6, 7]])
-        assert 47 in found.output_token_ids
-        assert len(found.logprobs) == 6
+        (completion,) = made.gather_and_generate(sampling, [[5, 6, 7]])
+        assert 47 in completion.output_token_ids
+        assert len(completion.logprobs) == 6
 
 
 # Weights
@@ -189,11 +190,11 @@ def test_each_sync_brings_the_weights_in_training(running):
     for _ in range(2):
         train(made, actor, optimizer)
         made.update_engine_weights(actor)
-        compare(made, whole(made, actor, llama()), PROMPTS)
+        compare(made, trained_copy(made, actor, llama()), PROMPTS)
     assert tokens_of(made.gather_and_generate(GREEDY, PROMPTS)) != before
 
 
-def test_after_a_stream_that_died_it_is_stale_until_the_next_sync_which_needs_no_new_server(running):
+def test_a_failed_stream_makes_it_stale_until_the_next_sync_with_the_same_server(running):
     made, actor, _ = running
     pid, version = server_of(made)._pid, made.inference_engine.weight_version
 
@@ -208,20 +209,20 @@ def test_after_a_stream_that_died_it_is_stale_until_the_next_sync_which_needs_no
         made.gather_and_generate(GREEDY, PROMPTS)
     made.update_engine_weights(actor)
     assert (server_of(made)._pid, made.inference_engine.weight_version) == (pid, version + 1)
-    compare(made, whole(made, actor, llama()), PROMPTS)
+    compare(made, trained_copy(made, actor, llama()), PROMPTS)
 
 
 def test_a_bucket_that_arrives_changed_is_an_error(running, monkeypatch):
     made, actor, _ = running
     right = engine_module.checksum
     monkeypatch.setattr(engine_module, "checksum", lambda block: right(block) + 1)
-    with pytest.raises(EngineError, match=r"update_weights_from_tensor failed.*arrived with checksum"):
+    with pytest.raises(EngineError, match=r"update_weights_from_tensor failed.*expected a bucket with checksum"):
         made.update_engine_weights(actor)
     monkeypatch.undo()
     with pytest.raises(StaleWeightsError):
         made.gather_and_generate(GREEDY, PROMPTS)
     made.update_engine_weights(actor)
-    compare(made, whole(made, actor, llama()), PROMPTS)
+    compare(made, trained_copy(made, actor, llama()), PROMPTS)
 
 
 def test_a_weight_that_sglang_cannot_take_is_an_error(running):
@@ -246,6 +247,15 @@ def test_loading_outside_a_session_is_an_error(made):
     with pytest.raises(EngineError, match=r"between\s+begin_weight_update"):
         server_of(made).call("load", [], 64, None, None, 1)
     block.close()
+
+
+def test_everything_that_the_adapter_uses_of_sglang_is_checked():
+    script = Path(__file__).with_name("patch_cases.py")
+    child = subprocess.run([sys.executable, script, "sglang"], capture_output=True, text=True, timeout=900)
+    assert child.returncode == 0, child.stderr[-2000:]
+    report = json.loads(child.stdout.splitlines()[-1])
+    assert report["unnoticed"] == []
+    assert report["targets"] > 40
 
 
 # Memory
@@ -273,7 +283,7 @@ def test_many_cycles_leave_nothing_behind(running):
 
 
 @pytest.mark.parametrize("victim", ["scheduler", "detokenizer", "server"])
-def test_a_process_that_is_killed_while_generating_is_an_error_and_the_next_sync_builds_anew(running, victim):
+def test_a_killed_process_is_an_error_and_the_next_sync_starts_a_new_server(running, victim):
     made, actor, _ = running
     made.update_engine_weights(actor)
     old = server_of(made)
@@ -287,17 +297,17 @@ def test_a_process_that_is_killed_while_generating_is_an_error_and_the_next_sync
     killer.join()
     assert "died" in str(caught.value)
     assert time.monotonic() - begun < 60
-    assert not [it for it in group if runs(it)]
+    assert not [pid for pid in group if runs(pid)]
     assert made.inference_engine_status is EngineStatus.ASLEEP
     with pytest.raises(StaleWeightsError, match="its server process died"):
         made.gather_and_generate(GREEDY, PROMPTS)
     assert made.inference_engine_status is EngineStatus.ASLEEP
     made.update_engine_weights(actor)
     assert server_of(made)._pid != old._pid
-    compare(made, whole(made, actor, llama()), PROMPTS)
+    compare(made, trained_copy(made, actor, llama()), PROMPTS)
 
 
-def test_an_interrupted_call_ends_the_server_whose_answer_nobody_waits_for(running):
+def test_an_interrupted_call_ends_the_server(running):
     made, actor, _ = running
     made.update_engine_weights(actor)
     with interrupted(1.0):
@@ -305,7 +315,7 @@ def test_an_interrupted_call_ends_the_server_whose_answer_nobody_waits_for(runni
     with pytest.raises((StaleWeightsError, EngineError)):
         made.gather_and_generate({**GREEDY, "max_tokens": 200}, PROMPTS)
     made.update_engine_weights(actor)
-    compare(made, whole(made, actor, llama()), PROMPTS)
+    compare(made, trained_copy(made, actor, llama()), PROMPTS)
 
 
 def test_a_server_that_does_not_answer_in_time_is_ended(running):
@@ -321,23 +331,23 @@ def test_a_server_that_does_not_answer_in_time_is_ended(running):
     assert len(made.gather_and_generate(GREEDY, PROMPTS)) == 3
 
 
-def test_training_that_is_killed_leaves_no_server_and_no_file_behind():
+def test_killed_training_leaves_no_server_and_no_file():
     before = set(os.listdir("/dev/shm"))
     script = textwrap.dedent("""
         import os, signal
         from engine_cases import rollout
         with rollout("sglang") as (made, _, _):
             server = made.inference_engine._server
-            print("server", server._pid, server._folder.path, flush=True)
+            print("server", server._pid, server._directory.path, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
     """)
     child = subprocess.run(
         [sys.executable, "-c", script], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300
     )
-    found = re.search(r"server (\d+) (.+)", child.stdout)
-    assert found, child.stderr[-2000:]
+    match = re.search(r"server (\d+) (.+)", child.stdout)
+    assert match, child.stderr[-2000:]
     assert child.returncode == -signal.SIGKILL
-    group, deadline = int(found[1]), time.monotonic() + 20
+    group, deadline = int(match[1]), time.monotonic() + 20
     while time.monotonic() < deadline:
         try:
             os.killpg(group, 0)
@@ -346,8 +356,8 @@ def test_training_that_is_killed_leaves_no_server_and_no_file_behind():
         time.sleep(0.1)
     else:
         pytest.fail(f"processes of the group {group} are still there")
-    assert not Path(found[2]).exists()
-    assert not [it for it in set(os.listdir("/dev/shm")) - before if it.startswith("sgl")]
+    assert not Path(match[2]).exists()
+    assert not [name for name in set(os.listdir("/dev/shm")) - before if name.startswith("sgl")]
 
 
 def test_a_fork_that_ends_leaves_the_engine_alone():
@@ -369,7 +379,7 @@ def test_a_fork_that_ends_leaves_the_engine_alone():
     assert "answered 3" in child.stdout, child.stderr[-2000:]
 
 
-def test_a_model_that_cannot_be_is_an_error_with_sglangs_own_words(tmp_path):
+def test_a_model_that_sglang_cannot_run_is_an_error_with_its_message(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["NoSuchForCausalLM"]}')
     with (
         pytest.raises(EngineError, match=r"NoSuchForCausalLM|SGLang"),
@@ -386,12 +396,12 @@ def test_smollm2_generates_what_transformers_does_and_its_memory_comes_back(smol
     with rollout(model=model, pretrain=smollm2_path, enable_engine_sleep=True) as (made, actor, optimizer):
         train(made, actor, optimizer)
         made.update_engine_weights(actor)
-        compare(made, whole(made, actor, smollm2(smollm2_path)), PROMPTS)
+        compare(made, trained_copy(made, actor, smollm2(smollm2_path)), PROMPTS)
         (text,) = made.gather_and_generate({"temperature": 0, "max_tokens": 3}, all_prompts=["3 + 4 ="])
         assert text.text == AutoTokenizer.from_pretrained(smollm2_path).decode(text.output_token_ids)
         made.wakeup_inference_engine()
         model_process = process(made, "scheduler")
-        awake, weights = resident(model_process), sum(it.nbytes for it in actor.parameters())
+        awake, weights = resident(model_process), sum(parameter.nbytes for parameter in actor.parameters())
         made.inference_engine.sleep(level=2)
         assert resident(model_process) < awake - 0.95 * weights
 
@@ -407,14 +417,14 @@ def test_pictures_and_films_reach_the_model_after_a_sync(tmp_path):
             for parameter in actor.parameters():
                 parameter.data.add_(0.05 * torch.randn_like(parameter))
             made.update_engine_weights(actor)
-            reference = whole(made, actor, tiny_vision.model())
-            found = made.gather_and_generate(GREEDY, all_prompts=texts, all_images=images, all_videos=videos)
-            for text, own_images, own_videos, completion in zip(texts, images, videos, found, strict=True):
-                wanted = tiny_vision.greedy(reference, text, own_images, own_videos, GREEDY["max_tokens"])
+            reference = trained_copy(made, actor, tiny_vision.model())
+            completions = made.gather_and_generate(GREEDY, all_prompts=texts, all_images=images, all_videos=videos)
+            for text, prompt_images, prompt_videos, completion in zip(texts, images, videos, completions, strict=True):
+                wanted = tiny_vision.greedy(reference, text, prompt_images, prompt_videos, GREEDY["max_tokens"])
                 assert completion.output_token_ids == wanted
 
 
-def test_media_go_beside_ids_and_only_with_as_many_placeholders(tmp_path):
+def test_media_go_with_token_ids_and_need_as_many_placeholders(tmp_path):
     actor, path = tiny_vision.model().train(), tiny_vision.save(tmp_path)
     texts, images = [f"what is {IMAGE} ?", "what is this ?"], [[picture("red", (84, 56))], []]
     known = tiny_vision.ids()
@@ -422,14 +432,16 @@ def test_media_go_beside_ids_and_only_with_as_many_placeholders(tmp_path):
     with rollout(model=actor, pretrain=path) as (made, *_):
         wanted = tokens_of(made.gather_and_generate(GREEDY, all_prompts=texts, all_images=images))
         assert tokens_of(made.gather_and_generate(GREEDY, ids, texts, images)) == wanted
-        for text, given, found in ((texts[0], 2, 1), (texts[1], 1, 0)):
-            with pytest.raises(EngineError, match=f"{found} placeholders for {given} images"):
+        for text, given, count in ((texts[0], 2, 1), (texts[1], 1, 0)):
+            with pytest.raises(
+                EngineError, match=f"expected {given} placeholders for {given} images in a prompt, got {count}"
+            ):
                 made.gather_and_generate(GREEDY, all_prompts=[text], all_images=[images[0] * given])
         assert tokens_of(made.gather_and_generate(GREEDY, ids, texts, images)) == wanted
 
 
-def test_what_sglang_has_no_place_for_is_an_error():
-    words = r"LlamaForCausalLM has no place for 6 of the weights, model\.layers\.0\.mlp\.gate_proj\.bias"
+def test_a_weight_that_sglang_does_not_use_is_an_error():
+    words = r"LlamaForCausalLM does not use 6 of the weights, the first is model\.layers\.0\.mlp\.gate_proj\.bias"
     with pytest.raises(EngineError, match=words), rollout(model=llama(mlp_bias=True), weight_sync_bucket_bytes=2**20):
         pass
 
@@ -438,4 +450,4 @@ def test_experts_arrive_under_the_names_that_they_have_on_disk():
     with rollout(model=experts(), weight_sync_verify="checksum") as (made, actor, optimizer):
         train(made, actor, optimizer)
         made.update_engine_weights(actor)
-        compare(made, whole(made, actor, experts()), PROMPTS)
+        compare(made, trained_copy(made, actor, experts()), PROMPTS)

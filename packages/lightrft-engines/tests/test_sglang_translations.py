@@ -1,4 +1,4 @@
-"""What goes to SGLang and what comes back, without SGLang."""
+"""What goes to SGLang and what comes back, and what the patches do; without SGLang."""
 
 import os
 import re
@@ -12,10 +12,19 @@ import pytest
 import torch
 
 from lightrft.config import ConfigError, EngineError, StrategyConfig
-from lightrft.engines.sglang import arguments, meanings, process, requests, scheduler, shared, watching
+from lightrft.engines.model_source import ModelSource
+from lightrft.engines.sglang import (
+    arguments,
+    host_memory,
+    patches,
+    requests,
+    seeded_sampling,
+    server_process,
+    shared_memory,
+)
 from lightrft.engines.sglang.server import Server
-from lightrft.engines.source import ModelSource
-from lightrft.strategy import Prompt, Sampling
+from lightrft.engines.sglang.unused_weights import unused_weights, watched
+from lightrft.strategy.engine import Prompt, Sampling
 
 SOURCE = ModelSource(
     path="/nowhere",
@@ -38,12 +47,12 @@ def server_arguments(device="cpu", **settings):
 
 
 def test_settings_become_arguments():
-    found = server_arguments("cuda", bf16=False, engine_tp_size=2, engine_mem_util=0.3, enable_engine_sleep=True)
-    assert found["dtype"] == "float32"
-    assert (found["tp_size"], found["base_gpu_id"], found["random_seed"]) == (2, 3, 5)
-    assert found["mem_fraction_static"] == 0.3
-    assert found["enable_memory_saver"] is True
-    assert "device" not in found
+    made = server_arguments("cuda", bf16=False, engine_tp_size=2, engine_mem_util=0.3, enable_engine_sleep=True)
+    assert made["dtype"] == "float32"
+    assert (made["tp_size"], made["base_gpu_id"], made["random_seed"]) == (2, 3, 5)
+    assert made["mem_fraction_static"] == 0.3
+    assert made["enable_memory_saver"] is True
+    assert "device" not in made
 
 
 def test_remote_code_is_trusted_only_if_asked_for():
@@ -53,7 +62,7 @@ def test_remote_code_is_trusted_only_if_asked_for():
 
 def test_sglangs_own_arguments_win():
     assert server_arguments(engine_arguments={"dtype": "float16", "page_size": 16})["dtype"] == "float16"
-    with pytest.raises(ConfigError, match="engine_arguments=3"):
+    with pytest.raises(ConfigError, match=r"engine_arguments: expected a mapping.*, got 3"):
         server_arguments(engine_arguments=3)
 
 
@@ -64,19 +73,19 @@ def test_a_cache_holds_what_its_bytes_hold_and_no_more_than_its_sequences_need()
     assert arguments.cache_tokens({**small, "max_position_embeddings": 100}, 192_000, 2, sequences=5) == 500
 
 
-def test_the_servers_environment_is_not_that_of_a_rank():
-    found = arguments.server_variables(
+def test_the_servers_environment_has_no_variables_of_a_rank():
+    variables = arguments.server_variables(
         {"RANK": "1", "TORCHELASTIC_RUN_ID": "x", "SGLANG_USE_CPU_ENGINE": "1", "PATH": "p"}, "/folder", on_cpu=True
     )
-    assert found["PATH"] == "p"
-    assert found["TMPDIR"] == "/folder"
-    assert not {"RANK", "TORCHELASTIC_RUN_ID", "SGLANG_USE_CPU_ENGINE"} & set(found)
+    assert variables["PATH"] == "p"
+    assert variables["TMPDIR"] == "/folder"
+    assert not {"RANK", "TORCHELASTIC_RUN_ID", "SGLANG_USE_CPU_ENGINE"} & set(variables)
 
 
 @pytest.mark.parametrize(("cores", "wanted"), [((0, 1, 2, 3, 4), "0,1|2,3"), ((7,), "7|7")])
 def test_ranks_on_a_cpu_share_its_cores(cores, wanted):
-    found = arguments.server_variables({}, "/folder", on_cpu=True, ranks=2, cores=cores)
-    assert found["SGLANG_CPU_OMP_THREADS_BIND"] == wanted
+    variables = arguments.server_variables({}, "/folder", on_cpu=True, ranks=2, cores=cores)
+    assert variables["SGLANG_CPU_OMP_THREADS_BIND"] == wanted
 
 
 # Requests
@@ -84,11 +93,11 @@ def test_ranks_on_a_cpu_share_its_cores(cores, wanted):
 
 def test_sampling_in_sglangs_names():
     sampling = Sampling(temperature=0.5, top_k=0, max_tokens=7, stop_token_ids=(9,), include_stop_str_in_output=True)
-    found = requests.sampling_arguments(sampling, {2}, tokenizer=True)
-    assert found["max_new_tokens"] == 7
-    assert found["top_k"] == -1
-    assert found["stop_token_ids"] == [2, 9]
-    assert found["no_stop_trim"] is True
+    parameters = requests.sampling_arguments(sampling, {2}, tokenizer=True)
+    assert parameters["max_new_tokens"] == 7
+    assert parameters["top_k"] == -1
+    assert parameters["stop_token_ids"] == [2, 9]
+    assert parameters["no_stop_trim"] is True
     ignoring = requests.sampling_arguments(Sampling(ignore_eos=True), {2}, tokenizer=True)
     assert ignoring["stop_token_ids"] == []
 
@@ -99,7 +108,7 @@ def test_min_tokens_without_a_tokenizer_are_refused_where_anything_ends_a_sequen
         requests.sampling_arguments(Sampling(min_tokens=3), {2}, tokenizer=False)
 
 
-def test_a_seed_depends_on_prompt_and_sample_and_nothing_else():
+def test_a_seed_depends_on_prompt_and_sample_only():
     one, two = Prompt(token_ids=(1, 2)), Prompt(token_ids=(3,))
     together = requests.seeds([one, two], Sampling(n=2, seed=4))
     assert len(set(together)) == 4
@@ -111,12 +120,12 @@ def test_a_seed_depends_on_prompt_and_sample_and_nothing_else():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"finish_reason": "abort", "message": "too long"}, "'abort': too long"),
-        ({"weight_version": "2"}, "weights '2' instead of 3"),
+        ({"finish_reason": "abort", "message": "too long"}, "'abort' from SGLang: too long"),
+        ({"weight_version": "2"}, "weight version 3, got '2'"),
         ({"logprobs": [(-0.5, 8)]}, "other tokens"),
     ],
 )
-def test_an_answer_that_is_not_whole_is_an_error(change, words):
+def test_an_incomplete_answer_is_an_error(change, words):
     answer = {
         "prompt_tokens": [1], "tokens": [7], "logprobs": [(-0.5, 7)], "finish_reason": "length", "message": "",
         "weight_version": "3", "text": None,
@@ -127,12 +136,12 @@ def test_an_answer_that_is_not_whole_is_an_error(change, words):
         requests.completions([Prompt(token_ids=(1,))], [{**answer, **change}], Sampling(), version=3)
 
 
-def test_an_answer_that_is_missing_is_an_error():
-    with pytest.raises(EngineError, match="1 prompts, 2 samples each, with 0"):
+def test_a_missing_answer_is_an_error():
+    with pytest.raises(EngineError, match="2 answers to each of 1 prompts, got 0"):
         requests.completions([Prompt(token_ids=(1,))], [], Sampling(n=2), version=1)
 
 
-def test_ids_of_a_prompt_go_without_its_text_and_empty_ids_give_way_to_it():
+def test_token_ids_replace_text_unless_they_are_empty():
     for prompt, text, tokens in [
         (Prompt(token_ids=(1,), text="a"), None, (1,)),
         (Prompt(token_ids=(), text="a"), "a", None),
@@ -141,7 +150,7 @@ def test_ids_of_a_prompt_go_without_its_text_and_empty_ids_give_way_to_it():
         assert requests.request(prompt) == {"text": text, "tokens": tokens, "images": [], "videos": []}
 
 
-def test_beside_media_ids_are_those_of_their_text():
+def test_token_ids_beside_media_must_be_those_of_the_text():
     server, words = Server(None), ["<i>", "what", "is"]
 
     class Tokenizer:
@@ -154,17 +163,18 @@ def test_beside_media_ids_are_those_of_their_text():
     server._engine = SimpleNamespace(tokenizer_manager=SimpleNamespace(tokenizer=Tokenizer()))
     assert server._text_of([0, 1], None) == "<i> what"
     assert server._text_of([0, 1], " <i>  what") == " <i>  what"
-    with pytest.raises(EngineError, match="not those of their text, '<i> is'"):
+    with pytest.raises(EngineError, match="got other ids for '<i> is'"):
         server._text_of([0, 1], "<i> is")
 
 
 @pytest.mark.parametrize(("text", "images"), [("<i> ?", 2), ("?", 1), ("<i> <i>", 1)])
-def test_media_and_placeholders_that_are_not_as_many_are_an_error(text, images):
-    patterns = {"images": re.compile("<i>"), "videos": None}
-    asked = {"text": text, "images": [None] * images, "videos": []}
-    requests.check_placeholders({**asked, "text": "<i>" * images}, patterns)
-    with pytest.raises(EngineError, match=rf"has {text.count('<i>')} placeholders for {images} images"):
-        requests.check_placeholders(asked, patterns)
+def test_the_numbers_of_media_and_placeholders_must_agree(text, images):
+    request = {"text": text, "images": [None] * images, "videos": []}
+    requests.check_placeholders({**request, "text": "<i>" * images}, re.compile("<i>"), None)
+    with pytest.raises(
+        EngineError, match=rf"expected {images} placeholders for {images} images in a prompt, got {text.count('<i>')}"
+    ):
+        requests.check_placeholders(request, re.compile("<i>"), None)
 
 
 @pytest.mark.parametrize(
@@ -181,29 +191,29 @@ def test_media_and_placeholders_that_are_not_as_many_are_an_error(text, images):
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, [], None),
     ],
 )  # fmt: skip
-def test_what_sglang_computes_otherwise_is_known(config, windows, words):
-    layers = [SimpleNamespace(), *(SimpleNamespace(sliding_window_size=it) for it in windows)]
-    found = meanings.otherwise(config, iter(layers), longest=10)
-    assert found is None if words is None else words in found
+def test_models_that_sglang_computes_differently_are_recognised(config, windows, words):
+    layers = [SimpleNamespace(), *(SimpleNamespace(sliding_window_size=window) for window in windows)]
+    mismatch = patches.model_mismatch(config, iter(layers), longest=10)
+    assert mismatch is None if words is None else words in mismatch
 
 
-def test_penalties_that_were_accumulated_are_applied_in_the_order_of_others():
+def test_accumulated_penalties_multiply_first():
     scaling = torch.full((1, 2), 2.0)
     info = SimpleNamespace(acc_scaling_penalties=scaling)
     logits = torch.tensor([[3.0, -3.0]])
 
-    def original(found, given):
-        assert found.acc_scaling_penalties is None
+    def original(info, given):
+        assert info.acc_scaling_penalties is None
         given.add_(torch.tensor([[-1.0, 0.0]]))
 
-    meanings.repetition_first_of_accumulated(original, info, logits)
+    patches.accumulated_repetition_first(original, info, logits)
     assert logits.tolist() == [[0.5, -6.0]]
     assert info.acc_scaling_penalties is scaling
 
 
-def test_weights_that_are_only_looked_at_are_left_out():
-    names = ["copied", "narrowed", "by its data", "stacked", "in a thread", "looked at", "not even that"]
-    weights = dict(watching.watched([(name, torch.ones(2, 2)) for name in names]))
+def test_a_weight_whose_metadata_alone_is_read_is_unused():
+    names = ["copied", "narrowed", "by its data", "stacked", "in a thread", "metadata read", "not read"]
+    weights = dict(watched([(name, torch.ones(2, 2)) for name in names]))
     target = torch.zeros(2, 2)
     target.copy_(weights["copied"])
     weights["narrowed"].narrow(0, 0, 1)
@@ -211,13 +221,13 @@ def test_weights_that_are_only_looked_at_are_left_out():
     torch.stack([weights["stacked"], target])
     with ThreadPoolExecutor(1) as threads:
         threads.submit(lambda: target.add_(weights["in a thread"])).result()
-    seen = weights["looked at"]
+    seen = weights["metadata read"]
     assert (seen.shape, seen.dtype, seen.size(0), seen.numel(), seen.is_cuda) == ((2, 2), torch.float32, 2, 4, False)
-    assert watching.left_out(list(weights.items())) == names[-2:]
+    assert unused_weights(list(weights.items())) == names[-2:]
     assert type(target) is torch.Tensor
 
 
-def test_only_the_last_id_of_a_vocabulary_may_be_scored_as_0():
+def test_only_the_last_id_of_the_vocabulary_is_corrected():
     assert requests.scored_tokens([3, 47, 47], [(-1.0, 3), (-2.0, 0), (-3.0, 47)], 47) == [
         (-1.0, 3), (-2.0, 47), (-3.0, 47)
     ]  # fmt: skip
@@ -228,10 +238,10 @@ def test_zombies_do_not_count_as_running():
     child = subprocess.Popen(["sleep", "60"], start_new_session=True)
     try:
         os.kill(child.pid, signal.SIGSTOP)
-        assert process._runs_in(child.pid, Path(f"/proc/{child.pid}/stat"))
-        process._killed(child.pid)
+        assert server_process._runs_in(child.pid, Path(f"/proc/{child.pid}/stat"))
+        server_process._killed(child.pid)
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-        assert not process._killed(child.pid)
+        assert not server_process._killed(child.pid)
     finally:
         child.wait()
 
@@ -246,12 +256,12 @@ def test_a_bucket_goes_through_shared_memory_unchanged():
         ("scalar", torch.tensor(2.5, dtype=torch.float64)),
         ("transposed", torch.randn(4, 2).T),
     ]
-    entries, size = shared.layout(bucket)
-    block = shared.SharedBlock(size)
+    entries, size = shared_memory.layout(bucket)
+    block = shared_memory.SharedBlock(size)
     try:
-        shared.fill(block.bytes, entries, bucket)
-        again = shared.from_json(shared.to_json(entries))
-        arrived = dict(shared.views(block.bytes, again))
+        shared_memory.fill(block.bytes, entries, bucket)
+        again = shared_memory.from_json(shared_memory.to_json(entries))
+        arrived = dict(shared_memory.views(block.bytes, again))
         assert list(arrived) == [name for name, _ in bucket]
         assert all(torch.equal(arrived[name], tensor) for name, tensor in bucket)
         del arrived
@@ -259,50 +269,50 @@ def test_a_bucket_goes_through_shared_memory_unchanged():
         block.close()
 
 
-def test_pieces_are_the_bucket_and_none_is_larger_than_it_may_be_but_for_one_tensor():
+def test_a_bucket_is_split_into_pieces_below_the_limit_except_for_a_larger_tensor():
     bucket = [(str(size), torch.zeros(size, dtype=torch.uint8)) for size in (3, 4, 9, 1, 1)]
-    found = [[name for name, _ in piece] for piece in shared.pieces(bucket, 7)]
-    assert found == [["3", "4"], ["9"], ["1", "1"]]
-    assert list(shared.pieces([], 7)) == []
+    names = [[name for name, _ in piece] for piece in shared_memory.pieces(bucket, 7)]
+    assert names == [["3", "4"], ["9"], ["1", "1"]]
+    assert list(shared_memory.pieces([], 7)) == []
 
 
-def test_a_checksum_sees_each_byte_and_its_place():
+def test_a_checksum_depends_on_every_byte_and_its_position():
     block = torch.randint(256, (4096,), dtype=torch.uint8)
-    before = shared.checksum(block)
-    assert shared.checksum(block.clone()) == before
-    for place in (0, 7, 2048, 4095):
+    before = shared_memory.checksum(block)
+    assert shared_memory.checksum(block.clone()) == before
+    for position in (0, 7, 2048, 4095):
         changed = block.clone()
-        changed[place] ^= 1
-        assert shared.checksum(changed) != before
+        changed[position] ^= 1
+        assert shared_memory.checksum(changed) != before
     swapped = torch.cat([block[8:16], block[:8], block[16:]])
-    assert shared.checksum(swapped) != before
+    assert shared_memory.checksum(swapped) != before
 
 
 # Drawing
 
 
-def test_numbers_of_seeds_and_positions_are_uniform_and_all_different():
+def test_draws_are_uniform_and_differ_by_seed_and_position():
     seeds = torch.randint(-(2**63), 2**63 - 1, (4000,))
-    numbers = scheduler.uniform(seeds, torch.arange(4000))
+    numbers = seeded_sampling.uniform(seeds, torch.arange(4000))
     assert numbers.min() >= 0 and numbers.max() < 1
     assert abs(numbers.mean() - 0.5) < 0.03
     assert len(numbers.unique()) == 4000
-    same_seed = scheduler.uniform(torch.zeros(100, dtype=torch.int64), torch.arange(100))
+    same_seed = seeded_sampling.uniform(torch.zeros(100, dtype=torch.int64), torch.arange(100))
     assert len(same_seed.unique()) == 100
 
 
-def test_filters_leave_what_they_should():
+def test_filters_keep_the_right_tokens():
     probs = torch.tensor([[0.4, 0.1, 0.3, 0.2]]).repeat(4, 1)
-    kept = scheduler.filtered(
+    kept = seeded_sampling.filtered(
         probs, torch.tensor([4, 2, 4, 4]), torch.tensor([1.0, 1.0, 0.6, 1.0]), torch.tensor([0.0, 0.0, 0.0, 0.6])
     )
     wanted = [[0.4, 0.1, 0.3, 0.2], [0.4, 0, 0.3, 0], [0.4, 0, 0.3, 0], [0.4, 0, 0.3, 0]]
     assert torch.equal(kept, torch.tensor(wanted))
 
 
-def test_released_memory_comes_back_empty_and_of_the_same_size():
+def test_resumed_memory_has_the_same_size():
     tensor = torch.ones(1000)
-    memory = scheduler.HostMemory(lambda: [tensor, tensor[:10]], list)
+    memory = host_memory.HostMemory(lambda: [tensor, tensor[:10]], list)
     memory.pause("weights")
     memory.pause("weights")
     memory.pause("cuda_graph")

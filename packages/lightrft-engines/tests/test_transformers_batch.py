@@ -1,11 +1,10 @@
-"""Prompts padded on the left: nothing of a neighbour reaches a row."""
+"""Decoding a batch of left-padded prompts: rows do not affect each other."""
 
 import torch
 from llamas import llama
 
-from lightrft.engines.batch import Batch, Row
-from lightrft.strategy import Sampling
-from lightrft.strategy.rollout.sampling import stream_key
+from lightrft.engines.transformers.batch import Batch, Row
+from lightrft.strategy.engine import Sampling, stream_key
 
 PROMPTS = [[1, 5, 9], [4], [1, 2, 3, 4, 5, 6, 7]]
 
@@ -26,12 +25,12 @@ def test_a_row_is_the_same_alone_and_beside_longer_ones() -> None:
         torch.testing.assert_close(torch.tensor(row.logprobs), torch.tensor(alone.logprobs), atol=1e-5, rtol=1e-5)
 
 
-def test_rows_that_ended_leave_the_batch_and_the_others_go_on() -> None:
+def test_finished_rows_leave_the_batch_and_the_others_continue() -> None:
     free = rows(PROMPTS, samples=8, max_tokens=12)
     ends = frozenset({7, 8})
     held = rows(PROMPTS, ends, samples=8, max_tokens=12)
     assert 0 < sum(row.stopped for row in held) < len(held)
-    for row, whole in zip(held, free, strict=True):
-        last = next((place for place, token in enumerate(whole.output) if token in ends), len(whole.output) - 1)
-        assert row.output == whole.output[: last + 1]
+    for row, unstopped in zip(held, free, strict=True):
+        last = next((index for index, token in enumerate(unstopped.output) if token in ends), len(unstopped.output) - 1)
+        assert row.output == unstopped.output[: last + 1]
         assert row.stopped == (row.output[-1] in ends)

@@ -36,8 +36,8 @@ def rollout(actor: Any = None, **settings: Any) -> Iterator[tuple[FakeStrategy, 
 
 
 def completed(strategy: FakeStrategy, prompts: Sequence[Sequence[int]], **sampling: Any) -> list[Completion]:
-    found: list[Completion] = strategy.gather_and_generate(sampling, prompts)
-    return found
+    completions: list[Completion] = strategy.gather_and_generate(sampling, prompts)
+    return completions
 
 
 def tokens(completions: Sequence[Completion]) -> list[tuple[int, ...]]:
@@ -46,8 +46,8 @@ def tokens(completions: Sequence[Completion]) -> list[tuple[int, ...]]:
 
 def test_greedy_tokens_of_ragged_prompts_are_those_of_transformers_own_generate() -> None:
     with rollout() as (strategy, actor):
-        found = completed(strategy, RAGGED, **GREEDY)
-        for prompt, completion in zip(RAGGED, found, strict=True):
+        completions = completed(strategy, RAGGED, **GREEDY)
+        for prompt, completion in zip(RAGGED, completions, strict=True):
             config = transformers.GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
             wanted = actor.generate(torch.tensor([prompt]), generation_config=config)[0, len(prompt) :]
             assert completion.prompt_token_ids == tuple(prompt)
@@ -57,33 +57,35 @@ def test_greedy_tokens_of_ragged_prompts_are_those_of_transformers_own_generate(
 
 def test_logprobs_are_the_models_own_before_temperature_and_filters() -> None:
     with rollout() as (strategy, actor):
-        for it in completed(strategy, RAGGED, n=2, temperature=0.5, top_k=5, max_tokens=6, seed=1):
-            whole = torch.tensor([[*it.prompt_token_ids, *it.output_token_ids]])
+        for completion in completed(strategy, RAGGED, n=2, temperature=0.5, top_k=5, max_tokens=6, seed=1):
+            tokens_1T = torch.tensor([[*completion.prompt_token_ids, *completion.output_token_ids]])
             with torch.no_grad():
-                logprobs_TV = actor(whole).logits[0].log_softmax(dim=-1)
-            places = range(len(it.prompt_token_ids) - 1, whole.shape[1] - 1)
-            wanted = [logprobs_TV[place, whole[0, place + 1]].item() for place in places]
-            assert it.logprobs == pytest.approx(wanted, abs=1e-5)
+                logprobs_TV = actor(tokens_1T).logits[0].log_softmax(dim=-1)
+            positions = range(len(completion.prompt_token_ids) - 1, tokens_1T.shape[1] - 1)
+            wanted = [logprobs_TV[position, tokens_1T[0, position + 1]].item() for position in positions]
+            assert completion.logprobs == pytest.approx(wanted, abs=1e-5)
 
 
 def test_samples_of_a_prompt_come_in_a_row_and_differ() -> None:
     with rollout() as (strategy, _):
-        found = completed(strategy, RAGGED, n=4, temperature=1.0, max_tokens=8, ignore_eos=True, seed=3)
-    assert [it.prompt_token_ids for it in found] == [tuple(prompt) for prompt in RAGGED for _ in range(4)]
-    assert len(set(tokens(found))) == 16
+        completions = completed(strategy, RAGGED, n=4, temperature=1.0, max_tokens=8, ignore_eos=True, seed=3)
+    assert [completion.prompt_token_ids for completion in completions] == [
+        tuple(prompt) for prompt in RAGGED for _ in range(4)
+    ]
+    assert len(set(tokens(completions))) == 16
 
 
 def test_with_a_seed_a_completion_depends_on_its_prompt_and_number_alone() -> None:
     sampling = {"n": 3, "temperature": 1.0, "max_tokens": 8, "seed": 5}
     with rollout() as (strategy, _):
         together = completed(strategy, RAGGED, **sampling)
-        apart = [it for prompt in RAGGED for it in completed(strategy, [prompt], **sampling)]
+        apart = [completion for prompt in RAGGED for completion in completed(strategy, [prompt], **sampling)]
         other = completed(strategy, RAGGED, **{**sampling, "seed": 6})
     with rollout(engine_max_sequences=6) as (strategy, _):
         in_pieces = completed(strategy, RAGGED, **sampling)
     assert tokens(together) == tokens(apart) == tokens(in_pieces)
     assert tokens(together) != tokens(other)
-    assert len({len(it) for it in tokens(together)}) > 1, "rows end at different times, and leave the batch"
+    assert len({len(output) for output in tokens(together)}) > 1, "rows end at different times, and leave the batch"
 
 
 def test_without_a_seed_calls_differ_and_runs_repeat() -> None:
@@ -99,24 +101,24 @@ def test_without_a_seed_calls_differ_and_runs_repeat() -> None:
 
 def test_it_stops_at_end_and_stop_tokens_but_not_before_the_minimum() -> None:
     with rollout() as (strategy, _):
-        (whole,) = tokens(completed(strategy, [[1, 5, 9]], **GREEDY))
-        stop = whole[2]
-        first = whole.index(stop) + 1
+        (unstopped,) = tokens(completed(strategy, [[1, 5, 9]], **GREEDY))
+        stop = unstopped[2]
+        first = unstopped.index(stop) + 1
         (stopped,) = completed(strategy, [[1, 5, 9]], **GREEDY, stop_token_ids=[stop])
         (later,) = completed(strategy, [[1, 5, 9]], **GREEDY, stop_token_ids=[stop], min_tokens=5)
         strategy.inference_engine._model.module.generation_config.eos_token_id = stop
         (ended,) = completed(strategy, [[1, 5, 9]], **{**GREEDY, "ignore_eos": False})
         (ignored,) = completed(strategy, [[1, 5, 9]], **GREEDY)
-    assert (stopped.output_token_ids, stopped.finish_reason) == (whole[:first], "stop")
-    assert (ended.output_token_ids, ended.finish_reason) == (whole[:first], "stop")
+    assert (stopped.output_token_ids, stopped.finish_reason) == (unstopped[:first], "stop")
+    assert (ended.output_token_ids, ended.finish_reason) == (unstopped[:first], "stop")
     assert stop not in later.output_token_ids[:4]
     assert len(later.output_token_ids) >= 5
-    assert (ignored.output_token_ids, ignored.finish_reason) == (whole, "length")
+    assert (ignored.output_token_ids, ignored.finish_reason) == (unstopped, "length")
 
 
 def test_it_generates_from_the_weights_of_the_last_sync_in_the_memory_it_has() -> None:
     with rollout() as (strategy, actor):
-        places = [it.data_ptr() for it in strategy.inference_engine._model.module.parameters()]
+        addresses = [parameter.data_ptr() for parameter in strategy.inference_engine._model.module.parameters()]
         old = completed(strategy, RAGGED, **GREEDY)
         with torch.no_grad():
             for parameter in actor.parameters():
@@ -125,10 +127,10 @@ def test_it_generates_from_the_weights_of_the_last_sync_in_the_memory_it_has() -
         strategy.update_engine_weights(actor)
         new = completed(strategy, RAGGED, **GREEDY)
         assert tokens(new) != tokens(old)
-        assert {it.weight_version for it in old} == {1}
-        assert {it.weight_version for it in new} == {2}
-        assert [it.data_ptr() for it in strategy.inference_engine._model.module.parameters()] == places
-        assert places[0] != next(actor.parameters()).data_ptr()
+        assert {completion.weight_version for completion in old} == {1}
+        assert {completion.weight_version for completion in new} == {2}
+        assert [parameter.data_ptr() for parameter in strategy.inference_engine._model.module.parameters()] == addresses
+        assert addresses[0] != next(actor.parameters()).data_ptr()
 
 
 def test_sleep_gives_the_weights_memory_back_and_a_sync_brings_it_again() -> None:
@@ -161,14 +163,14 @@ def test_sequences_end_with_the_context() -> None:
 
 def test_settings_and_threads() -> None:
     with rollout(engine_cases.llama()) as (strategy, actor):
-        engine_cases.settings_mean_the_same(strategy, actor)
+        engine_cases.settings_agree_with_a_plain_loop(strategy, actor)
         engine_cases.threads_take_turns(strategy)
 
 
 def test_a_tokenizer_adds_nothing_to_text_and_ends_completions(tmp_path: Path) -> None:
     with rollout(engine_cases.llama(), pretrain=engine_cases.with_tokenizer_that_adds(tmp_path)) as (strategy, _):
-        engine_cases.takes_text_as_it_is(strategy)
-        engine_cases.ends_with_the_tokenizers_end(strategy)
+        engine_cases.adds_no_special_tokens(strategy)
+        engine_cases.ends_at_the_tokenizers_eos(strategy)
 
 
 def test_many_cycles_leave_nothing_behind() -> None:
@@ -194,22 +196,27 @@ def test_from_a_directory_it_needs_no_actor_and_speaks_text(saved: Path) -> None
         (by_tokens,) = strategy.gather_and_generate(GREEDY, [[1, 5, 9]])
     assert by_text == by_tokens
     assert by_text.weight_version == 0
-    assert by_text.text.replace(" ", "") == "".join("abcdefghijklmnopq"[it] for it in by_text.output_token_ids)
+    assert by_text.text.replace(" ", "") == "".join("abcdefghijklmnopq"[token] for token in by_text.output_token_ids)
 
 
-def test_what_it_cannot_do_it_explains(tmp_path: Path) -> None:
+def test_unsupported_requests_are_explained(tmp_path: Path) -> None:
     with rollout() as (strategy, _):
-        with pytest.raises(EngineError, match="no token ids, and there is no tokenizer for its text; pass token ids"):
+        with pytest.raises(
+            EngineError, match=r"expected token ids, got text and has no tokenizer for it\. Pass token ids"
+        ):
             strategy.gather_and_generate(GREEDY, all_prompts=["text"])
         with pytest.raises(EngineError, match="takes no images"):
             strategy.gather_and_generate(GREEDY, all_prompts=["<image>"], all_images=[["picture"]])
         with pytest.raises(EngineError, match="stop"):
             completed(strategy, [[1]], **GREEDY, stop=["end"])
-        with pytest.raises(ConfigError, match="engine_arguments: engine 'transformers' has no"):
+        with pytest.raises(ConfigError, match="engine_arguments: expected none for engine 'transformers'"):
             strategy.setup_inference_engine({"engine_arguments": {"x": 1}}, engine_type="transformers")
-        with pytest.raises(EngineError, match="neither an actor nor a model; pass setup_inference_engine"):
+        with pytest.raises(EngineError, match=r"expected a model or an actor, got neither\. Pass"):
             strategy.setup_inference_engine(engine_type="transformers")
-    with pytest.raises(EngineError, match="the actor is a Linear; use engine 'fake'"), rollout(nn.Linear(2, 2)):
+    with (
+        pytest.raises(EngineError, match=r"expected a transformers model as actor, got a Linear\. Use engine 'fake'"),
+        rollout(nn.Linear(2, 2)),
+    ):
         pass
 
 

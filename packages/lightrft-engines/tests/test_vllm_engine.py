@@ -1,8 +1,12 @@
 """vLLM itself, with small models: what it generates, what a sync does to it, and what it leaves alone."""
 
+import json
 import os
 import random
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,29 +20,29 @@ from engine_cases import (
     CACHE,
     GREEDY,
     PROMPTS,
+    adds_no_special_tokens,
     compare,
-    ends_with_the_tokenizers_end,
+    ends_at_the_tokenizers_eos,
     experts,
     fail_on_one_rank,
-    indifferent,
     interrupted,
     llama,
     many_cycles_leave_nothing_behind,
-    prompts_draw_apart,
+    prompts_draw_independently,
     refuses_unknown_tokens,
     sequences_end_with_the_context,
-    settings_mean_the_same,
-    takes_text_as_it_is,
+    settings_agree_with_a_plain_loop,
     threads_take_turns,
     train,
-    whole,
+    trained_copy,
+    uniform_model,
     with_tokenizer_that_adds,
 )
 from tiny_vision import IMAGE, VIDEO, picture, save
 from workers import two
 
 from lightrft.config import ConfigError, EngineError, StaleWeightsError
-from lightrft.engines.vllm import reload
+from lightrft.engines.vllm import patches, reload
 from lightrft.strategy import get_fake_strategy, get_strategy
 
 __all__ = ["two"]
@@ -55,8 +59,8 @@ sync_and_compare = partial(engine_cases.sync_and_compare, "vllm")
 @pytest.fixture(scope="module")
 def running():
     """A strategy, a model in training, and vLLM with its weights."""
-    with rollout(weight_sync_bucket_bytes=4096, weight_sync_verify="checksum") as found:
-        yield found
+    with rollout(weight_sync_bucket_bytes=4096, weight_sync_verify="checksum") as running:
+        yield running
 
 
 @pytest.fixture
@@ -65,13 +69,13 @@ def made(running):
 
 
 def tokens_of(completions):
-    return [it.output_token_ids for it in completions]
+    return [completion.output_token_ids for completion in completions]
 
 
 # What is the training's
 
 
-def test_the_process_of_the_training_is_left_alone(running):
+def test_the_state_of_the_training_process_does_not_change(running):
     made, actor, _ = running
     outside = [name for name in os.environ if name.startswith("VLLM_")]
     streams = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
@@ -83,13 +87,13 @@ def test_the_process_of_the_training_is_left_alone(running):
     assert torch.set_num_threads.__module__ != "vllm.v1.worker.cpu_worker"
 
 
-def test_there_is_room_for_one_in_a_process(made):
-    with pytest.raises(EngineError, match="one in this process already"), rollout():
+def test_a_process_can_have_one_engine(made):
+    with pytest.raises(EngineError, match="expected no other vLLM engine in this process"), rollout():
         pass
     assert len(made.gather_and_generate(GREEDY, PROMPTS)) == 3
 
 
-def test_sleeping_on_a_cpu_is_refused_and_not_pretended(made):
+def test_sleeping_on_a_cpu_is_refused(made):
     assert made.inference_engine.capabilities.sleep_levels == frozenset()
     with pytest.raises(EngineError, match=r"sleep\(level=1\) is not among"):
         made.inference_engine.sleep(1)
@@ -122,21 +126,23 @@ def test_a_completion_ends_with_the_token_that_stopped_it(made):
 
 def test_log_probabilities_are_the_models_own_under_temperature_and_penalties(running):
     made, actor, _ = running
-    reference = whole(made, actor, llama())
+    reference = trained_copy(made, actor, llama())
     sampling = {"temperature": 1.7, "max_tokens": 5, "seed": 3}
     for more in ({"repetition_penalty": 1.5, "presence_penalty": 0.5}, {"top_k": 5}):
-        (found,) = made.gather_and_generate({**sampling, **more}, [[3, 4, 5]])
+        (completion,) = made.gather_and_generate({**sampling, **more}, [[3, 4, 5]])
         with torch.no_grad():
-            rows = reference(torch.tensor([[3, 4, 5, *found.output_token_ids]])).logits[0, 2:-1].log_softmax(-1)
-        assert torch.allclose(torch.tensor(found.logprobs), rows[range(5), list(found.output_token_ids)], atol=1e-4)
+            rows = reference(torch.tensor([[3, 4, 5, *completion.output_token_ids]])).logits[0, 2:-1].log_softmax(-1)
+        assert torch.allclose(
+            torch.tensor(completion.logprobs), rows[range(5), list(completion.output_token_ids)], atol=1e-4
+        )
 
 
 def test_sequences_end_with_the_context(made):
     sequences_end_with_the_context(made)
 
 
-def test_settings_mean_what_they_mean_elsewhere(running):
-    settings_mean_the_same(*running[:2])
+def test_settings_agree_with_a_plain_loop(running):
+    settings_agree_with_a_plain_loop(*running[:2])
 
 
 def test_threads_take_turns(made):
@@ -150,20 +156,20 @@ def test_an_interrupted_call_leaves_nothing_to_the_next(made):
     assert tokens_of(made.gather_and_generate(GREEDY, PROMPTS)) == wanted
 
 
-def test_a_sync_right_after_an_interrupted_call_builds_nothing_anew(running):
+def test_a_sync_after_an_interrupted_call_keeps_the_engine(running):
     made, actor, _ = running
     llm = made.inference_engine._llm
     with interrupted(0.7):
         _generate_without_end(made)
     made.update_engine_weights(actor)
     assert made.inference_engine._llm is llm
-    compare(made, whole(made, actor, llama()), PROMPTS)
+    compare(made, trained_copy(made, actor, llama()), PROMPTS)
 
 
 def test_whenever_a_call_is_interrupted_the_next_one_is_right(running):
     made, actor, _ = running
     made.update_engine_weights(actor)
-    reference, numbers = whole(made, actor, llama()), random.Random(0)
+    reference, numbers = trained_copy(made, actor, llama()), random.Random(0)
     for _ in range(25):
         prompts = [[numbers.randrange(48) for _ in range(numbers.randrange(1, 400))] for _ in range(4)]
         with interrupted(numbers.uniform(0.001, 0.08)):
@@ -172,21 +178,21 @@ def test_whenever_a_call_is_interrupted_the_next_one_is_right(running):
         compare(made, reference, [prompt[:60] for prompt in prompts])
 
 
-def test_an_engine_that_failed_in_a_step_is_built_anew_by_the_next_sync(running, monkeypatch):
+def test_after_a_failed_step_the_next_sync_makes_a_new_engine(running, monkeypatch):
     made, actor, _ = running
     core = made.inference_engine._llm.llm_engine.engine_core
     monkeypatch.setattr(core, "get_output", lambda: [][0])
     with pytest.raises(EngineError, match="could not generate: IndexError"):
         made.gather_and_generate(GREEDY, PROMPTS)
     monkeypatch.undo()
-    with pytest.raises(StaleWeightsError, match="in the midst of a step"):
+    with pytest.raises(StaleWeightsError, match="in the middle of a step"):
         made.gather_and_generate(GREEDY, PROMPTS)
     made.update_engine_weights(actor)
     assert made.inference_engine._llm.llm_engine.engine_core is not core
-    compare(made, whole(made, actor, llama()), PROMPTS)
+    compare(made, trained_copy(made, actor, llama()), PROMPTS)
 
 
-def test_tokens_of_no_vocabulary_are_refused(made):
+def test_tokens_outside_the_vocabulary_are_refused(made):
     refuses_unknown_tokens(made)
 
 
@@ -204,22 +210,22 @@ def test_each_sync_brings_the_weights_in_training(running):
     for _ in range(2):
         train(made, actor, optimizer, updates=4)
         made.update_engine_weights(actor)
-        compare(made, whole(made, actor, llama()), PROMPTS)
+        compare(made, trained_copy(made, actor, llama()), PROMPTS)
     assert tokens_of(made.gather_and_generate(GREEDY, PROMPTS)) != before
 
 
 def test_no_cache_outlives_the_weights_that_filled_it(running):
     made, actor, optimizer = running
     long = [[number % 40 for number in range(300)]]  # more than a block of the prefix cache
-    compare(made, whole(made, actor, llama()), long)
-    compare(made, whole(made, actor, llama()), long)
+    compare(made, trained_copy(made, actor, llama()), long)
+    compare(made, trained_copy(made, actor, llama()), long)
     train(made, actor, optimizer, updates=4)
     made.update_engine_weights(actor)
-    compare(made, whole(made, actor, llama()), long)
+    compare(made, trained_copy(made, actor, llama()), long)
 
 
 @pytest.mark.parametrize("dies", ["before its end", "with a weight missing"])
-def test_after_a_stream_that_died_it_is_stale_until_the_next_sync_which_builds_it_anew(running, dies):
+def test_a_failed_stream_makes_it_stale_until_the_next_sync_makes_a_new_engine(running, dies):
     made, actor, optimizer = running
     engine, old, version = made.inference_engine, made.inference_engine._llm, made.inference_engine.weight_version
     buckets = [[(name, tensor.clone()) for name, tensor in bucket] for bucket in made.full_parameters(actor)]
@@ -237,24 +243,25 @@ def test_after_a_stream_that_died_it_is_stale_until_the_next_sync_which_builds_i
     made.update_engine_weights(actor)
     assert engine._llm is not old
     assert engine.weight_version == version + 1
-    compare(made, whole(made, actor, llama()), PROMPTS)
+    compare(made, trained_copy(made, actor, llama()), PROMPTS)
 
 
-def test_weights_that_vllm_holds_otherwise_than_sent_are_an_error(running, monkeypatch):
+def test_weights_that_differ_from_those_sent_are_an_error(running, monkeypatch):
     made, actor, _ = running
-    monkeypatch.setattr(reload, "_layers_with_tied_weights", lambda model: [])
+    monkeypatch.setattr(patches, "layers_with_tied_weights", lambda model: [])
     made.update_engine_weights(actor)  # the tied head itself arrives: only its packed copy is old
     monkeypatch.setattr("lightrft.engines.vllm.engine.reload", _reload_and_change)
-    with pytest.raises(EngineError, match=r"not those that were sent, in 1 parts, layers\.1"):
+    with pytest.raises(EngineError, match=r"differ from those sent in 1 layers, the first is layers\.1"):
         made.update_engine_weights(actor)
     monkeypatch.undo()
     made.update_engine_weights(actor)
-    compare(made, whole(made, actor, llama()), PROMPTS)
+    compare(made, trained_copy(made, actor, llama()), PROMPTS)
 
 
 def _reload_and_change(llm, tensors):
     reload.reload(
-        llm, ((name, 2 * it if name == "model.layers.1.mlp.down_proj.weight" else it) for name, it in tensors)
+        llm,
+        ((name, 2 * tensor if name == "model.layers.1.mlp.down_proj.weight" else tensor) for name, tensor in tensors),
     )
 
 
@@ -272,7 +279,7 @@ def room(running):
 
 
 @pytest.mark.usefixtures("room")
-def test_checksums_are_of_the_type_that_the_engine_has():
+def test_checksums_are_computed_in_the_engines_dtype():
     with get_strategy({"strategy": "fake", "bf16": False, "train_batch_size": 1}) as strategy:
         actor = llama()
         actor, _, _ = strategy.prepare((actor, strategy.create_optimizer(actor, lr=1e-3), None))
@@ -285,21 +292,21 @@ def test_checksums_are_of_the_type_that_the_engine_has():
 @pytest.mark.usefixtures("room")
 def test_a_tokenizer_adds_nothing_to_text_and_ends_completions(tmp_path):
     with rollout(pretrain=with_tokenizer_that_adds(tmp_path)) as (made, *_):
-        takes_text_as_it_is(made)
-        ends_with_the_tokenizers_end(made)
+        adds_no_special_tokens(made)
+        ends_at_the_tokenizers_eos(made)
 
 
 @pytest.mark.usefixtures("room")
 def test_prompts_with_one_seed_draw_apart():
-    with rollout(model=indifferent()) as (made, *_):
-        prompts_draw_apart(made)
+    with rollout(model=uniform_model()) as (made, *_):
+        prompts_draw_independently(made)
 
 
 @pytest.mark.usefixtures("room")
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [({"enable_engine_sleep": True}, "vLLM cannot sleep on a CPU"),
-     ({"weight_sync_verify": "crc"}, "weight_sync_verify='crc'; allowed is 'checksum'")],
+    [({"enable_engine_sleep": True}, "enable_engine_sleep: expected False for vLLM on a CPU"),
+     ({"weight_sync_verify": "crc"}, "weight_sync_verify: expected 'checksum'")],
 )  # fmt: skip
 def test_a_setting_that_cannot_be_honoured_is_refused(settings, words):
     with pytest.raises(ConfigError, match=words), rollout(**settings):
@@ -327,7 +334,7 @@ def test_a_model_from_disk_begins_with_its_weights(tmp_path):
     model = llama()
     model.save_pretrained(tmp_path)
     with rollout(model=llama(7), pretrain=str(tmp_path)) as (made, actor, _):
-        compare(made, whole(made, actor, llama()), PROMPTS)
+        compare(made, trained_copy(made, actor, llama()), PROMPTS)
         made.setup_inference_engine({"pretrain": str(tmp_path), "bf16": False, "engine_kv_cache_bytes": 2**24}, "vllm")
         assert made.inference_engine.weight_version == 0
         compare(made, model.eval(), PROMPTS)
@@ -348,28 +355,46 @@ def test_pictures_and_films_reach_the_model_after_a_sync(tmp_path):
         for parameter in actor.parameters():
             parameter.data.add_(0.05 * torch.randn_like(parameter))
         made.update_engine_weights(actor)
-        reference = whole(made, actor, tiny_vision.model())
-        found = made.gather_and_generate(GREEDY, all_prompts=texts, all_images=images, all_videos=videos)
-        for text, own_images, own_videos, completion in zip(texts, images, videos, found, strict=True):
-            wanted = tiny_vision.greedy(reference, text, own_images, own_videos, GREEDY["max_tokens"])
+        reference = trained_copy(made, actor, tiny_vision.model())
+        completions = made.gather_and_generate(GREEDY, all_prompts=texts, all_images=images, all_videos=videos)
+        for text, prompt_images, prompt_videos, completion in zip(texts, images, videos, completions, strict=True):
+            wanted = tiny_vision.greedy(reference, text, prompt_images, prompt_videos, GREEDY["max_tokens"])
             assert completion.output_token_ids == wanted
         with pytest.raises(EngineError, match="could not generate"):
             made.gather_and_generate(GREEDY, all_prompts=texts[3:], all_images=[[images[3][0], picture("red")]])
         (again,) = made.gather_and_generate(GREEDY, all_prompts=texts[3:], all_images=images[3:])
-        assert again.output_token_ids == found[3].output_token_ids
+        assert again.output_token_ids == completions[3].output_token_ids
+
+
+@pytest.mark.usefixtures("room")
+def test_an_adapter_whose_patch_has_lost_its_target_is_not_built(monkeypatch):
+    from vllm.distributed import parallel_state
+
+    monkeypatch.delattr(parallel_state, "_group_name_counter")
+    with pytest.raises(EngineError, match=r"parallel_state\._group_name_counter does not exist"), rollout():
+        pass
+
+
+def test_everything_that_the_adapter_uses_of_vllm_is_checked():
+    script = Path(__file__).with_name("patch_cases.py")
+    child = subprocess.run([sys.executable, script, "vllm"], capture_output=True, text=True, timeout=900)
+    assert child.returncode == 0, child.stderr[-2000:]
+    report = json.loads(child.stdout.splitlines()[-1])
+    assert report["unnoticed"] == []
+    assert report["targets"] > 30
 
 
 # Over ranks
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_stream_that_dies_on_one_rank_is_made_good_by_the_next_sync(two, size):
+def test_after_a_stream_failed_on_one_rank_the_next_sync_succeeds(two, size):
     before = set(os.listdir("/dev/shm"))
-    told = two.run(
+    errors = two.run(
         fail_on_one_rank, engine_type="vllm", strategy="fsdp", failing=0, engine_tp_size=size, deadline=300.0
     )
-    assert told == [["OSError"], []]
-    assert not [it for it in set(os.listdir("/dev/shm")) - before if "cpushm" in it]
+    assert errors == [["OSError"], []]
+    assert not [name for name in set(os.listdir("/dev/shm")) - before if "cpushm" in name]
 
 
 @pytest.mark.usefixtures("room")

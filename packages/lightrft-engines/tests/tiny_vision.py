@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from engine_cases import GREEDY, rollout, whole
+from engine_cases import GREEDY, rollout, trained_copy
 from PIL import Image
 
 SPECIAL = ["<|endoftext|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
@@ -91,10 +91,10 @@ def greedy(made: Any, text: str, images: list[Any], videos: list[Any], count: in
     arrays = [np.stack([np.asarray(frame) for frame in video]) for video in videos]
     inputs = processor()(text=[text], images=images or None, videos=arrays or None, return_tensors="pt")
     with torch.no_grad():
-        found = made.generate(
+        tokens_1T = made.generate(
             **inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
         )
-    return tuple(found[0, inputs["input_ids"].shape[1] :].tolist())
+    return tuple(tokens_1T[0, inputs["input_ids"].shape[1] :].tolist())
 
 
 def text_beside_pictures(engine: str, folder: Path, **settings: Any) -> None:
@@ -108,12 +108,13 @@ def text_beside_pictures(engine: str, folder: Path, **settings: Any) -> None:
         for parameter in actor.parameters():
             parameter.data.mul_(1.05)
         made.update_engine_weights(actor)
-        reference = whole(made, actor, model())
+        reference = trained_copy(made, actor, model())
         texts = ["what is this ?"], [f"what is {IMAGE} and {IMAGE} ?", "a red film"]
         images = [[]], [[picture("red", (84, 56)), picture("blue", (56, 84))], []]
-        own = texts[made.get_rank()], images[made.get_rank()]
-        found = made.gather_and_generate(GREEDY, all_prompts=own[0], all_images=own[1])
+        rank_prompts = texts[made.get_rank()], images[made.get_rank()]
+        completions = made.gather_and_generate(GREEDY, all_prompts=rank_prompts[0], all_images=rank_prompts[1])
         wanted = [
-            greedy(reference, text, pictures, [], GREEDY["max_tokens"]) for text, pictures in zip(*own, strict=True)
+            greedy(reference, text, pictures, [], GREEDY["max_tokens"])
+            for text, pictures in zip(*rank_prompts, strict=True)
         ]
-        assert [it.output_token_ids for it in found] == wanted
+        assert [completion.output_token_ids for completion in completions] == wanted

@@ -1,1 +1,1 @@
-"""Rollout engines, one adapter a module. Importing this package imports none of them."""
+"""Rollout engines, one adapter per module. Importing this package does not import them."""

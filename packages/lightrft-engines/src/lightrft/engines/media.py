@@ -1,4 +1,4 @@
-"""Pictures and videos as trainers hold them, in the form that engines take."""
+"""Images and videos, from the forms that trainers use to the form that engines take."""
 
 from pathlib import Path
 from typing import Any
@@ -6,20 +6,20 @@ from typing import Any
 import numpy as np
 
 
-def picture(source: Any) -> Any:
-    """An RGB picture from a PIL image, or from the path of one; anything else as it is."""
+def to_rgb(image: Any) -> Any:
+    """An RGB image from a PIL image or a path; any other object unchanged."""
     from PIL import Image
 
-    if isinstance(source, (str, Path)):
-        with Image.open(source) as opened:
+    if isinstance(image, (str, Path)):
+        with Image.open(image) as opened:
             return opened.convert("RGB")
-    return source.convert("RGB") if isinstance(source, Image.Image) and source.mode != "RGB" else source
+    return image.convert("RGB") if isinstance(image, Image.Image) and image.mode != "RGB" else image
 
 
-def frames(source: Any) -> Any:
-    """A video as one array (frames, height, width, 3) from a list of pictures; anything else as it is."""
+def to_frames(video: Any) -> Any:
+    """One array (frames, height, width, 3) from a list of images or paths; any other object unchanged."""
     from PIL import Image
 
-    if isinstance(source, (list, tuple)) and source and all(isinstance(it, (Image.Image, str, Path)) for it in source):
-        return np.stack([np.asarray(picture(frame)) for frame in source])
-    return source
+    if isinstance(video, (list, tuple)) and video and all(isinstance(item, (Image.Image, str, Path)) for item in video):
+        return np.stack([np.asarray(to_rgb(frame)) for frame in video])
+    return video

@@ -1,21 +1,21 @@
-"""Seeds of requests, for engines that draw each from a seed of its own."""
+"""Seeds of single completions, for engines that seed each request."""
 
 import hashlib
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
 
 import numpy as np
 
-from lightrft.engines.media import frames, picture
-from lightrft.strategy import Prompt, Sampling
-from lightrft.strategy.rollout.sampling import stream_key
+from lightrft.engines.media import to_frames, to_rgb
+from lightrft.strategy.engine import Prompt, Sampling, stream_key
 
 
-def seed_of(prompt: Prompt, sampling: Sampling, sample: int = 0) -> int | None:
-    """The seed of one completion, below 2**62: it follows from the seed asked for, the prompt and ``sample`` alone.
+def completion_seed(prompt: Prompt, sampling: Sampling, sample: int = 0) -> int | None:
+    """The seed of one completion, below 2**62. It depends only on ``sampling.seed``, the prompt and ``sample``.
 
-    Were it the same for all prompts, their draws would follow each other. None where none was asked for.
+    With one seed for all prompts their draws would be correlated.
+
+    Returns: The seed; None if ``sampling`` has no seed or is greedy.
     """
     if sampling.seed is None or sampling.greedy:
         return None
@@ -25,9 +25,9 @@ def seed_of(prompt: Prompt, sampling: Sampling, sample: int = 0) -> int | None:
 
 
 def _digests(prompt: Prompt) -> Iterator[bytes]:
-    """Of the pictures and videos whose numbers can be seen."""
-    for media in (*map(picture, prompt.images), *map(frames, prompt.videos)):
-        with suppress(TypeError, ValueError):  # on a GPU, or in a form that only the engine knows
-            numbers: Any = np.asarray(media)
-            if numbers.dtype != object:
-                yield hashlib.blake2b(numbers.tobytes(), digest_size=16).digest()
+    """Digests of the images and videos whose values can be read."""
+    for media in (*map(to_rgb, prompt.images), *map(to_frames, prompt.videos)):
+        with suppress(TypeError, ValueError):  # a tensor on a GPU, or a form that only the engine knows
+            values = np.asarray(media)
+            if values.dtype != object:
+                yield hashlib.blake2b(values.tobytes(), digest_size=16).digest()

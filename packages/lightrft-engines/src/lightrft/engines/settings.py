@@ -1,4 +1,4 @@
-"""The extra arguments that engines read, all optional, each checked before an engine is built."""
+"""The extra arguments of engines. All are optional, and all are checked before an engine is built."""
 
 import warnings
 from collections.abc import Mapping
@@ -16,73 +16,73 @@ NAMES = (
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """Extra arguments by their names without ``engine_``. None: the engine decides."""
+    """Extra arguments, named without ``engine_``. None means that the engine decides."""
 
     kv_cache_bytes: int | None
-    """Of the cache of keys and values."""
+    """Size of the key-value cache, in bytes."""
     max_model_len: int | None
-    """Tokens of the longest sequence, prompt and all."""
+    """The longest sequence in tokens, prompt included."""
     max_sequences: int | None
-    """That are decoded together."""
+    """Sequences that are decoded together."""
     eager: bool | None
-    """Compile nothing, and capture no graphs."""
+    """Whether to compile nothing and capture no graphs."""
     arguments: Mapping[str, Any]
-    """The engine's own arguments by its own names; they win."""
+    """The engine's own arguments, under its own names. They override the others."""
     media_limits: Mapping[str, int]
-    """Pictures ("image") and videos ("video") of one prompt: ``limit_mm_image_per_prompt`` and its like, where they
-    are not -1."""
+    """The most images ("image") and videos ("video") of one prompt, from ``limit_mm_image_per_prompt`` and
+    ``limit_mm_video_per_prompt``; no entry for -1."""
     trust_remote_code: bool
-    """Run code that comes with the model."""
+    """Whether to run code that comes with the model."""
     verifies: bool
-    """Compare the weights that an engine holds after a sync with those sent: ``weight_sync_verify="checksum"``."""
+    """Whether to compare the engine's weights after a sync with those sent (``weight_sync_verify="checksum"``)."""
 
     @classmethod
     def of(cls, config: StrategyConfig) -> Self:
-        """Raises `ConfigError` for a value that means nothing; warns of a name that does."""
-        _warn_of_strange_names(config)
-        asked = config.get_extra_arg("weight_sync_verify", None)
-        if asked not in (None, False, "", "none", "checksum"):
-            raise ConfigError(f"weight_sync_verify={asked!r}; allowed is 'checksum', or nothing")
-        limits = {kind: _number(config, f"limit_mm_{kind}_per_prompt", least=-1) for kind in ("image", "video")}
+        """Read the extra arguments of ``config``. Raises `ConfigError` for a bad value; warns of an unknown name."""
+        _warn_of_unknown_names(config)
+        verify = config.get_extra_arg("weight_sync_verify", None)
+        if verify not in (None, False, "", "none", "checksum"):
+            raise ConfigError(f"weight_sync_verify: expected 'checksum' or 'none', got {verify!r}")
+        limits = {media: _integer(config, f"limit_mm_{media}_per_prompt", minimum=-1) for media in ("image", "video")}
         return cls(
-            kv_cache_bytes=_number(config, "engine_kv_cache_bytes"),
-            max_model_len=_number(config, "engine_max_model_len"),
-            max_sequences=_number(config, "engine_max_sequences"),
+            kv_cache_bytes=_integer(config, "engine_kv_cache_bytes"),
+            max_model_len=_integer(config, "engine_max_model_len"),
+            max_sequences=_integer(config, "engine_max_sequences"),
             eager=_flag(config, "engine_eager"),
             arguments=_mapping(config, "engine_arguments"),
-            media_limits={kind: limit for kind, limit in limits.items() if limit not in (None, -1)},
+            media_limits={media: limit for media, limit in limits.items() if limit not in (None, -1)},
             trust_remote_code=bool(_flag(config, "trust_remote_code")),
-            verifies=asked == "checksum",
+            verifies=verify == "checksum",
         )
 
 
-def _warn_of_strange_names(config: StrategyConfig) -> None:
+def _warn_of_unknown_names(config: StrategyConfig) -> None:
     for name in config.extra_args:
         if name.startswith(("engine_", "limit_mm_")) and name not in NAMES:
             likely = nearest(name, NAMES)
-            hint = f"; did you mean {likely!r}?" if likely else f"; there are {', '.join(NAMES)}"
-            warnings.warn(f"{name!r} is no extra argument of engines, and does nothing{hint}", stacklevel=4)
+            hint = f"Did you mean {likely!r}?" if likely else f"Known are {', '.join(NAMES)}"
+            warnings.warn(f"{name!r} is not an extra argument of engines and has no effect. {hint}", stacklevel=4)
 
 
-def _number(config: StrategyConfig, name: str, least: int = 1) -> int | None:
+def _integer(config: StrategyConfig, name: str, minimum: int = 1) -> int | None:
     given = config.get_extra_arg(name, None)
     if given is None:
         return None
     plain = int(given) if isinstance(given, str) and given.isdecimal() else given
-    if isinstance(plain, bool) or not isinstance(plain, Integral) or plain < least:
-        raise ConfigError(f"{name}={given!r}; allowed is a whole number, {least} or more")
+    if isinstance(plain, bool) or not isinstance(plain, Integral) or plain < minimum:
+        raise ConfigError(f"{name}: expected an integer, {minimum} or more, got {given!r}")
     return int(plain)
 
 
 def _flag(config: StrategyConfig, name: str) -> bool | None:
     given = config.get_extra_arg(name, None)
     if given not in (None, True, False):
-        raise ConfigError(f"{name}={given!r}; allowed are True and False")
+        raise ConfigError(f"{name}: expected True or False, got {given!r}")
     return None if given is None else bool(given)
 
 
 def _mapping(config: StrategyConfig, name: str) -> Mapping[str, Any]:
     given = config.get_extra_arg(name, None)
     if given is not None and not isinstance(given, Mapping):
-        raise ConfigError(f"{name}={given!r}; allowed is a mapping of the engine's own arguments by its own names")
+        raise ConfigError(f"{name}: expected a mapping of the engine's own argument names to values, got {given!r}")
     return dict(given or {})

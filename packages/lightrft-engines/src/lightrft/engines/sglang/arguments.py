@@ -1,4 +1,4 @@
-"""From settings to SGLang's own arguments. Pure."""
+"""Translates settings into SGLang's arguments and environment. Pure."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from lightrft.config import StrategyConfig
+from lightrft.engines.model_source import ModelSource
 from lightrft.engines.settings import EngineSettings
-from lightrft.engines.source import ModelSource
 
 KV_CACHE_BYTES_ON_CPU = 2**30
-"""Unless ``engine_kv_cache_bytes`` says otherwise: host memory is not the engine's alone."""
+"""Default of ``engine_kv_cache_bytes`` on a CPU: the engine shares the host's memory."""
 MAX_SEQUENCES = 256
-"""That are decoded together on a CPU, unless ``engine_max_sequences`` says otherwise; on a GPU SGLang decides."""
+"""Default of ``engine_max_sequences`` on a CPU; on a GPU SGLang decides."""
 SPARE = 2
-"""Tokens of its context that SGLang never fills. It is told of so many more than a sequence may have."""
+"""Tokens of its context that SGLang never fills. Its context length is the longest sequence plus this."""
 LOADER = "lightrft.engines.sglang.scheduler.load_bucket"
-"""What takes a bucket of weights in SGLang's model processes."""
+"""The function that loads a bucket of weights in SGLang's scheduler processes."""
 LAUNCHER_VARIABLES = (
     "RANK",
     "WORLD_SIZE",
@@ -26,22 +26,29 @@ LAUNCHER_VARIABLES = (
     "MASTER_ADDR",
     "MASTER_PORT",
 )
-"""Of the launcher that started the training; SGLang's processes are a world of their own."""
+"""Variables of the launcher that started the training. SGLang's processes form a separate world."""
 IMPORTED_WITH = {
-    "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",  # of the model itself, before temperature and filters
+    "SGLANG_RETURN_ORIGINAL_LOGPROB": "1",  # before temperature and filters
     "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",  # by `SPARE`
     "TOKENIZERS_PARALLELISM": "false",
 }
-"""What SGLang and torch read when they are imported."""
-IMPORTED_WITH_ON_CPU = {
-    "TORCH_COMPILE_DISABLE": "1"
-}  # or penalties are compiled, with a compiler that may not be there
+"""Variables that SGLang and torch read when they are imported."""
+IMPORTED_WITH_ON_CPU = {"TORCH_COMPILE_DISABLE": "1"}
+"""Further variables on a CPU. Without them SGLang compiles its penalties, with a compiler that may be missing."""
 
 
 def server_arguments(
     config: StrategyConfig, source: ModelSource, *, device: str, index: int, seed: int
 ) -> dict[str, Any]:
-    """Arguments of ``sglang.Engine`` on device ``index`` and, with tensor parallelism, those that follow it."""
+    """Arguments of ``sglang.Engine``.
+
+    Args:
+        config: The strategy's settings.
+        source: The model.
+        device: "cpu" or "cuda".
+        index: The number of the device; with tensor parallelism, of the first one.
+        seed: Seeds the engine.
+    """
     on_cpu, settings = device == "cpu", EngineSettings.of(config)
     return {
         "model_path": source.path,
@@ -57,8 +64,8 @@ def server_arguments(
         "random_seed": seed,
         "trust_remote_code": settings.trust_remote_code,
         "custom_weight_loader": [LOADER],
-        "schedule_policy": "lpm",  # prompts with a common beginning wait for the first of them
-        "sleep_on_idle": True,  # or the model's processes take a core each while others train
+        "schedule_policy": "lpm",  # prompts with a common prefix wait for the first of them
+        "sleep_on_idle": True,  # else the scheduler processes use a core each while idle
         "host": "127.0.0.1",
         "log_level": "error",
         **(_on_cpu(source) if on_cpu else {}),
@@ -68,25 +75,30 @@ def server_arguments(
 
 
 def server_variables(
-    environment: Mapping[str, str], folder: str, *, on_cpu: bool, ranks: int = 1, cores: Sequence[int] = ()
+    environment: Mapping[str, str], directory: str, *, on_cpu: bool, ranks: int = 1, cores: Sequence[int] = ()
 ) -> dict[str, str]:
-    """The environment of the server process, with ``folder`` for its temporary files.
+    """The environment of the server process.
 
-    On a CPU its ``ranks`` share the ``cores``: SGLang would want a NUMA node for each.
+    Args:
+        environment: The environment of this process.
+        directory: For the server's temporary files.
+        on_cpu: Whether the engine runs on a CPU.
+        ranks: Tensor-parallel ranks. On a CPU they share ``cores``; by default SGLang wants a NUMA node for each.
+        cores: The cores of this process.
     """
     kept = {
         name: value
         for name, value in environment.items()
         if name not in LAUNCHER_VARIABLES and not name.startswith("TORCHELASTIC_")
     }
-    kept.pop("SGLANG_USE_CPU_ENGINE", None)  # it would ask for kernels that SGLang's wheels do not have
+    kept.pop("SGLANG_USE_CPU_ENGINE", None)  # it needs kernels that SGLang's wheels do not have
     if on_cpu and ranks > 1:
         kept.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(_shares(cores, ranks)))
-    return {**kept, **IMPORTED_WITH, **(IMPORTED_WITH_ON_CPU if on_cpu else {}), "TMPDIR": folder}
+    return {**kept, **IMPORTED_WITH, **(IMPORTED_WITH_ON_CPU if on_cpu else {}), "TMPDIR": directory}
 
 
 def _shares(cores: Sequence[int], ranks: int) -> list[str]:
-    """The cores of each rank; all of them, where there are not enough."""
+    """The cores of each rank; all cores for each rank if there are fewer cores than ranks."""
     size = len(cores) // ranks
     parts = [cores[rank * size : (rank + 1) * size] if size else cores for rank in range(ranks)]
     return [",".join(map(str, part)) for part in parts]
@@ -104,31 +116,31 @@ def _on_cpu(source: ModelSource) -> dict[str, Any]:
 def _limits(settings: EngineSettings, source: ModelSource, *, item: int, on_cpu: bool) -> dict[str, Any]:
     size = settings.kv_cache_bytes or (KV_CACHE_BYTES_ON_CPU if on_cpu else None)
     sequences = settings.max_sequences or MAX_SEQUENCES
-    named = {
+    limits = {
         "max_total_tokens": None if size is None else cache_tokens(model_settings(source), size, item, sequences),
         "context_length": None if source.longest is None else source.longest + SPARE,
         "max_running_requests": sequences if on_cpu else settings.max_sequences,
         "limit_mm_data_per_request": dict(settings.media_limits) or None,
     }
-    return {name: value for name, value in named.items() if value is not None}
+    return {name: value for name, value in limits.items() if value is not None}
 
 
 def model_settings(source: ModelSource) -> Mapping[str, Any]:
-    """The part of the model's configuration that describes its text layers."""
+    """The model's configuration, with that of its text layers at the top level."""
     file = Path(source.path) / "config.json"
-    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return {**found, **(found.get("text_config") or {})}
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return {**settings, **(settings.get("text_config") or {})}
 
 
 def cache_tokens(settings: Mapping[str, Any], size: int, item: int, sequences: int) -> int:
-    """Tokens whose keys and values go into ``size`` bytes, and no more than ``sequences`` whole sequences have."""
+    """Tokens whose keys and values fit into ``size`` bytes, at most those of ``sequences`` sequences of full length."""
     longest = int(settings.get("max_position_embeddings") or size)
     return min(size // max(1, token_bytes(settings, item)), sequences * longest)
 
 
 def token_bytes(settings: Mapping[str, Any], item: int) -> int:
-    """Bytes of one token's keys and values, ``item`` bytes each number; 0 where the configuration does not tell."""
+    """Bytes of one token's keys and values, with ``item`` bytes a number; 0 if the configuration does not say."""
     heads = settings.get("num_attention_heads", 0)
     width = settings.get("head_dim") or (settings.get("hidden_size", 0) // heads if heads else 0)
-    of_values = settings.get("num_key_value_heads") or heads
-    return int(2 * item * width * of_values * settings.get("num_hidden_layers", 0))
+    key_value_heads = settings.get("num_key_value_heads") or heads
+    return int(2 * item * width * key_value_heads * settings.get("num_hidden_layers", 0))

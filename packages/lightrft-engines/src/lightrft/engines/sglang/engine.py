@@ -1,7 +1,7 @@
-"""SGLang beside this process: a server process an engine, with tensor parallelism over processes of its own.
+"""SGLang in a server process, with tensor parallelism over further processes.
 
-Of the ranks that share an engine the first holds it. Weights go through one session of SGLang's a sync, a bucket at a
-time: on a CPU through shared memory, on a GPU out of the training's memory into the model's.
+The first of the ranks that share an engine holds it. A sync is one weight update of SGLang, bucket by bucket: on a CPU
+through shared memory, on a GPU from the training's memory to the model's.
 """
 
 import contextlib
@@ -12,25 +12,33 @@ import torch
 from torch.multiprocessing.reductions import reduce_tensor
 from typing_extensions import override
 
+from lightrft.engines.model_source import ModelSource
 from lightrft.engines.settings import EngineSettings
 from lightrft.engines.sglang import requests
 from lightrft.engines.sglang.arguments import server_arguments
 from lightrft.engines.sglang.library import SGLANG
-from lightrft.engines.sglang.process import ServerDied, ServerProcess
-from lightrft.engines.sglang.shared import PIECE, SharedBlock, checksum, fill, layout, pieces
-from lightrft.engines.source import ModelSource
-from lightrft.strategy import Completion, EngineBase, EngineCapabilities, EngineRequest, Prompt, Sampling
-from lightrft.strategy.rollout.engine import PARTS, Part
-from lightrft.strategy.rollout.weights import Bucket
+from lightrft.engines.sglang.server_process import ServerDied, ServerProcess
+from lightrft.engines.sglang.shared_memory import PIECE, SharedBlock, checksum, fill, layout, pieces
+from lightrft.strategy.engine import (
+    PARTS,
+    Bucket,
+    Completion,
+    EngineBase,
+    EngineCapabilities,
+    EngineRequest,
+    Part,
+    Prompt,
+    Sampling,
+)
 
 PATIENCE = 0.8
-"""Part of ``timeout`` after which a call is given up, so that ranks which wait for its end are still waiting."""
+"""Fraction of ``timeout`` after which a call fails: before the ranks that wait for it reach their own timeout."""
 
 
 class SGLangEngine(EngineBase):
-    """Generates with SGLang, in a server process that this rank holds."""
+    """Generates with SGLang, in a server process of this rank."""
 
-    honours = frozenset({"engine_mem_util"})
+    supported_settings = frozenset({"engine_mem_util"})
     leader_only = True
 
     def __init__(self, request: EngineRequest, source: ModelSource) -> None:
@@ -56,7 +64,7 @@ class SGLangEngine(EngineBase):
     @classmethod
     @override
     def build(cls, request: EngineRequest) -> Self:
-        SGLANG.require(())
+        SGLANG.require()
         source = ModelSource.of(request, "sglang")
         try:
             return cls(request, source)
@@ -86,19 +94,19 @@ class SGLangEngine(EngineBase):
         return requests.completions(prompts, answers, sampling, version=self.weight_version)
 
     def _call(self, name: str, *arguments: Any, descriptor: int | None = None) -> Any:
-        """Call the server; where it dies, the weights have died with it."""
+        """Call the server. If it died, the weights are lost and the engine is stale."""
         try:
             return self._server.call(name, *arguments, descriptor=descriptor)
         finally:
             if not self._server.alive:
-                self._stale = "its server process died, and the weights with it"
+                self._stale = "its server process died and its weights are lost"
 
     # Weights
 
     @override
     def _load(self, buckets: Iterator[Bucket]) -> None:
         if not self._server.alive:
-            self._rebuild()
+            self._restart()
         self._call("begin")
         try:
             with contextlib.closing(_Blocks(self)) as blocks:
@@ -107,15 +115,15 @@ class SGLangEngine(EngineBase):
         except ServerDied:
             raise
         except BaseException:
-            self._close_session()
+            self._end_update()
             raise
         self._call("end")
 
-    def _close_session(self) -> None:
-        """Close a session that failed, so that another can be opened, or end the server where it cannot be closed."""
+    def _end_update(self) -> None:
+        """End a weight update that failed, so that another can begin. If that fails too, end the server."""
         try:
             self._server.call("end")
-        except Exception:  # noqa: BLE001  the failure that led here is the one to be told of
+        except Exception:  # noqa: BLE001  the caller raises the first failure
             self._server.end()
 
     def _start(self) -> None:
@@ -123,30 +131,30 @@ class SGLangEngine(EngineBase):
         self.longest = self._server.longest
         self._released = frozenset()
 
-    def _rebuild(self) -> None:
+    def _restart(self) -> None:
         self._start()
-        self._give_back(PARTS - self.awake)
+        self._release(PARTS - self.awake)
 
     # Memory
 
     @override
     def _sleep(self, level: int) -> None:
-        # On a CPU the weights that level 1 keeps in host memory are there already.
+        # Level 1 keeps the weights in host memory; on a CPU they are there already.
         keeps_weights = level == 1 and self._device.type == "cpu"
-        self._give_back(frozenset({"kv_cache"}) if keeps_weights else PARTS)
+        self._release(frozenset({"kv_cache"}) if keeps_weights else PARTS)
 
-    def _give_back(self, parts: frozenset[Part]) -> None:
-        going = parts - self._released
-        if going and self._server.alive:
-            self._call("sleep", sorted(going))
-            self._released |= going
+    def _release(self, parts: frozenset[Part]) -> None:
+        present = parts - self._released
+        if present and self._server.alive:
+            self._call("sleep", sorted(present))
+            self._released |= present
 
     @override
     def _wake(self, parts: frozenset[Part]) -> None:
-        coming = parts & self._released
-        if coming and self._server.alive:
-            self._call("wake", sorted(coming))
-            self._released -= coming
+        released = parts & self._released
+        if released and self._server.alive:
+            self._call("wake", sorted(released))
+            self._released -= released
 
     @override
     def _shutdown(self) -> None:
@@ -155,14 +163,14 @@ class SGLangEngine(EngineBase):
 
 
 class _Blocks:
-    """The way of buckets to the server: in host memory one block for all of them, as large as the largest so far."""
+    """Sends buckets to the server. In host memory, all use one block, as large as the largest bucket so far."""
 
     def __init__(self, engine: SGLangEngine) -> None:
         self._engine = engine
         self._shared: SharedBlock | None = None
 
     def send(self, bucket: Bucket, version: int) -> None:
-        """Have a bucket loaded. Returns when nothing reads it any more."""
+        """Have the server load a bucket as part of weight ``version``. Returns when nothing reads the bucket any more."""
         on_device = bool(bucket) and bucket[0][1].is_cuda
         for piece in [bucket] if on_device else pieces(bucket, PIECE):
             self._send(piece, version, on_device=on_device)
@@ -183,14 +191,14 @@ class _Blocks:
         return self._shared.bytes[:size]
 
     def close(self) -> None:
-        """Let go of the memory."""
+        """Free the memory."""
         if self._shared is not None:
             self._shared.close()
             self._shared = None
 
 
 def _handle(block: torch.Tensor) -> tuple[Any, ...]:
-    """What another process opens ``block`` by. The device goes by its own name: its number may differ there."""
+    """The data by which another process opens ``block``. It names the device by its UUID: numbers differ by process."""
     torch.cuda.current_stream(block.device).synchronize()
     _, arguments = reduce_tensor(block)
     device = str(torch.cuda.get_device_properties(block.device).uuid)

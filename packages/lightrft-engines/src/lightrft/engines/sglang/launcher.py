@@ -1,10 +1,10 @@
-"""Run a command whose SGLang servers start in a fraction of the time: they are forks of one that has imported SGLang.
+"""Runs a command whose SGLang servers start faster, as forks of a process that has imported SGLang.
 
     python -m lightrft.engines.sglang.launcher COMMAND [ARGUMENT]...
 
-For test suites on a CPU, where engines are many and short-lived. A server starts out of this process instead of a new
-Python, and is otherwise the same; it outlives neither the engine that asked for it nor this process. The command finds
-the launcher by the environment variable `VARIABLE`, and its end is the launcher's.
+For test suites on a CPU, which start many short-lived engines. A server is a fork of this process in place of a new
+Python, and otherwise the same. It ends with the engine that asked for it or with this process, whichever comes first. The
+command finds the launcher by the environment variable `VARIABLE`; the launcher ends with the command.
 """
 
 import contextlib
@@ -21,24 +21,24 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from lightrft.engines.sglang.arguments import IMPORTED_WITH, IMPORTED_WITH_ON_CPU
-from lightrft.engines.sglang.launching import LENGTH, VARIABLE, received
+from lightrft.engines.sglang.launcher_client import LENGTH, VARIABLE, receive
 
 
 def _fork_servers(listener: socket.socket) -> None:
-    """Fork a server for each that asks."""
+    """Fork a server for each connection."""
     while True:
-        asking, _ = listener.accept()
-        with asking:
-            header, descriptors, _, _ = socket.recv_fds(asking, LENGTH.size, 2)
-            environment = pickle.loads(received(asking, LENGTH.unpack(header)[0]))  # noqa: S301  our own user's
+        client, _ = listener.accept()
+        with client:
+            header, descriptors, _, _ = socket.recv_fds(client, LENGTH.size, 2)
+            environment = pickle.loads(receive(client, LENGTH.unpack(header)[0]))  # noqa: S301  from the same user
             if os.fork() == 0:
                 listener.close()
-                _become_server(asking, environment, *descriptors)
+                _become_server(client, environment, *descriptors)
             for descriptor in descriptors:
                 os.close(descriptor)
 
 
-def _become_server(asking: socket.socket, environment: Mapping[str, str], connection: int, output: int) -> None:
+def _become_server(client: socket.socket, environment: Mapping[str, str], connection: int, output: int) -> None:
     from lightrft.engines.sglang.server import serve
 
     code = 1
@@ -46,13 +46,13 @@ def _become_server(asking: socket.socket, environment: Mapping[str, str], connec
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.setsid()
-        asking.sendall(LENGTH.pack(os.getpid()))  # from here on it can be ended with all that it starts
-        asking.close()
+        client.sendall(LENGTH.pack(os.getpid()))  # from here on its process group can be killed
+        client.close()
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.environ.clear()
         os.environ.update(environment)
-        tempfile.tempdir = None  # it is another now
+        tempfile.tempdir = None  # TMPDIR has changed
         serve(Connection(connection))
         code = 0
     finally:
@@ -60,23 +60,24 @@ def _become_server(asking: socket.socket, environment: Mapping[str, str], connec
 
 
 def main() -> int:
+    """Run the command with a launcher. Returns its exit status."""
     command = sys.argv[1:]
     if not command:
         raise SystemExit(f"{__doc__}")
     with (
-        tempfile.TemporaryDirectory(prefix="lightrft-sglang-launcher-") as folder,
+        tempfile.TemporaryDirectory(prefix="lightrft-sglang-launcher-") as directory,
         socket.socket(socket.AF_UNIX) as listener,
     ):
-        address = str(Path(folder) / "socket")
+        address = str(Path(directory) / "socket")
         listener.bind(address)
         listener.listen()
-        started = subprocess.Popen(command, env={**os.environ, VARIABLE: address})
+        process = subprocess.Popen(command, env={**os.environ, VARIABLE: address})
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is for the command
         forker = os.fork()
         if forker == 0:
             _be_forker(listener)
         try:
-            return started.wait()
+            return process.wait()
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(forker, signal.SIGTERM)
@@ -89,8 +90,8 @@ def _be_forker(listener: socket.socket) -> None:
         from lightrft.engines.sglang import library
 
         library.load()
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the servers
-        assert threading.active_count() == 1, threading.enumerate()  # a fork would leave their locks locked
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no process waits for the servers
+        assert threading.active_count() == 1, threading.enumerate()  # a fork would keep the locks of other threads
         _fork_servers(listener)
     finally:
         os._exit(1)

@@ -1,50 +1,99 @@
-"""Prompts and sampling in SGLang's terms, and SGLang's answers in ours. Pure.
+"""Translates prompts and sampling for SGLang, and its answers back. Pure.
 
-A prompt with n samples is n requests, each with a seed of its own where there is a seed: SGLang's own ``n`` would
-draw all of them from one.
+A prompt with n samples becomes n requests, so that each has its own seed: SGLang's own ``n`` draws all from one.
 """
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, TypedDict
 
 from lightrft.config import EngineError
-from lightrft.engines.media import frames, picture
-from lightrft.engines.seeds import seed_of
-from lightrft.strategy import Completion, Prompt, Sampling
+from lightrft.engines.media import to_frames, to_rgb
+from lightrft.engines.seeds import completion_seed
+from lightrft.strategy.engine import Completion, Prompt, Sampling
 
 
-def request(prompt: Prompt) -> dict[str, Any]:
-    """A prompt as the server takes it: token ids where there are any, else text; both beside media."""
+class Request(TypedDict):
+    """One prompt, as it goes to the server."""
+
+    text: str | None
+    tokens: Sequence[int] | None
+    images: list[Any]
+    videos: list[Any]
+
+
+class TokenizedRequest(TypedDict):
+    """A `Request` with token ids."""
+
+    text: str | None
+    tokens: list[int]
+    images: list[Any]
+    videos: list[Any]
+
+
+class Answer(TypedDict):
+    """One completion, as it comes from the server."""
+
+    prompt_tokens: list[int]
+    tokens: list[int]
+    logprobs: list[tuple[float, int]] | None
+    """Each with the token that it belongs to."""
+    finish_reason: str
+    message: str
+    weight_version: str
+    text: str | None
+
+
+def request(prompt: Prompt) -> Request:
+    """A prompt for the server: its token ids if it has any, else its text; both if it has media."""
     has_media = bool(prompt.images or prompt.videos)
     return {
         "text": prompt.text if prompt.token_ids is None or has_media else None,
         "tokens": prompt.token_ids,
-        "images": [picture(image) for image in prompt.images],
-        "videos": [frames(video) for video in prompt.videos],
+        "images": [to_rgb(image) for image in prompt.images],
+        "videos": [to_frames(video) for video in prompt.videos],
     }
 
 
-def check_placeholders(request: Mapping[str, Any], patterns: Mapping[str, re.Pattern[str] | None]) -> None:
-    """Raise `EngineError` unless the text has one placeholder for each of the ``images`` and ``videos``.
+def check_placeholders(
+    request: Request, image_pattern: re.Pattern[str] | None, video_pattern: re.Pattern[str] | None
+) -> None:
+    """Check that the text has one placeholder for each image and video; SGLang drops media that have none.
 
-    ``patterns`` find them, where the model's are known. SGLang would drop the media that have none.
+    Args:
+        request: As `request` makes it.
+        image_pattern: Matches the model's placeholder of an image; None if it is unknown.
+        video_pattern: The same for videos.
+
+    Raises:
+        EngineError: The numbers differ.
     """
-    for kind, pattern in patterns.items():
-        given = len(request[kind])
-        if pattern is not None and (found := len(pattern.findall(request["text"]))) != given:
+    text = request["text"] or ""
+    media = (("images", request["images"], image_pattern), ("videos", request["videos"], video_pattern))
+    for name, items, pattern in media:
+        if pattern is not None and (count := len(pattern.findall(text))) != len(items):
             raise EngineError(
-                f"a prompt has {found} placeholders for {given} {kind}, expected {given}; "
-                f"one of them looks like {pattern.pattern!r}"
+                f"generate: expected {len(items)} placeholders for {len(items)} {name} in a prompt, got {count}. "
+                f"A placeholder matches {pattern.pattern!r}"
             )
 
 
 def sampling_arguments(sampling: Sampling, end_ids: Collection[int], *, tokenizer: bool) -> dict[str, Any]:
-    """SGLang's sampling parameters. ``end_ids`` end a sequence also where SGLang has no tokenizer to know it."""
+    """SGLang's sampling parameters.
+
+    Args:
+        sampling: How tokens are drawn.
+        end_ids: Token ids that end a sequence, also if SGLang has no tokenizer that names them.
+        tokenizer: Whether SGLang has a tokenizer.
+
+    Raises:
+        EngineError: ``min_tokens`` needs a tokenizer.
+    """
     ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(end_ids))
     if sampling.min_tokens and ends and not tokenizer:
         raise EngineError(
-            "engine 'sglang' takes min_tokens where the model has a tokenizer; give a `pretrain` with one"
+            "generate: engine 'sglang' expected a model with a tokenizer, because of min_tokens, got one without. Pass a "
+            "`pretrain` that has a tokenizer, or leave min_tokens out"
         )
     return {
         "temperature": sampling.temperature,
@@ -66,19 +115,24 @@ def sampling_arguments(sampling: Sampling, end_ids: Collection[int], *, tokenize
 
 def seeds(prompts: Sequence[Prompt], sampling: Sampling) -> list[int | None]:
     """The seed of each completion."""
-    return [seed_of(prompt, sampling, sample) for prompt in prompts for sample in range(sampling.n)]
+    return [completion_seed(prompt, sampling, sample) for prompt in prompts for sample in range(sampling.n)]
 
 
 def alters_logits(sampling: Sampling) -> bool:
-    """Whether SGLang's log-probabilities are of altered logits: it applies penalties before it takes them."""
+    """Whether SGLang's log-probabilities come from changed logits: it applies penalties before it computes them."""
     neutral = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) == (1.0, 0.0, 0.0)
     return not neutral or sampling.min_tokens > 0
 
 
 def scored_tokens(drawn: Sequence[int], scored: Sequence[tuple[float, int]], last: int) -> list[tuple[float, int]]:
-    """Log-probabilities of a prompt's tokens with their ids, of which SGLang gives the vocabulary's ``last`` as 0.
+    """Correct the ids beside the log-probabilities of a prompt's tokens.
 
-    It takes that for a placeholder; the log-probability is the token's own.
+    SGLang takes the ``last`` id of the vocabulary for a placeholder and reports it as 0; the log-probability is right.
+
+    Args:
+        drawn: The tokens.
+        scored: SGLang's pairs of log-probability and id.
+        last: The last id of the vocabulary.
     """
     return [
         (logprob, last if (token, drawn_token) == (0, last) else token)
@@ -87,35 +141,53 @@ def scored_tokens(drawn: Sequence[int], scored: Sequence[tuple[float, int]], las
 
 
 def completions(
-    prompts: Sequence[Prompt], answers: Sequence[Mapping[str, Any]], sampling: Sampling, *, version: int
+    prompts: Sequence[Prompt], answers: Sequence[Answer], sampling: Sampling, *, version: int
 ) -> list[Completion]:
-    """The completions in the server's answers. Raises `EngineError` on any that is not whole, or of other weights."""
+    """The completions in the server's answers.
+
+    Args:
+        prompts: What was asked.
+        answers: The answers of the first prompt, then those of the next.
+        sampling: How tokens were drawn.
+        version: The version of the weights.
+
+    Raises:
+        EngineError: An answer is missing, incomplete, or made with other weights.
+    """
     if len(answers) != len(prompts) * sampling.n:
-        raise EngineError(f"SGLang answered {len(prompts)} prompts, {sampling.n} samples each, with {len(answers)}")
-    asked = [prompt for prompt in prompts for _ in range(sampling.n)]
-    return [_completion(prompt, answer, version) for prompt, answer in zip(asked, answers, strict=True)]
+        raise EngineError(
+            f"generate: expected {sampling.n} answers to each of {len(prompts)} prompts, got {len(answers)} from SGLang"
+        )
+    repeated = [prompt for prompt in prompts for _ in range(sampling.n)]
+    return [_completion(prompt, answer, version) for prompt, answer in zip(repeated, answers, strict=True)]
 
 
-def _completion(prompt: Prompt, answer: Mapping[str, Any], version: int) -> Completion:
+def _completion(prompt: Prompt, answer: Answer, version: int) -> Completion:
     reason = answer["finish_reason"]
     if reason not in ("stop", "length"):
-        raise EngineError(f"SGLang ended a completion with {reason!r}: {answer['message']}")
+        raise EngineError(
+            f"generate: expected finish_reason 'stop' or 'length', got {reason!r} from SGLang: {answer['message']}"
+        )
     if version and answer["weight_version"] != str(version):
-        raise EngineError(f"SGLang answered with the weights {answer['weight_version']!r} instead of {version}")
+        raise EngineError(
+            f"generate: expected an answer from weight version {version}, got {answer['weight_version']!r} from SGLang. Sync again"
+        )
     tokens, logprobs = tuple(answer["tokens"]), answer["logprobs"]
     return Completion(
         prompt_token_ids=prompt.token_ids if prompt.token_ids is not None else tuple(answer["prompt_tokens"]),
         output_token_ids=tokens,
         logprobs=None if logprobs is None else tuple(_matched(tokens, logprobs)),
-        finish_reason=reason,
+        finish_reason="stop" if reason == "stop" else "length",
         weight_version=version,
         text=answer["text"],
     )
 
 
 def _matched(tokens: Sequence[int], logprobs: Sequence[tuple[float, int]]) -> Iterator[float]:
-    """Log-probabilities, each held against the token that it is of."""
+    """The log-probabilities, after a check that they belong to ``tokens``."""
     if [token for _, token in logprobs] != list(tokens):
-        raise EngineError(f"SGLang gave log-probabilities of other tokens than the {len(tokens)} that it drew")
+        raise EngineError(
+            f"generate: expected log-probabilities of the {len(tokens)} drawn tokens, got other tokens from SGLang"
+        )
     for logprob, _ in logprobs:
         yield float(logprob)

@@ -1,7 +1,7 @@
-"""The process that holds SGLang's engine. It answers calls on its connection until that ends.
+"""The process that holds SGLang's engine. It answers calls on its connection until that is closed.
 
-SGLang takes over the process in which its engine is: its environment, its signals, its event loop, and when one of
-its children dies it kills the process. Here it may.
+SGLang takes over the process of its engine: its environment, signal handlers and event loop. When one of its child
+processes dies, SGLang kills the engine's process too. So this process belongs to SGLang alone.
 """
 
 import multiprocessing
@@ -20,75 +20,83 @@ from typing import Any, NoReturn
 import torch
 
 from lightrft.config import EngineError
-from lightrft.engines.sglang import library, scheduler
+from lightrft.engines.sglang import library, patches, scheduler
 from lightrft.engines.sglang.arguments import LOADER
-from lightrft.engines.sglang.requests import check_placeholders, scored_tokens
-from lightrft.engines.sglang.shared import to_json
-from lightrft.strategy.rollout.engine import too_long
+from lightrft.engines.sglang.requests import Answer, Request, TokenizedRequest, check_placeholders, scored_tokens
+from lightrft.engines.sglang.shared_memory import Entry, to_json
+from lightrft.strategy.engine import too_long
 
 PATIENCE = 30.0
-"""Seconds in which a request that was answered is over."""
+"""Seconds within which SGLang finishes a request that it has answered."""
 
 
 class Server:
-    """What can be asked of the server, each method a call."""
+    """The server's calls: each public method is one."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._engine: Any = None
-        self._longest = 0  # tokens of a sequence
+        self._longest = 0
         self._block: torch.Tensor | None = None
 
     # Life
 
     def start(self, arguments: dict[str, Any]) -> int:
-        """Make the engine. Returns how many tokens a sequence may have."""
-        scheduler.keep_load_file(arguments.get("dp_size", 1))
-        self._engine = _engine_class(fork=arguments.get("device") == "cpu")(**arguments)
-        # The scheduler ends a sequence that is as long as may be; this would refuse those that might become so.
-        self._engine.tokenizer_manager.validate_total_tokens = False
+        """Start the engine. Returns the longest sequence in tokens."""
+        engine_class = _engine_class(fork=arguments.get("device") == "cpu")
+        patches.apply_load_file(arguments.get("dp_size", 1))
+        self._engine = engine_class(**arguments)
+        patches.NO_TOTAL_LIMIT.apply(self._engine.tokenizer_manager)
         self._longest = self._engine._scheduler_init_result.scheduler_infos[0]["max_req_input_len"] - 1
         return self._longest
 
     def stop(self) -> None:
-        """End what SGLang started."""
+        """Shut the engine down, if it was started."""
         if self._engine is not None:
             self._engine.shutdown()
 
     def sleep(self, tags: list[str]) -> None:
-        """Give back the memory of ``tags``, "weights" or "kv_cache"."""
+        """Free the memory of ``tags``, "weights" or "kv_cache"."""
         self._flush()
         self._engine.release_memory_occupation(tags=tags)
 
     def wake(self, tags: list[str]) -> None:
-        """Take the memory of ``tags`` again."""
+        """Allocate the memory of ``tags`` again."""
         self._engine.resume_memory_occupation(tags=tags)
 
     # Weights
 
     def begin(self) -> None:
-        """Open a session."""
+        """Begin a weight update."""
         _require("begin_weight_update", self._engine.begin_weight_update())
 
     def lend(self, size: int) -> None:
-        """Map the block of memory whose descriptor comes next, from which buckets will be loaded."""
+        """Receive the descriptor of a memory block of ``size`` bytes and map it; buckets are loaded from it."""
         descriptor = recv_handle(self._connection)
         storage = torch.UntypedStorage._new_shared_fd_cpu(descriptor, size)  # type: ignore[attr-defined]
-        os.close(descriptor)  # it has one of its own
+        os.close(descriptor)  # the storage has duplicated it
         self._block = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,), (1,))
 
     def load(
-        self, entries: list[dict[str, Any]], size: int, handles: list[Any] | None, checksum: int | None, version: int
+        self, entries: list[Entry], size: int, handles: list[Any] | None, checksum: int | None, version: int
     ) -> None:
-        """Load a bucket, from the lent block or from the training's memory on its device, one handle a rank."""
+        """Load a bucket from the block that was lent, or from the training's memory on a device.
+
+        Args:
+            entries: The layout of the bucket in its block.
+            size: The size of the block in bytes.
+            handles: For each rank, what opens the block on a device; None for the lent block.
+            checksum: The expected checksum, or None.
+            version: The version of the weights.
+        """
         from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
         from sglang.srt.utils import MultiprocessingSerializer
 
         parallel = self._engine.server_args
-        whole = parallel.ep_size == parallel.pp_size == 1  # each process of the model has a part of all weights
-        plan = to_json({"entries": entries, "size": size, "checksum": checksum, "whole": whole})
+        complete = parallel.ep_size == parallel.pp_size == 1  # then each process uses a part of every weight
+        plan = to_json({"entries": entries, "size": size, "checksum": checksum, "complete": complete})
         ranks = parallel.tp_size
-        blocks = [_Foreign(it) for it in handles] if handles is not None else [self._block] * ranks
+        blocks = [_DeviceBlock(handle) for handle in handles] if handles is not None else [self._block] * ranks
         request = UpdateWeightsFromTensorReqInput(
             serialized_named_tensors=[
                 MultiprocessingSerializer.serialize([("plan", plan), ("bucket", block)]) for block in blocks
@@ -101,104 +109,119 @@ class Server:
         _require("update_weights_from_tensor", self._engine.loop.run_until_complete(updating))
 
     def end(self) -> None:
-        """Close the session, and forget what older weights computed."""
+        """End the weight update, and drop what older weights computed."""
         self._block = None
         _require("end_weight_update", self._engine.end_weight_update())
         self._flush()
 
     def _flush(self) -> None:
-        """Forget what was computed. Answers come before the model's process is done with them, so wait for that."""
+        """Drop the caches. SGLang answers before its scheduler has finished a request, so this waits for it."""
         flushing = self._engine.tokenizer_manager.flush_cache(timeout_s=PATIENCE)
         flushed = self._engine.loop.run_until_complete(flushing)
-        _require("flush_cache", (flushed.success, "requests are still running"))
+        _require("flush_cache", (flushed.success, f"requests are still running after {PATIENCE:g} s"))
 
     # Prompts
 
     def generate(
         self,
-        requests: Sequence[dict[str, Any]],
+        requests: Sequence[Request],
         samples: int,
         sampling: dict[str, Any],
         seeds: Sequence[int | None],
         rescore: bool,
-    ) -> list[dict[str, Any]]:
-        """Answer each request ``samples`` times. ``rescore``: take log-probabilities from a forward of their own."""
-        asked = [self._tokenized(it) for it in requests for _ in range(samples)]
+    ) -> list[Answer]:
+        """Answer each request ``samples`` times.
+
+        Args:
+            requests: Prompts, as `lightrft.engines.sglang.requests.request` makes them.
+            samples: Answers to each.
+            sampling: SGLang's sampling parameters.
+            seeds: A seed or None for each answer.
+            rescore: Take log-probabilities from a forward pass of their own.
+
+        Returns: The answers to the first request, then those to the next.
+        """
+        repeated = [self._tokenized(request) for request in requests for _ in range(samples)]
         parameters = [{**sampling, "sampling_seed": seed} for seed in seeds]
-        answers: dict[int, dict[str, Any]] = {}
-        for media in (True, False):  # of one call SGLang takes either text or token ids
-            places = [place for place, it in enumerate(asked) if _has_media(it) == media]
-            if places:
+        answers: dict[int, Answer] = {}
+        for media in (True, False):  # one call of SGLang takes either text or token ids
+            indices = [index for index, request in enumerate(repeated) if _has_media(request) == media]
+            if indices:
                 answered = self._answers(
-                    [asked[it] for it in places], [parameters[it] for it in places], rescore, media
+                    [repeated[index] for index in indices], [parameters[index] for index in indices], rescore, media
                 )
-                answers.update(zip(places, answered, strict=True))
-        return [answers[place] for place in range(len(asked))]
+                answers.update(zip(indices, answered, strict=True))
+        return [answers[index] for index in range(len(repeated))]
 
     def _answers(
-        self, asked: Sequence[dict[str, Any]], parameters: Sequence[dict[str, Any]], rescore: bool, media: bool
-    ) -> list[dict[str, Any]]:
-        inputs = _with_media(asked) if media else {"input_ids": [it["tokens"] for it in asked]}
-        found = self._engine.generate(**inputs, sampling_params=list(parameters), return_logprob=True)
-        answers = [_answer(it, one) for it, one in zip(asked, found, strict=True)]
+        self, requests: Sequence[TokenizedRequest], parameters: Sequence[dict[str, Any]], rescore: bool, media: bool
+    ) -> list[Answer]:
+        inputs = _with_media(requests) if media else {"input_ids": [request["tokens"] for request in requests]}
+        outputs = self._engine.generate(**inputs, sampling_params=list(parameters), return_logprob=True)
+        answers = [_answer(request, output) for request, output in zip(requests, outputs, strict=True)]
         if rescore:
-            self._rescore(asked, answers, media)
+            self._rescore(requests, answers, media)
         return answers
 
-    def _tokenized(self, request: dict[str, Any]) -> dict[str, Any]:
-        """A request with token ids, one that SGLang can take."""
+    def _tokenized(self, request: Request) -> TokenizedRequest:
+        """``request`` with token ids, after a check that SGLang can take it."""
         tokens = self._token_ids(request)
         if _has_media(request):
             request = {**request, "text": self._text_of(tokens, request["text"])}
             special = getattr(self._engine.tokenizer_manager.mm_processor, "mm_tokens", None)
-            patterns = {f"{kind}s": getattr(special, f"{kind}_token_regex", None) for kind in ("image", "video")}
-            check_placeholders(request, patterns)
-        if not tokens:  # it would end SGLang
-            raise EngineError("a prompt is empty; engine 'sglang' needs one token at least")
+            patterns = (getattr(special, "image_token_regex", None), getattr(special, "video_token_regex", None))
+            check_placeholders(request, *patterns)
+        if not tokens:  # SGLang would end
+            raise EngineError(
+                "generate: engine 'sglang' expected at least one token in each prompt, but a prompt is empty"
+            )
         if len(tokens) >= self._longest:
             raise EngineError(too_long("a prompt", len(tokens), self._longest))
         return {**request, "tokens": tokens}
 
-    def _token_ids(self, request: dict[str, Any]) -> list[int]:
+    def _token_ids(self, request: Request) -> list[int]:
         if request["tokens"] is not None:
             return list(request["tokens"])
         tokenizer = self._engine.tokenizer_manager.tokenizer
         if tokenizer is None:
-            raise EngineError("a prompt has no token ids, and the model's directory has no tokenizer for its text")
+            raise EngineError(
+                "generate: engine 'sglang' expected token ids, got text, and the model's directory has no tokenizer for it. "
+                "Pass token ids, or a `pretrain` with a tokenizer"
+            )
         return list(tokenizer(request["text"], add_special_tokens=False)["input_ids"])
 
     def _text_of(self, tokens: list[int], text: str | None) -> str:
-        """The text that these are the tokens of, which is ``text`` if any: beside media SGLang takes nothing else."""
+        """The text of a prompt with media, which SGLang takes as text only: ``text``, or else the decoded ``tokens``."""
         tokenizer = self._engine.tokenizer_manager.tokenizer
         if text is None:
             text = str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         if tokenizer(text, add_special_tokens=False)["input_ids"] != tokens:
             raise EngineError(
-                f"the token ids of a prompt with images or videos are not those of their text, {text[:80]!r}; engine "
-                f"'sglang' takes such prompts as text: give it, or ids that the model's tokenizer makes"
+                f"generate: expected a prompt's token ids to be those of its text, got other ids for {text[:80]!r}. Engine "
+                f"'sglang' takes prompts with images or videos as text: pass the text, or ids from the model's tokenizer"
             )
         return text
 
-    def _rescore(self, asked: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]], media: bool) -> None:
-        """Replace log-probabilities of penalised logits by the model's own; with media there are none."""
+    def _rescore(self, requests: Sequence[TokenizedRequest], answers: Sequence[Answer], media: bool) -> None:
+        """Replace log-probabilities under penalties by the model's own; with media, remove them."""
         if media:
             for answer in answers:
                 answer["logprobs"] = None
             return
         scored = self._engine.generate(
-            input_ids=[it["tokens"] + answer["tokens"] for it, answer in zip(asked, answers, strict=True)],
+            input_ids=[request["tokens"] + answer["tokens"] for request, answer in zip(requests, answers, strict=True)],
             sampling_params={"max_new_tokens": 0, "temperature": 0.0},
             return_logprob=True,
-            logprob_start_len=[max(0, len(it["tokens"]) - 1) for it in asked],
+            logprob_start_len=[max(0, len(request["tokens"]) - 1) for request in requests],
         )
-        for answer, one in zip(answers, scored, strict=True):
-            own = one["meta_info"]["input_token_logprobs"][-len(answer["tokens"]) :]
+        for answer, output in zip(answers, scored, strict=True):
+            triples = output["meta_info"]["input_token_logprobs"][-len(answer["tokens"]) :]
             last = self._engine.tokenizer_manager.model_config.vocab_size - 1
-            answer["logprobs"] = scored_tokens(answer["tokens"], [it[:2] for it in own], last)
+            answer["logprobs"] = scored_tokens(answer["tokens"], [triple[:2] for triple in triples], last)
 
 
-class _Foreign:
-    """A tensor in another process's memory on a device; pickled, it is what opens it there."""
+class _DeviceBlock:
+    """A tensor of another process on a device. Unpickling it opens the tensor."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
@@ -211,7 +234,7 @@ def _engine_class(*, fork: bool) -> Any:
     base: Any = library.load()
 
     class Engine(base):  # type: ignore[misc]
-        """SGLang's, whose model processes run our hooks, and on a CPU do not import everything again."""
+        """SGLang's engine. Its scheduler processes are patched, and on a CPU they are forks that import nothing again."""
 
         run_scheduler_process_func = staticmethod(scheduler.run_scheduler)
 
@@ -224,29 +247,29 @@ def _engine_class(*, fork: bool) -> Any:
     return Engine
 
 
-def _has_media(request: dict[str, Any]) -> bool:
+def _has_media(request: Request | TokenizedRequest) -> bool:
     return bool(request.get("images") or request.get("videos"))
 
 
-def _with_media(asked: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _with_media(requests: Sequence[TokenizedRequest]) -> dict[str, Any]:
     return {
-        "prompt": [it["text"] for it in asked],
-        "image_data": [list(it.get("images") or ()) or None for it in asked],
-        "video_data": [list(it.get("videos") or ()) or None for it in asked],
+        "prompt": [request["text"] for request in requests],
+        "image_data": [list(request.get("images") or ()) or None for request in requests],
+        "video_data": [list(request.get("videos") or ()) or None for request in requests],
     }
 
 
-def _answer(request: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    facts = found["meta_info"]
+def _answer(request: TokenizedRequest, output: dict[str, Any]) -> Answer:
+    facts = output["meta_info"]
     reason = facts["finish_reason"] or {"type": "nothing"}
     return {
         "prompt_tokens": request["tokens"],
-        "tokens": list(found["output_ids"]),
+        "tokens": list(output["output_ids"]),
         "logprobs": [(logprob, token) for logprob, token, _ in facts["output_token_logprobs"]],
         "finish_reason": reason["type"],
         "message": reason.get("message", ""),
         "weight_version": facts["weight_version"],
-        "text": found.get("text"),
+        "text": output.get("text"),
     }
 
 
@@ -260,7 +283,7 @@ def _require(call: str, result: tuple[bool, str]) -> None:
 
 
 def serve(connection: Connection) -> None:
-    """Answer calls, one after the other, until the connection ends or "stop" was answered."""
+    """Answer calls, one after the other, until the connection is closed or "stop" was answered."""
     server = Server(connection)
     watched = False
     while True:
@@ -271,7 +294,7 @@ def serve(connection: Connection) -> None:
         connection.send(_attempt(getattr(server, name), arguments))
         if name == "stop":
             return
-        if not watched:  # not before, for SGLang has forked its processes now
+        if not watched:  # not earlier: SGLang has forked its processes by now
             threading.Thread(target=_end_with, args=(connection.fileno(),), daemon=True).start()
             watched = True
 
@@ -279,12 +302,12 @@ def serve(connection: Connection) -> None:
 def _attempt(call: Any, arguments: tuple[Any, ...]) -> tuple[str, Any]:
     try:
         return "value", call(*arguments)
-    except Exception as error:  # noqa: BLE001  whatever it is, the other side hears of it
+    except Exception as error:  # noqa: BLE001  the other process raises it
         return "error", (type(error).__name__, str(error), traceback.format_exc())
 
 
 def _end_with(descriptor: int) -> None:
-    """End this session, and remove its files, when the other side of the connection is gone, whatever it is at."""
+    """End this session and remove its files as soon as the other process closes the connection."""
     poll = select.poll()
     poll.register(descriptor, select.POLLHUP | select.POLLRDHUP)
     poll.poll()
@@ -294,10 +317,11 @@ def _end_with(descriptor: int) -> None:
 def _end_session() -> NoReturn:
     shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
     os.killpg(os.getpgrp(), signal.SIGKILL)
-    raise AssertionError("this process is of its own group")
+    raise AssertionError("this process is in the group that was killed")
 
 
 def main() -> None:
+    """Serve the connection whose descriptor is the first argument."""
     serve(Connection(int(sys.argv[1])))
 
 

@@ -1,30 +1,43 @@
-"""From settings to vLLM's own arguments."""
+"""Translates settings into vLLM's arguments."""
 
 import os
 from typing import Any
 
 from lightrft.config import ConfigError, StrategyConfig
+from lightrft.engines.model_source import ModelSource
 from lightrft.engines.settings import EngineSettings
-from lightrft.engines.source import ModelSource
 
 KV_CACHE_BYTES_ON_CPU = 2**30
-"""Unless ``engine_kv_cache_bytes`` says otherwise: host memory is not the engine's alone."""
+"""Default of ``engine_kv_cache_bytes`` on a CPU: the engine shares the host's memory."""
 
 
 def llm_arguments(config: StrategyConfig, source: ModelSource, *, on_cpu: bool, seed: int) -> dict[str, Any]:
-    """Arguments of ``vllm.LLM``. Raises `ConfigError` for what vLLM cannot do, here or at all."""
+    """Arguments of ``vllm.LLM``.
+
+    Args:
+        config: The strategy's settings.
+        source: The model.
+        on_cpu: Whether the engine runs on a CPU.
+        seed: Seeds the engine.
+
+    Raises:
+        ConfigError: vLLM does not support a setting, or not on this device.
+    """
     settings = EngineSettings.of(config)
     if on_cpu and config.enable_engine_sleep:
         raise ConfigError(
-            "enable_engine_sleep=True: vLLM cannot sleep on a CPU, where it would only say that it does; use "
-            "enable_engine_sleep=False, or another engine"
+            "enable_engine_sleep: expected False for vLLM on a CPU, got True. There vLLM cannot free memory; use "
+            "enable_engine_sleep=False or another engine"
         )
     if settings.verifies and config.engine_tp_size > 1:
-        raise ConfigError("weight_sync_verify='checksum' reads a whole model back from vLLM; it needs engine_tp_size=1")
+        raise ConfigError(
+            f"weight_sync_verify='checksum': expected engine_tp_size=1, because it reads a whole model back from vLLM, got "
+            f"engine_tp_size={config.engine_tp_size}"
+        )
     return {
         "model": source.path,
         "skip_tokenizer_init": not source.has_tokenizer,
-        # Also where an actor's weights will come: "dummy" fills buffers, which no sync delivers, with random numbers.
+        # Also if a sync will replace the weights: "dummy" fills buffers, which no sync delivers, with random values.
         "load_format": "auto" if source.stores_weights else "dummy",
         "dtype": "bfloat16" if config.bf16 else "float32",
         "tensor_parallel_size": config.engine_tp_size,
@@ -43,7 +56,7 @@ def llm_arguments(config: StrategyConfig, source: ModelSource, *, on_cpu: bool, 
 
 
 def variables(rank: int, size: int, device_index: int) -> dict[str, str]:
-    """Environment variables under which vLLM runs in this process, as one of ``size`` ranks."""
+    """Environment variables for vLLM in this process, as rank ``rank`` of ``size``."""
     return {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
@@ -53,15 +66,15 @@ def variables(rank: int, size: int, device_index: int) -> dict[str, str]:
         "LOCAL_RANK": str(device_index),
         "WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "0",  # the process group is there already
+        "MASTER_PORT": "0",  # the process group exists already
     }
 
 
 def _limits(settings: EngineSettings, *, on_cpu: bool) -> dict[str, Any]:
-    named = {
+    limits = {
         "kv_cache_memory_bytes": settings.kv_cache_bytes or (KV_CACHE_BYTES_ON_CPU if on_cpu else None),
         "max_model_len": settings.max_model_len,
         "max_num_seqs": settings.max_sequences,
         "limit_mm_per_prompt": dict(settings.media_limits) or None,
     }
-    return {name: value for name, value in named.items() if value is not None}
+    return {name: value for name, value in limits.items() if value is not None}

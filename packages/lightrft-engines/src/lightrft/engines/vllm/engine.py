@@ -1,6 +1,6 @@
-"""vLLM in this process: an engine a rank, or one engine over the ranks that share it (tensor parallelism).
+"""vLLM in this process: one engine for each rank, or one over several ranks (tensor parallelism).
 
-Weights go from the training's memory into the model's on the same device, through one reload session a sync.
+A sync copies weights from the training's memory to the model's on the same device, in one reload session.
 """
 
 import contextlib
@@ -9,44 +9,53 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.distributed as dist
 from typing_extensions import override
 
 from lightrft.config import EngineError
-from lightrft.engines.seeds import seed_of
+from lightrft.engines.model_source import ModelSource
+from lightrft.engines.seeds import completion_seed
 from lightrft.engines.settings import EngineSettings
-from lightrft.engines.source import ModelSource
-from lightrft.engines.vllm import library, verify
+from lightrft.engines.vllm import library, patches, weight_checksums
 from lightrft.engines.vllm.arguments import llm_arguments, variables
-from lightrft.engines.vllm.interrupts import put_off
+from lightrft.engines.vllm.defer_sigint import defer_sigint
+from lightrft.engines.vllm.process_state import ProcessState
 from lightrft.engines.vllm.prompts import completions, request, sampling_arguments
-from lightrft.engines.vllm.reload import forget, reload
-from lightrft.engines.vllm.territory import Territory
-from lightrft.strategy import Completion, EngineBase, EngineCapabilities, EngineRequest, Prompt, Sampling
-from lightrft.strategy.rollout.engine import Part
-from lightrft.strategy.rollout.weights import Bucket
+from lightrft.engines.vllm.reload import reload, reset_caches
+from lightrft.strategy.engine import (
+    Bucket,
+    Completion,
+    EngineBase,
+    EngineCapabilities,
+    EngineRequest,
+    Part,
+    Prompt,
+    Sampling,
+)
 
 
 class VLLMEngine(EngineBase):
-    """Generates with vLLM. All ranks that share an engine call it alike."""
+    """Generates with vLLM. All ranks that share an engine must make the same calls."""
 
-    honours = frozenset({"engine_mem_util"})
-    _alive: "VLLMEngine | None" = None  # vLLM keeps its groups in globals: one engine a process
+    supported_settings = frozenset({"engine_mem_util"})
+    _alive: "VLLMEngine | None" = None  # vLLM keeps its process groups in globals: one engine in a process
 
     def __init__(self, request: EngineRequest, source: ModelSource) -> None:
         super().__init__(has_weights=source.loads_weights)
         self._source, self._group, self._device = source, request.group, request.device
-        place = 0 if request.group is None else dist.get_rank(request.group)
+        group_rank = 0 if request.group is None else dist.get_rank(request.group)
         self._arguments = llm_arguments(
-            request.config, source, on_cpu=request.device.type == "cpu", seed=request.config.seed + request.rank - place
-        )
+            request.config, source, on_cpu=request.device.type == "cpu",
+            seed=request.config.seed + request.rank - group_rank,
+        )  # fmt: skip
         self._timeout = timedelta(seconds=request.config.timeout)
         self._verify = EngineSettings.of(request.config).verifies
-        self._broken = self._half_done = self._in_step = False
+        self._broken = self._in_flight = self._in_step = False
         self._deliver_interrupt: Callable[[], None] = lambda: None
+        self._undo: Callable[[], None] = lambda: None
         self.vocabulary = source.vocabulary
         self.capabilities = EngineCapabilities(
             multimodal=True,
@@ -59,10 +68,11 @@ class VLLMEngine(EngineBase):
     @classmethod
     @override
     def build(cls, request: EngineRequest) -> Self:
-        library.VLLM.require(())
+        library.VLLM.require()
         if VLLMEngine._alive is not None:
             raise EngineError(
-                "engine 'vllm': there is one in this process already, and vLLM has room for one; shutdown() that first"
+                "setup_inference_engine: expected no other vLLM engine in this process, got one. vLLM supports one engine in a "
+                "process; shutdown() the other one first"
             )
         source = ModelSource.of(request, "vllm")
         try:
@@ -76,65 +86,59 @@ class VLLMEngine(EngineBase):
     # Building
 
     def _open(self) -> None:
-        self._territory = Territory(self._group, self._device, self._timeout)
-        self._territory.set_variables(variables(self._territory.rank, self._territory.size, self._device.index or 0))
+        self._state = ProcessState(self._group, self._device, self._timeout)
+        self._state.set_variables(variables(self._state.rank, self._state.size, self._device.index or 0))
         try:
-            self._territory.found()
-            self._half_done = False
+            self._state.initialize()
+            self._in_flight = False
             with self._inside():
                 self._vllm = library.load()
-                library.number_groups(self._territory.number)
+                self._undo = patches.group_numbers(self._state.number).apply()
                 with _translated("start"):
                     self._llm = self._vllm.LLM(**self._arguments)
-                self._watch_steps()
+                self._in_step = False
+                patches.step_callbacks(self._step_begins, self._step_ended).apply(self._llm.llm_engine)
                 self.longest = int(self._llm.llm_engine.model_config.max_model_len)
         except BaseException:
             self._close()
             raise
         finally:
-            library.forget_names(self._territory.number)
+            patches.remove_shared_memory_names(self._state.number)
 
-    def _watch_steps(self) -> None:
-        """Know whether a step came to its end; after each one, Ctrl-C may come."""
-        engine = self._llm.llm_engine
-        original = engine.step
+    def _step_begins(self) -> None:
+        self._in_step = True
 
-        def step() -> Any:
-            self._in_step = True
-            outputs = original()
-            self._in_step = False
-            self._deliver_interrupt()
-            return outputs
-
-        engine.step = step
+    def _step_ended(self) -> None:
         self._in_step = False
+        self._deliver_interrupt()
 
     @contextlib.contextmanager
     def _undisturbed(self) -> Iterator[None]:
-        """vLLM's own ground, with Ctrl-C put off to where the body lets it come."""
-        with put_off() as self._deliver_interrupt, self._inside():
+        """Run the body in vLLM's process state. Ctrl-C is deferred until the body delivers it."""
+        with defer_sigint() as self._deliver_interrupt, self._inside():
             yield
 
     @contextlib.contextmanager
     def _inside(self) -> Iterator[None]:
-        """vLLM's own ground. Where it is to be eager, its samplers compile nothing either."""
+        """Run the body in vLLM's process state. In eager mode, vLLM's samplers compile nothing either."""
         stance = (
             torch.compiler.set_stance("force_eager") if self._arguments["enforce_eager"] else contextlib.nullcontext()
         )
-        with self._territory.inside(), stance:
+        with self._state.inside(), stance:
             yield
 
     def _close(self) -> None:
-        """End vLLM, as far as there is one."""
+        """End vLLM, if it was started."""
         llm = self.__dict__.pop("_llm", None)
-        with self._territory.inside(), contextlib.ExitStack() as ending:
-            ending.callback(gc.collect)
-            ending.callback(_forget_groups)
+        with self._state.inside(), contextlib.ExitStack() as closing:
+            closing.callback(gc.collect)
+            closing.callback(self._undo)
+            closing.callback(_destroy_groups)
             if llm is not None:
-                ending.callback(llm.llm_engine.engine_core.shutdown)
-        self._territory.abandon()
+                closing.callback(llm.llm_engine.engine_core.shutdown)
+        self._state.destroy()
 
-    # What it promises
+    # Hooks
 
     @property
     @override
@@ -146,58 +150,58 @@ class VLLMEngine(EngineBase):
         tokenizer = self._llm.get_tokenizer() if self._source.has_tokenizer else None
         arguments = sampling_arguments(sampling, self._source.end_ids, tokenizer=tokenizer is not None)
         requests = [request(prompt) for prompt in prompts]
-        with self._undisturbed(), self._giving_up_on_half_a_step():
-            self._forget_half_done()
-            self._half_done = True
+        with self._undisturbed(), self._broken_by_failed_step():
+            self._abort_in_flight()
+            self._in_flight = True
             with _translated("generate"):
-                # vLLM adds a sample's number to the seed of its prompt
+                # vLLM adds the sample number to the seed of the prompt.
                 parameters = [
-                    self._vllm.SamplingParams(**arguments, seed=seed_of(prompt, sampling)) for prompt in prompts
+                    self._vllm.SamplingParams(**arguments, seed=completion_seed(prompt, sampling)) for prompt in prompts
                 ]
                 answers = self._llm.generate(
                     requests, parameters, use_tqdm=False, tokenization_kwargs={"add_special_tokens": False}
                 )
-            self._half_done = False
+            self._in_flight = False
         return completions(prompts, answers, sampling, version=self.weight_version, tokenizer=tokenizer)
 
     @contextlib.contextmanager
-    def _giving_up_on_half_a_step(self) -> Iterator[None]:
-        """An engine that failed in the midst of a step generates no more, until the next sync builds it anew."""
+    def _broken_by_failed_step(self) -> Iterator[None]:
+        """If the body fails in the middle of a step, refuse to generate until the next sync makes a new engine."""
         try:
             yield
         except BaseException:
             if self._in_step:
-                self._broken, self._stale = True, "vLLM failed in the midst of a step"
+                self._broken, self._stale = True, "vLLM failed in the middle of a step"
             raise
 
-    def _forget_half_done(self) -> None:
-        """What a call left that failed or was interrupted: requests that would be answered among those of the next, and
-        caches that count as filled with what was never computed.
+    def _abort_in_flight(self) -> None:
+        """Remove what a failed or interrupted call left: its requests, which vLLM would answer with those of the next call,
+        and cache entries that were never computed.
         """
-        if self._half_done:
+        if self._in_flight:
             engine = self._llm.llm_engine
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
-            forget(self._llm)
-            self._half_done = False
+            reset_caches(self._llm)
+            self._in_flight = False
 
     @override
     def _load(self, buckets: Iterator[Bucket]) -> None:
         if self._is_broken_anywhere():
             self._close()
             self._open()
-        self._broken = True  # until it ends well: vLLM cannot take up a reload that was left
+        self._broken = True  # until it succeeds: vLLM cannot resume an interrupted reload
         with self._undisturbed(), _translated("take the weights"):
-            self._forget_half_done()
+            self._abort_in_flight()
             sums: Counter[str] = Counter()
             tensors = self._tensors(buckets)
-            reload(self._llm, verify.sent_sums(tensors, sums) if self._verify else tensors)
+            reload(self._llm, weight_checksums.count_sent(tensors, sums) if self._verify else tensors)
             if self._verify:
-                (held,) = self._llm.apply_model(verify.held_sums)
-                verify.require_equal(sums, held)
+                (held,) = self._llm.apply_model(weight_checksums.held_sums)
+                weight_checksums.require_equal(sums, held)
         self._broken = False
 
     def _is_broken_anywhere(self) -> bool:
-        """Whether a reload died on any rank that shares this engine: they must be built anew together."""
+        """Whether a reload failed on any rank that shares this engine: all of them must make a new one together."""
         if self._group is None:
             return self._broken
         flag = torch.tensor([int(self._broken)])
@@ -205,33 +209,36 @@ class VLLMEngine(EngineBase):
         return bool(flag)
 
     def _tensors(self, buckets: Iterator[Bucket]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Tensors of their own: vLLM keeps those of a layer until the layer is complete, a bucket lives less long."""
+        """Copies of the tensors: vLLM keeps them until their layer is complete, longer than their bucket lives."""
         for bucket in self._outside(buckets):
             for name, tensor in bucket:
                 yield name, tensor.clone()
 
     def _outside(self, buckets: Iterator[Bucket]) -> Iterator[Bucket]:
-        """``buckets``, whose making gathers over the training's process groups."""
+        """``buckets``, made in the training's process state, whose process groups gather them."""
         while True:
-            with self._territory.outside(), _not_vllms():
+            with self._state.outside(), _carried():
                 bucket = next(buckets, None)
             if bucket is None:
                 return
             yield bucket
-            with _not_vllms():
+            with _carried():
                 self._deliver_interrupt()
 
     @override
     def _sleep(self, level: int) -> None:
         with self._undisturbed():
             if self._llm.llm_engine.is_sleeping():
-                self._llm.wake_up()  # vLLM goes from awake to asleep only
+                self._llm.wake_up()  # vLLM changes the sleep level only from awake
             weights = sum(self._llm.apply_model(_device_bytes))
             before = torch.cuda.mem_get_info(self._device)[0]
             self._llm.sleep(level=level)
             freed = torch.cuda.mem_get_info(self._device)[0] - before
         if freed < weights:
-            raise EngineError(f"vLLM's sleep(level={level}) gave {freed} bytes back, less than its weights, {weights}")
+            raise EngineError(
+                f"sleep(level={level}): expected vLLM to free at least the {weights} bytes of its weights, got {freed}. "
+                f"Use enable_engine_sleep=False"
+            )
 
     @override
     def _wake(self, parts: frozenset[Part]) -> None:
@@ -245,8 +252,8 @@ class VLLMEngine(EngineBase):
         self._source.close()
 
 
-class _OfTheStream(BaseException):
-    """Carries an exception of the weight stream through vLLM."""
+class _CarriedError(BaseException):
+    """Carries an exception of the weight stream through vLLM, which does not catch a BaseException."""
 
     def __init__(self, error: BaseException) -> None:
         super().__init__(repr(error))
@@ -254,21 +261,22 @@ class _OfTheStream(BaseException):
 
 
 @contextlib.contextmanager
-def _not_vllms() -> Iterator[None]:
+def _carried() -> Iterator[None]:
+    """Carry exceptions of the body through vLLM unchanged; `_translated` unpacks them."""
     try:
         yield
     except BaseException as error:
-        raise _OfTheStream(error) from error
+        raise _CarriedError(error) from error
 
 
 @contextlib.contextmanager
 def _translated(call: str) -> Iterator[None]:
-    """vLLM's exceptions as `EngineError`; what came through vLLM, or is one already, as it was."""
+    """Raise vLLM's exceptions as `EngineError`; carried exceptions and `EngineError` stay as they are."""
     try:
         yield
     except EngineError:
         raise
-    except _OfTheStream as carrier:
+    except _CarriedError as carrier:
         raise carrier.error from None
     except Exception as error:
         raise EngineError(f"vLLM could not {call}: {type(error).__name__}: {error}") from error
@@ -278,8 +286,8 @@ def _device_bytes(model: torch.nn.Module) -> int:
     return sum(tensor.nbytes for tensor in model.parameters() if tensor.is_cuda)
 
 
-def _forget_groups() -> None:
-    """What vLLM keeps in globals, also of an engine whose building failed; nothing where it was not imported."""
+def _destroy_groups() -> None:
+    """Destroy the process groups in vLLM's globals, also after a failed start. Does nothing before its import."""
     state = sys.modules.get("vllm.distributed.parallel_state")
     if state is not None:
         state.cleanup_dist_env_and_memory()

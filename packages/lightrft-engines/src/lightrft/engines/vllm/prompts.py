@@ -1,31 +1,38 @@
-"""Prompts and sampling in vLLM's terms, and vLLM's answers in ours. vLLM is imported by the caller."""
+"""Translates prompts and sampling for vLLM, and vLLM's outputs back. The caller imports vLLM."""
 
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightrft.config import EngineError
-from lightrft.engines.media import frames, picture
-from lightrft.strategy import Completion, Prompt, Sampling
+from lightrft.engines.media import to_frames, to_rgb
+from lightrft.strategy.engine import Completion, Prompt, Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from vllm import CompletionOutput, RequestOutput
 
 
 def request(prompt: Prompt) -> dict[str, Any]:
-    """A prompt as vLLM takes it: token ids where there are any."""
+    """A prompt in vLLM's form: its token ids if it has any, else its text."""
     base: dict[str, Any] = (
         {"prompt_token_ids": list(prompt.token_ids)} if prompt.token_ids is not None else {"prompt": prompt.text}
     )
     media: dict[str, Any] = {}
     if prompt.images:
-        media["image"] = [picture(image) for image in prompt.images]
+        media["image"] = [to_rgb(image) for image in prompt.images]
     if prompt.videos:
-        media["video"] = [frames(video) for video in prompt.videos]
+        media["video"] = [to_frames(video) for video in prompt.videos]
     return {**base, "multi_modal_data": media} if media else base
 
 
 def sampling_arguments(sampling: Sampling, end_ids: Collection[int], *, tokenizer: bool) -> dict[str, Any]:
-    """Arguments of vLLM's ``SamplingParams``, but for the seed, which each prompt has of its own.
+    """Arguments of vLLM's ``SamplingParams``, without the seed, which differs by prompt.
 
-    ``end_ids`` end a sequence also where vLLM has no tokenizer to know it.
+    Args:
+        sampling: How tokens are drawn.
+        end_ids: Token ids that end a sequence, also if vLLM has no tokenizer that names them.
+        tokenizer: Whether vLLM has a tokenizer.
     """
     ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(end_ids))
     return {
@@ -44,46 +51,65 @@ def sampling_arguments(sampling: Sampling, end_ids: Collection[int], *, tokenize
         "ignore_eos": sampling.ignore_eos,
         "skip_special_tokens": sampling.skip_special_tokens,
         "include_stop_str_in_output": sampling.include_stop_str_in_output,
-        "logprobs": 0,  # of the drawn token alone
+        "logprobs": 0,  # of the drawn token only
         "detokenize": tokenizer,
     }
 
 
 def completions(
-    prompts: Sequence[Prompt], answers: Sequence[Any], sampling: Sampling, *, version: int, tokenizer: Any
+    prompts: Sequence[Prompt],
+    answers: "Sequence[RequestOutput]",
+    sampling: Sampling,
+    *,
+    version: int,
+    tokenizer: "PreTrainedTokenizerBase | None",
 ) -> list[Completion]:
-    """The completions in vLLM's answers. Raises `EngineError` on any that is not whole.
+    """The completions in vLLM's outputs.
 
-    ``tokenizer``: the model's, or None.
+    Args:
+        prompts: What was asked.
+        answers: vLLM's outputs, one for each prompt.
+        sampling: How tokens were drawn.
+        version: The version of the weights.
+        tokenizer: The model's, or None.
+
+    Raises:
+        EngineError: An output is missing or incomplete.
     """
     drawn = _drawn(sampling)
-    found = [len(answer.outputs) for answer in answers]
-    if found != [drawn] * len(prompts):
-        raise EngineError(f"vLLM answered {len(prompts)} prompts, {drawn} samples each, with {found} completions")
+    counts = [len(answer.outputs) for answer in answers]
+    if counts != [drawn] * len(prompts):
+        raise EngineError(
+            f"generate: expected {drawn} completions of each of {len(prompts)} prompts, got {counts} from vLLM"
+        )
     return [
         _completion(tokens, output, version, None if tokenizer is None else output.text)
         for tokens, answer in zip(map(partial(_given_tokens, tokenizer), prompts, answers), answers, strict=True)
-        for output in sorted(answer.outputs, key=lambda it: int(it.index)) * (sampling.n // drawn)
+        for output in sorted(answer.outputs, key=lambda output: int(output.index)) * (sampling.n // drawn)
     ]
 
 
 def _drawn(sampling: Sampling) -> int:
-    """Samples of each prompt to be drawn: greedy ones are all alike, and vLLM draws but one."""
+    """Samples to draw of each prompt. Greedy samples are all the same, so vLLM draws one."""
     return 1 if sampling.greedy else sampling.n
 
 
-def _given_tokens(tokenizer: Any, prompt: Prompt, answer: Any) -> tuple[int, ...]:
-    """The prompt's, without those that vLLM put in where media are."""
+def _given_tokens(
+    tokenizer: "PreTrainedTokenizerBase | None", prompt: Prompt, answer: "RequestOutput"
+) -> tuple[int, ...]:
+    """The prompt's token ids, without the placeholders that vLLM expanded."""
     if prompt.token_ids is not None:
         return prompt.token_ids
-    expanded = bool(prompt.images or prompt.videos)
-    found = tokenizer(prompt.text, add_special_tokens=False)["input_ids"] if expanded else answer.prompt_token_ids
-    return tuple(map(int, found))
+    if tokenizer is not None and (prompt.images or prompt.videos):
+        return tuple(map(int, tokenizer(prompt.text, add_special_tokens=False)["input_ids"]))
+    return tuple(map(int, answer.prompt_token_ids))
 
 
-def _completion(prompt: tuple[int, ...], output: Any, version: int, text: str | None) -> Completion:
+def _completion(prompt: tuple[int, ...], output: "CompletionOutput", version: int, text: str | None) -> Completion:
     if output.finish_reason not in ("stop", "length"):
-        raise EngineError(f"vLLM ended a completion with {output.finish_reason!r} ({output.stop_reason!r})")
+        raise EngineError(
+            f"generate: expected finish_reason 'stop' or 'length', got {output.finish_reason!r} ({output.stop_reason!r}) from vLLM"
+        )
     tokens = tuple(output.token_ids)
     return Completion(
         prompt_token_ids=prompt,
@@ -97,6 +123,8 @@ def _completion(prompt: tuple[int, ...], output: Any, version: int, text: str | 
 
 def _logprobs(tokens: Sequence[int], positions: Any) -> Iterator[float]:
     if positions is None or len(positions) != len(tokens):
-        raise EngineError(f"vLLM gave log-probabilities of {len(positions or ())} tokens for {len(tokens)}")
+        raise EngineError(
+            f"generate: expected log-probabilities of {len(tokens)} tokens, got {len(positions or ())} from vLLM"
+        )
     for token, position in zip(tokens, positions, strict=True):
         yield float(position[token].logprob)

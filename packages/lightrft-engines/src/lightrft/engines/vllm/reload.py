@@ -1,58 +1,53 @@
-"""One weight sync into a vLLM model in this process: vLLM's reload session, and what it leaves undone."""
+"""One weight sync into a vLLM model in this process: vLLM's reload session, and what that leaves undone."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from lightrft.config import EngineError
+from lightrft.engines.vllm import patches
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 
-def reload(llm: Any, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-    """Have vLLM take a whole stream as one session. Raises `EngineError` where weights or caches are not renewed."""
-    llm.apply_model(_forget_packed_experts)
+def reload(llm: "LLM", tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+    """Load a whole weight stream into vLLM as one session.
+
+    Args:
+        llm: A ``vllm.LLM`` in this process.
+        tensors: Names and whole weights; all of them.
+
+    Raises:
+        EngineError: vLLM did not read the stream to its end, left a weight without values, or kept a cache.
+    """
+    llm.apply_model(patches.repack_experts)
     llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
     if next(tensors, None) is not None:
-        raise EngineError("vLLM left a part of the weight stream unread")
-    (unfilled,) = llm.apply_model(_renewed)
+        raise EngineError(
+            "update_weights: vLLM did not read the weight stream to its end. Sync again, or set up a new engine"
+        )
+    (unfilled,) = llm.apply_model(_process_tied_weights)
     if unfilled:
-        raise EngineError(f"vLLM's reload left {len(unfilled)} weights without values, {unfilled[0]} first")
-    forget(llm)
+        raise EngineError(
+            f"update_weights: vLLM's reload left {len(unfilled)} weights without values, the first is {unfilled[0]}. "
+            f"Send all weights of the checkpoint"
+        )
+    reset_caches(llm)
 
 
-def forget(llm: Any) -> None:
-    """Have vLLM drop all that it keeps of earlier prompts. Raises `EngineError` where it does not."""
+def reset_caches(llm: "LLM") -> None:
+    """Have vLLM drop everything that it computed from earlier prompts. Raises `EngineError` if it does not."""
     if not llm.reset_prefix_cache():
-        raise EngineError("vLLM would not reset its prefix cache, which no longer holds what the weights compute")
+        raise EngineError("vLLM did not reset its prefix cache, which belongs to older weights. Set up a new engine")
     llm.llm_engine.reset_mm_cache()
     llm.llm_engine.reset_encoder_cache()
 
 
-def _forget_packed_experts(model: nn.Module) -> None:
-    """Have vLLM pack experts again as at its start: on a CPU a reload leaves them as they came. Seen in 0.32."""
-    for layer in model.modules():
-        method: Any = getattr(layer, "quant_method", None)
-        if getattr(method, "moe_kernel", None) is not None and not any(it.is_cuda for it in layer.parameters()):
-            method.moe_kernel = None
-
-
-def _renewed(model: nn.Module) -> list[str]:
-    """Renew what vLLM made from weights that another layer's reload renewed; names of weights that have no values."""
-    for layer in _layers_with_tied_weights(model):
+def _process_tied_weights(model: nn.Module) -> list[str]:
+    """Process layers whose weights were reloaded with another layer. Returns names of weights that have no values."""
+    for layer in patches.layers_with_tied_weights(model):
         layer.quant_method.process_weights_after_loading(layer)
     return [name for name, tensor in model.named_parameters() if tensor.is_meta]
-
-
-def _layers_with_tied_weights(model: nn.Module) -> Iterator[Any]:
-    """Layers whose weight is first another's, such as a tied head.
-
-    vLLM reloads such a weight with the layer that it belongs to, and on a CPU leaves the other's own packed copy of
-    it as it was. Seen in 0.32; a reload that visits tied layers makes this superfluous.
-    """
-    seen: set[int] = set()
-    for layer in model.modules():
-        own = {id(it) for it in layer.parameters(recurse=False)}
-        if own & seen and hasattr(layer, "quant_method"):
-            yield layer
-        seen |= own

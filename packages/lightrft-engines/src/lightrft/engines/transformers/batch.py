@@ -1,19 +1,18 @@
-"""One batch of sequences on their way through a model with a key-value cache.
+"""Decodes a batch of sequences with a key-value cache.
 
 Shapes: B sequences, T positions so far (prompts are padded on the left), V vocabulary.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from lightrft.strategy.rollout.sampling import Sampling, draw_tokens, penalized, uniform
+from lightrft.strategy.engine import Sampling, draw_tokens, penalized, uniform
 
 COMPACT_BELOW = 0.75
-"""Part of the rows still going below which the finished ones are dropped from the cache."""
+"""When less than this fraction of the rows is unfinished, the finished rows are dropped from the cache."""
 
 
 @dataclass(kw_only=True)
@@ -22,15 +21,15 @@ class Row:
 
     prompt: Sequence[int]
     key: bytes
-    """Names its random stream."""
+    """The key of its random stream."""
     output: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     stopped: bool = False
-    """By an end-of-sequence or stop token."""
+    """Whether an end-of-sequence or stop token ended it."""
 
 
 class Batch:
-    """Rows that are decoded together, until each has stopped or is as long as it may be."""
+    """Sequences that are decoded together until each has stopped or reached its length limit."""
 
     def __init__(
         self,
@@ -40,26 +39,45 @@ class Batch:
         device: torch.device,
         longest: int | None,
     ) -> None:
-        """``ends``: token ids that end a sequence, as its being ``longest`` tokens long does, prompt and all."""
+        """Prepare to decode.
+
+        Args:
+            model: A causal language model.
+            sampling: How tokens are drawn.
+            ends: Token ids that end a sequence.
+            device: The model's device.
+            longest: The length in tokens, prompt included, at which a sequence ends; None for no limit.
+        """
         self._model, self._sampling, self._ends, self._device = model, sampling, ends, device
         self._longest = longest
         self._end_ids = torch.tensor(sorted(ends), device=device)
 
     @torch.no_grad()
     def complete(self, prompts: Sequence[Sequence[int]], keys: Sequence[Sequence[bytes]]) -> list[Row]:
-        """Complete each prompt as often as it has keys; returns the rows of the first prompt, then of the next."""
-        rows = [Row(prompt=prompt, key=key) for prompt, own in zip(prompts, keys, strict=True) for key in own]
+        """Complete each prompt once for each of its ``keys``.
+
+        Args:
+            prompts: Token ids.
+            keys: Keys of random streams, the same number for every prompt.
+
+        Returns: The rows of the first prompt, then those of the next.
+        """
+        rows = [
+            Row(prompt=prompt, key=key)
+            for prompt, prompt_keys in zip(prompts, keys, strict=True)
+            for key in prompt_keys
+        ]
         cache, mask_BT, logits_BV = self._prefill(prompts, samples=len(keys[0]))
         live = rows
         while True:
             self._extend(live, logits_BV)
-            going = [index for index, row in enumerate(live) if not self._is_done(row)]
-            if not going:
+            unfinished = [index for index, row in enumerate(live) if not self._is_done(row)]
+            if not unfinished:
                 return rows
-            if len(going) < COMPACT_BELOW * len(live):
-                chosen = torch.tensor(going, device=self._device)
-                cache.batch_select_indices(chosen)
-                mask_BT, live = mask_BT[chosen], [live[index] for index in going]
+            if len(unfinished) < COMPACT_BELOW * len(live):
+                indices_B = torch.tensor(unfinished, device=self._device)
+                cache.batch_select_indices(indices_B)
+                mask_BT, live = mask_BT[indices_B], [live[index] for index in unfinished]
             mask_BT = torch.nn.functional.pad(mask_BT, (0, 1), value=1)
             last_B1 = torch.tensor([[row.output[-1]] for row in live], device=self._device)
             logits_BV = self._forward(last_B1, mask_BT, mask_BT.sum(dim=1, keepdim=True) - 1, cache)
@@ -67,7 +85,7 @@ class Batch:
     def _prefill(
         self, prompts: Sequence[Sequence[int]], samples: int
     ) -> tuple[DynamicCache, torch.Tensor, torch.Tensor]:
-        """The prompts, once each; then a copy of cache, mask and logits for each sample."""
+        """Run each prompt once, then repeat cache, mask and logits for each sample."""
         width = max(map(len, prompts))
         tokens_BT = torch.tensor(
             [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=self._device
@@ -84,8 +102,8 @@ class Batch:
     def _forward(
         self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor, positions_BT: torch.Tensor, cache: DynamicCache
     ) -> torch.Tensor:
-        """Logits (B, V), fp32, after the last of ``tokens_BT``."""
-        output: Any = self._model(
+        """Logits (B, V), fp32, after the last position of ``tokens_BT``."""
+        output = self._model(
             input_ids=tokens_BT, attention_mask=mask_BT, position_ids=positions_BT, past_key_values=cache,
             use_cache=True, logits_to_keep=1,
         )  # fmt: skip
@@ -93,7 +111,7 @@ class Batch:
         return logits_BV
 
     def _extend(self, live: Sequence[Row], logits_BV: torch.Tensor) -> None:
-        """Draw the next token of every row that is still going."""
+        """Draw the next token of every unfinished row."""
         allowed_BV = penalized(logits_BV, [row.prompt for row in live], [row.output for row in live], self._sampling)
         early = [index for index, row in enumerate(live) if len(row.output) < self._sampling.min_tokens]
         if early and self._ends:

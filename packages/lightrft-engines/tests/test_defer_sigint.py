@@ -1,26 +1,26 @@
-"""Ctrl-C is put off, and not lost."""
+"""Ctrl-C is deferred, and not lost."""
 
 import signal
 import threading
 
 import pytest
 
-from lightrft.engines.vllm.interrupts import put_off
+from lightrft.engines.vllm.defer_sigint import defer_sigint
 
 
 @pytest.fixture(autouse=True)
 def handler():
-    """Python's own, which a process in the background has not."""
+    """Python's own handler, which a background process does not have."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield signal.default_int_handler
     signal.signal(signal.SIGINT, before)
 
 
-def test_it_comes_at_the_end_of_the_body(handler):
+def test_it_arrives_at_the_end_of_the_body(handler):
     done = []
 
     def body():
-        with put_off():
+        with defer_sigint():
             signal.raise_signal(signal.SIGINT)
             done.append("all")
         done.append("more")
@@ -31,11 +31,11 @@ def test_it_comes_at_the_end_of_the_body(handler):
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-def test_it_comes_where_the_body_lets_it(handler):
+def test_it_arrives_where_the_body_delivers_it(handler):
     done = []
 
     def body():
-        with put_off() as deliver:
+        with defer_sigint() as deliver:
             deliver()
             signal.raise_signal(signal.SIGINT)
             done.append("some")
@@ -48,9 +48,9 @@ def test_it_comes_where_the_body_lets_it(handler):
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-def test_nothing_is_put_off_in_another_thread(handler):
+def test_nothing_is_deferred_in_another_thread(handler):
     def body():
-        with put_off() as deliver:
+        with defer_sigint() as deliver:
             deliver()
             assert signal.getsignal(signal.SIGINT) is handler
 

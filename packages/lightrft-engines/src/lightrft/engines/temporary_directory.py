@@ -9,17 +9,18 @@ import weakref
 from pathlib import Path
 
 
-class OwnFolder:
-    """A temporary directory that goes with this object, or with the process that made it; a fork leaves it alone.
+class TemporaryDirectory:
+    """A directory that is removed with this object, or when the process that created it ends, but not by its forks.
 
-    `tempfile.TemporaryDirectory` is also removed where a fork ends, which may be long before the engine does. A process
-    that is killed removes nothing: what it left is removed when the next is made, by its lock, which nobody holds then.
+    `tempfile.TemporaryDirectory` is also removed when a fork ends, which may be long before the engine does. A killed
+    process leaves its directory behind; the next engine removes it, because its lock is free.
     """
 
     def __init__(self, engine: str) -> None:
+        """Make a directory whose name contains ``engine``."""
         prefix = f"lightrft-engine-{engine}-"
         for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
-            _remove_if_left(left)
+            _remove_if_unlocked(left)
         new = tempfile.mkdtemp(prefix="lightrft-new-")
         lock = _locked(new)
         self.path = str(Path(new).with_name(Path(new).name.replace("lightrft-new-", prefix)))
@@ -28,15 +29,15 @@ class OwnFolder:
 
 
 def _locked(path: str) -> int:
-    """A descriptor of a directory, which is locked as long as it is open, where the file system has locks."""
+    """Lock a directory, if the file system has locks. Returns the descriptor that holds the lock while it is open."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     with contextlib.suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return descriptor
 
 
-def _remove_if_left(path: Path) -> None:
-    with contextlib.suppress(OSError):  # another's, in use, or gone meanwhile
+def _remove_if_unlocked(path: Path) -> None:
+    with contextlib.suppress(OSError):  # it belongs to another user, is in use, or was removed meanwhile
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,30 +1,28 @@
-"""Temporary directories of engines go, also those of processes that were killed, and no others."""
+"""Temporary directories of engines are removed, also those of killed processes, and no others."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-from lightrft.engines.own_folder import OwnFolder
+from lightrft.engines.temporary_directory import TemporaryDirectory
 
 
-def test_it_goes_with_its_object_and_stays_when_a_fork_ends(tmp_path, monkeypatch):
+def test_it_is_removed_with_its_object_and_not_when_a_fork_ends(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    folder = OwnFolder("sample")
+    directory = TemporaryDirectory("sample")
     child = os.fork()
     if child == 0:
-        folder.remove()
+        directory.remove()
         os._exit(0)
     os.waitpid(child, 0)
-    assert [it.name for it in tmp_path.iterdir()] == [Path(folder.path).name]
-    del folder
+    assert [path.name for path in tmp_path.iterdir()] == [Path(directory.path).name]
+    del directory
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_killed_process_left_goes_with_the_next_and_what_is_in_use_stays(tmp_path, monkeypatch):
-    script = (
-        "from lightrft.engines.own_folder import OwnFolder; f = OwnFolder('sample'); print(f.path, flush=True); input()"
-    )
+def test_the_next_one_removes_what_a_killed_process_left_and_nothing_in_use(tmp_path, monkeypatch):
+    script = "from lightrft.engines.temporary_directory import TemporaryDirectory; f = TemporaryDirectory('sample'); print(f.path, flush=True); input()"
     started = {
         "stdin": subprocess.PIPE,
         "stdout": subprocess.PIPE,
@@ -40,9 +38,9 @@ def test_what_a_killed_process_left_goes_with_the_next_and_what_is_in_use_stays(
         killed.wait()
         assert left.exists()
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-        OwnFolder("other")
+        TemporaryDirectory("other")
         assert left.exists()
-        own = OwnFolder("sample")
-        assert set(tmp_path.iterdir()) == {used, Path(own.path)}
+        new = TemporaryDirectory("sample")
+        assert set(tmp_path.iterdir()) == {used, Path(new.path)}
         living.communicate("\n")
     assert not used.exists()

@@ -1,7 +1,7 @@
-"""The server process: its start, calls into it, and its end, however that comes.
+"""The server process of SGLang: its start, calls to it, and its end.
 
-It is a session of its own, so that the terminal's Ctrl-C reaches the training alone, and that one signal ends it with
-all that it started. It ends itself when this process is gone.
+The server leads a session of its own: the terminal's Ctrl-C does not reach it, and one signal ends it with all its
+child processes. It ends itself when this process is gone.
 """
 
 import contextlib
@@ -21,51 +21,70 @@ from typing import Any
 
 import lightrft.config
 from lightrft.config import EngineError
-from lightrft.engines.own_folder import OwnFolder
 from lightrft.engines.sglang.arguments import IMPORTED_WITH_ON_CPU, server_variables
-from lightrft.engines.sglang.launching import VARIABLE, launch
+from lightrft.engines.sglang.launcher_client import VARIABLE, launch
+from lightrft.engines.temporary_directory import TemporaryDirectory
 
 GRACE = 10.0
-"""Seconds that the server has to end by itself, and its processes to be gone after they were killed."""
+"""Seconds that the server has to end by itself, and that its processes have to end after they were killed."""
 
 
 class ServerDied(EngineError):
-    """The server process is gone, with whatever it was asked to do."""
+    """The server process ended before it answered."""
 
 
 class ServerProcess:
-    """One server process, and the connection to it."""
+    """A server process, and the connection to it."""
 
     def __init__(self, arguments: Mapping[str, Any], timeout: float) -> None:
-        """``timeout``: seconds after which any call is given up, and the server ended."""
+        """Start the server and its engine.
+
+        Args:
+            arguments: Arguments of ``sglang.Engine``.
+            timeout: Seconds after which a call fails and the server is killed.
+
+        Raises:
+            EngineError: The engine does not start.
+        """
         self._timeout, self._owner = timeout, os.getpid()
-        self._folder = OwnFolder("sglang")
-        self._log = Path(self._folder.path) / "log"
+        self._directory = TemporaryDirectory("sglang")
+        self._log = Path(self._directory.path) / "log"
         ours, theirs = socket.socketpair()
         with theirs, self._log.open("wb") as log:
             variables = server_variables(
-                os.environ, self._folder.path, on_cpu=arguments.get("device") == "cpu",
+                os.environ, self._directory.path, on_cpu=arguments.get("device") == "cpu",
                 ranks=arguments["tp_size"], cores=sorted(os.sched_getaffinity(0)),
             )  # fmt: skip
             self._pid = _started(variables, theirs.fileno(), log.fileno())
-        self._gone = os.pidfd_open(self._pid)
+        self._pidfd = os.pidfd_open(self._pid)
         self._connection = Connection(ours.detach())
-        self.end = weakref.finalize(self, _end, self._pid, self._gone, self._connection, self._folder, self._owner)
+        self.end = weakref.finalize(self, _end, self._pid, self._pidfd, self._connection, self._directory, self._owner)
         self.longest: int = self.call("start", dict(arguments))
-        """Tokens that a sequence may have, prompt and all."""
+        """The longest sequence in tokens, prompt included."""
 
     @property
     def alive(self) -> bool:
-        """Whether calls can be made."""
-        return self.end.alive and not _has_ended(self._gone)
+        """Whether the server is running."""
+        return self.end.alive and not _has_ended(self._pidfd)
 
     def call(self, name: str, *arguments: Any, descriptor: int | None = None) -> Any:
-        """Call a method of the server, lending it a file ``descriptor``; returns what it returns.
+        """Call a method of the server.
 
-        Raises what it raises, or `ServerDied`, where it does not answer in time too.
+        Args:
+            name: The method.
+            *arguments: Its arguments.
+            descriptor: A file descriptor to send after them.
+
+        Returns: What the method returns.
+
+        Raises:
+            ServerDied: The server ended, or did not answer within the timeout.
+            EngineError: The method raised an exception.
         """
         if not self.end.alive:
-            raise ServerDied(f"SGLang's server is not running, and was asked to {name}")
+            raise ServerDied(
+                f"SGLang's server is not running; it was asked to {name}. Sync weights, which starts a new one"
+            )
         try:
             self._connection.send((name, arguments))
             if descriptor is not None:
@@ -73,44 +92,44 @@ class ServerProcess:
             answer = self._connection.recv() if self._connection.poll(self._timeout) else None
         except (EOFError, OSError) as error:
             raise self._died(f"died while it was asked to {name}") from error
-        except BaseException:  # an answer that nobody waits for would be taken for that of the next call
+        except BaseException:  # the next call would take a late answer for its own
             self.end()
             raise
         if answer is None:
             raise self._died(f"did not {name} within {self._timeout:g} s (timeout)")
-        return _opened(*answer)
+        return _unpacked(*answer)
 
     def _died(self, words: str) -> ServerDied:
-        ended = _has_ended(self._gone, seconds=1.0)
-        said = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
+        ended = _has_ended(self._pidfd, seconds=1.0)
+        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
         self.end()
-        tail = "\n  ".join(line for line in said[-20:] if line.strip())
+        tail = "\n  ".join(line for line in lines[-20:] if line.strip())
         return ServerDied(
-            f"SGLang's server {words}{'' if ended else ', and was killed'}. Its last words:\n  {tail or '(none)'}"
+            f"SGLang's server {words}{'' if ended else ', and was killed'}. The end of its log:\n  {tail or '(empty)'}"
         )
 
     def stop(self) -> None:
-        """Ask it to end, and see to it that it has, with all that it started. May be called twice."""
-        if self.end.alive and os.getpid() == self._owner:  # a fork ends nothing but its own handles
+        """Ask the server to end, and kill what is left of it. May be called twice."""
+        if self.end.alive and os.getpid() == self._owner:  # a fork closes only its own descriptors
             with contextlib.suppress(EOFError, OSError):
                 self._connection.send(("stop", ()))
                 self._connection.poll(GRACE)
         self.end()
 
 
-def _opened(state: str, value: Any) -> Any:
-    """The value of an answer; raises the error of one that has failed."""
+def _unpacked(state: str, value: Any) -> Any:
+    """The value of an answer; raises the error of a failed one."""
     if state == "value":
         return value
-    kind, message, trace = value
-    error_class = getattr(lightrft.config, kind, None)
+    class_name, message, trace = value
+    error_class = getattr(lightrft.config, class_name, None)
     if isinstance(error_class, type) and issubclass(error_class, lightrft.config.LightRFTError):
         raise error_class(message)
-    raise EngineError(f"SGLang raised {kind}: {message}\n{trace}")
+    raise EngineError(f"SGLang raised {class_name}: {message}\n{trace}")
 
 
 def _started(variables: Mapping[str, str], connection: int, output: int) -> int:
-    """Start a server process, a leader of a session of its own; returns its id."""
+    """Start a server process in a new session. Returns its id."""
     launcher = os.environ.get(VARIABLE)
     if launcher is not None and IMPORTED_WITH_ON_CPU.items() <= variables.items():
         return launch(launcher, variables, (connection, output))
@@ -123,7 +142,7 @@ def _started(variables: Mapping[str, str], connection: int, output: int) -> int:
         pass_fds=[connection],
         start_new_session=True,
     )
-    process.returncode = 0  # it is waited for in `_end`, by its id
+    process.returncode = 0  # `_end` waits for it by its id
     return process.pid
 
 
@@ -131,23 +150,23 @@ def _has_ended(pidfd: int, seconds: float = 0.0) -> bool:
     return bool(select.select([pidfd], [], [], seconds)[0])
 
 
-def _end(pid: int, pidfd: int, connection: Connection, folder: OwnFolder, owner: int) -> None:
+def _end(pid: int, pidfd: int, connection: Connection, directory: TemporaryDirectory, owner: int) -> None:
     connection.close()
-    if os.getpid() != owner:  # a fork, whose exit is not the engine's end
+    if os.getpid() != owner:  # this is a fork; the engine belongs to its parent
         return
     deadline = time.monotonic() + GRACE
     while _killed(pid) and time.monotonic() < deadline:
-        with contextlib.suppress(ChildProcessError):  # of a launcher it is no child
+        with contextlib.suppress(ChildProcessError):  # with a launcher it is not our child
             os.waitpid(pid, os.WNOHANG)
         time.sleep(0.01)
     with contextlib.suppress(ChildProcessError):
         os.waitpid(pid, os.WNOHANG)
     os.close(pidfd)
-    folder.remove()
+    directory.remove()
 
 
 def _killed(group: int) -> bool:
-    """Kill all in a process group; whether there were any left. Zombies are not: nobody may ever wait for them."""
+    """Kill a process group. Returns whether any process is left; zombies do not count, they may never be waited for."""
     try:
         os.killpg(group, signal.SIGKILL)
     except ProcessLookupError:
@@ -157,7 +176,7 @@ def _killed(group: int) -> bool:
 
 def _runs_in(group: int, stat: Path) -> bool:
     try:
-        state, _, found = stat.read_text(errors="replace").rpartition(")")[2].split()[:3]
-    except OSError:  # it is gone
+        state, _, process_group = stat.read_text(errors="replace").rpartition(")")[2].split()[:3]
+    except OSError:  # it has ended
         return False
-    return int(found) == group and state != "Z"
+    return int(process_group) == group and state != "Z"

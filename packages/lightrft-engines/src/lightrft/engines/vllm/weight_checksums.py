@@ -1,7 +1,7 @@
-"""Whether the weights that a sync sent are the weights that a vLLM model has.
+"""Compares the weights that a sync sent with the weights that a vLLM model holds.
 
-vLLM fuses projections, pads, and on a CPU packs matrices so that only multiplying shows them; so what is compared is a
-sum of the bits of all numbers, layer by layer, which neither fusing nor padding with zeros changes.
+vLLM fuses projections, pads, and on a CPU packs matrices so that only a multiplication shows their values. So the check
+compares, layer by layer, the sum of the bits of all values, which neither fusing nor padding with zeros changes.
 """
 
 import re
@@ -13,55 +13,55 @@ import torch
 from torch import nn
 
 from lightrft.config import EngineError
-from lightrft.engines.naming import canonical
+from lightrft.engines.weight_names import canonical
 
 _LAYER = re.compile(r"^.*?\.\d+(?=\.)")
 _ROWS = 256
-"""Of an identity matrix, by which packed weights are read back, at a time."""
+"""Rows of an identity matrix by which packed weights are read back, at a time."""
 
 
-def sent_sums(tensors: Iterator[tuple[str, torch.Tensor]], sums: Counter[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """``tensors`` as they are; what they add up to goes to ``sums``."""
+def count_sent(tensors: Iterator[tuple[str, torch.Tensor]], sums: Counter[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield ``tensors`` unchanged, and add the sum of each to ``sums`` under its layer."""
     for name, tensor in tensors:
         sums[_layer(name)] += bit_sum(tensor)
         yield name, tensor
 
 
 def held_sums(model: nn.Module) -> Mapping[str, int]:
-    """The same of what ``model`` holds."""
+    """The sums of the weights that ``model`` holds, by layer."""
     sums: Counter[str] = Counter()
     seen: set[int] = set()
     for name, layer in model.named_modules():
-        for own, tensor in layer.named_parameters(recurse=False):
+        for parameter_name, tensor in layer.named_parameters(recurse=False):
             if id(tensor) not in seen:
                 seen.add(id(tensor))
-                sums[_layer(f"{name}.{own}")] += sum(map(bit_sum, _values(layer, own, tensor)))
+                sums[_layer(f"{name}.{parameter_name}")] += sum(map(bit_sum, _values(layer, parameter_name, tensor)))
     return sums
 
 
 def require_equal(sent: Mapping[str, int], held: Mapping[str, int]) -> None:
-    """Raise `EngineError`, with the names of layers, where they differ."""
+    """Raise `EngineError` with the names of the layers in which ``sent`` and ``held`` differ."""
     differing = sorted(layer for layer in sent.keys() | held.keys() if sent.get(layer, 0) != held.get(layer, 0))
     if differing:
         raise EngineError(
-            f"update_weights: the weights that vLLM holds are not those that were sent, in {len(differing)} parts, "
-            f"{differing[0]} first"
+            f"update_weights: vLLM's weights differ from those sent in {len(differing)} layers, the first is "
+            f"{differing[0]}. Sync again, or set up a new engine"
         )
 
 
 def bit_sum(tensor: torch.Tensor) -> int:
-    """The sum of a tensor's numbers, in fp32 and read as integers; -0.0 counts as 0.0."""
+    """The sum of a tensor's values in fp32, read as integers; -0.0 counts as 0.0."""
     words = (tensor.detach().float() + 0.0).contiguous().view(torch.int32)
     return int(words.sum(dtype=torch.int64))
 
 
 def _layer(name: str) -> str:
-    found = _LAYER.match(canonical(name))
-    return found.group() if found else "outside layers"
+    match = _LAYER.match(canonical(name))
+    return match.group() if match else "outside layers"
 
 
 def _values(layer: Any, name: str, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """A parameter's numbers, read back by multiplication where only a packed copy is left."""
+    """A parameter's values, read back by multiplication if only a packed copy is left."""
     if tensor.numel() or name != "weight" or not hasattr(layer, "cpu_linear"):
         yield tensor
         return

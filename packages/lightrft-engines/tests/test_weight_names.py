@@ -1,12 +1,12 @@
-"""Names of one weight in checkpoints of all vintages, and what a sync owes."""
+"""Names of one weight in checkpoints of all versions, and what a sync must deliver."""
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from lightrft.config import EngineError
-from lightrft.engines.checkpoint import due_shapes, expected_shapes, stored_shapes
-from lightrft.engines.naming import canonical, sender_names
+from lightrft.engines.expected_weights import delivered_shapes, expected_shapes, stored_shapes
+from lightrft.engines.weight_names import canonical, sender_names
 
 ONE = torch.Size([1])
 
@@ -38,35 +38,35 @@ def test_a_prefix_inside_a_name_stays():
     assert canonical("model.submodule.weight") == "submodule.weight"
 
 
-def test_a_sender_of_another_vintage_is_understood():
+def test_a_sender_with_another_version_is_understood():
     stored = ["model.language_model.norm.weight", "model.visual.patch_embed.proj.weight", "lm_head.weight"]
     sent = ["model.norm.weight", "visual.patch_embed.proj.weight", "lm_head.weight"]
     assert sender_names(stored, sent) == dict(zip(stored, sent, strict=True))
 
 
-def test_what_a_sender_has_not_keeps_its_name():
+def test_a_weight_that_the_sender_lacks_keeps_its_name():
     assert sender_names(["model.norm.weight"], ["model.other.weight"]) == {"model.norm.weight": "model.norm.weight"}
 
 
 @pytest.mark.parametrize("side", ["stored", "sent"])
-def test_names_that_cannot_be_told_apart_are_refused(side):
+def test_two_names_with_one_canonical_name_are_refused(side):
     twice = ["model.norm.weight", "language_model.model.norm.weight"]
     arguments = (twice, []) if side == "stored" else ([], twice)
-    with pytest.raises(EngineError, match="cannot be told apart"):
+    with pytest.raises(EngineError, match=r"expected names that differ .*, got .* both norm\.weight"):
         sender_names(*arguments)
 
 
-def test_a_sync_owes_what_is_stored_but_for_what_engines_derive():
+def test_a_sync_delivers_what_is_stored_without_what_engines_compute():
     stored = dict.fromkeys(
         ["model.norm.weight", "lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq", "model.mtp.weight"], ONE
     )
-    assert list(due_shapes(stored, tied=False)) == ["model.norm.weight", "lm_head.weight", "model.mtp.weight"]
-    assert list(due_shapes(stored, tied=True, ignored=[r"^model\.mtp"])) == ["model.norm.weight"]
+    assert list(delivered_shapes(stored, tied=False)) == ["model.norm.weight", "lm_head.weight", "model.mtp.weight"]
+    assert list(delivered_shapes(stored, tied=True, ignored=[r"^model\.mtp"])) == ["model.norm.weight"]
 
 
-def test_what_is_owed_comes_under_the_names_of_the_sender():
-    due = {"language_model.model.norm.weight": ONE, "visual.merger.weight": ONE}
-    assert list(expected_shapes(due, ["model.norm.weight"])) == ["model.norm.weight", "visual.merger.weight"]
+def test_delivered_weights_have_the_names_of_the_sender():
+    delivered = {"language_model.model.norm.weight": ONE, "visual.merger.weight": ONE}
+    assert list(expected_shapes(delivered, ["model.norm.weight"])) == ["model.norm.weight", "visual.merger.weight"]
 
 
 def test_shapes_are_read_from_all_files_of_a_directory(tmp_path):
@@ -85,5 +85,5 @@ def test_the_index_says_which_files_are_the_model(tmp_path):
     assert stored_shapes(tmp_path) == {"b": torch.Size([4])}
 
 
-def test_a_directory_without_safetensors_tells_nothing(tmp_path):
+def test_a_directory_without_safetensors_has_no_shapes(tmp_path):
     assert stored_shapes(tmp_path) is None
