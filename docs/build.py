@@ -1,6 +1,6 @@
-"""Make the pages that follow from the code: ``python docs/build.py``. With ``--check``, only say whether they are up to date.
+"""Generate documentation pages from the code: ``python docs/build.py``. ``--check`` only reports outdated pages.
 
-``contract.md`` comes from the suite's clauses, ``settings.md`` from the schema of `StrategyConfig`.
+``contract.md`` is generated from the clauses of the conformance suite, ``settings.md`` from the schema of `StrategyConfig`.
 """
 
 import argparse
@@ -14,11 +14,11 @@ from typing import Any
 from lightrft.config import StrategyConfig
 from lightrft.conformance.clause import Clause
 from lightrft.conformance.contract import CONTRACT
-from lightrft.conformance.saboteurs.catalogue import saboteurs
+from lightrft.conformance.saboteurs.corpus import saboteurs
 
 FAMILIES = {
     "LIFE": "Lifecycle and process group",
-    "LOG": "Voice",
+    "LOG": "Logging",
     "COLL": "Collectives",
     "PREP": "Preparing models",
     "DATA": "Data",
@@ -42,17 +42,17 @@ OWNERS = {
 
 def contract_page() -> str:
     """Every clause, by family."""
-    defects = Counter(it.clause for it in saboteurs())
+    defects = Counter(saboteur.clause for saboteur in saboteurs())
     lines = [
         "# The contract",
         "",
-        "What every LightRFT strategy promises, whatever runs underneath. The conformance suite executes it; this page is",
-        "made from the suite's own clauses by `python docs/build.py`.",
+        "What every LightRFT strategy guarantees, on any backend. `python docs/build.py` generates this page from the clauses",
+        "that the conformance suite executes.",
         "",
-        "A MUST decides the verdict; a SHOULD is reported. *From* is the smallest world size at which a clause can fail, with",
-        "what else it needs. *Defects* counts the deliberately broken strategies and engines that the clause is known to catch.",
-        "K is the number of micro-batches of an update, the attribute `accumulated_gradient`; the reference is a plain,",
-        "single-process model of the same thing that shares no code with the strategies.",
+        "A MUST decides the verdict; a SHOULD is only reported. *From* is the smallest world size at which a clause can fail,",
+        "with its other requirements. *Defects* is the number of deliberately broken strategies and engines in which the clause",
+        "is known to detect the defect. K is the number of micro-batches per update, the attribute `accumulated_gradient`. The",
+        "reference is a plain single-process implementation that shares no code with the strategies.",
     ]
     clauses = sorted(CONTRACT, key=lambda clause: (_family_rank(clause), _number(clause)))
     for family, members in groupby(clauses, _family):
@@ -60,7 +60,7 @@ def contract_page() -> str:
             "",
             f"## {FAMILIES[family]}",
             "",
-            "| id | level | from | promise | defects |",
+            "| id | level | from | guarantee | defects |",
             "|---|---|---|---|---:|",
         ]
         lines += [_clause_row(clause, defects[clause.id]) for clause in members]
@@ -86,13 +86,17 @@ def _clause_row(clause: Clause, defects: int) -> str:
 
 
 def settings_page() -> str:
-    """Every setting, by who reads it."""
+    """The page of settings, grouped by the component that reads them."""
     properties = StrategyConfig.json_schema()["properties"]
     lines = [
         "# Settings",
         "",
-        "The fields of `StrategyConfig`, from its own schema; made by `python docs/build.py`. A setting that the chosen",
-        "strategy cannot honour is refused, and never ignored; one of a backend that was not chosen is exempt.",
+        "The fields of `StrategyConfig`. `python docs/build.py` generates this page from the schema.",
+        "",
+        "No setting is ignored silently: a setting that the chosen strategy does not support is an error, or a warning if",
+        "the settings come from a script's arguments (`StrategyConfig.from_args`). Settings of other backends are exempt.",
+        "",
+        "Values are stored exactly or rejected. A float setting also accepts an integer, if a float holds it exactly.",
     ]
     for owner, title in OWNERS.items():
         lines += ["", f"## {title}", "", "| setting | type | default | meaning |", "|---|---|---|---|"]
@@ -102,12 +106,12 @@ def settings_page() -> str:
 
 def _setting_row(name: str, field: dict[str, Any]) -> str:
     meaning = field.get("description", "").replace("``", "`")
-    backend = f" Only {field['backend']}." if "backend" in field else ""
+    backend = f" Only for `{field['backend']}`." if "backend" in field else ""
     return _row(f"`{name}`", _type_of(field), f"`{field.get('default')!r}`", meaning + backend)
 
 
 def _type_of(field: dict[str, Any]) -> str:
-    """The type of a field, with its range, in words."""
+    """Describe the type and the range of a field."""
     if "anyOf" in field:
         return " or ".join(_type_of(option) for option in field["anyOf"])
     if "enum" in field:
@@ -128,7 +132,7 @@ PAGES = {"contract.md": contract_page, "settings.md": settings_page}
 
 
 def outdated(folder: Path) -> list[str]:
-    """The pages in ``folder`` that are not what the code says."""
+    """Return the pages in ``folder`` that are outdated."""
     return [name for name, make in PAGES.items() if _read(folder / name) != make()]
 
 
@@ -137,7 +141,7 @@ def _read(path: Path) -> str:
 
 
 def main(arguments: Iterable[str] | None = None) -> int:
-    """Write the pages; returns 1 where ``--check`` found one that is not up to date."""
+    """Write the pages, or return 1 if ``--check`` found an outdated one."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is not up to date")
     options = parser.parse_args(None if arguments is None else list(arguments))

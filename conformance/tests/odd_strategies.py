@@ -1,67 +1,90 @@
-"""Strategies that treat the process that they run in badly, and are right in everything else."""
+"""Strategies that treat their process badly, and are correct in everything else."""
 
 import os
 import sys
 import time
 from typing import Any
 
+from typing_extensions import override
+
+from lightrft.conformance.saboteurs.catalogue import strategy_around
 from lightrft.strategy import FakeStrategy
-
-# mypy: disable-error-code="misc"
-
-
-class Forks(FakeStrategy):
-    def _setup(self) -> None:
-        os.fork()  # and the child goes on with the program
+from lightrft.strategy.backend import TrainedModel
+from lightrft.strategy.fake_strategy import FakeBackend
+from lightrft.strategy.step.update import reduce_clip_and_step
 
 
-class PrintsAMillionLines(FakeStrategy):
-    def _setup(self) -> None:
+@strategy_around
+class Forks(FakeBackend):
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        os.fork()  # and the child continues the program
+
+
+@strategy_around
+class PrintsAMillionLines(FakeBackend):
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         for _ in range(1000):
             os.write(1, b"here is another line\n" * 1000)
 
 
-class ChangesDirectory(FakeStrategy):
-    def _setup(self) -> None:
+@strategy_around
+class ChangesDirectory(FakeBackend):
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         os.chdir("/")
 
 
-class ReadsStandardInput(FakeStrategy):
-    def _setup(self) -> None:
+@strategy_around
+class ReadsStandardInput(FakeBackend):
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         sys.stdin.read()
 
 
-class ClosesEveryFile(FakeStrategy):
-    def _setup(self) -> None:
+@strategy_around
+class ClosesEveryFile(FakeBackend):
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         if self.config.train_batch_size != 1:
             os.closerange(3, 4096)
 
 
-class ExitsInAStep(FakeStrategy):
-    def _update(self, trained: Any, factor: float) -> float:
+@strategy_around
+class ExitsInAStep(FakeBackend):
+    @override
+    def reduce(self, trained: TrainedModel) -> None:
         print("leaving", flush=True)
         os._exit(5)
 
 
-class KillsItself(FakeStrategy):
-    def _update(self, trained: Any, factor: float) -> float:
+@strategy_around
+class KillsItself(FakeBackend):
+    @override
+    def reduce(self, trained: TrainedModel) -> None:
         os.kill(os.getpid(), 9)
-        return 0.0
 
 
-class ReturnsAnOddNorm(FakeStrategy):
-    def _update(self, trained: Any, factor: float) -> Any:
-        super()._update(trained, factor)
+@strategy_around
+class ReturnsAnOddNorm(FakeBackend):
+    @override
+    def fused_step(self, trained: TrainedModel, factor: float) -> Any:
+        reduce_clip_and_step(self, trained, factor)
         return OddNumber(1.0)
 
 
-class RaisesNoUnicode(FakeStrategy):
-    def _update(self, trained: Any, factor: float) -> float:
+@strategy_around
+class RaisesNoUnicode(FakeBackend):
+    @override
+    def reduce(self, trained: TrainedModel) -> None:
         raise ValueError("not a character: \udcff")
 
 
-class RaisesWithoutWords(FakeStrategy):
-    def _update(self, trained: Any, factor: float) -> float:
+@strategy_around
+class RaisesWithoutWords(FakeBackend):
+    @override
+    def reduce(self, trained: TrainedModel) -> None:
         raise NoWords
 
 
@@ -75,10 +98,11 @@ class OddNumber(complex):
         return 1.0
 
 
-class Hangs(FakeStrategy):
-    def _update(self, trained: Any, factor: float) -> float:
+@strategy_around
+class Hangs(FakeBackend):
+    @override
+    def reduce(self, trained: TrainedModel) -> None:
         time.sleep(3600)
-        return 0.0
 
 
 class CannotBeMade(FakeStrategy):

@@ -1,4 +1,4 @@
-"""A worker that does as it is told, and not as it should: ``{"do": [what rank 0 does, what rank 1 does]}``."""
+"""A worker that misbehaves on request: ``{"do": [what rank 0 does, what rank 1 does]}``."""
 
 import faulthandler
 import os
@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 
 from lightrft.conformance.driver import wire
-from lightrft.conformance.driver.scratch import scratch
-from lightrft.conformance.driver.watched import STACK_SIGNAL
+from lightrft.conformance.driver.worker_process import STACK_SIGNAL
+from lightrft.conformance.scratch import scratch
 
 
-def wait_for_ever() -> None:
+def wait_forever() -> None:
     time.sleep(3600)
 
 
 def obey(what: str, connection: socket.socket, answer: dict[str, Any]) -> None:
     if what == "hang":
-        wait_for_ever()
+        wait_forever()
     if what == "exit":
         print("these are my last words", flush=True)
         os._exit(3)
@@ -34,14 +34,14 @@ def obey(what: str, connection: socket.socket, answer: dict[str, Any]) -> None:
         wire.send(connection, {**answer, "number": answer["number"] - 1, "rank": "an old one"})
     if what == "send garbage":
         connection.sendall((4).to_bytes(8) + b"{no}")
-        wait_for_ever()
+        wait_forever()
     if what == "send half":
         connection.sendall((400).to_bytes(8) + b"{")
-        wait_for_ever()
-    wire.send(connection, answer | found(what))
+        wait_forever()
+    wire.send(connection, answer | extra_answer(what))
 
 
-def found(what: str) -> dict[str, Any]:
+def extra_answer(what: str) -> dict[str, Any]:
     if what == "write":
         scratch("").mkdir()
         scratch("file").write_text("something")

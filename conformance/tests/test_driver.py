@@ -1,4 +1,4 @@
-"""The driver against workers that do everything wrong."""
+"""The driver with workers that misbehave."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lightrft.conformance.driver.group import RankReport, WorkerGroup
+from lightrft.conformance.driver.worker_group import RankReport, WorkerGroup
 
 HERE = {"PYTHONPATH": str(Path(__file__).parent)}
 SHORT, LONG = 0.5, 60.0
@@ -52,7 +52,7 @@ def test_a_lost_message_is_a_hang_and_the_next_program_runs(group: WorkerGroup) 
 def test_the_stack_of_a_hung_rank_says_where_it_is(group: WorkerGroup) -> None:
     reports = told(group, "hang", "answer", seconds=SHORT)
     assert reports[0].state == "hung"
-    assert "wait_for_ever" in reports[0].detail
+    assert "wait_forever" in reports[0].detail
 
 
 def test_a_stopped_rank_is_a_hang_although_it_cannot_say_where(group: WorkerGroup) -> None:
@@ -60,14 +60,14 @@ def test_a_stopped_rank_is_a_hang_although_it_cannot_say_where(group: WorkerGrou
     os.kill(group.pids[1], signal.SIGSTOP)
     reports = told(group, "answer", "answer", seconds=SHORT)
     assert states(reports) == ["answered", "hung"]
-    assert "does not say where it is" in reports[1].detail
+    assert "does not respond" in reports[1].detail
 
 
 def test_a_rank_that_exits_is_reported_at_once_with_its_last_words(group: WorkerGroup) -> None:
     began = time.monotonic()
     reports = told(group, "answer", "exit")
     assert states(reports) == ["answered", "died"]
-    assert "exited with status 3; its last words: these are my last words" in reports[1].detail
+    assert "exited with status 3; last output: these are my last words" in reports[1].detail
     assert time.monotonic() - began < LONG / 2
 
 
@@ -90,7 +90,7 @@ def test_a_worker_that_is_killed_in_a_program_is_told_from_one_that_ends_itself(
 
 @pytest.mark.parametrize("what", ["send garbage", "send half"])
 @pytest.mark.parametrize("other", ["answer", "be late"])
-def test_what_is_no_message_ends_the_worker(group: WorkerGroup, what: str, other: str) -> None:
+def test_an_invalid_message_ends_the_worker(group: WorkerGroup, what: str, other: str) -> None:
     assert all_answer(group)
     assert states(told(group, other, what, seconds=2.0)) == ["answered", "died"]
     assert all_answer(group)
@@ -118,10 +118,10 @@ def test_closing_twice_is_closing_once() -> None:
 
 DRIVER = """
 import sys, time
-from lightrft.conformance.driver.group import WorkerGroup
+from lightrft.conformance.driver.worker_group import WorkerGroup
 group = WorkerGroup(2, worker="odd_worker", preloaded=())
 group.run({"do": ["write", "answer"]}, 60)
-print(group._scratch, *group.pids, flush=True)
+print(group._directory, *group.pids, flush=True)
 group.run({"do": ["hang", "hang"]}, 3600)
 """
 
@@ -130,8 +130,8 @@ def test_a_driver_that_is_killed_leaves_no_worker_and_no_file_behind() -> None:
     driver = subprocess.Popen([sys.executable, "-c", DRIVER], stdout=subprocess.PIPE, env={**os.environ, **HERE})
     assert driver.stdout is not None
     with driver.stdout:
-        place, *ids = driver.stdout.readline().decode().split()
-    written, pids = Path(place), [int(pid) for pid in ids]
+        directory, *ids = driver.stdout.readline().decode().split()
+    written, pids = Path(directory), [int(pid) for pid in ids]
     assert written.exists() and len(pids) == 2 and all(map(running, pids))
     driver.kill()
     driver.wait()
@@ -142,20 +142,20 @@ def test_a_driver_that_is_killed_leaves_no_worker_and_no_file_behind() -> None:
 
 
 def running(pid: int) -> bool:
-    """Whether the process is there, and no zombie."""
+    """Whether the process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
 
 
-def test_a_nursery_that_somebody_ends_is_replaced(group: WorkerGroup) -> None:
+def test_a_fork_server_that_somebody_ends_is_replaced(group: WorkerGroup) -> None:
     assert all_answer(group)
-    before = group._nurseries[0].pid
+    before = group._fork_servers[0].pid
     os.kill(before, signal.SIGKILL)
     assert states(told(group, "exit", "answer")) == ["died", "answered"]
     assert all_answer(group)
-    assert group._nurseries[0].pid != before
+    assert group._fork_servers[0].pid != before
 
 
 def test_ranks_differ_in_the_order_of_sets() -> None:
@@ -172,14 +172,14 @@ def test_ranks_differ_in_the_order_of_sets() -> None:
 def test_what_programs_wrote_is_removed_with_the_group() -> None:
     with WorkerGroup(1, worker="odd_worker", environment=HERE, preloaded=()) as group:
         assert states(group.run({"do": ["write"]}, LONG)) == ["answered"]
-        (written,) = group._scratch.iterdir()
+        (written,) = group._directory.iterdir()
         assert written.read_text() == "something"
-    assert not group._scratch.exists()
+    assert not group._directory.exists()
 
 
-def test_groups_may_share_a_place_which_is_their_owner_s_to_remove(tmp_path: Path) -> None:
-    place = tmp_path / "shared"
+def test_groups_may_share_a_directory_which_is_their_owner_s_to_remove(tmp_path: Path) -> None:
+    directory = tmp_path / "shared"
     for what in ("write", "answer"):
-        with WorkerGroup(1, worker="odd_worker", environment=HERE, preloaded=(), place=place) as group:
+        with WorkerGroup(1, worker="odd_worker", environment=HERE, preloaded=(), directory=directory) as group:
             assert states(group.run({"do": [what]}, LONG)) == ["answered"]
-        assert (place / "file").read_text() == "something"
+        assert (directory / "file").read_text() == "something"

@@ -1,4 +1,4 @@
-"""However badly a strategy treats its process, the run ends with a verdict and a sentence."""
+"""However a strategy misuses its process, the run ends with a verdict and a clear message."""
 
 import os
 import resource
@@ -11,7 +11,7 @@ import pytest
 
 from lightrft.conformance.certification import Certification, Request
 from lightrft.conformance.contract import CONTRACT
-from lightrft.conformance.driver.group import WorkerGroup
+from lightrft.conformance.driver.worker_group import WorkerGroup
 from lightrft.conformance.judge import ClauseResult, Unjudgeable
 
 HERE = {"PYTHONPATH": str(Path(__file__).parent)}
@@ -38,12 +38,12 @@ def test_bad_manners_are_no_defect(group: WorkerGroup, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("ExitsInAStep", "rank 0 exited with status 5; its last words: leaving"),
+        ("ExitsInAStep", "rank 0 exited with status 5; last output: leaving"),
         ("KillsItself", "rank 0 was killed by SIGKILL"),
-        ("ReturnsAnOddNorm", "wanted numbers, text, tensors"),
+        ("ReturnsAnOddNorm", "expected numbers, text, tensors"),
         ("ClosesEveryFile", "connection"),
         ("RaisesNoUnicode", "not a character: \\udcff"),
-        ("RaisesWithoutWords", "its message cannot be read: RuntimeError"),
+        ("RaisesWithoutWords", "no message: str() raised RuntimeError"),
     ],
 )
 def test_what_ends_a_program_is_a_failure_with_a_sentence(group: WorkerGroup, name: str, words: str) -> None:
@@ -60,16 +60,16 @@ def test_a_step_that_never_ends_is_a_hang_and_the_stack_says_where(
     monkeypatch.setattr(WorkerGroup, "run", lambda self, command, seconds: send(self, command, min(seconds, 3.0)))
     result = judged(group, "odd_strategies:Hangs")
     assert result.verdict == "hang"
-    assert "odd_strategies.py" in result.message and "_update" in result.message
+    assert "odd_strategies.py" in result.message and "in reduce" in result.message
 
 
 @pytest.mark.parametrize(
     ("target", "words"),
     [
         ("odd_strategies:CannotBeMade", "no accelerator of the right colour"),
-        ("odd_strategies:ExitsWhenMade", "exited with status 4; its last words: out of licences"),
-        ("odd_strategies:NoStrategy", "no class below StrategyBase"),
-        ("odd_strategies:Nothing", "is not there"),
+        ("odd_strategies:ExitsWhenMade", "exited with status 4; last output: out of licences"),
+        ("odd_strategies:NoStrategy", "is not a subclass of StrategyBase"),
+        ("odd_strategies:Nothing", "odd_strategies:Nothing does not exist"),
         ("cannot_be_imported:Any", "No module named 'a_package_that_nobody_has'"),
         ("ends_when_imported:Any", "exited with status 6"),
         ("no_such_module:Any", "No module named 'no_such_module'"),

@@ -1,4 +1,4 @@
-"""What a report says, and that it says the same twice."""
+"""Reports, certificates and expected failures; the same seed gives the same report."""
 
 import json
 import sys
@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 
 from lightrft.conformance.certification import Report, Request, certify
+from lightrft.conformance.clause import Program, Target
+from lightrft.conformance.contract import CONTRACT
+from lightrft.conformance.contract.program_parts import FP32, geometry, micro_batch, trained
 from lightrft.conformance.expectations import Expectations
 from lightrft.conformance.judge import ClauseResult, Verdict
 from lightrft.conformance.provenance import environment, origin_of
-from lightrft.conformance.rendering import certificate
+from lightrft.conformance.rendering import certificate, failure
 from lightrft.strategy import FakeStrategy
 
 
@@ -110,3 +113,28 @@ def test_expected_failures_are_of_one_strategy_with_its_settings(tmp_path: Path)
 
 def test_an_expected_failure_of_no_clause_is_found(tmp_path: Path) -> None:
     assert "NO-1" in expectations(tmp_path, '["fake"]\n"NO-1" = "x"\n').unknown(["OPT-1"])
+
+
+def test_a_drawn_program_that_fails_is_printed_as_a_pinned_example() -> None:
+    target = Target(strategy="fake", world=2)
+    operations = (*trained(), *micro_batch(1, poison="nan"))
+    program = Program(operations=operations, settings={**FP32, **geometry(target, 3)}, seconds=90, seed=4)
+    names = {"Program": Program, "geometry": geometry, "target": target}
+    assert eval(program.source(target), names) == program
+    elsewhere = eval(program.source(target), {**names, "target": Target(strategy="fake", world=1)})
+    assert elsewhere.settings["train_batch_size"] == 3 * elsewhere.settings["micro_train_batch_size"]
+    drawn = result("fail", program=program.command(target)["program"], pinned_example=program.source(target))
+    text = failure(drawn, CONTRACT["OPT-1"], Request(strategy="fake"))
+    assert f"pinned example to add to Accumulation.pinned_examples:\n    {program.source(target)},\n" in text
+
+
+def test_batch_sizes_that_do_not_divide_are_printed_as_they_are() -> None:
+    target = Target(strategy="fake", world=2)
+    program = Program(operations=({"do": "world"},), settings={"micro_train_batch_size": 3, "train_batch_size": 7})
+    assert eval(program.source(target), {"Program": Program}) == program
+
+
+def test_a_pinned_example_that_fails_is_not_printed_as_one_to_add() -> None:
+    target = "lightrft.conformance.saboteurs.updates:SumOverMicroBatches"
+    (failed,) = certify(Request(strategy=target, profile="smoke", clauses=("OPT-2",))).results
+    assert failed.verdict == "fail" and failed.pinned and not failed.pinned_example

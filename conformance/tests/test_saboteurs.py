@@ -1,6 +1,7 @@
-"""The corpus: what it must have for the suite to be believed."""
+"""The corpus of saboteurs and controls covers the contract."""
 
 from collections import Counter
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -8,7 +9,12 @@ import pytest
 from lightrft.conformance.contract import CONTRACT
 from lightrft.conformance.judge import ClauseResult
 from lightrft.conformance.saboteurs import runner
-from lightrft.conformance.saboteurs.catalogue import Saboteur, corpus, saboteurs
+from lightrft.conformance.saboteurs.catalogue import Saboteur, strategy_around
+from lightrft.conformance.saboteurs.corpus import corpus, saboteurs
+from lightrft.conformance.saboteurs.plain import PlainStrategy
+from lightrft.strategy import EngineBase, FakeStrategy, StrategyBase
+from lightrft.strategy.backend import ReplicatedBackend
+from lightrft.strategy.fake_strategy import FakeBackend
 
 
 def test_every_must_that_can_be_judged_here_has_a_defect_that_only_it_is_asked_to_find() -> None:
@@ -31,7 +37,7 @@ def test_there_are_controls_at_both_world_sizes() -> None:
     assert {it.world for it in corpus() if not it.clause} >= {1, 2}
 
 
-def test_each_seed_tries_what_no_pinned_witness_has_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_seed_tries_what_no_pinned_example_has_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     pinned, drawn, survivor, *_ = saboteurs()
     control = next(it for it in corpus() if not it.clause)
 
@@ -45,3 +51,17 @@ def test_each_seed_tries_what_no_pinned_witness_has_killed(monkeypatch: pytest.M
     times = Counter(it.saboteur.name for it in found)
     assert times == {pinned.name: 1, drawn.name: 3, survivor.name: 3, control.name: 3}
     assert {it.saboteur.name for it in found if not it.right} == {survivor.name}
+
+
+def test_the_target_of_every_saboteur_is_a_strategy_or_an_engine() -> None:
+    for each in corpus():
+        module, _, name = each.target.partition(":")
+        assert issubclass(getattr(import_module(module), name), EngineBase if each.engine else StrategyBase), each
+
+
+@pytest.mark.parametrize(("base", "strategy"), [(FakeBackend, FakeStrategy), (ReplicatedBackend, PlainStrategy)])
+def test_a_defective_backend_gets_a_strategy_around_it(base: type, strategy: type) -> None:
+    backend = type("Defective", (base,), {})
+    around = strategy_around(backend)
+    assert issubclass(around, strategy)
+    assert (around.__name__, around.backend_class) == ("Defective", backend)

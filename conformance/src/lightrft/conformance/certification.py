@@ -1,4 +1,4 @@
-"""A whole run: start the workers, ask the strategy what it is, judge every clause, and say how it came out."""
+"""A whole run: start the workers, identify the strategy, judge every clause, and report the results."""
 
 import json
 import os
@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from lightrft.conformance.clause import Clause, Operation, Place
+from lightrft.conformance.clause import Clause, Operation, Target
 from lightrft.conformance.contract import CONTRACT
-from lightrft.conformance.contract.drawing import FP32
-from lightrft.conformance.contract.rollouts import rollout
-from lightrft.conformance.driver.group import WorkerGroup
-from lightrft.conformance.driver.nursery import PRELOADED
+from lightrft.conformance.contract.program_parts import FP32
+from lightrft.conformance.contract.rollout_checks import rollout
+from lightrft.conformance.driver.fork_server import PRELOADED
+from lightrft.conformance.driver.worker_group import WorkerGroup
 from lightrft.conformance.expectations import Expectations
 from lightrft.conformance.judge import ClauseResult, Judge, Unjudgeable
 from lightrft.conformance.profiles import PROFILES, Profile
@@ -31,7 +31,7 @@ CONTRACT_VERSION = "1"
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is to be certified, and how."""
+    """What to certify, and how."""
 
     strategy: str
     world: int = 1
@@ -42,10 +42,10 @@ class Request:
     seed: int = 0
     expectations: Path | None = None
     engine: str = ""
-    """The engine to be certified, with ``strategy`` below it; empty where the strategy is."""
+    """The engine to certify, on ``strategy``; empty to certify the strategy."""
 
     def command(self, clause: str | None = None) -> str:
-        """The command line that repeats this."""
+        """The command line that repeats this run, or one clause of it."""
         parts = ["lightrft-conformance", "run", self.strategy]
         if self.engine:
             parts = ["lightrft-conformance", "run-engine", self.engine, f"--strategy {self.strategy}"]
@@ -57,21 +57,21 @@ class Request:
 
 @dataclass(kw_only=True)
 class Report:
-    """The outcome of a run."""
+    """The results of a run."""
 
     request: Request
     identity: dict[str, Any]
     results: list[ClauseResult]
     unjudged: str = ""
-    """Why the strategy could not be judged at all; empty where it was."""
+    """Why the strategy could not be judged; empty if it was."""
 
     @property
     def exit_code(self) -> int:
-        """0: every MUST holds; 1: some do not; 2: it could not be judged."""
+        """0: every MUST holds; 1: at least one does not; 2: the suite could not run the strategy."""
         if self.unjudged or any(result.verdict == "error" for result in self.results):
             return 2
-        broken = [it for it in self.results if it.level == "MUST" and it.verdict in ("fail", "hang")]
-        return 1 if broken else 0
+        failed = [result for result in self.results if result.level == "MUST" and result.verdict in ("fail", "hang")]
+        return 1 if failed else 0
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -88,15 +88,15 @@ class Report:
             "exit_code": self.exit_code,
             "unjudged": self.unjudged,
             "reproduce": request.command(),
-            "clauses": [{**asdict(it), "reproduce": request.command(it.id)} for it in self.results],
+            "clauses": [{**asdict(result), "reproduce": request.command(result.id)} for result in self.results],
         }
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """``NAME=VALUE`` of a command line; the value is JSON, or a string."""
+    """Parse ``NAME=VALUE``. The value is JSON, or else a string. Raises ValueError without ``=``."""
     name, equals, value = text.partition("=")
     if not equals:
-        raise ValueError(f"{text!r}: write NAME=VALUE")
+        raise ValueError(f"expected NAME=VALUE, got {text!r}")
     try:
         return name, json.loads(value.lower() if value in ("True", "False", "None") else value)
     except json.JSONDecodeError:
@@ -104,26 +104,26 @@ def setting(text: str) -> tuple[str, Any]:
 
 
 MODEL_LIBRARY_ENGINES = ("transformers", "vllm", "sglang")
-"""Engines that run models of transformers only."""
+"""Engines that only run models of transformers."""
 ENGINE_CLAUSES = ("ENG-", "SYNC-", "GEN-")
 
 
 def selected(ids: Sequence[str], *, engine: bool = False) -> Iterator[Clause]:
-    """The clauses with these ids, or all, in the order in which to judge them; for an ``engine``, those of engines."""
-    for clause in sorted(CONTRACT, key=lambda it: it.ends_workers):
+    """The clauses with these ids, or all, in the order to judge them; for an ``engine``, only clauses about engines."""
+    for clause in sorted(CONTRACT, key=lambda clause: clause.ends_workers):
         if (not ids or clause.id in ids) and (not engine or clause.id.startswith(ENGINE_CLAUSES)):
             yield clause
 
 
 class Certification:
-    """One strategy at one place, with its workers. A context manager."""
+    """One target and its workers. A context manager."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.profile: Profile = PROFILES[request.profile]
         self.identity: dict[str, Any] = {}
         self.results: list[ClauseResult] = []
-        """Of the clauses judged so far."""
+        """The results of the clauses judged so far."""
         self.expectations = Expectations.read(request.expectations, request.strategy, request.settings)
         self._group: WorkerGroup | None = None
         self._judge: Judge | None = None
@@ -135,16 +135,20 @@ class Certification:
         self.close()
 
     def open(self, group: WorkerGroup | None = None) -> None:
-        """Start the workers and ask what the strategy is. Raises `Unjudgeable` where it cannot even be made.
+        """Start the workers and identify the strategy.
 
-        A ``group`` that is given is used, and stays its owner's.
+        Args:
+            group: Workers to use. The caller closes them. By default the certification starts its own.
+
+        Raises:
+            Unjudgeable: The strategy cannot be created.
         """
-        torch.set_num_threads(1)  # as in the workers: the number of threads changes the order of sums
+        torch.set_num_threads(1)  # as in the workers: the number of threads changes the summation order
         if group is None:
             preloaded = PRELOADED if self.request.device == "cpu" else ()
             group = self._group = WorkerGroup(self.request.world, ranks=self.request.world > 1, preloaded=preloaded)
         self.identity = self._ask(group)
-        place = Place(
+        target = Target(
             strategy=self.request.strategy,
             world=self.request.world,
             device=self.request.device,
@@ -155,9 +159,9 @@ class Certification:
             language_model="llama" if self.request.engine in MODEL_LIBRARY_ENGINES else "language",
         )
         if self.request.engine:
-            place = replace(place, sleep_levels=self._ask_engine(group, place))
+            target = replace(target, sleep_levels=self._ask_engine(group, target))
         self._judge = Judge(
-            place=place,
+            target=target,
             profile=self.profile,
             seed=self.request.seed,
             group=group,
@@ -165,20 +169,20 @@ class Certification:
         )
 
     def _ask(self, group: WorkerGroup) -> dict[str, Any]:
-        """What the strategy says that it is."""
+        """The class, origin and capabilities of the strategy."""
         question = {"do": "identity", "name": self.request.strategy, "engine": self.request.engine}
         identity: dict[str, Any] = self._answer(group, [question])
         return identity
 
-    def _ask_engine(self, group: WorkerGroup, place: Place) -> frozenset[int]:
-        """Which levels of sleep the engine says that it has. One that cannot say is judged as one that has all."""
+    def _ask_engine(self, group: WorkerGroup, target: Target) -> frozenset[int]:
+        """The sleep levels that the engine claims to support; all levels if it fails to answer."""
         try:
-            return frozenset(self._answer(group, [*rollout(place), {"do": "sleep_levels"}]))
+            return frozenset(self._answer(group, [*rollout(target), {"do": "sleep_levels"}]))
         except Unjudgeable:
-            return place.sleep_levels
+            return target.sleep_levels
 
     def _answer(self, group: WorkerGroup, operations: Sequence[Operation]) -> Any:
-        """What rank 0 observed in the last operation."""
+        """The observation of the last operation on rank 0."""
         program = {
             "strategy": self.request.strategy,
             "fixed": {"device": self.request.device, **self.request.settings},
@@ -193,17 +197,17 @@ class Certification:
                 raise Unjudgeable(f"rank {rank}: the suite failed: {report.answer['broken']}")
             observed = report.answer["observations"][-1]
             if "error" in observed:
-                raise Unjudgeable(f"rank {rank}: it cannot be made: {observed['error'][0]}: {observed['message']}")
+                raise Unjudgeable(f"rank {rank}: it cannot be created: {observed['error'][0]}: {observed['message']}")
         return decode(reports[0].answer["observations"][-1])
 
     def judge(self, clause: Clause) -> ClauseResult:
-        """Judge one clause, in the light of what is expected to fail."""
+        """Judge one clause, and apply the expected failures."""
         assert self._judge is not None
         self.results.append(self.expectations.applied(self._judge.judge(clause)))
         return self.results[-1]
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers, if the certification started them."""
         if self._group is not None:
             self._group.close()
             self._group = None
@@ -211,9 +215,9 @@ class Certification:
 
 @contextmanager
 def processes(jobs: int) -> Iterator[ProcessPoolExecutor | None]:
-    """``jobs`` processes for `certify`, or None for one, and where a full disk has no room for what processes share.
+    """A pool of ``jobs`` processes for `certify`; None for one job, or if a full disk prevents a pool.
 
-    They are forked, so that none of them imports everything again; so make them before there are threads.
+    The processes are forked, so that they need not import everything again: create them before any threads.
     """
     pool = None
     if jobs > 1:
@@ -229,33 +233,47 @@ def certify(
     tell: Callable[[ClauseResult], None] = lambda result: None,
     pool: ProcessPoolExecutor | None = None,
 ) -> Report:
-    """Judge every clause that ``request`` selects, several at a time in a ``pool``; ``tell`` hears of each as it is done."""
-    unknown = [it for it in request.clauses if it not in CONTRACT.ids]
+    """Judge every clause that ``request`` selects.
+
+    Args:
+        request: What to certify, and how.
+        tell: Called with each result as soon as it is known.
+        pool: Judges several clauses at a time; see `processes`.
+
+    Returns:
+        The report, also if the strategy could not be judged.
+    """
+    unknown = [clause_id for clause_id in request.clauses if clause_id not in CONTRACT.ids]
     if unknown:
-        return Report(request=request, identity={}, results=[], unjudged=f"there is no clause {', '.join(unknown)}")
+        return Report(
+            request=request,
+            identity={},
+            results=[],
+            unjudged=f"unknown clauses: {', '.join(unknown)}; `lightrft-conformance clauses` lists them",
+        )
     identity: dict[str, Any] = {}
     results: list[ClauseResult] = []
     try:
         expectations = Expectations.read(request.expectations, request.strategy, request.settings)
     except (OSError, ValueError, TypeError) as error:
-        unread = f"the file of expected failures cannot be read: {request.expectations}: {error}"
+        unread = f"cannot read the file of expected failures {request.expectations}: {error}"
         return Report(request=request, identity={}, results=[], unjudged=unread)
     unjudged = expectations.unknown(CONTRACT.ids)
     try:
         if not unjudged:
-            for said, result in _judged(request, pool):
-                identity = said
+            for reported, result in _judged(request, pool):
+                identity = reported
                 results.append(result)
                 tell(result)
     except Unjudgeable as error:
         unjudged = str(error)
-    except Exception as error:  # noqa: BLE001 - of the suite, or of the machine: no verdict on the strategy
-        unjudged = f"the suite failed, which is no verdict: {error!r}, {traceback.format_exc(limit=-2)}"
+    except Exception as error:  # noqa: BLE001 - of the suite or the machine: no verdict on the strategy
+        unjudged = f"the suite failed: {error!r}, {traceback.format_exc(limit=-2)}"
     return Report(request=request, identity=identity, results=in_order(results), unjudged=unjudged)
 
 
 Judged = tuple[dict[str, Any], ClauseResult]
-"""What the strategy says that it is, and what became of a clause."""
+"""The identity of the strategy, and the result of a clause."""
 
 
 def _judged(request: Request, pool: ProcessPoolExecutor | None) -> Iterator[Judged]:
@@ -271,35 +289,37 @@ def _one_by_one(request: Request, chosen: Sequence[str]) -> Iterator[Judged]:
 
 
 def _side_by_side(request: Request, chosen: Sequence[str], pool: ProcessPoolExecutor) -> Iterator[Judged]:
-    """In processes that have workers of their own. What each clause draws is a matter of its seed alone.
+    """Judge in processes that have their own workers. What a clause draws depends only on its seed.
 
-    Those that end workers come first here: starting anew takes longest, and nobody waits for the last one.
+    Clauses that end workers come first, because they take longest.
     """
     try:
-        for done in as_completed([pool.submit(_judge_here, request, it) for it in reversed(chosen)]):
+        for done in as_completed(
+            [pool.submit(_judge_in_process, request, clause_id) for clause_id in reversed(chosen)]
+        ):
             yield done.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _judge_here(request: Request, clause: str) -> Judged:
-    certification = _certification_here(request)
+def _judge_in_process(request: Request, clause: str) -> Judged:
+    certification = _certification_of_process(request)
     return certification.identity, certification.judge(CONTRACT[clause])
 
 
-_here: list[Certification] = []
-"""This process's own, made for its first clause."""
+_certifications: list[Certification] = []
+"""The certification of this process, created for its first clause."""
 
 
-def _certification_here(request: Request) -> Certification:
-    if not _here:
+def _certification_of_process(request: Request) -> Certification:
+    if not _certifications:
         certification = Certification(request)
         Finalize(None, certification.close, exitpriority=10)
         certification.open()
-        _here.append(certification)
-    return _here[0]
+        _certifications.append(certification)
+    return _certifications[0]
 
 
 def in_order(results: Sequence[ClauseResult]) -> list[ClauseResult]:
-    """In the order of the contract."""
-    return sorted(results, key=lambda it: CONTRACT.ids.index(it.id))
+    """Sort results in the order of the contract."""
+    return sorted(results, key=lambda result: CONTRACT.ids.index(result.id))

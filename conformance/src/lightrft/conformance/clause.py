@@ -1,4 +1,4 @@
-"""What a clause is: a promise, programs that put it to the test, and the judgement of what was observed."""
+"""What a clause is: a promise, programs that test it, and a check of what was observed."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,83 +17,100 @@ Operation = dict[str, Any]
 
 
 class Violation(AssertionError):
-    """A promise was not kept. Each clause has a class of its own below this one."""
+    """A promise was not kept. Each clause has its own subclass."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where the contract is executed."""
+class Target:
+    """What the contract is executed on."""
 
     strategy: str
-    """Registered name, or ``module:attribute``."""
+    """A registered name, or ``module:attribute``."""
     world: int
     device: str = "cpu"
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings of this certification, such as ``zero_stage``."""
     capabilities: frozenset[str] = frozenset()
-    """What the strategy says that it can do beyond the contract."""
+    """What the strategy claims to support beyond the contract."""
     grouped: bool = True
-    """Whether ranks have a process group; FakeStrategy has none."""
+    """Whether the ranks form a process group; FakeStrategy has none."""
     engine: str = "fake"
-    """The rollout engine with which the clauses about rollouts are run."""
+    """The rollout engine of the clauses about rollouts."""
     language_model: str = "language"
-    """The kind of language model that the engine can run."""
+    """A kind of language model that the engine can run; see `models.KINDS`."""
     sleep_levels: frozenset[int] = frozenset({1, 2})
-    """Levels of sleep that the engine says that it has."""
+    """The sleep levels that the engine claims to support."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """Operations to run on every rank, in order; plain data."""
+    """Operations to run on every rank, in order, as plain data."""
 
     operations: tuple[Operation, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 60.0
-    """The deadline of the whole group."""
+    """The deadline of the whole group, in seconds."""
     seed: int = 0
     afterwards: "Program | None" = None
-    """To be run then, by processes that know nothing of these."""
+    """A program to run afterwards, in new processes."""
 
-    def command(self, place: Place) -> dict[str, Any]:
-        """As it is sent to a worker."""
+    def command(self, target: Target) -> dict[str, Any]:
+        """The program as it is sent to a worker."""
         return {
             "program": {
-                "strategy": place.strategy,
-                "fixed": {"device": place.device, **place.settings},
+                "strategy": target.strategy,
+                "fixed": {"device": target.device, **target.settings},
                 "settings": dict(self.settings),
                 "operations": list(self.operations),
                 "seed": self.seed,
             }
         }
 
+    def source(self, target: Target) -> str:
+        """The program as Python code for `Clause.pinned_examples`, with its batch sizes for any world size."""
+        settings = dict(self.settings)
+        rows, total = settings.get("micro_train_batch_size"), settings.get("train_batch_size")
+        parts = [f"operations={self.operations!r}"]
+        if rows and total and total % (rows * target.world) == 0:
+            del settings["micro_train_batch_size"], settings["train_batch_size"]
+            parts.append(f"settings={{**{settings!r}, **geometry(target, {total // (rows * target.world)}, {rows})}}")
+        else:
+            parts.append(f"settings={settings!r}")
+        parts += [
+            f"{name}={getattr(self, name)}"
+            for name in ("seconds", "seed")
+            if getattr(self, name) != getattr(Program, name)
+        ]
+        return f"Program({', '.join(parts)})"
+
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
-    """A program, and what every rank observed."""
+class Execution:
+    """A program and the observations of every rank."""
 
-    place: Place
+    target: Target
     program: Program
     observations: Sequence[Sequence[Any]]
-    """By rank, then by operation; decoded. None of a rank that was told to die."""
-    afterwards: "Trial | None" = None
+    """By rank, then by operation, decoded. Empty for a rank that the program ends."""
+    afterwards: "Execution | None" = None
 
     _predicted: dict[Family, list[Any]] = field(default_factory=dict)
 
     def predicted(self, family: Family = "once") -> list[Any]:
-        """What the reference says, by operation."""
+        """The predictions of the reference, by operation."""
         if family not in self._predicted:
-            settings = {**self.place.settings, **self.program.settings}
-            self._predicted[family] = Reference(self.place.world, family).run(settings, self.program.operations)
+            settings = {**self.target.settings, **self.program.settings}
+            self._predicted[family] = Reference(self.target.world, family).run(settings, self.program.operations)
         return self._predicted[family]
 
     def each(self, do: str) -> Iterator[tuple[int, Operation, list[Any]]]:
         """Index, operation, and observations by rank, of every ``do``."""
         for index, operation in enumerate(self.program.operations):
             if operation["do"] == do:
-                yield index, operation, [self.at(rank, index) for rank in range(self.place.world)]
+                yield index, operation, [self.at(rank, index) for rank in range(self.target.world)]
 
     def at(self, rank: int, index: int) -> Any:
-        """The observation of one operation on one rank; raises `Violation` where an earlier one failed."""
+        """The observation of one operation on one rank. Raises `Violation` if this or an earlier operation failed."""
         seen = self.observations[rank]
         if index >= len(seen):
             last = len(seen) - 1
@@ -116,7 +133,7 @@ class Trial:
 
 
 class UnexpectedError(Violation):
-    """The code under test raised where it must not."""
+    """The code under test raised an error that the program does not expect."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,13 +143,13 @@ class Clause(ABC):
     id: ClassVar[str]
     level: ClassVar[Level] = "MUST"
     smallest_world: ClassVar[int] = 1
-    """World size from which it has teeth."""
+    """The smallest world size at which the clause can fail."""
     capability: ClassVar[str | None] = None
     needs_cuda: ClassVar[bool] = False
     grouped_only: ClassVar[bool] = False
-    """Speaks of process groups, and says nothing of a strategy without one."""
+    """Whether the clause applies only to strategies with a process group."""
     ends_workers: ClassVar[bool] = False
-    """Its programs end a worker, and what comes after them has to wait for new ones: it comes last."""
+    """Whether its programs end workers. Such clauses are judged last, because starting new workers takes time."""
     violation: ClassVar[type[Violation]] = Violation
 
     def __init_subclass__(cls) -> None:
@@ -145,67 +162,67 @@ class Clause(ABC):
         return " ".join((type(self).__doc__ or "").split())
 
     @abstractmethod
-    def witnesses(self, place: Place) -> Sequence[Program]:
-        """Programs that are known to reach what the promise is about; always run, first."""
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
+        """Programs known to test the promise. They always run, before any that are drawn."""
 
-    def programs(self, place: Place) -> st.SearchStrategy[Program] | None:
-        """Programs to search for a violation in, or None where the witnesses are all there is."""
+    def programs(self, target: Target) -> st.SearchStrategy[Program] | None:
+        """A Hypothesis strategy that draws programs, or None if the pinned examples suffice."""
         return None
 
     @abstractmethod
-    def check(self, trial: Trial) -> None:
-        """Raise `violation`, by way of `require`, unless the promise was kept."""
+    def check(self, execution: Execution) -> None:
+        """Raise `violation`, through `require`, unless the promise was kept."""
 
     def require(self, holds: bool, message: str) -> None:
         """Raise this clause's own violation unless ``holds``."""
         if not holds:
             raise self.violation(message)
 
-    def require_error(self, observed: Any, kind: str, *words: str, where: str) -> None:
-        """Require that ``observed`` is an error of ``kind`` (a class name) whose message has all ``words``."""
-        self.require(is_error(observed), f"{where}: nothing was raised; got {show(observed)}")
+    def require_error(self, observed: Any, cls: str, *words: str, where: str) -> None:
+        """Require ``observed`` to be an error of the class named ``cls``, with all ``words`` in its message."""
+        self.require(is_error(observed), f"{where}: expected an error, got {show(observed)}")
         names = [name.rpartition(".")[2] for name in observed["error"]]
-        self.require(kind in names, f"{where}: raised {show_error(observed)}; wanted {kind}")
+        self.require(cls in names, f"{where}: expected {cls}, got {show_error(observed)}")
         missing = [word for word in words if word.lower() not in observed["message"].lower()]
-        self.require(not missing, f"{where}: the message says nothing of {', '.join(missing)}: {observed['message']}")
+        self.require(not missing, f"{where}: expected {', '.join(missing)} in the message, got {observed['message']!r}")
 
-    def require_alike(self, trial: Trial, do: str) -> None:
-        """Require that all ranks observed the same."""
-        for index, _, seen in trial.each(do):
+    def require_alike(self, execution: Execution, do: str) -> None:
+        """Require all ranks to observe the same."""
+        for index, _, seen in execution.each(do):
             for rank, other in enumerate(seen):
                 self.require(
                     same(other, seen[0]),
-                    f"{do} (operation {index}): rank {rank} got {show(other)}, rank 0 {show(seen[0])}",
+                    f"{do} (operation {index}): expected the same on all ranks, got {show(seen[0])} on rank 0 and {show(other)} on rank {rank}",
                 )
 
 
 def is_error(observed: Any) -> bool:
-    """Whether an operation raised."""
+    """Whether ``observed`` is the error of an operation."""
     return isinstance(observed, dict) and "error" in observed and "message" in observed
 
 
 def show_error(observed: Any) -> str:
-    """An observed error in a line."""
+    """An observed error as one line."""
     return f"{observed['error'][0].rpartition('.')[2]}: {observed['message']}" if is_error(observed) else show(observed)
 
 
 def show(value: Any, limit: int = 200) -> str:
-    """A value, short enough to read."""
+    """A value as text of at most ``limit`` characters."""
     text = value if isinstance(value, str) else repr(_brief(value))
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def _brief(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        kind, shape = str(value.dtype).removeprefix("torch."), "x".join(map(str, value.shape))
-        return f"{kind}[{shape}]: " + " ".join(f"{number:.6g}" for number in value.flatten()[:4].tolist())
+        dtype, shape = str(value.dtype).removeprefix("torch."), "x".join(map(str, value.shape))
+        return f"{dtype}[{shape}]: " + " ".join(f"{number:.6g}" for number in value.flatten()[:4].tolist())
     if isinstance(value, dict):
         return {key: _brief(item) for key, item in value.items()}
     return [_brief(item) for item in value] if isinstance(value, list) else value
 
 
 def same(left: Any, right: Any) -> bool:
-    """Equality of nested values, tensors bit for bit with their dtype and shape; NaN equals itself."""
+    """Equality of nested values: tensors bit for bit, with dtype and shape; NaN equals NaN."""
     if isinstance(left, torch.Tensor) or isinstance(right, torch.Tensor):
         if not (isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor)):
             return False
@@ -226,17 +243,17 @@ def decoded(answers: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
 
 
 class Registry:
-    """All clauses, by id, in the order of the contract."""
+    """All clauses by id, in the order of the contract."""
 
     def __init__(self) -> None:
         self._clauses: dict[str, Clause] = {}
 
-    def add(self, kind: type[Clause]) -> type[Clause]:
+    def add(self, cls: type[Clause]) -> type[Clause]:
         """Register a clause class."""
-        if kind.id in self._clauses:
-            raise ValueError(f"two clauses with the id {kind.id}")
-        self._clauses[kind.id] = kind()
-        return kind
+        if cls.id in self._clauses:
+            raise ValueError(f"Registry.add: two clauses have the id {cls.id}")
+        self._clauses[cls.id] = cls()
+        return cls
 
     def __iter__(self) -> Iterator[Clause]:
         return iter(self._clauses.values())

@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 from time import monotonic
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -15,7 +15,7 @@ from lightrft.conformance.contract import CONTRACT
 from lightrft.conformance.judge import ClauseResult
 from lightrft.conformance.profiles import PROFILES
 from lightrft.conformance.rendering import certificate, failure
-from lightrft.conformance.saboteurs.catalogue import corpus
+from lightrft.conformance.saboteurs.corpus import corpus
 from lightrft.conformance.saboteurs.runner import Outcome, run_corpus
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
@@ -30,75 +30,84 @@ MARKS = {
 }
 
 
+World = Annotated[int, typer.Option("--world-size", min=1, help="Number of ranks")]
+Device = Annotated[str, typer.Option(help="cpu or cuda")]
+ProfileOption = Annotated[str, typer.Option("--profile", help=", ".join(PROFILES))]
+Clauses = Annotated[list[str] | None, typer.Option("--clause", help="Judge only this clause; may be repeated")]
+Seed = Annotated[int, typer.Option(help="Seed for drawing programs")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="A setting, NAME=VALUE; may be repeated")]
+Expected = Annotated[
+    Path | None, typer.Option("--expected", help="TOML file of expected failures", exists=True, dir_okay=False)
+]
+ReportFile = Annotated[Path | None, typer.Option("--report", help="Write a JSON report to this file")]
+"""The options that `run` and `run-engine` share."""
+
+
 @app.command()
 def run(
-    strategy: Annotated[str, typer.Argument(help="Registered name, or module:attribute")],
-    world_size: Annotated[int, typer.Option(min=1, help="Ranks")] = 1,
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    profile: Annotated[str, typer.Option(help=", ".join(PROFILES))] = "ci",
-    clause: Annotated[list[str] | None, typer.Option(help="Only this clause; may be repeated")] = None,
-    seed: Annotated[int, typer.Option(help="Of the programs that are drawn")] = 0,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="A setting, NAME=VALUE; may be repeated")] = None,
-    expected: Annotated[
-        Path | None, typer.Option(help="TOML file of expected failures", exists=True, dir_okay=False)
-    ] = None,
-    report: Annotated[Path | None, typer.Option(help="Write the outcome as JSON")] = None,
+    strategy: Annotated[str, typer.Argument(help="A registered name, or module:attribute")],
+    world: World = 1,
+    device: Device = "cpu",
+    profile: ProfileOption = "ci",
+    clauses: Clauses = None,
+    seed: Seed = 0,
+    settings: Settings = None,
+    expectations: Expected = None,
+    report: ReportFile = None,
     jobs: Annotated[
-        int | None, typer.Option(min=1, help="Clauses at a time; by default several where many programs are drawn")
+        int | None,
+        typer.Option(min=1, help="Clauses to judge at a time; by default one per core for certify and nightly, else 1"),
     ] = None,
 ) -> None:
-    """Judge a strategy by the contract. Exit 0: every MUST holds; 1: some do not; 2: it could not be judged."""
-    _run(
-        Request(
-            strategy=strategy, world=world_size, device=device, profile=profile, clauses=tuple(clause or ()), seed=seed,
-            settings=_settings(set_), expectations=expected,
-        ),
-        report,
-        jobs or _jobs(profile, world_size, device),
-    )  # fmt: skip
+    """Certify a strategy. Exit code 0: every MUST holds; 1: at least one does not; 2: the suite could not run it."""
+    request = _request(world, device, profile, clauses, seed, settings, expectations, strategy=strategy)
+    _run(request, report, jobs or _jobs(profile, world, device))
 
 
 @app.command()
 def run_engine(
-    engine: Annotated[str, typer.Argument(help="Registered name, or module:attribute")],
-    strategy: Annotated[str, typer.Option(help="The strategy that it generates for")] = "fake",
-    world_size: Annotated[int, typer.Option(min=1, help="Ranks")] = 1,
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    profile: Annotated[str, typer.Option(help=", ".join(PROFILES))] = "ci",
-    clause: Annotated[list[str] | None, typer.Option(help="Only this clause; may be repeated")] = None,
-    seed: Annotated[int, typer.Option(help="Of the programs that are drawn")] = 0,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="A setting, NAME=VALUE; may be repeated")] = None,
-    expected: Annotated[
-        Path | None, typer.Option(help="TOML file of expected failures", exists=True, dir_okay=False)
-    ] = None,
-    report: Annotated[Path | None, typer.Option(help="Write the outcome as JSON")] = None,
+    engine: Annotated[str, typer.Argument(help="A registered name, or module:attribute")],
+    strategy: Annotated[str, typer.Option(help="The strategy that uses the engine")] = "fake",
+    world: World = 1,
+    device: Device = "cpu",
+    profile: ProfileOption = "ci",
+    clauses: Clauses = None,
+    seed: Seed = 0,
+    settings: Settings = None,
+    expectations: Expected = None,
+    report: ReportFile = None,
 ) -> None:
-    """Judge a rollout engine by the clauses that speak of engines. Exit codes as for run."""
+    """Certify a rollout engine with the clauses about engines. Exit codes as for run."""
     _run(
-        Request(
-            strategy=strategy, world=world_size, device=device, profile=profile, clauses=tuple(clause or ()), seed=seed,
-            settings=_settings(set_), expectations=expected, engine=engine,
-        ),
+        _request(world, device, profile, clauses, seed, settings, expectations, strategy=strategy, engine=engine),
         report,
+    )
+
+
+def _request(
+    world: int, device: str, profile: str, clauses: list[str] | None, seed: int, settings: list[str] | None,
+    expectations: Path | None, *, strategy: str, engine: str = "",
+) -> Request:  # fmt: skip
+    """What the shared options ask for. Raises typer.BadParameter for an unknown profile or an invalid setting."""
+    if profile not in PROFILES:
+        raise typer.BadParameter(f"--profile: expected one of {', '.join(PROFILES)}, got {profile!r}")
+    try:
+        parsed = dict(map(setting, settings or []))
+    except ValueError as error:
+        raise typer.BadParameter(f"--set: {error}") from error
+    return Request(
+        strategy=strategy, engine=engine, world=world, device=device, profile=profile, clauses=tuple(clauses or ()),
+        seed=seed, settings=parsed, expectations=expectations,
     )  # fmt: skip
 
 
 def _jobs(profile: str, world: int, device: str) -> int:
-    """As many as there are cores for, where the programs to be drawn are worth the time in which processes start."""
-    many = profile in ("certify", "nightly") and device == "cpu"
-    return max(1, CORES // world) if many else 1
-
-
-def _settings(given: list[str] | None) -> dict[str, Any]:
-    try:
-        return dict(map(setting, given or []))
-    except ValueError as error:
-        raise typer.BadParameter(f"--set {error}") from error
+    """One job per ``world`` cores for profiles that draw enough programs to make up for starting the processes."""
+    draws_many = profile in ("certify", "nightly") and device == "cpu"
+    return max(1, CORES // world) if draws_many else 1
 
 
 def _run(request: Request, report: Path | None, jobs: int = 1) -> None:
-    if request.profile not in PROFILES:
-        raise typer.BadParameter(f"--profile {request.profile}: there are {', '.join(PROFILES)}")
     console = Console(soft_wrap=True)
     begun = monotonic()
     outcome = _with_progress(console, request, jobs)
@@ -110,7 +119,7 @@ def _written(console: Console, outcome: Report, path: Path) -> bool:
     try:
         path.write_text(json.dumps(outcome.to_json(), indent=1), encoding="utf-8")
     except OSError as error:
-        console.print(f"the report cannot be written: {path}: {error.strerror}", style="bold magenta", markup=False)
+        console.print(f"cannot write the report to {path}: {error.strerror}", style="bold magenta", markup=False)
         return False
     return True
 
@@ -143,7 +152,7 @@ def _conclude(console: Console, outcome: Report, seconds: float) -> None:
     if outcome.unjudged:
         console.print(f"could not be judged: {outcome.unjudged}", style="bold magenta", markup=False, highlight=False)
         return
-    counts = {verdict: sum(it.verdict == verdict for it in outcome.results) for verdict in MARKS}
+    counts = {verdict: sum(result.verdict == verdict for result in outcome.results) for verdict in MARKS}
     words = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
     console.print(
         f"{outcome.request.engine or outcome.request.strategy} at world size {outcome.request.world}: {words}, in {seconds:.0f} s",
@@ -153,69 +162,73 @@ def _conclude(console: Console, outcome: Report, seconds: float) -> None:
 
 @app.command(name="certificate")
 def certificate_(
-    file: Annotated[Path, typer.Argument(help="A report written by run or run-engine", exists=True, dir_okay=False)],
+    file: Annotated[Path, typer.Argument(help="A JSON report from run or run-engine", exists=True, dir_okay=False)],
 ) -> None:
-    """Turn a report into a certificate in Markdown, on standard output."""
+    """Print the certificate of a report, in Markdown."""
     try:
         print(certificate(json.loads(file.read_text(encoding="utf-8"))), end="")
     except (ValueError, KeyError, TypeError) as error:
-        raise typer.BadParameter(f"{file} is no report of lightrft-conformance: {error!r}") from error
+        raise typer.BadParameter(f"expected a report of lightrft-conformance, got {file}: {error!r}") from error
 
 
 @app.command()
 def saboteurs(
     profile: Annotated[str, typer.Option(help=", ".join(PROFILES))] = "ci",
-    seed: Annotated[int, typer.Option(help="Of the programs that are drawn")] = 0,
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from --seed on")] = 1,
-    only: Annotated[list[str] | None, typer.Option(help="Only this saboteur; may be repeated")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes; by default one a core")] = CORES,
+    seed: Annotated[int, typer.Option(help="Seed for drawing programs")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, starting at --seed")] = 1,
+    only: Annotated[list[str] | None, typer.Option(help="Run only this saboteur; may be repeated")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Number of processes; by default one per core")] = CORES,
 ) -> None:
-    """Judge the suite: every saboteur must be killed by its own clause, no control accused. Exit 0 or 1."""
+    """Test the suite: its own clause must kill each saboteur, and no clause may accuse a control. Exit code 0 or 1."""
     console = Console(soft_wrap=True)
-    strange = set(only or ()) - {it.name for it in corpus()}
-    if strange:
-        raise typer.BadParameter(f"--only {', '.join(sorted(strange))}: there is no such saboteur")
-    chosen = [it for it in corpus() if not only or it.name in only]
-    outcomes = run_corpus(chosen, profile, range(seed, seed + seeds), lambda it: _show_outcome(console, it), jobs)
-    wrong = [it for it in outcomes if not it.right]
-    covered = {it.clause for it in chosen if it.clause}
-    bare = [
+    unknown = set(only or ()) - {entry.name for entry in corpus()}
+    if unknown:
+        raise typer.BadParameter(f"--only: unknown saboteurs {', '.join(sorted(unknown))}")
+    chosen = [entry for entry in corpus() if not only or entry.name in only]
+    outcomes = run_corpus(
+        chosen, profile, range(seed, seed + seeds), lambda outcome: _show_outcome(console, outcome), jobs
+    )
+    wrong = {outcome.saboteur.name for outcome in outcomes if not outcome.right}
+    defects, controls = ([entry.name for entry in chosen if bool(entry.clause) == kept] for kept in (True, False))
+    covered = {entry.clause for entry in corpus()}
+    uncovered = [
         clause.id
         for clause in CONTRACT
         if clause.level == "MUST" and clause.id not in covered and not clause.needs_cuda
     ]
-    killed = sum(it.clause != "" for it in chosen) - len({it.saboteur.name for it in wrong if it.saboteur.clause})
     console.print(
-        f"{killed} of {sum(it.clause != '' for it in chosen)} saboteurs killed, "
-        f"{len({it.saboteur.name for it in wrong if not it.saboteur.clause})} of {sum(it.clause == '' for it in chosen)} controls "
-        f"accused, profile {profile}, {seeds} seed(s), {sum(it.settled for it in outcomes)} killed by witnesses, which no "
-        f"seed changes; MUST clauses without a saboteur: {', '.join(bare) or 'none'}",
+        f"{len(set(defects) - wrong)} of {len(defects)} saboteurs killed, {len(set(controls) & wrong)} of {len(controls)} "
+        f"controls accused, profile {profile}, {seeds} seed(s); {sum(outcome.conclusive for outcome in outcomes)} killed by "
+        f"pinned examples, the same with every seed; MUST clauses without a saboteur: {', '.join(uncovered) or 'none'}",
         highlight=False,
     )
-    raise typer.Exit(1 if wrong or (bare and not only) else 0)
+    raise typer.Exit(1 if wrong or uncovered else 0)
 
 
 def _show_outcome(console: Console, outcome: Outcome) -> None:
-    it = outcome.saboteur
-    word = ("killed" if outcome.killed else "SURVIVED") if it.clause else ("ACCUSED" if outcome.killed else "at peace")
-    style = "green" if outcome.right else "bold red"
-    detail = "" if outcome.right else outcome.reason
+    entry = outcome.saboteur
+    if entry.clause:
+        verdict = "killed" if outcome.killed else "SURVIVED"
+    else:
+        verdict = "ACCUSED" if outcome.killed else "not accused"
+    style, detail = ("green", "") if outcome.right else ("bold red", outcome.reason)
     console.print(
-        f"[{style}]{word:8}[/] {it.clause or 'control':8} {it.name}: {it.defect} [dim]{detail}[/]", highlight=False
+        f"[{style}]{verdict:11}[/] {entry.clause or 'control':8} {entry.name}: {entry.defect} [dim]{detail}[/]",
+        highlight=False,
     )
 
 
 @app.command()
 def clauses() -> None:
-    """List the contract."""
+    """List the clauses of the contract."""
     console = Console(soft_wrap=True)
     for clause in CONTRACT:
-        teeth = (
+        conditions = (
             f"w{clause.smallest_world}"
             + (", cuda" if clause.needs_cuda else "")
             + (f", {clause.capability}" if clause.capability else "")
         )
-        console.print(f"{clause.id:8} {clause.level:6} [{teeth}] {clause.text}", highlight=False, markup=False)
+        console.print(f"{clause.id:8} {clause.level:6} [{conditions}] {clause.text}", highlight=False, markup=False)
 
 
 if __name__ == "__main__":

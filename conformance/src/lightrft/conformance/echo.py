@@ -1,4 +1,4 @@
-"""Engines that say what they were asked: for judging what a strategy makes of prompts, media, and syncs that fail."""
+"""Engines that return the requests they get, for clauses about prompts, media and failed syncs."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,12 +9,12 @@ from typing_extensions import override
 
 from lightrft.config import EngineError
 from lightrft.strategy import Completion, EngineBase, EngineCapabilities, EngineRequest, Prompt, Sampling
+from lightrft.strategy.models.weight_stream import Bucket
 from lightrft.strategy.rollout.engine import Part
-from lightrft.strategy.rollout.weights import Bucket
 
 
 class EchoEngine(EngineBase):
-    """Completes every prompt with a description of it, as text."""
+    """Completes every prompt with its text, images and videos as JSON."""
 
     capabilities = EngineCapabilities(multimodal=True, stop_strings=True)
 
@@ -33,10 +33,10 @@ class EchoEngine(EngineBase):
         return [self._echo(prompt) for prompt in prompts for _ in range(sampling.n)]
 
     def _echo(self, prompt: Prompt) -> Completion:
-        said = {"text": prompt.text, "images": prompt.images, "videos": prompt.videos}
+        request = {"text": prompt.text, "images": prompt.images, "videos": prompt.videos}
         return Completion(
             prompt_token_ids=prompt.token_ids or (), output_token_ids=(0,), logprobs=(0.0,), finish_reason="stop",
-            weight_version=self.weight_version, text=json.dumps(said),
+            weight_version=self.weight_version, text=json.dumps(request),
         )  # fmt: skip
 
     @override
@@ -46,22 +46,22 @@ class EchoEngine(EngineBase):
 
     @override
     def _sleep(self, level: int) -> None:
-        """There is nothing to give back."""
+        """Nothing to free."""
 
     @override
     def _wake(self, parts: frozenset[Part]) -> None:
-        """There is nothing to take."""
+        """Nothing to allocate."""
 
     @override
     def _shutdown(self) -> None:
-        """There is nothing to end."""
+        """Nothing to end."""
 
 
 class FrailEngine(EchoEngine):
-    """Echoes; the sync after its first dies half-way on rank 1, and ends well on all others."""
+    """Its second sync fails half-way on rank 1, and succeeds on the other ranks."""
 
     _rank = 0
-    _died = False
+    _failed = False
 
     @classmethod
     @override
@@ -72,8 +72,8 @@ class FrailEngine(EchoEngine):
 
     @override
     def _load(self, buckets: Iterator[Bucket]) -> None:
-        if self._rank == 1 and self.weight_version and not self._died:
-            self._died = True
+        if self._rank == 1 and self.weight_version and not self._failed:
+            self._failed = True
             next(buckets)
-            raise EngineError("this engine's second sync dies")
+            raise EngineError("the second sync of this engine fails")
         super()._load(buckets)

@@ -1,8 +1,8 @@
-"""Judging a strategy: every clause, its witnesses first, then programs that Hypothesis draws.
+"""Judges a strategy: for each clause its pinned examples, then programs that Hypothesis draws.
 
-Hypothesis runs here and only here. It draws a program; the group of workers runs it; the clause compares what
-the ranks observed with the reference and with each other. A hung rank ends the search at once: after one
-replay it is the verdict, not an example to shrink.
+Hypothesis runs only here, in the driver. It draws a program, the group of workers runs it, and the clause compares the
+observations with the reference and with each other. A hang is the verdict after one repetition: it is not shrunk,
+because each attempt would take the whole deadline.
 """
 
 import time
@@ -16,19 +16,29 @@ import hypothesis
 from hypothesis import HealthCheck, Phase
 from hypothesis.database import DirectoryBasedExampleDatabase
 
-from lightrft.conformance.clause import Clause, Level, Place, Program, Trial, UnexpectedError, Violation, decoded, show
-from lightrft.conformance.driver.group import RankReport, WorkerGroup
+from lightrft.conformance.clause import (
+    Clause,
+    Execution,
+    Level,
+    Program,
+    Target,
+    UnexpectedError,
+    Violation,
+    decoded,
+    show,
+)
+from lightrft.conformance.driver.worker_group import RankReport, WorkerGroup
 from lightrft.conformance.profiles import Profile
 
-FATAL = ("end", "kill_within")
-"""Operations by which a program ends ranks."""
+FATAL = ("exit_process", "kill_within")
+"""Operations that end ranks."""
 
 Verdict = Literal["pass", "fail", "hang", "error", "skip", "xfail"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClauseResult:
-    """What became of one clause."""
+    """The result of one clause."""
 
     id: str
     level: Level
@@ -37,15 +47,17 @@ class ClauseResult:
     seconds: float = 0.0
     message: str = ""
     program: dict[str, Any] | None = None
-    """The smallest program found that breaks the promise."""
+    """The smallest failing program."""
     observations: list[list[str]] | None = None
-    """What each rank observed in it, in words."""
+    """What each rank observed in it, as text."""
     pinned: bool = False
-    """Whether that program is one of the clause's witnesses, which are run whatever the seed."""
+    """Whether that program is one of the clause's pinned examples, which run with every seed."""
+    pinned_example: str = ""
+    """The failing program as code to add to the pinned examples; empty if it is one."""
 
 
 class Hang(BaseException):
-    """A rank did not answer in time. Not an Exception: Hypothesis must not catch it, nor shrink it."""
+    """A rank missed the deadline. Not an Exception, so that Hypothesis neither catches nor shrinks it."""
 
     def __init__(self, program: Program, detail: str) -> None:
         super().__init__(detail)
@@ -53,60 +65,63 @@ class Hang(BaseException):
 
 
 class Unjudgeable(BaseException):
-    """The workers could not run the program: the strategy cannot be made, or the suite itself is broken."""
+    """The workers could not run the program: the strategy cannot be created, or the suite failed."""
 
 
 class Died(Violation):
-    """A rank ended during a program that does not end it."""
+    """A rank ended although its program does not end it."""
 
 
 @dataclass(kw_only=True)
 class Judge:
-    """Judges one strategy at one place."""
+    """Judges one target."""
 
-    place: Place
+    target: Target
     profile: Profile
     seed: int = 0
     group: WorkerGroup
     database: str | None = None
-    trials: int = field(default=0, init=False)
+    executions: int = field(default=0, init=False)
 
     def judge(self, clause: Clause) -> ClauseResult:
-        """Put one clause to the test."""
+        """Judge one clause."""
         reason = self.not_applicable(clause)
         if reason is not None:
             return ClauseResult(id=clause.id, level=clause.level, verdict="skip", message=reason)
-        begun, before = time.monotonic(), self.trials
-        denied = clause.capability is not None and clause.capability not in self.place.capabilities
-        verdict, message, program, trial = self._outcome(lambda: self._search(clause))
+        begun, before = time.monotonic(), self.executions
+        denied = clause.capability is not None and clause.capability not in self.target.capabilities
+        verdict, message, program, execution = self._outcome(lambda: self._search(clause))
         if denied and verdict != "error":
-            verdict, message = _of_denied(verdict, clause, message)
+            verdict, message = _if_denied(verdict, clause, message)
+        shown = program if verdict not in ("pass", "skip") else None
+        pinned = verdict in ("fail", "hang") and program in [*clause.pinned_examples(self.target)]
         return ClauseResult(
             id=clause.id,
             level=clause.level,
             verdict=verdict,
-            examples=self.trials - before,
+            examples=self.executions - before,
             seconds=round(time.monotonic() - begun, 3),
             message=message,
-            program=None if program is None or verdict in ("pass", "skip") else program.command(self.place)["program"],
-            observations=None if trial is None or verdict == "pass" else _words(trial),
-            pinned=verdict in ("fail", "hang") and program in [*clause.witnesses(self.place)],
+            program=None if shown is None else shown.command(self.target)["program"],
+            observations=None if execution is None or verdict == "pass" else _as_text(execution),
+            pinned=pinned,
+            pinned_example="" if shown is None or pinned else shown.source(self.target),
         )
 
     def not_applicable(self, clause: Clause) -> str | None:
-        """Why a clause says nothing here, or None."""
-        if clause.smallest_world > self.place.world:
-            return f"has no teeth below world size {clause.smallest_world}"
-        if clause.needs_cuda and self.place.device != "cuda":
+        """The reason why a clause does not apply to this target, or None."""
+        if clause.smallest_world > self.target.world:
+            return f"needs world size {clause.smallest_world}"
+        if clause.needs_cuda and self.target.device != "cuda":
             return "needs CUDA"
-        if clause.grouped_only and not self.place.grouped:
-            return "speaks of process groups, and this strategy has none"
+        if clause.grouped_only and not self.target.grouped:
+            return "needs a process group, which this strategy does not have"
         return None
 
     # Searching
 
-    def _outcome(self, search: Callable[[], None]) -> tuple[Verdict, str, Program | None, Trial | None]:
-        self._failed: tuple[Program, Trial | None] | None = None
+    def _outcome(self, search: Callable[[], None]) -> tuple[Verdict, str, Program | None, Execution | None]:
+        self._failed: tuple[Program, Execution | None] | None = None
         try:
             search()
         except Hang as hang:
@@ -114,16 +129,16 @@ class Judge:
         except Unjudgeable as error:
             return "error", str(error), None, None
         except (Violation, hypothesis.errors.Flaky) as violation:
-            program, trial = self._failed or (None, None)
-            return "fail", _first_lines(violation), program, trial
-        except Exception:  # noqa: BLE001 - a bug of a clause, or a machine that gave out: no verdict on the strategy
+            program, execution = self._failed or (None, None)
+            return "fail", _first_lines(violation), program, execution
+        except Exception:  # noqa: BLE001 - a bug in a clause or a failing machine: no verdict on the strategy
             return "error", f"the suite failed: {traceback.format_exc(limit=-3)}", None, None
         return "pass", "", None, None
 
     def _search(self, clause: Clause) -> None:
-        for program in clause.witnesses(self.place):
+        for program in clause.pinned_examples(self.target):
             self._try(clause, program)
-        programs = clause.programs(self.place)
+        programs = clause.programs(self.target)
         if programs is None or not self.profile.examples:
             return
 
@@ -152,17 +167,17 @@ class Judge:
         return base * 1009 + sum(map(ord, clause.id))
 
     def _try(self, clause: Clause, program: Program) -> None:
-        """Run ``program`` and judge it; remembers what failed."""
-        trial: Trial | None = None
+        """Run ``program``, check it, and remember it if it fails."""
+        execution: Execution | None = None
         self._failed = (program, None)
         try:
-            trial = self.run(program)
-            clause.check(trial)
+            execution = self.run(program)
+            clause.check(execution)
         except (UnexpectedError, Died) as error:
-            self._failed = (program, trial)
+            self._failed = (program, execution)
             raise clause.violation(str(error)) from None
         except Violation:
-            self._failed = (program, trial)
+            self._failed = (program, execution)
             raise
         except Exception as error:
             text = traceback.format_exc(limit=-3)
@@ -170,14 +185,19 @@ class Judge:
 
     # Running
 
-    def run(self, program: Program) -> Trial:
-        """One program on all ranks. Raises `Hang`, `Died` or `Unjudgeable` where there is nothing to judge.
+    def run(self, program: Program) -> Execution:
+        """Run one program on all ranks.
 
-        A program that hung, or in which somebody else killed a rank, is run once more before it counts.
+        A program that hung, or in which a rank was killed from outside, runs once more before it counts.
+
+        Raises:
+            Hang: A rank missed the deadline.
+            Died: A rank ended unexpectedly.
+            Unjudgeable: The suite failed.
         """
-        self.trials += 1
+        self.executions += 1
         reports = self._send(program)
-        if _unexpected_dead(program, reports, killed=True) or any(it.state == "hung" for it in reports):
+        if _unexpected_dead(program, reports, killed=True) or any(report.state == "hung" for report in reports):
             reports = self._send(program)
         broken = [(rank, report) for rank, report in enumerate(reports) if "broken" in report.answer]
         if broken:
@@ -192,27 +212,30 @@ class Judge:
         if program.afterwards is not None:
             self.group.end_workers()
             afterwards = self.run(program.afterwards)
-        return Trial(place=self.place, program=program, observations=decoded(answers), afterwards=afterwards)
+        return Execution(target=self.target, program=program, observations=decoded(answers), afterwards=afterwards)
 
     def _send(self, program: Program) -> list[RankReport]:
-        return self.group.run(program.command(self.place), program.seconds)
+        return self.group.run(program.command(self.target), program.seconds)
 
 
 def _unexpected_dead(program: Program, reports: Sequence[RankReport], killed: bool = False) -> list[int]:
-    """The ranks that died without being told to; of these, those ``killed`` from outside."""
-    told = {rank for it in program.operations if it["do"] in FATAL for rank in it["ranks"]}
+    """The ranks that died although the program does not end them; with ``killed``, only those killed from outside."""
+    ended = {rank for operation in program.operations if operation["do"] in FATAL for rank in operation["ranks"]}
     return [
         rank
         for rank, report in enumerate(reports)
-        if report.state == "died" and rank not in told and (report.killed or not killed)
+        if report.state == "died" and rank not in ended and (report.killed or not killed)
     ]
 
 
-def _of_denied(verdict: Verdict, clause: Clause, message: str) -> tuple[Verdict, str]:
-    """The verdict on a capability that the strategy denies: it must not be there."""
+def _if_denied(verdict: Verdict, clause: Clause, message: str) -> tuple[Verdict, str]:
+    """The verdict on a capability that the strategy does not claim: the clause must fail."""
     if verdict == "pass":
-        return "fail", f"the strategy denies the capability {clause.capability!r}, and has it; declare it"
-    return "pass", f"denied, and not there: {message.splitlines()[0] if message else verdict}"
+        return (
+            "fail",
+            f"the strategy has the capability {clause.capability!r} but does not claim it: add it to its capabilities",
+        )
+    return "pass", f"capability not claimed, and absent: {message.splitlines()[0] if message else verdict}"
 
 
 def _hung(reports: Iterable[RankReport], seconds: float) -> str:
@@ -223,8 +246,8 @@ def _hung(reports: Iterable[RankReport], seconds: float) -> str:
     return "\n".join(lines)
 
 
-def _words(trial: Trial) -> list[list[str]]:
-    return [[show(observed) for observed in rank] for rank in trial.observations]
+def _as_text(execution: Execution) -> list[list[str]]:
+    return [[show(observed) for observed in rank] for rank in execution.observations]
 
 
 def _first_lines(error: BaseException) -> str:
@@ -233,7 +256,7 @@ def _first_lines(error: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hypothesis reports the failing example by printing it; the report says it better."""
+    """Suppress Hypothesis's own output: reports show the failing program."""
     from hypothesis.reporting import with_reporter
 
     with with_reporter(lambda text: None):

@@ -1,6 +1,6 @@
-"""The small models and their data, alike in the workers and in the reference.
+"""The small models and their data, the same in the workers and in the reference.
 
-Everything follows from a few numbers: a model from its kind and seed, a batch from its number and the rank.
+Everything is reproducible: a model follows from its kind and seed, a batch from its number and the rank.
 """
 
 from collections.abc import Callable
@@ -12,10 +12,12 @@ from torch import nn
 WIDTH = 6
 OUTPUTS = 3
 VOCABULARY = 17
+POISONS = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf"), "huge": 1e30}
+"""Factors that make the gradient of a loss, or its norm, non-finite."""
 
 
 class Block(nn.Module):
-    """A residual layer: a norm, and a linear map of uneven size."""
+    """A residual block: a layer norm and a linear layer whose size does not divide evenly."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -48,7 +50,7 @@ class Regressor(nn.Module):
 
 
 class Frozen(Regressor):
-    """A regressor whose first block does not train."""
+    """A regressor whose first block is frozen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +58,7 @@ class Frozen(Regressor):
 
 
 class Unused(Regressor):
-    """A regressor with a block that no forward reaches."""
+    """A regressor with a block that forward does not use."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +92,7 @@ class Uneven(Regressor):
 
 
 class Checkpointed(Regressor):
-    """A regressor that computes its blocks again in backward."""
+    """A regressor with activation checkpointing."""
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         hidden = inputs + self.offset.to(inputs.dtype)
@@ -101,14 +103,14 @@ class Checkpointed(Regressor):
 
 
 class Shifted(Regressor):
-    """A regressor that takes a keyword."""
+    """A regressor that takes a keyword argument."""
 
     def forward(self, inputs: torch.Tensor, *, shift: float = 0.0) -> torch.Tensor:
         return super().forward(inputs + shift)
 
 
 class Scaled(Regressor):
-    """A regressor with a buffer that no checkpoint has."""
+    """A regressor with a non-persistent buffer."""
 
     scale: torch.Tensor
 
@@ -121,7 +123,7 @@ class Scaled(Regressor):
 
 
 class Deep(nn.Module):
-    """Eight matrices of 16 MiB, to measure what moving them takes; (batch, WIDTH) to (batch, OUTPUTS)."""
+    """Eight matrices of 16 MiB each, for measuring memory; (batch, WIDTH) to (batch, OUTPUTS)."""
 
     _no_split_modules = ["Linear"]
 
@@ -137,7 +139,7 @@ class Deep(nn.Module):
 
 
 class Mixer(nn.Module):
-    """A causal layer: each position sees the mean of those up to it."""
+    """A causal layer: each position sees the mean of the positions up to it."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -173,7 +175,7 @@ class LanguageModel(nn.Module):
 
 
 class Actor(nn.Module):
-    """LightRFT's way to hold a policy: a wrapper with ``.model``, marked as an actor."""
+    """A wrapper with ``.model``, marked as an actor, as in LightRFT."""
 
     is_actor = True
 
@@ -186,7 +188,7 @@ class Actor(nn.Module):
 
 
 def llama() -> nn.Module:
-    """A tiny Llama of transformers, embeddings tied, for engines that run no other models."""
+    """A tiny Llama with tied embeddings, for engines that only run models of transformers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -214,15 +216,15 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
 
 
 INDIFFERENT = "indifferent "
-"""Before the kind of a language model: one to which each token is as likely as any other, whatever came before."""
+"""Prefix of the kind of a language model that gives all tokens the same probability, whatever the prompt."""
 
 
 def build(kind: str, seed: int) -> nn.Module:
-    """A model whose weights follow from ``seed`` alone; the caller's random stream is left as it was."""
+    """A model whose weights depend only on ``kind`` and ``seed``. The caller's random state does not change."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` keeps a stack for CUDA: slower than the rest
+        torch.default_generator.manual_seed(seed)  # `torch.manual_seed` records a stack for CUDA, which is slow
         model = KINDS[kind.removeprefix(INDIFFERENT)]()
-        for parameter in model.parameters():  # norms and biases begin at 1 and 0, which hides mistakes
+        for parameter in model.parameters():  # initial norms of 1 and biases of 0 would hide errors
             parameter.data.add_(0.1 * torch.randn_like(parameter))
             if kind.startswith(INDIFFERENT):
                 parameter.data.zero_()
@@ -248,10 +250,10 @@ def batch(number: int, rank: int, rows: int, language: bool) -> tuple[torch.Tens
 
 
 def logits_of(model: nn.Module, inputs: torch.Tensor, **more: Any) -> torch.Tensor:
-    """The outputs of ``model``, also where it wraps them."""
+    """The outputs of ``model`` as a tensor, also if it returns them in an object."""
     outputs = model(inputs, **more)
-    found: torch.Tensor = outputs if isinstance(outputs, torch.Tensor) else outputs.logits
-    return found
+    logits: torch.Tensor = outputs if isinstance(outputs, torch.Tensor) else outputs.logits
+    return logits
 
 
 def loss_of(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The pytest plugin: ``pytest --pyargs lightrft.conformance --strategy NAME``, one node a clause."""
+"""The pytest plugin: ``pytest --pyargs lightrft.conformance --strategy NAME`` runs one test per clause."""
 
 import json
 from collections.abc import Iterator
@@ -10,23 +10,27 @@ from lightrft.conformance.profiles import PROFILES
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The same choices as on the command line of ``lightrft-conformance``."""
+    """Add the options of the command ``lightrft-conformance run``."""
     group = parser.getgroup("lightrft-conformance")
-    group.addoption("--strategy", help="strategy to judge: a registered name, or module:attribute")
-    group.addoption("--world-size", type=int, default=1, help="ranks")
-    group.addoption("--device", default="cpu", choices=["cpu", "cuda"], help="where models live")
-    group.addoption("--profile", default="ci", choices=list(PROFILES), help="how many programs are drawn")
-    group.addoption("--strategy-seed", type=int, default=0, help="seed of the programs that are drawn")
+    group.addoption("--strategy", help="strategy to certify: a registered name, or module:attribute")
+    group.addoption("--world-size", type=int, default=1, help="number of ranks")
+    group.addoption("--device", default="cpu", choices=["cpu", "cuda"], help="device of the models")
+    group.addoption("--profile", default="ci", choices=list(PROFILES), help="how many programs to draw")
+    group.addoption("--strategy-seed", type=int, default=0, help="seed for drawing programs")
     group.addoption(
-        "--strategy-set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the strategy"
+        "--strategy-set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a setting of the strategy; may be repeated",
     )
     group.addoption("--expected-failures", type=Path, help="TOML file of expected failures")
-    group.addoption("--conformance-report", type=Path, help="write the outcome as JSON")
+    group.addoption("--conformance-report", type=Path, help="write a JSON report to this file")
 
 
 @pytest.fixture(scope="session")
 def certification(request: pytest.FixtureRequest) -> "Iterator[object]":
-    """The workers, and what they have judged so far."""
+    """The running certification, with its workers and results."""
     from lightrft.conformance.certification import Certification, Report, Request, in_order, setting
     from lightrft.conformance.judge import Unjudgeable
 

@@ -1,4 +1,4 @@
-"""How hard to look: profiles, from a few seconds to a night."""
+"""Profiles: how many programs to draw, from none to enough for a night."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,13 +8,13 @@ ProfileName = Literal["smoke", "ci", "certify", "nightly"]
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """How many programs are searched for each clause, and how they are drawn."""
+    """How many programs are drawn for each clause, and how."""
 
     name: ProfileName
     examples: int
-    """Programs drawn for a clause that has any to draw; witnesses come on top."""
+    """The number of programs drawn for a clause that draws any, in addition to its pinned examples."""
     random: bool = False
-    """Draw others each time, and keep those that failed for the next time."""
+    """Draw different programs in each run, and keep failing ones for the next run. Otherwise the seed decides."""
 
 
 PROFILES: dict[str, Profile] = {

@@ -1,4 +1,4 @@
-"""Where the code under test came from, and what it ran on: what a certificate is about."""
+"""The origin of the code under test and the environment of a run, for reports."""
 
 import datetime
 import hashlib
@@ -16,24 +16,25 @@ import torch
 GROUPS = ("lightrft.strategies", "lightrft.engines")
 
 
-def origin_of(name: str, kind: type) -> dict[str, object]:
-    """Of the class ``kind``, asked for as ``name``: its distribution with version and requirements, or its source.
+def origin_of(name: str, cls: type) -> dict[str, object]:
+    """The origin of ``cls``, which was requested as ``name``.
 
-    Found by the entry point of that name, else by who owns the file. Code that belongs to no distribution is
-    known by a digest of its file.
+    Returns:
+        The distribution that declares an entry point for the class or owns its file, with version and requirements; for
+        code without a distribution, a digest of its file.
     """
-    found = _by_entry_point(name, kind) or _by_file(_file_of(kind))
-    if found is None:
-        return {"distribution": "", "version": "", "source": _digest(_file_of(kind))}
+    owner = _by_entry_point(name, cls) or _by_file(_file_of(cls))
+    if owner is None:
+        return {"distribution": "", "version": "", "source": _digest(_file_of(cls))}
     return {
-        "distribution": found.metadata["Name"],
-        "version": found.version,
-        "requirements": _requirements(found),
+        "distribution": owner.metadata["Name"],
+        "version": owner.version,
+        "requirements": _requirements(owner),
     }
 
 
 def version_of(name: str) -> str:
-    """The version of a distribution, or an empty string where there is none."""
+    """The version of an installed distribution, or an empty string."""
     try:
         return version(name)
     except (PackageNotFoundError, ValueError):
@@ -41,7 +42,7 @@ def version_of(name: str) -> str:
 
 
 def environment() -> dict[str, str | int]:
-    """What a run ran on."""
+    """The environment of a run."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
@@ -53,44 +54,44 @@ def environment() -> dict[str, str | int]:
     }
 
 
-def _by_entry_point(name: str, kind: type) -> Distribution | None:
-    value = f"{kind.__module__}:{kind.__qualname__}"
+def _by_entry_point(name: str, cls: type) -> Distribution | None:
+    value = f"{cls.__module__}:{cls.__qualname__}"
     points = [point for group in GROUPS for point in entry_points(group=group) if point.value == value]
     points.sort(key=lambda point: point.name != name)
     return points[0].dist if points else None
 
 
-def _file_of(kind: type) -> Path | None:
-    spec = importlib.util.find_spec(kind.__module__) if kind.__module__ != "__main__" else None
+def _file_of(cls: type) -> Path | None:
+    spec = importlib.util.find_spec(cls.__module__) if cls.__module__ != "__main__" else None
     return None if spec is None or spec.origin is None else Path(spec.origin).resolve()
 
 
 def _by_file(file: Path | None) -> Distribution | None:
-    """The distribution that has ``file``, or whose sources, installed as editable, do."""
+    """The distribution that contains ``file``, also if it is installed as editable."""
     if file is None:
         return None
-    return next((it for it in distributions() if _owns(it, file)), None)
+    return next((installed for installed in distributions() if _owns(installed, file)), None)
 
 
-def _owns(found: Distribution, file: Path) -> bool:
-    sources = _editable_sources(found)
+def _owns(owner: Distribution, file: Path) -> bool:
+    sources = _editable_sources(owner)
     if sources is not None:
         return file.is_relative_to(sources)
-    named = (part for part in found.files or () if part.name == file.name)
+    named = (part for part in owner.files or () if part.name == file.name)
     return any(Path(str(part.locate())).resolve() == file for part in named)
 
 
-def _editable_sources(found: Distribution) -> Path | None:
-    text = found.read_text("direct_url.json")
+def _editable_sources(owner: Distribution) -> Path | None:
+    text = owner.read_text("direct_url.json")
     record = json.loads(text) if text else {}
     if not record.get("dir_info", {}).get("editable"):
         return None
     return Path(unquote(urlparse(record["url"]).path)).resolve()
 
 
-def _requirements(found: Distribution) -> dict[str, str]:
-    """The versions of what it requires, extras included, as far as that is installed."""
-    names = sorted({re.split(r"[^\w.-]", text, maxsplit=1)[0] for text in found.requires or ()})
+def _requirements(owner: Distribution) -> dict[str, str]:
+    """The versions of the installed requirements, including those of extras."""
+    names = sorted({re.split(r"[^\w.-]", text, maxsplit=1)[0] for text in owner.requires or ()})
     return {name: version_of(name) for name in names if _installed(name)}
 
 

@@ -1,8 +1,8 @@
-"""The reference: the same programs on plain PyTorch, in one process, for all ranks at once.
+"""The reference: the same programs in plain PyTorch, in one process, for all ranks at once.
 
-It shares no code with what it judges. It says what training must come to; how a backend gets there is the
-backend's business, but for one choice that changes rounding and is free: whether gradients are averaged over
-the ranks once, at the last micro-batch, or at each (the family).
+It shares no code with what it judges, and predicts the results of training, not how a backend computes them. A backend
+has one free choice that changes rounding, the family: gradients are averaged over the ranks once per update, or at
+each micro-batch.
 """
 
 import copy
@@ -19,7 +19,6 @@ from lightrft.conformance import models
 
 Family = Literal["once", "each"]
 FP32_MAX = torch.finfo(torch.float32).max
-POISONS = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf"), "huge": 1e30}
 
 
 @dataclass(kw_only=True)
@@ -29,13 +28,13 @@ class ReferenceModel:
     kind: str
     module: nn.Module
     world: int
-    window: int
+    accumulation_steps: int
     max_norm: float | None
     family: Family
     optimizer: torch.optim.Optimizer | None = None
     decay: float | None = None
     pending: list[list[torch.Tensor]] = field(default_factory=list)
-    """The gradient of the window on each rank, or, by "each", one for all."""
+    """The accumulated gradient of each rank; with the family "each", one for all ranks."""
     micro_batches: int = 0
     updates: int = 0
     scheduled: int = 0
@@ -46,11 +45,11 @@ class ReferenceModel:
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
     def train_with(self, lr: float, weight_decay: float, *, all_decay: bool = False, **more: Any) -> None:
-        """Plain AdamW; biases and norms do not decay, unless all do."""
+        """Create AdamW, without weight decay for biases and norms unless ``all_decay``."""
         trainable = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
-        spared = [p for name, p in trainable if _is_spared(name) and not all_decay]
-        others = [p for name, p in trainable if not _is_spared(name) or all_decay]
-        groups = [{"params": others, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+        undecayed = [p for name, p in trainable if _is_undecayed(name) and not all_decay]
+        decayed = [p for name, p in trainable if not _is_undecayed(name) or all_decay]
+        groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=lr, **more)
         self.rate = lr
 
@@ -61,10 +60,10 @@ class ReferenceModel:
             inputs, targets = models.batch(batch, rank, rows, models.is_language(self.module))
             loss = weight * models.loss_of(self.module, inputs, targets)
             if poison is not None and rank == poisoned_rank:
-                loss = loss * POISONS[poison]
+                loss = loss * models.POISONS[poison]
             losses.append(loss.item())
-            found = torch.autograd.grad(loss / self.window, self.parameters, allow_unused=True)
-            pairs = zip(found, self.parameters, strict=True)
+            partial = torch.autograd.grad(loss / self.accumulation_steps, self.parameters, allow_unused=True)
+            pairs = zip(partial, self.parameters, strict=True)
             gradients.append([torch.zeros_like(p) if g is None else g for g, p in pairs])
         self._add(gradients)
         return losses
@@ -74,11 +73,11 @@ class ReferenceModel:
         self.pending = [_sum(old, more) for old, more in zip(self.pending, new, strict=True)] if self.pending else new
 
     def step(self, boundary: bool | None, scheduled: bool) -> dict[str, Any]:
-        """End a micro-batch, and perhaps make the update."""
+        """End a micro-batch and make an update if it is the last one."""
         self.micro_batches += 1
-        if not (self.micro_batches >= self.window if boundary is None else boundary):
+        if not (self.micro_batches >= self.accumulation_steps if boundary is None else boundary):
             return {"applied": False, "skipped": False, "grad_norm": None}
-        gradient = [part * (self.window / self.micro_batches) for part in _mean(self.pending)]
+        gradient = [part * (self.accumulation_steps / self.micro_batches) for part in _mean(self.pending)]
         self.pending, self.micro_batches = [], 0
         squared = sum(float(part.double().pow(2).sum()) for part in gradient)
         if not math.isfinite(squared) or squared > FP32_MAX:
@@ -100,23 +99,23 @@ class ReferenceModel:
         self.updates += 1
 
     def schedule(self, decay: float) -> None:
-        """A schedule that divides the rate by 1 + decay x updates."""
+        """Divide the learning rate by 1 + decay x updates."""
         self.decay = decay
         self._set_rate()
 
     def set_rate(self, lr: float) -> None:
-        """Change the rate by hand."""
+        """Set the learning rate."""
         assert self.optimizer is not None
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
     def set_decay(self, weight_decay: float) -> None:
-        """Change the decay of what decays, by hand."""
+        """Set the weight decay of the parameters that have one."""
         assert self.optimizer is not None
         self.optimizer.param_groups[0]["weight_decay"] = weight_decay
 
     def set_betas(self, betas: Sequence[float]) -> None:
-        """Change Adam's betas by hand."""
+        """Set Adam's betas."""
         assert self.optimizer is not None
         for group in self.optimizer.param_groups:
             group["betas"] = tuple(betas)
@@ -126,11 +125,11 @@ class ReferenceModel:
             self.set_rate(self.rate / (1 + self.decay * self.scheduled))
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The parameters by name, tied ones once."""
+        """The parameters by name, tied parameters once."""
         return {name: parameter.detach().clone() for name, parameter in self.module.named_parameters()}
 
 
-def _is_spared(name: str) -> bool:
+def _is_undecayed(name: str) -> bool:
     return name.endswith("bias") or "norm" in name
 
 
@@ -146,7 +145,7 @@ def _mean(gradients: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
 
 
 def greedy(module: nn.Module, prompt: Sequence[int], tokens: int) -> tuple[list[int], list[float]]:
-    """The most likely continuation, a token at a time, and the log-probability of each."""
+    """The greedy completion of ``tokens`` tokens, and their log-probabilities."""
     output: list[int] = []
     logprobs: list[float] = []
     with torch.no_grad():
@@ -160,8 +159,12 @@ def greedy(module: nn.Module, prompt: Sequence[int], tokens: int) -> tuple[list[
 def penalised(
     module: nn.Module, prompt: Sequence[int], tokens: int, penalties: Sequence[float], *, forgets_prompt: bool = False
 ) -> tuple[list[int], float]:
-    """The most likely continuation under penalties (repetition, presence, frequency), and by how much at least each of its
-    tokens leads the next likely. ``forgets_prompt``: as it would be if the prompt were not repeated.
+    """The greedy completion with penalties (repetition, presence, frequency).
+
+    Returns:
+        The tokens, and the smallest difference in logits between a token and the next likely one.
+
+    ``forgets_prompt``: apply the repetition penalty to tokens of the completion only.
     """
     repetition, presence, frequency = penalties
     output: list[int] = []
@@ -187,7 +190,7 @@ def score(module: nn.Module, prompt: Sequence[int], output: Sequence[int]) -> li
 
 
 class Reference:
-    """A program, run on plain PyTorch: what each operation must be observed to give."""
+    """Runs a program in plain PyTorch, and predicts the observation of each operation."""
 
     def __init__(self, world: int, family: Family = "once") -> None:
         self.world, self.family = world, family
@@ -197,32 +200,40 @@ class Reference:
         self.synced: nn.Module | None = None
 
     def run(self, settings: dict[str, Any], operations: Sequence[dict[str, Any]]) -> list[Any]:
-        """For each operation a prediction, or None where it makes none."""
-        window = settings.get("train_batch_size", 128) // (settings.get("micro_train_batch_size", 1) * self.world)
+        """The prediction for each operation, or None if there is none."""
+        accumulation_steps = settings.get("train_batch_size", 128) // (
+            settings.get("micro_train_batch_size", 1) * self.world
+        )
         max_norm = settings.get("max_norm", 1.0)
         self.sleeping = settings.get("enable_engine_sleep", False)
         predictions: list[Any] = []
         for operation in operations:
-            if {"optimizer_of", "loss_of"} & operation.keys():  # an error wherever it is right
+            if {"optimizer_of", "loss_of"} & operation.keys():  # must raise
                 predictions.append(None)
                 continue
             arguments = {key: value for key, value in operation.items() if key not in ("do", "ranks", "may_fail")}
             handler = getattr(self, "_" + operation["do"], None)
             if operation["do"] == "build":
-                self._build(window=window, max_norm=max_norm, **arguments)
+                self._build(accumulation_steps=accumulation_steps, max_norm=max_norm, **arguments)
                 predictions.append(None)
             else:
                 predictions.append(None if handler is None else handler(**arguments))
         return predictions
 
     def _build(
-        self, window: int, max_norm: float | None, model: str, kind: str = "regressor", seed: int = 0, **_: Any
+        self,
+        accumulation_steps: int,
+        max_norm: float | None,
+        model: str,
+        kind: str = "regressor",
+        seed: int = 0,
+        **_: Any,
     ) -> None:
         self.models[model] = ReferenceModel(
             kind=kind,
             module=models.build(kind, seed),
             world=self.world,
-            window=window,
+            accumulation_steps=accumulation_steps,
             max_norm=max_norm,
             family=self.family,
         )
@@ -266,11 +277,11 @@ class Reference:
         self.models[model].backward(batch, 2, 1.5, None, 0)
 
     def _forward(self, model: str, batch: int, rows: int = 2, **more: Any) -> list[torch.Tensor]:
-        found = self.models[model]
-        language = models.is_language(found.module)
+        module = self.models[model].module
+        language = models.is_language(module)
         with torch.no_grad():
             return [
-                models.logits_of(found.module, models.batch(batch, rank, rows, language)[0], **more)
+                models.logits_of(module, models.batch(batch, rank, rows, language)[0], **more)
                 for rank in range(self.world)
             ]
 
@@ -279,9 +290,9 @@ class Reference:
         if self.averaged.get(into, 0) == source.updates:
             return
         self.averaged[into] = source.updates
-        for own, other in zip(target.module.parameters(), source.module.parameters(), strict=True):
-            if other.requires_grad:
-                own.data.mul_(beta).add_(other.data, alpha=1 - beta)
+        for averaged, trained in zip(target.module.parameters(), source.module.parameters(), strict=True):
+            if trained.requires_grad:
+                averaged.data.mul_(beta).add_(trained.data, alpha=1 - beta)
 
     # The engine: absent, awake or asleep, with the weights of the last sync
 
@@ -309,7 +320,7 @@ class Reference:
         return self.engine
 
     def _generate(self, stay_awake: bool = False, **_: Any) -> nn.Module | None:
-        """The model from which the completions come."""
+        """The model that generates the completions."""
         self._wake()
         if not stay_awake:
             self._sleep()

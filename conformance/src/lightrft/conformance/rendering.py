@@ -1,4 +1,4 @@
-"""Outcomes in words: a failure with its smallest program, and the certificate."""
+"""Results as text: a failure with its smallest program, and the certificate."""
 
 import json
 from collections import Counter
@@ -9,16 +9,18 @@ from lightrft.conformance.clause import Clause
 from lightrft.conformance.judge import ClauseResult
 
 LONGEST = 60
-"""Operations of a program that are shown."""
+"""The most operations of a program to show."""
 
 
 def failure(result: ClauseResult, clause: Clause, request: Request) -> str:
-    """What the contract says, what was seen, in which program, on which rank, and how to see it again."""
-    lines = [f"the contract: {clause.text}", *result.message.splitlines()]
+    """The clause, what was observed in which program on which rank, and how to repeat it."""
+    lines = [f"contract: {clause.text}", *result.message.splitlines()]
     if result.program is not None:
         lines.append(f"settings: {json.dumps(result.program['settings'])}")
         lines += _program(result)
-    lines.append(f"to repeat: {request.command(result.id)}")
+    if result.pinned_example:
+        lines += [f"pinned example to add to {type(clause).__name__}.pinned_examples:", f"    {result.pinned_example},"]
+    lines.append(f"repeat with: {request.command(result.id)}")
     return "\n".join(lines)
 
 
@@ -37,22 +39,22 @@ def _program(result: ClauseResult) -> list[str]:
 
 
 def _side_by_side(seen: list[str]) -> list[str]:
-    """What the ranks observed: once where they agree."""
+    """What the ranks observed; one line if they agree."""
     if not seen or set(seen) == {"None"}:
         return []
     if len(set(seen)) == 1:
         return [f"        {'every rank' if len(seen) > 1 else 'rank 0'}: {seen[0]}"]
-    return [f"        rank {rank}: {it}" for rank, it in enumerate(seen)]
+    return [f"        rank {rank}: {text}" for rank, text in enumerate(seen)]
 
 
 def certificate(report: dict[str, Any]) -> str:
-    """A report as a Markdown certificate."""
+    """Render a report as a Markdown certificate."""
     strategy, environment = report["strategy"], report["environment"]
     counts = Counter((clause["level"], clause["verdict"]) for clause in report["clauses"])
     holds = report["exit_code"] == 0
     settings = ", ".join(f"`{name}={value}`" for name, value in strategy["settings"].items())
     lines = [
-        f"# {'Certificate' if holds else 'No certificate'}: {_title(strategy)}",
+        f"# {'Certificate' if holds else 'Not certified'}: {_title(strategy)}",
         "",
         _verdict(report),
         "",
@@ -69,7 +71,7 @@ def certificate(report: dict[str, Any]) -> str:
         f"| python, torch | {environment['python']}, {environment['torch']} |",
         f"| machine | {environment['platform']}, {environment['processors']} processors, {environment['gpus']} GPUs |",
         f"| date | {environment['date']} |",
-        f"| to repeat | `{report['reproduce']}` |",
+        f"| repeat with | `{report['reproduce']}` |",
         "",
         f"{_count(counts, 'MUST')}; {_count(counts, 'SHOULD')}.",
         "",
@@ -87,12 +89,12 @@ def _title(strategy: dict[str, Any]) -> str:
     return str(strategy["name"]) if engine is None else f"{engine['class'].rpartition('.')[2]} for {strategy['name']}"
 
 
-def _origin(found: dict[str, Any]) -> str:
-    """Name and version, or the source of what belongs to no distribution."""
-    if not found.get("distribution"):
-        return f"none; {found.get('source') or 'its source is not known'}"
-    needs = ", ".join(f"{name} {version}" for name, version in found.get("requirements", {}).items())
-    return f"{found['distribution']} {found['version']}" + (f" (with {needs})" if needs else "")
+def _origin(origin: dict[str, Any]) -> str:
+    """The distribution and its version, or the source file of code without a distribution."""
+    if not origin.get("distribution"):
+        return f"none; {origin.get('source') or 'unknown source'}"
+    needs = ", ".join(f"{name} {version}" for name, version in origin.get("requirements", {}).items())
+    return f"{origin['distribution']} {origin['version']}" + (f" (with {needs})" if needs else "")
 
 
 def _engine_rows(engine: dict[str, Any] | None) -> list[str]:
@@ -103,15 +105,15 @@ def _engine_rows(engine: dict[str, Any] | None) -> list[str]:
 
 def _verdict(report: dict[str, Any]) -> str:
     if report["unjudged"]:
-        return f"It could not be judged: {report['unjudged'].splitlines()[0]}"
+        return f"Could not be judged: {report['unjudged'].splitlines()[0]}"
     if report["exit_code"] == 0:
         return f"Every MUST of the contract that applies at world size {report['world_size']} holds."
-    broken = [
+    failed = [
         clause["id"]
         for clause in report["clauses"]
         if clause["level"] == "MUST" and clause["verdict"] in ("fail", "hang", "error")
     ]
-    return f"The contract does not hold: {', '.join(broken)}."
+    return f"These MUST clauses do not hold: {', '.join(failed)}."
 
 
 def _count(counts: Counter[tuple[str, str]], level: str) -> str:

@@ -1,4 +1,4 @@
-"""The contract as tests, one a clause; see `lightrft.conformance.plugin` for the options."""
+"""The contract as tests, one per clause; `lightrft.conformance.plugin` has the options."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from lightrft.conformance.rendering import failure
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One node a clause, in the order in which they are best judged; none without ``--strategy``."""
+    """One test per clause, in the order to judge them; none without ``--strategy``."""
     chosen = [clause.id for clause in selected(())] if metafunc.config.getoption("--strategy") else []
     metafunc.parametrize("clause_id", chosen)
 
@@ -25,5 +25,5 @@ def test_clause(clause_id: str, certification: Certification) -> None:
         return
     text = failure(result, clause, certification.request)
     if clause.level == "SHOULD":
-        pytest.xfail(f"a SHOULD that does not hold: {result.message}")
+        pytest.xfail(f"SHOULD does not hold: {result.message}")
     pytest.fail(text, pytrace=False)

@@ -1,4 +1,4 @@
-"""Values that travel: tensors and errors as JSON, bit for bit, and the data of collectives from a description."""
+"""Tensors and errors as JSON, bit for bit, and the arguments of collectives from descriptions."""
 
 import base64
 import hashlib
@@ -8,12 +8,12 @@ import torch
 
 
 def encode(value: Any) -> Any:
-    """JSON of numbers, strings, lists, dicts with any keys, and tensors."""
+    """Encode numbers, strings, lists, dicts with any keys, and tensors as JSON."""
     if isinstance(value, torch.Tensor):
-        plain = value.detach().cpu().contiguous()
-        body = base64.b64encode(plain.reshape(-1).view(torch.uint8).numpy().tobytes()).decode()
-        name = str(plain.dtype).removeprefix("torch.")
-        return {"tensor": name, "shape": list(plain.shape), "bytes": body, "device": value.device.type}
+        contiguous = value.detach().cpu().contiguous()
+        body = base64.b64encode(contiguous.reshape(-1).view(torch.uint8).numpy().tobytes()).decode()
+        name = str(contiguous.dtype).removeprefix("torch.")
+        return {"tensor": name, "shape": list(contiguous.shape), "bytes": body, "device": value.device.type}
     if isinstance(value, dict):
         return {"dict": [[encode(key), encode(item)] for key, item in value.items()]}
     if isinstance(value, (list, tuple)):
@@ -23,12 +23,12 @@ def encode(value: Any) -> Any:
     if value is None or isinstance(value, (str, int)):
         return value
     raise TypeError(
-        f"got a {type(value).__name__}, {value!r}; wanted numbers, text, tensors, or lists and dicts of them"
+        f"expected numbers, text, tensors, or lists and dicts of them, got {type(value).__name__} ({value!r})"
     )
 
 
 def decode(value: Any) -> Any:
-    """The opposite of `encode`; tuples come back as lists."""
+    """The inverse of `encode`, except that tuples become lists."""
     if isinstance(value, list):
         return [decode(item) for item in value]
     if isinstance(value, dict) and "tensor" in value:
@@ -44,21 +44,21 @@ def decode(value: Any) -> Any:
 
 
 def error_record(error: BaseException) -> dict[str, Any]:
-    """An exception as data: the names of its class and those above it, and its message."""
+    """An exception as data: the names of its class and its base classes, and its message."""
     types = [f"{cls.__module__}.{cls.__qualname__}".removeprefix("builtins.") for cls in type(error).__mro__[:-1]]
     return {"error": types, "message": _message(error)}
 
 
 def _message(error: BaseException) -> str:
-    """What it says, in characters that can be printed."""
+    """The message, with characters that cannot be encoded escaped."""
     try:
         return str(error).encode(errors="backslashreplace").decode()
-    except Exception as other:  # noqa: BLE001 - whatever its own code raises
-        return f"its message cannot be read: {type(other).__name__}"
+    except Exception as other:  # noqa: BLE001 - its own __str__ may raise anything
+        return f"no message: str() raised {type(other).__name__}"
 
 
 def digest(value: Any) -> str:
-    """A fingerprint of nested tensors and plain values, bit for bit."""
+    """A digest of nested tensors and plain values, bit for bit."""
     hasher = hashlib.blake2b(digest_size=12)
     _feed(hasher, value)
     return hasher.hexdigest()
@@ -83,19 +83,19 @@ def _feed(hasher: Any, value: Any) -> None:
 def materialize(description: Any, rank: int, device: torch.device | str = "cpu") -> Any:
     """The argument of a collective on ``rank``, from its description.
 
-    ``{"by_rank": [...]}`` differs between ranks, ``{"dict": [[key, description], ...]}`` is a dict,
-    ``{"tensor": dtype, "shape": [...], "seed": n}`` a tensor of its own on each rank (``"transposed"``: its memory
-    is that of its transpose; ``"grad"``: it requires a gradient), ``{"text": s}`` a string,
-    and anything else itself.
+    ``{"by_rank": [...]}`` is one of several descriptions, ``{"per_rank": [base, step]}`` the number base + step x rank,
+    ``{"dict": [[key, description], ...]}`` a dict, ``{"text": s}`` a string, and
+    ``{"tensor": dtype, "shape": [...], "seed": n}`` a tensor that differs between ranks (``"transposed"``: with the
+    memory layout of its transpose; ``"grad"``: it requires a gradient). Anything else stands for itself.
     """
     if isinstance(description, dict) and "by_rank" in description:
         return materialize(description["by_rank"][rank % len(description["by_rank"])], rank, device)
     if isinstance(description, dict) and "dict" in description:
         return {key: materialize(item, rank, device) for key, item in description["dict"]}
     if isinstance(description, dict) and "tensor" in description:
-        found = _tensor(description, rank).to(device)
-        found = found.mT.contiguous().mT if description.get("transposed") else found
-        return found.requires_grad_() if description.get("grad") else found
+        tensor = _tensor(description, rank).to(device)
+        tensor = tensor.mT.contiguous().mT if description.get("transposed") else tensor
+        return tensor.requires_grad_() if description.get("grad") else tensor
     if isinstance(description, dict) and "text" in description:
         return description["text"]
     if isinstance(description, dict) and "per_rank" in description:
@@ -114,6 +114,6 @@ def _tensor(description: dict[str, Any], rank: int) -> torch.Tensor:
         return torch.rand(shape, generator=generator) < 0.5
     if not dtype.is_floating_point:
         low, high = (0, 40) if dtype == torch.uint8 else (-30, 30)
-        large = 2**54 + 1 if dtype == torch.int64 else 1  # beyond what float64 holds exactly
+        large = 2**54 + 1 if dtype == torch.int64 else 1  # larger than float64 represents exactly
         return (torch.randint(low, high, shape, generator=generator) * large).to(dtype)
     return (4 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)

@@ -1,23 +1,23 @@
-"""The clauses, a module for each concern. Importing this package registers them."""
+"""The clauses, one module per concern. Importing this package registers them."""
 
 from lightrft.conformance.clause import CONTRACT
-from lightrft.conformance.contract import (  # noqa: F401 - they register clauses, in this order
-    anything,
+from lightrft.conformance.contract import (  # noqa: F401 - each module registers its clauses
     checkpoints,
     collectives,
     data,
-    engine_life,
+    engine_lifecycle,
     exporting,
     generation,
-    life,
+    interleavings,
+    invalid_usage,
+    lifecycle,
     media,
-    misuse,
     offloading,
     optimizers,
     parity,
     preparing,
+    process_state,
     skips,
-    surroundings,
     syncing,
     updates,
 )

@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 from hypothesis import strategies as st
 from typing_extensions import override
 
-from lightrft.conformance.clause import CONTRACT, Clause, Operation, Place, Program, Trial, is_error, same, show
-from lightrft.conformance.contract import compare
-from lightrft.conformance.contract.drawing import BF16, FP32, SEEDS, geometry, trained, updates
+from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Target, is_error, same, show
+from lightrft.conformance.contract import tolerances
+from lightrft.conformance.contract.program_parts import BF16, FP32, SEEDS, geometry, trained, updates
 
 EMPTY: Operation = {"do": "empty_disk"}
 DONE: Operation = {"do": "empty_disk", "keep": False}
-AGAIN: Operation = {"do": "begin_again"}
+AGAIN: Operation = {"do": "restart"}
 PRINT: Operation = {"do": "fingerprint"}
 LOOK: Operation = {"do": "weights", "model": "a"}
 
@@ -29,39 +29,40 @@ def loaded(tag: str | None = "t", **more: Any) -> Operation:
 
 
 class OnDisk(Clause):
-    """A clause whose programs begin and end with nothing on disk."""
+    """A clause whose programs start and end with an empty disk."""
 
     settings: ClassVar[dict[str, Any]] = dict(FP32)
 
-    def program(self, place: Place, *operations: Operation, window: int = 1, **settings: Any) -> Program:
-        """A program of ``operations``."""
-        merged = {**self.settings, **geometry(place, window), **settings}
+    def program(self, target: Target, *operations: Operation, accumulation_steps: int = 1, **settings: Any) -> Program:
+        """A program of ``operations``, with updates of ``accumulation_steps`` micro-batches."""
+        merged = {**self.settings, **geometry(target, accumulation_steps), **settings}
         return Program(operations=(EMPTY, *operations, DONE), settings=merged)
 
-    def errors(self, trial: Trial, index: int) -> list[Any]:
-        """What each rank observed of an operation that must have failed everywhere."""
-        seen = [trial.at(rank, index) for rank in range(trial.place.world)]
-        for rank, it in enumerate(seen):
-            self.require(is_error(it), f"operation {index}: rank {rank} raised nothing; got {show(it)}")
+    def errors(self, execution: Execution, index: int) -> list[Any]:
+        """The errors of all ranks in an operation that must fail on every rank."""
+        seen = [execution.at(rank, index) for rank in range(execution.target.world)]
+        for rank, observed in enumerate(seen):
+            self.require(is_error(observed), f"rank {rank}, operation {index}: expected an error, got {show(observed)}")
         return seen
 
 
 @CONTRACT.add
 class ExactResume(OnDisk):
-    """Resume is exact: train a, save, train b equals load, train b, bit for bit, with model, optimizer, scheduler, step
-    and skip counters, EMA, all random streams and the data position. A resumable checkpoint stands at an update
-    boundary: with gradients pending, saving raises; weights alone may be saved at any time."""
+    """Resuming is exact: training, saving and training on gives the same result, bit for bit, as loading and training
+    on. This covers the model, optimizer, scheduler, step and skip counters, moving averages, all random states and the
+    data position. A resumable checkpoint is taken between updates: saving raises while gradients are pending. Weights
+    alone can be saved at any time."""
 
     id = "CKPT-1"
 
     @override
-    def witnesses(self, place: Place) -> Sequence[Program]:
-        found = [self._resume(place), self._pending(place), self._last_skip(place), self._back(place)]
-        return [*found, self._resume(place, BF16)] if place.world == 1 else found
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
+        programs = [self._resume(target), self._pending(target), self._last_skip(target), self._back(target)]
+        return [*programs, self._resume(target, BF16)] if target.world == 1 else programs
 
     def _resume(
         self,
-        place: Place,
+        target: Target,
         precision: Any = FP32,
         kind: str = "regressor",
         seed: int = 1,
@@ -77,7 +78,7 @@ class ExactResume(OnDisk):
         ]
         averaging: Operation = {"do": "average", "model": "a", "into": "e", "beta": 0.9}
         first: list[Operation] = [
-            *({"do": "seed", "value": 100 + rank, "ranks": [rank]} for rank in range(place.world)),
+            *({"do": "seed", "value": 100 + rank, "ranks": [rank]} for rank in range(target.world)),
             {"do": "draw"},
             *updates(before, scheduled=True, first=seed),
             averaging,
@@ -86,21 +87,21 @@ class ExactResume(OnDisk):
             {"do": "save", "model": ["a", "e"], "tag": "t"},
         ]
         rest: list[Operation] = [
-            averaging,  # of an update that it has seen: it must not move
+            averaging,  # the second average after one update must change nothing
             PRINT,
             {"do": "draw"},
             *updates(after, scheduled=True, first=seed + 500),
             averaging,
-            {"do": "go_on", "name": "l"},
-            {"do": "go_on", "name": "m"},
+            {"do": "rest_of_epoch", "name": "l"},
+            {"do": "rest_of_epoch", "name": "m"},
             {"do": "weights", "model": "e"},
             LOOK,
             PRINT,
         ]
         again: list[Operation] = [AGAIN, *setup, {"do": "load", "model": ["a", "e"], "tag": "t"}]
-        return self.program(place, *setup, *first, *rest, *again, *rest, **precision)
+        return self.program(target, *setup, *first, *rest, *again, *rest, **precision)
 
-    def _pending(self, place: Place) -> Program:
+    def _pending(self, target: Target) -> Program:
         half: Operation = {"do": "backward", "model": "a", "batch": 3}
         weights: list[Operation] = [
             {"do": "build", "model": "e"},
@@ -109,202 +110,227 @@ class ExactResume(OnDisk):
         ]
         both: Operation = {"do": "save", "model": ["b", "a"], "tag": "v", "may_fail": True}
         return self.program(
-            place, *trained(), *trained("b", seed=2), *updates(1, 2), half, saved(may_fail=True), {"do": "step", "model": "a"},
-            saved("u", may_fail=True), both, *weights, window=2,
+            target, *trained(), *trained("b", seed=2), *updates(1, 2), half, saved(may_fail=True), {"do": "step", "model": "a"},
+            saved("u", may_fail=True), both, *weights, accumulation_steps=2,
         )  # fmt: skip
 
-    def _back(self, place: Place) -> Program:
-        """Back to where nothing was trained yet, and on again, in one lifetime."""
+    def _back(self, target: Target) -> Program:
+        """Return to the state before training, and train again, in one process."""
         rest = [*updates(2, scheduled=True), LOOK, PRINT]
-        return self.program(place, *trained(schedule=True), saved(), *rest, loaded(), *rest)
+        return self.program(target, *trained(schedule=True), saved(), *rest, loaded(), *rest)
 
-    def _last_skip(self, place: Place) -> Program:
+    def _last_skip(self, target: Target) -> Program:
         bad: list[Operation] = [
             {"do": "backward", "model": "a", "batch": 5, "poison": "nan"},
             {"do": "step", "model": "a", "may_fail": True},
         ]
         return self.program(
-            place, *trained(), *updates(1), *bad, saved(), AGAIN, *trained(), loaded(), *bad, max_skipped_updates=2
+            target, *trained(), *updates(1), *bad, saved(), AGAIN, *trained(), loaded(), *bad, max_skipped_updates=2
         )
 
     @override
-    def programs(self, place: Place) -> st.SearchStrategy[Program]:
+    def programs(self, target: Target) -> st.SearchStrategy[Program]:
         return st.builds(
-            lambda precision, kind, seed, before, after: self._resume(place, precision, kind, seed, before, after),
+            lambda precision, kind, seed, before, after: self._resume(target, precision, kind, seed, before, after),
             st.sampled_from([FP32, BF16]), st.sampled_from(["regressor", "language", "frozen", "unused"]), SEEDS,
             st.integers(0, 3), st.integers(1, 3),
         )  # fmt: skip
 
     @override
-    def check(self, trial: Trial) -> None:
-        operations = trial.program.operations
-        if trial.program.settings.get("max_skipped_updates") == 2:
-            for it in self.errors(trial, len(operations) - 2):
-                self.require_error(it, "StrategyError", "in a row", where="the second skip in a row, after loading")
+    def check(self, execution: Execution) -> None:
+        operations = execution.program.operations
+        if execution.program.settings.get("max_skipped_updates") == 2:
+            for error in self.errors(execution, len(operations) - 2):
+                self.require_error(error, "StrategyError", "in a row", where="the second skip in a row, after loading")
             return
         if not any(operation.get("may_fail") for operation in operations) and AGAIN not in operations:
-            self._check_halves(trial, next(index for index, _, _ in trial.each("load")))
+            self._check_halves(execution, next(index for index, _, _ in execution.each("load")))
             return
         starts = [index for index, operation in enumerate(operations) if operation == AGAIN]
         if not starts:
             failed = [index for index, operation in enumerate(operations) if operation.get("may_fail")]
             for index in failed:
-                for it in self.errors(trial, index):
-                    self.require_error(it, "StrategyError", "gradient", where="save_ckpt with a gradient pending")
-            trial.at(0, len(operations) - 1)
+                for error in self.errors(execution, index):
+                    self.require_error(error, "StrategyError", "gradient", where="save_ckpt with a gradient pending")
+            execution.at(0, len(operations) - 1)
             return
-        self._check_halves(trial, starts[0])
+        self._check_halves(execution, starts[0])
 
-    def _check_halves(self, trial: Trial, start: int) -> None:
-        operations = trial.program.operations
+    def _check_halves(self, execution: Execution, start: int) -> None:
+        operations = execution.program.operations
         length = (
-            len(operations) - 1 - next(i for i, it in enumerate(operations) if i >= start and it["do"] == "load") - 1
+            len(operations)
+            - 1
+            - next(i for i, operation in enumerate(operations) if i >= start and operation["do"] == "load")
+            - 1
         )
         first = start - length
-        for rank in range(trial.place.world):
+        for rank in range(execution.target.world):
             for step in range(length):
-                one, other = trial.at(rank, first + step), trial.at(rank, len(operations) - 1 - length + step)
+                one, other = execution.at(rank, first + step), execution.at(rank, len(operations) - 1 - length + step)
                 what = operations[first + step]["do"]
                 self.require(
-                    same(one, other), f"rank {rank}: after loading, {what} gave {show(other)}; without, {show(one)}"
+                    same(one, other), f"rank {rank}: {what} after loading: expected {show(one)}, got {show(other)}"
                 )
 
 
 @CONTRACT.add
 class Tags(OnDisk):
-    """tag is honoured on save and load, and saving under one again replaces what was there; with none, save numbers by
-    step and load takes the newest committed one that was saved with save_latest. A tag that is not there raises
-    CheckpointNotFoundError, which lists those that are."""
+    """Saving and loading use the given tag, and saving under an existing tag replaces that checkpoint. Without a tag,
+    save_ckpt numbers checkpoints by step, and load_ckpt loads the newest committed checkpoint that was saved with
+    save_latest. An unknown tag raises CheckpointNotFoundError, which lists the available tags."""
 
     id = "CKPT-2"
 
     @override
-    def witnesses(self, place: Place) -> Sequence[Program]:
-        return [self._program(place, ["z", "a"]), self._program(place, ["a", "z", "a"])]
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
+        return [self._program(target, ["z", "a"]), self._program(target, ["a", "z", "a"])]
 
-    def _program(self, place: Place, tags: list[str]) -> Program:
-        rounds = [it for index, tag in enumerate(tags) for it in (*updates(1, first=index), saved(tag), LOOK)]
+    def _program(self, target: Target, tags: list[str]) -> Program:
+        rounds = [
+            operation for index, tag in enumerate(tags) for operation in (*updates(1, first=index), saved(tag), LOOK)
+        ]
         last: list[Operation] = [*updates(2, first=50), saved(None), LOOK]
         hidden: list[Operation] = [*updates(1, first=60), saved("hidden", save_latest=False, max_num=9), LOOK]
-        loads = [it for tag in [*tags, "hidden"] for it in (loaded(tag), LOOK)]
+        loads = [operation for tag in [*tags, "hidden"] for operation in (loaded(tag), LOOK)]
         missing = loaded("nowhere", may_fail=True)
         return self.program(
-            place, *trained(), *rounds, *last, *hidden, *loads, loaded(None), LOOK, missing, loaded(None, store="empty", may_fail=True),
-            {"do": "kept"}, max_norm=None,
+            target, *trained(), *rounds, *last, *hidden, *loads, loaded(None), LOOK, missing, loaded(None, store="empty", may_fail=True),
+            {"do": "visible_names"}, max_norm=None,
         )  # fmt: skip
 
     @override
-    def programs(self, place: Place) -> st.SearchStrategy[Program]:
+    def programs(self, target: Target) -> st.SearchStrategy[Program]:
         names = st.lists(
             st.sampled_from(["z", "a", "1", "best", "global_step9", "m n"]), min_size=1, max_size=2, unique=True
         )
-        return st.builds(lambda tags: self._program(place, tags), names)
+        return st.builds(lambda tags: self._program(target, tags), names)
 
     @override
-    def check(self, trial: Trial) -> None:
-        paths = [seen for _, _, seen in trial.each("save")]
-        tags = [operation["tag"] for _, operation, _ in trial.each("save")]
-        looks = [seen[0] for _, _, seen in trial.each("weights")]
-        there = dict(zip(tags, looks[: len(tags)], strict=True))
-        asked = [operation["tag"] for _, operation, _ in trial.each("load") if not operation.get("may_fail")]
-        for tag, found in zip(asked, looks[len(tags) :], strict=True):
-            self.require(same(there[tag], found), f"tag {tag!r} gave the weights of another one")
+    def check(self, execution: Execution) -> None:
+        paths = [seen for _, _, seen in execution.each("save")]
+        tags = [operation["tag"] for _, operation, _ in execution.each("save")]
+        looks = [seen[0] for _, _, seen in execution.each("weights")]
+        saved_weights = dict(zip(tags, looks[: len(tags)], strict=True))
+        loaded_tags = [operation["tag"] for _, operation, _ in execution.each("load") if not operation.get("may_fail")]
+        for tag, weights in zip(loaded_tags, looks[len(tags) :], strict=True):
+            self.require(same(saved_weights[tag], weights), f"tag {tag!r} loaded the weights of another tag")
         steps = len(tags) - 2 + 2
         for tag, seen in zip(tags, paths, strict=True):
-            wanted = f"s/{tag}" if tag is not None else f"s/global_step{steps}"
-            self.require(all(it["path"] == wanted for it in seen), f"saved as {seen[0]['path']}, wanted {wanted}")
-        failed = [index for index, operation in enumerate(trial.program.operations) if operation.get("may_fail")]
-        for it in self.errors(trial, failed[0]):
-            self.require_error(
-                it, "CheckpointNotFoundError", "nowhere", *tags[:-2], "hidden", where="loading a tag that is not there"
+            expected = f"s/{tag}" if tag is not None else f"s/global_step{steps}"
+            self.require(
+                all(observed["path"] == expected for observed in seen),
+                f"expected the path {expected}, got {seen[0]['path']}",
             )
-        for it in self.errors(trial, failed[1]):
-            self.require_error(it, "CheckpointNotFoundError", where="loading from an empty store")
+        failed = [index for index, operation in enumerate(execution.program.operations) if operation.get("may_fail")]
+        for error in self.errors(execution, failed[0]):
+            self.require_error(
+                error,
+                "CheckpointNotFoundError",
+                "nowhere",
+                *tags[:-2],
+                "hidden",
+                where="loading an unknown tag",
+            )
+        for error in self.errors(execution, failed[1]):
+            self.require_error(error, "CheckpointNotFoundError", where="loading from an empty store")
 
 
 @CONTRACT.add
 class ClientState(OnDisk):
-    """client_state comes back equal; a value that cannot be stored safely raises before anything is written."""
+    """client_state is restored unchanged. A value that cannot be stored safely raises before anything is written."""
 
     id = "CKPT-3"
 
     @override
-    def witnesses(self, place: Place) -> Sequence[Program]:
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
         good = [
-            it for name in ("plain", "exact", "infinite", "marked", "none")
-            for it in (saved(name, client=name, max_num=9), loaded(name, client=name))
+            operation for name in ("plain", "exact", "infinite", "marked", "none")
+            for operation in (saved(name, client=name, max_num=9), loaded(name, client=name))
         ]  # fmt: skip
         bad = [
             saved(f"bad {name}", client=name, may_fail=True)
             for name in ("object", "function", "tensor", "set", "recursive", "deep key")
         ]
-        return [self.program(place, *trained(), *good, *bad, {"do": "kept"})]
+        return [self.program(target, *trained(), *good, *bad, {"do": "visible_names"})]
 
     @override
-    def check(self, trial: Trial) -> None:
-        for _, operation, seen in trial.each("load"):
-            self.require(all(it["client"] for it in seen), f"client state {operation['client']!r} came back changed")
-        for index, operation, _ in trial.each("save"):
+    def check(self, execution: Execution) -> None:
+        for _, operation, seen in execution.each("load"):
+            self.require(
+                all(observed["client"] for observed in seen), f"the client_state {operation['client']!r} changed"
+            )
+        for index, operation, _ in execution.each("save"):
             if operation.get("may_fail"):
-                for it in self.errors(trial, index):
+                for error in self.errors(execution, index):
                     self.require_error(
-                        it, "TypeError", "client_state", where=f"a client state with a {operation['client']}"
+                        error, "TypeError", "client_state", where=f"a client_state with a {operation['client']}"
                     )
-        names = trial.last("kept")[0]
+        names = execution.last("visible_names")[0]
         self.require(
-            not [it for it in names if "bad" in it], f"something was written of what cannot be stored: {names}"
+            not [name for name in names if "bad" in name],
+            f"expected nothing to be written of a client_state that cannot be stored, got {names}",
         )
 
 
 @CONTRACT.add
 class Rotation(OnDisk):
-    """Rotation keeps at most max_num checkpoints and at most max_mem GB, oldest first, never the newest, and never a
-    directory that is not a checkpoint of this store. max_num below 1 is a ConfigError."""
+    """Rotation keeps at most max_num checkpoints and at most max_mem GB. It deletes the oldest first, and never the
+    newest checkpoint or a directory that is not a checkpoint of this store. A max_num below 1 raises ConfigError."""
 
     id = "CKPT-4"
 
     @override
-    def witnesses(self, place: Place) -> Sequence[Program]:
-        return [self._by_number(place, 2, 4), self._by_size(place), self._refused(place)]
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
+        return [self._by_number(target, 2, 4), self._by_size(target), self._refused(target)]
 
-    def _by_number(self, place: Place, limit: int, count: int) -> Program:
+    def _by_number(self, target: Target, limit: int, count: int) -> Program:
         strangers: list[Operation] = [
-            {"do": "strange", "store": "s", "name": "aaa"},
-            {"do": "strange", "store": "s", "name": "global_step0"},
+            {"do": "foreign_directory", "store": "s", "name": "aaa"},
+            {"do": "foreign_directory", "store": "s", "name": "global_step0"},
         ]
-        saves = [it for index in range(count) for it in (saved(f"t{9 - index}", max_num=limit), {"do": "kept"})]
-        return self.program(place, *trained(), *strangers, *saves)
+        saves = [
+            operation
+            for index in range(count)
+            for operation in (saved(f"t{9 - index}", max_num=limit), {"do": "visible_names"})
+        ]
+        return self.program(target, *trained(), *strangers, *saves)
 
-    def _by_size(self, place: Place) -> Program:
-        saves = [it for index in range(3) for it in (saved(f"t{index}", max_mem=1e-9), {"do": "kept"})]
-        return self.program(place, *trained(), *saves, {"do": "rename", "store": "s", "old": "t2", "new": "best"},
-                            saved("t3", max_mem=1e-9), {"do": "kept"})  # fmt: skip
+    def _by_size(self, target: Target) -> Program:
+        saves = [
+            operation for index in range(3) for operation in (saved(f"t{index}", max_mem=1e-9), {"do": "visible_names"})
+        ]
+        return self.program(target, *trained(), *saves, {"do": "rename", "store": "s", "old": "t2", "new": "best"},
+                            saved("t3", max_mem=1e-9), {"do": "visible_names"})  # fmt: skip
 
-    def _refused(self, place: Place) -> Program:
-        return self.program(place, *trained(), saved(), saved("u", max_num=0, may_fail=True), {"do": "kept"})
+    def _refused(self, target: Target) -> Program:
+        return self.program(target, *trained(), saved(), saved("u", max_num=0, may_fail=True), {"do": "visible_names"})
 
     @override
-    def programs(self, place: Place) -> st.SearchStrategy[Program]:
+    def programs(self, target: Target) -> st.SearchStrategy[Program]:
         return st.builds(
-            lambda limit, count: self._by_number(place, limit, count), st.integers(1, 3), st.integers(1, 5)
+            lambda limit, count: self._by_number(target, limit, count), st.integers(1, 3), st.integers(1, 5)
         )
 
     @override
-    def check(self, trial: Trial) -> None:
-        saves = [operation for _, operation, _ in trial.each("save")]
+    def check(self, execution: Execution) -> None:
+        saves = [operation for _, operation, _ in execution.each("save")]
         if saves[-1].get("max_num") == 0:
-            for it in self.errors(trial, list(trial.each("save"))[-1][0]):
-                self.require_error(it, "ConfigError", "max_num", where="max_num=0")
-            self.require(trial.last("kept")[0] == ["t"], f"after max_num=0 there are {trial.last('kept')[0]}")
+            for error in self.errors(execution, list(execution.each("save"))[-1][0]):
+                self.require_error(error, "ConfigError", "max_num", where="max_num=0")
+            self.require(
+                execution.last("visible_names")[0] == ["t"],
+                f"after max_num=0, expected only t, got {execution.last('visible_names')[0]}",
+            )
             return
-        for number, (_, _, seen) in enumerate(trial.each("kept"), 1):
-            done = [it["tag"] for it in saves[:number]]
+        for number, (_, _, seen) in enumerate(execution.each("visible_names"), 1):
+            done = [operation["tag"] for operation in saves[:number]]
             wanted = done[-saves[0]["max_num"] :] if "max_num" in saves[0] else done[-1:]
             strangers = ["aaa", "global_step0"] if "max_num" in saves[0] else ["best"] * (number > 3)
             for rank, names in enumerate(seen):
                 self.require(
                     names == sorted([*wanted, *strangers]),
-                    f"rank {rank}: after saving {done} there are {names}, wanted {sorted([*wanted, *strangers])}",
+                    f"rank {rank}: after saving {done}, expected {sorted([*wanted, *strangers])}, got {names}",
                 )
 
 
@@ -316,136 +342,154 @@ DAMAGES: list[tuple[str, float, int]] = [
 
 @CONTRACT.add
 class Killed(OnDisk):
-    """Killed at any instant (any rank), the store still loads its last committed checkpoint; what was half-written is
-    never picked and is cleaned up by the next save."""
+    """If any rank is killed at any time, the last committed checkpoint still loads. A partially written checkpoint is
+    never loaded, and the next save removes it."""
 
     id = "CKPT-5"
     ends_workers = True
 
     @override
-    def witnesses(self, place: Place) -> Sequence[Program]:
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
         return [
-            self._program(place, 0.4, [place.world - 1]),
-            self._program(place, 0.8, [0]),
-            self._program(place, 1.0, [0], asynchronous=place.world > 1),
+            self._program(target, 0.4, [target.world - 1]),
+            self._program(target, 0.8, [0]),
+            self._program(target, 1.0, [0], asynchronous=target.world > 1),
         ]
 
-    def _program(self, place: Place, part: float, ranks: list[int], asynchronous: bool = False) -> Program:
-        """Save, train, and be killed while saving and rotating. What is loaded was waited for."""
+    def _program(self, target: Target, part: float, ranks: list[int], asynchronous: bool = False) -> Program:
+        """Save, train, and be killed while saving and rotating. Loading waits for an asynchronous save."""
         program = self.program(
-            place, *trained(), saved("zero"), loaded("zero"), *updates(1), {"do": "note_weights", "model": "a", "name": "one"},
+            target, *trained(), saved("zero"), loaded("zero"), *updates(1), {"do": "record_weights", "model": "a", "name": "one"},
             {"do": "count_changes"}, saved("one", max_num=1), loaded("one"), *updates(1, first=5),
-            {"do": "note_weights", "model": "a", "name": "two"}, {"do": "kill_within", "part": part, "ranks": ranks},
+            {"do": "record_weights", "model": "a", "name": "two"}, {"do": "kill_within", "part": part, "ranks": ranks},
             saved("two", max_num=1, may_fail=True), {"do": "close", "may_fail": True},
-            {"do": "end", "ranks": list(range(place.world))}, async_ckpt=asynchronous,
+            {"do": "exit_process", "ranks": list(range(target.world))}, async_ckpt=asynchronous,
         )  # fmt: skip
         after = (
-            *trained(seed=9), {"do": "kept"}, loaded(None), {"do": "noted_weights", "model": "a"}, saved("three"),
-            loaded("three"), {"do": "hidden"}, DONE,
+            *trained(seed=9), {"do": "visible_names"}, loaded(None), {"do": "recorded_weights", "model": "a"}, saved("three"),
+            loaded("three"), {"do": "hidden_names"}, DONE,
         )  # fmt: skip
         return replace(program, operations=program.operations[:-1], afterwards=replace(program, operations=after))
 
     @override
-    def check(self, trial: Trial) -> None:
-        after = trial.afterwards
+    def check(self, execution: Execution) -> None:
+        after = execution.afterwards
         assert after is not None
         after.at(0, len(after.program.operations) - 1)
-        names, path = after.last("kept")[0], after.last_of("load", 0)[0]["path"]
+        names, path = after.last("visible_names")[0], after.last_of("load", 0)[0]["path"]
         newest = "two" if "two" in names else "one"
-        self.require(path == f"s/{newest}", f"of {names}, {path} was loaded; wanted s/{newest}")
-        for rank, noted in enumerate(after.last("noted_weights")):
-            self.require(noted == [newest], f"rank {rank}: the weights are those noted as {noted}; wanted {newest}")
-        left = after.last("hidden")[0]
-        self.require(not left, f"after the next save there is still {', '.join(left)}")
+        self.require(path == f"s/{newest}", f"of {names}, expected s/{newest} to be loaded, got {path}")
+        for rank, recorded in enumerate(after.last("recorded_weights")):
+            self.require(
+                recorded == [newest], f"rank {rank}: expected the weights recorded as {newest}, got those of {recorded}"
+            )
+        left = after.last("hidden_names")[0]
+        self.require(not left, f"after the next save, expected no partial checkpoint, got {', '.join(left)}")
 
 
 @CONTRACT.add
 class Damage(OnDisk):
-    """A flipped bit, a truncated or a missing file is found at load and raises CheckpointError naming the file, before
-    any state has changed."""
+    """Loading detects a flipped bit, a truncated file and a missing file, and raises a CheckpointError that names the
+    file before any state changes."""
 
     id = "CKPT-6"
 
     @override
-    def witnesses(self, place: Place) -> Sequence[Program]:
-        return [self._program(place, [(*it, file) for it in DAMAGES]) for file in range(place.world + 1)]
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
+        return [self._program(target, [(*damage, file) for damage in DAMAGES]) for file in range(target.world + 1)]
 
-    def _program(self, place: Place, damages: Sequence[tuple[str, float, int, int]]) -> Program:
-        trials: list[Operation] = []
+    def _program(self, target: Target, damages: Sequence[tuple[str, float, int, int]]) -> Program:
+        attempts: list[Operation] = []
         for number, (what, at, bit, file) in enumerate(damages):
-            spoil: Operation = {"do": "damage", "what": what, "at": at, "bit": bit, "file": file, "store": f"s{number}"}
+            damage: Operation = {
+                "do": "damage",
+                "what": what,
+                "at": at,
+                "bit": bit,
+                "file": file,
+                "store": f"s{number}",
+            }
             attempt = loaded("t", store=f"s{number}", may_fail=True)
-            trials += [saved(store=f"s{number}"), *updates(1, first=number), spoil, PRINT, attempt, PRINT]
-        return self.program(place, *trained(), *updates(1), *trials)
+            attempts += [saved(store=f"s{number}"), *updates(1, first=number), damage, PRINT, attempt, PRINT]
+        return self.program(target, *trained(), *updates(1), *attempts)
 
     @override
-    def programs(self, place: Place) -> st.SearchStrategy[Program]:
+    def programs(self, target: Target) -> st.SearchStrategy[Program]:
         one = st.tuples(
             st.sampled_from(["flip", "flip", "truncate", "remove"]), st.floats(0, 1, exclude_max=True), st.integers(0, 7),
-            st.integers(0, place.world),
+            st.integers(0, target.world),
         )  # fmt: skip
-        return st.builds(lambda damages: self._program(place, damages), st.lists(one, min_size=1, max_size=4))
+        return st.builds(lambda damages: self._program(target, damages), st.lists(one, min_size=1, max_size=4))
 
     @override
-    def check(self, trial: Trial) -> None:
-        prints = [seen for _, _, seen in trial.each("fingerprint")]
-        spoiled = [(operation, seen[0]) for _, operation, seen in trial.each("damage")]
-        for number, (index, _, _) in enumerate(trial.each("load")):
-            damage, name = spoiled[number]
+    def check(self, execution: Execution) -> None:
+        prints = [seen for _, _, seen in execution.each("fingerprint")]
+        damaged = [(operation, seen[0]) for _, operation, seen in execution.each("damage")]
+        for number, (index, _, _) in enumerate(execution.each("load")):
+            damage, name = damaged[number]
             where = f"loading after {damage['what']} at {damage['at']} of {name}"
-            for it in self.errors(trial, index):
-                self.require_error(it, "CheckpointError", name, where=where)
-            self.require(prints[2 * number] == prints[2 * number + 1], f"{where}: state had changed")
+            for error in self.errors(execution, index):
+                self.require_error(error, "CheckpointError", name, where=where)
+            self.require(prints[2 * number] == prints[2 * number + 1], f"{where}: state changed")
 
 
 @CONTRACT.add
 class AnyToAny(OnDisk):
-    """One format: saved by any strategy at any world size, loaded by any strategy at any world size, and training
-    continues within the parity table. (Here: by FakeStrategy on one process, both ways; the session `checkpoints` has
-    the whole table.)"""
+    """There is one checkpoint format: any strategy at any world size loads what any other saved, and training continues
+    within the parity tolerances. (This clause runs FakeStrategy in one process, in both directions; the nox session
+    `checkpoints` runs all combinations.)"""
 
     id = "CKPT-7"
 
     @override
-    def witnesses(self, place: Place) -> Sequence[Program]:
-        return [self._out(place), self._in(place)]
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
+        return [self._out(target), self._in(target)]
 
     def _setup(self, kind: str, seed: int) -> list[Operation]:
         return trained(kind=kind, seed=seed)
 
-    def _out(self, place: Place, kind: str = "regressor", seed: int = 3) -> Program:
+    def _out(self, target: Target, kind: str = "regressor", seed: int = 3) -> Program:
         share: Operation = {"do": "train_shared", "model": "a", "first": 0, "count": 3}
         more: Operation = {"do": "train_shared", "model": "a", "first": 3, "count": 3}
-        other: Operation = {"do": "elsewhere", "kind": kind, "seed": seed + 1, "first": 3, "count": 3, "load_from": "s"}
-        return self.program(place, *self._setup(kind, seed), LOOK, share, saved(), more, LOOK, other)
+        other: Operation = {
+            "do": "on_fake_strategy",
+            "kind": kind,
+            "seed": seed + 1,
+            "first": 3,
+            "count": 3,
+            "load_from": "s",
+        }
+        return self.program(target, *self._setup(kind, seed), LOOK, share, saved(), more, LOOK, other)
 
-    def _in(self, place: Place, kind: str = "regressor", seed: int = 3) -> Program:
-        begin: Operation = {"do": "elsewhere", "kind": kind, "seed": seed, "count": 3, "save_to": "s"}
-        whole: Operation = {"do": "elsewhere", "kind": kind, "seed": seed, "count": 6}
+    def _in(self, target: Target, kind: str = "regressor", seed: int = 3) -> Program:
+        begin: Operation = {"do": "on_fake_strategy", "kind": kind, "seed": seed, "count": 3, "save_to": "s"}
+        whole: Operation = {"do": "on_fake_strategy", "kind": kind, "seed": seed, "count": 6}
         more: Operation = {"do": "train_shared", "model": "a", "first": 3, "count": 3}
-        return self.program(place, *self._setup(kind, seed + 1), LOOK, begin, loaded(), more, LOOK, whole)
+        return self.program(target, *self._setup(kind, seed + 1), LOOK, begin, loaded(), more, LOOK, whole)
 
     @override
-    def programs(self, place: Place) -> st.SearchStrategy[Program]:
+    def programs(self, target: Target) -> st.SearchStrategy[Program]:
         kinds = st.sampled_from(["regressor", "language", "frozen", "unused"])
         return st.one_of(
-            st.builds(lambda kind, seed: self._out(place, kind, seed), kinds, SEEDS),
-            st.builds(lambda kind, seed: self._in(place, kind, seed), kinds, SEEDS),
+            st.builds(lambda kind, seed: self._out(target, kind, seed), kinds, SEEDS),
+            st.builds(lambda kind, seed: self._in(target, kind, seed), kinds, SEEDS),
         )
 
     @override
-    def check(self, trial: Trial) -> None:
-        start, end = (seen[0] for _, _, seen in trial.each("weights"))
-        other = trial.last("elsewhere")[0]["weights"]
-        wrong = compare.relative(end, other, start, compare.ACROSS_FAMILIES)
-        self.require(wrong is None, f"FakeStrategy and this strategy, one from the other's checkpoint: {wrong}")
-        self.require_alike(trial, "weights")
+    def check(self, execution: Execution) -> None:
+        start, end = (seen[0] for _, _, seen in execution.each("weights"))
+        other = execution.last("on_fake_strategy")[0]["weights"]
+        mismatch = tolerances.relative(end, other, start, tolerances.ACROSS_FAMILIES)
+        self.require(
+            mismatch is None, f"FakeStrategy and this strategy continue differently from one checkpoint: {mismatch}"
+        )
+        self.require_alike(execution, "weights")
 
 
 @CONTRACT.add
 class Choosing(OnDisk):
-    """load_module_strict, load_optimizer_states, load_lr_scheduler_states and load_module_only each do what they say and
-    nothing else."""
+    """load_module_strict, load_optimizer_states, load_lr_scheduler_states and load_module_only each do exactly what
+    their name says."""
 
     id = "CKPT-8"
 
@@ -457,14 +501,14 @@ class Choosing(OnDisk):
     ]
 
     @override
-    def witnesses(self, place: Place) -> Sequence[Program]:
-        return [self._options(place), self._strict(place)]
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
+        return [self._options(target), self._strict(target)]
 
-    def _options(self, place: Place) -> Program:
+    def _options(self, target: Target) -> Program:
         states: list[Operation] = [{"do": "state", "model": "a"}, {"do": "random_state"}]
-        trials: list[Operation] = []
+        attempts: list[Operation] = []
         for number, option in enumerate(self.OPTIONS):
-            trials += [
+            attempts += [
                 *updates(1, first=number + 10, scheduled=True),
                 {"do": "draw"},
                 *states,
@@ -473,27 +517,33 @@ class Choosing(OnDisk):
                 saved(None, store="numbers"),
             ]
         setup = [*trained(schedule=True), *updates(2, scheduled=True), *states, saved()]
-        return self.program(place, *setup, *trials)
+        return self.program(target, *setup, *attempts)
 
-    def _strict(self, place: Place) -> Program:
+    def _strict(self, target: Target) -> Program:
         other = trained("b", "unused", seed=4)
         more = {"load_module_only": True, "may_fail": True}
         strict: Operation = {"do": "load", "model": "b", "tag": "t", **more}
-        lax: Operation = {"do": "load", "model": "b", "tag": "t", "load_module_only": True, "load_module_strict": False}
+        lenient: Operation = {
+            "do": "load",
+            "model": "b",
+            "tag": "t",
+            "load_module_only": True,
+            "load_module_strict": False,
+        }
         look: Operation = {"do": "weights", "model": "b"}
-        return self.program(place, *trained(), saved(), LOOK, *other, look, strict, look, lax, look)
+        return self.program(target, *trained(), saved(), LOOK, *other, look, strict, look, lenient, look)
 
     @override
-    def check(self, trial: Trial) -> None:
-        if list(trial.each("random_state")):
-            self._check_options(trial)
+    def check(self, execution: Execution) -> None:
+        if list(execution.each("random_state")):
+            self._check_options(execution)
         else:
-            self._check_strict(trial)
+            self._check_strict(execution)
 
-    def _check_options(self, trial: Trial) -> None:
-        for rank in range(trial.place.world):
-            states = [seen[rank] for _, _, seen in trial.each("state")]
-            streams = [seen[rank] for _, _, seen in trial.each("random_state")]
+    def _check_options(self, execution: Execution) -> None:
+        for rank in range(execution.target.world):
+            states = [seen[rank] for _, _, seen in execution.each("state")]
+            streams = [seen[rank] for _, _, seen in execution.each("random_state")]
             for number, option in enumerate(self.OPTIONS):
                 before, after = states[1 + 2 * number : 3 + 2 * number]
                 random = streams[1 + 2 * number : 3 + 2 * number]
@@ -508,145 +558,163 @@ class Choosing(OnDisk):
                     wanted = before[what] if stays else states[0][what]
                     self.require(
                         after[what] == wanted,
-                        f"rank {rank}: {option or 'by default'}: {what} is not as it was {'before loading' if stays else 'saved'}",
+                        f"rank {rank}: {option or 'by default'}: expected {what} to be as {'before loading' if stays else 'saved'}",
                     )
                 wanted = random[0] if module_only else streams[0]
-                self.require(random[1] == wanted, f"rank {rank}: {option or 'by default'}: the random streams")
-                path, updates_made = trial.last_of("save", 1 + number)[rank]["path"], 3 if module_only else 2
+                self.require(
+                    random[1] == wanted,
+                    f"rank {rank}: {option or 'by default'}: expected the random state to be as {'before loading' if module_only else 'saved'}",
+                )
+                path, updates_made = execution.last_of("save", 1 + number)[rank]["path"], 3 if module_only else 2
                 self.require(
                     path == f"numbers/global_step{updates_made}",
-                    f"rank {rank}: {option or 'by default'}: the next checkpoint is {path}, after {updates_made} updates",
+                    f"rank {rank}: {option or 'by default'}: after {updates_made} updates, expected the path numbers/global_step{updates_made}, got {path}",
                 )
 
-    def _check_strict(self, trial: Trial) -> None:
-        index = next(i for i, operation in enumerate(trial.program.operations) if operation.get("may_fail"))
-        for it in self.errors(trial, index):
-            self.require_error(it, "CheckpointError", "spare", where="loading a model with more parameters")
-        source, *looks = (seen[0] for _, _, seen in trial.each("weights"))
-        self.require(same(looks[0], looks[1]), "a load that raised had changed weights")
+    def _check_strict(self, execution: Execution) -> None:
+        index = next(i for i, operation in enumerate(execution.program.operations) if operation.get("may_fail"))
+        for error in self.errors(execution, index):
+            self.require_error(error, "CheckpointError", "spare", where="loading a model with more parameters")
+        source, *looks = (seen[0] for _, _, seen in execution.each("weights"))
+        self.require(same(looks[0], looks[1]), "a load that raised changed weights")
         for name, tensor in looks[2].items():
             wanted = source.get(name, looks[0][name])
-            self.require(same(tensor, wanted), f"load_module_strict=False: {name} is not as it should be")
+            self.require(same(tensor, wanted), f"load_module_strict=False: {name} is neither loaded nor unchanged")
 
 
 @CONTRACT.add
 class Harmless(OnDisk):
-    """Saving changes no parameter, gradient, state or random stream; every rank returns the same path."""
+    """Saving changes no parameter, gradient, optimizer state or random state. Every rank returns the same path."""
 
     id = "CKPT-9"
 
     @override
-    def witnesses(self, place: Place) -> Sequence[Program]:
-        return [self._program(place, asynchronous) for asynchronous in (False, True)]
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
+        return [self._program(target, asynchronous) for asynchronous in (False, True)]
 
-    def _program(self, place: Place, asynchronous: bool) -> Program:
+    def _program(self, target: Target, asynchronous: bool) -> Program:
         around: list[Operation] = [
             {"do": "draw"}, *updates(2, scheduled=True), {"do": "state", "model": "a"}, saved(),
             {"do": "state", "model": "a"}, *updates(1, first=9, scheduled=True), LOOK,
         ]  # fmt: skip
-        without: list[Operation] = [it for it in around if it["do"] != "save"]
+        without: list[Operation] = [operation for operation in around if operation["do"] != "save"]
         return self.program(
-            place, *trained(schedule=True), *around, AGAIN, *trained(schedule=True), *without, async_ckpt=asynchronous
+            target, *trained(schedule=True), *around, AGAIN, *trained(schedule=True), *without, async_ckpt=asynchronous
         )
 
     @override
-    def check(self, trial: Trial) -> None:
-        saving = trial.last("save")
-        for rank, it in enumerate(saving):
-            self.require(it["unchanged"], f"rank {rank}: saving changed a weight, a gradient, state or a random stream")
+    def check(self, execution: Execution) -> None:
+        saving = execution.last("save")
+        for rank, observed in enumerate(saving):
             self.require(
-                it["path"] == saving[0]["path"], f"rank {rank} returned {it['path']}, rank 0 {saving[0]['path']}"
+                observed["unchanged"],
+                f"rank {rank}: saving changed a weight, a gradient, optimizer state or a random state",
             )
-        states = [seen for _, _, seen in trial.each("state")]
+            self.require(
+                observed["path"] == saving[0]["path"],
+                f"rank {rank}: expected the path of rank 0, {saving[0]['path']}, got {observed['path']}",
+            )
+        states = [seen for _, _, seen in execution.each("state")]
         self.require(same(states[0], states[1]), "saving changed the model or its optimizer")
-        one, other = (seen for _, _, seen in trial.each("weights"))
-        self.require(same(one, other), "training went on otherwise than without saving")
+        one, other = (seen for _, _, seen in execution.each("weights"))
+        self.require(same(one, other), "training continues differently than without saving")
 
 
 @CONTRACT.add
 class NoCode(OnDisk):
-    """Loading runs no code from the checkpoint."""
+    """Loading executes no code from the checkpoint."""
 
     id = "CKPT-10"
 
     @override
-    def witnesses(self, place: Place) -> Sequence[Program]:
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
         return [
             self.program(
-                place, *trained(), saved(), {"do": "trap", "replace": replace}, loaded(may_fail=True), {"do": "sprung"}
+                target,
+                *trained(),
+                saved(),
+                {"do": "plant_pickles", "replace": replace},
+                loaded(may_fail=True),
+                {"do": "pickle_executed"},
             )
             for replace in (True, False)
         ]
 
     @override
-    def check(self, trial: Trial) -> None:
-        self.require(not any(trial.last("sprung")), "loading ran a pickle that was put into the checkpoint")
-        if trial.program.operations[-4]["replace"]:
-            self.errors(trial, len(trial.program.operations) - 3)
+    def check(self, execution: Execution) -> None:
+        self.require(not any(execution.last("pickle_executed")), "loading executed a pickle from the checkpoint")
+        if execution.program.operations[-4]["replace"]:
+            self.errors(execution, len(execution.program.operations) - 3)
 
 
 @CONTRACT.add
 class Refused(OnDisk):
-    """A full disk or a refused write on one rank raises on all ranks, and what was committed before is still there."""
+    """A full disk or a refused write on one rank raises on all ranks. Checkpoints that were committed earlier are still
+    there."""
 
     id = "CKPT-11"
 
     @override
-    def witnesses(self, place: Place) -> Sequence[Program]:
-        return [self._program(place, rank, False) for rank in range(place.world)] + [self._program(place, 0, True)]
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
+        return [self._program(target, rank, False) for rank in range(target.world)] + [self._program(target, 0, True)]
 
-    def _program(self, place: Place, rank: int, asynchronous: bool) -> Program:
-        refuse: Operation = {"do": "refuse", "ranks": [rank]}
+    def _program(self, target: Target, rank: int, asynchronous: bool) -> Program:
+        refuse: Operation = {"do": "refuse_writes", "ranks": [rank]}
         failing = saved("u", may_fail=not asynchronous)
         waiting = [saved("v", may_fail=True)] if asynchronous else []
         return self.program(
-            place, *trained(), *updates(1), saved(), loaded(), LOOK, *updates(1, first=4), refuse, failing, *waiting,
-            {"do": "allow"}, {"do": "kept"}, loaded(None), LOOK, async_ckpt=asynchronous,
+            target, *trained(), *updates(1), saved(), loaded(), LOOK, *updates(1, first=4), refuse, failing, *waiting,
+            {"do": "allow_writes"}, {"do": "visible_names"}, loaded(None), LOOK, async_ckpt=asynchronous,
         )  # fmt: skip
 
     @override
-    def check(self, trial: Trial) -> None:
-        operations = trial.program.operations
+    def check(self, execution: Execution) -> None:
+        operations = execution.program.operations
         last = max(index for index, operation in enumerate(operations) if operation.get("may_fail"))
-        for it in self.errors(trial, last):
-            self.require_error(it, "CheckpointError", "safetensors", where="saving where the system refuses to write")
-        self.require(trial.last("kept")[0] == ["t"], f"after a refused save there are {trial.last('kept')[0]}")
-        one, other = (seen for _, _, seen in trial.each("weights"))
-        self.require(same(one, other), "what was committed before is not what is loaded")
+        for error in self.errors(execution, last):
+            self.require_error(
+                error, "CheckpointError", "safetensors", where="saving while the system refuses to write"
+            )
+        self.require(
+            execution.last("visible_names")[0] == ["t"],
+            f"after a refused save, expected only t, got {execution.last('visible_names')[0]}",
+        )
+        one, other = (seen for _, _, seen in execution.each("weights"))
+        self.require(same(one, other), "the checkpoint committed earlier was not loaded")
 
 
 @CONTRACT.add
 class Asynchronous(OnDisk):
-    """An asynchronous save stores the state as of the call, whatever training does next; a second save, close() or a load
-    waits for it."""
+    """An asynchronous save stores the state at the time of the call, whatever training does next. A second save,
+    close() and a load wait for it."""
 
     id = "CKPT-12"
 
     @override
-    def witnesses(self, place: Place) -> Sequence[Program]:
-        return [self._program(place, ending) for ending in ("load", "save", "close")]
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
+        return [self._program(target, ending) for ending in ("load", "save", "close")]
 
-    def _program(self, place: Place, ending: str) -> Program:
+    def _program(self, target: Target, ending: str) -> Program:
         endings: dict[str, list[Operation]] = {
             "load": [],
-            "save": [saved("u"), {"do": "kept"}],
+            "save": [saved("u"), {"do": "visible_names"}],
             "close": [AGAIN, *trained(schedule=True)],
         }
         setup = trained(schedule=True)
         states: list[Operation] = [{"do": "state", "model": "a"}]
         return self.program(
-            place, *setup, *updates(1, scheduled=True), *states, saved(), *updates(1, first=7, scheduled=True),
+            target, *setup, *updates(1, scheduled=True), *states, saved(), *updates(1, first=7, scheduled=True),
             *endings[ending], loaded(), *states, async_ckpt=True,
         )  # fmt: skip
 
     @override
-    def programs(self, place: Place) -> st.SearchStrategy[Program]:
-        return st.builds(lambda ending: self._program(place, ending), st.sampled_from(["load", "save", "close"]))
+    def programs(self, target: Target) -> st.SearchStrategy[Program]:
+        return st.builds(lambda ending: self._program(target, ending), st.sampled_from(["load", "save", "close"]))
 
     @override
-    def check(self, trial: Trial) -> None:
-        before, after = (seen for _, _, seen in trial.each("state"))
+    def check(self, execution: Execution) -> None:
+        before, after = (seen for _, _, seen in execution.each("state"))
         for rank, (one, other) in enumerate(zip(before, after, strict=True)):
-            self.require(same(one, other), f"rank {rank}: what was loaded is not the state as of the save")
-        for _, _, seen in trial.each("kept"):
-            self.require("t" in seen[0], f"a second save began before the first was there: {seen[0]}")
+            self.require(same(one, other), f"rank {rank}: expected the state at the time of the save")
+        for _, _, seen in execution.each("visible_names"):
+            self.require("t" in seen[0], f"a second save started before the first was committed: {seen[0]}")

@@ -1,13 +1,13 @@
 """COLL: collectives."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from typing_extensions import override
 
-from lightrft.conformance.clause import CONTRACT, Clause, Operation, Place, Program, Trial, is_error, show
+from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Target, is_error, show
 from lightrft.conformance.values import materialize
 
 FLOATING = ["float32", "float64", "bfloat16", "float16"]
@@ -23,15 +23,15 @@ def tensors(dtypes: Sequence[str]) -> st.SearchStrategy[dict[str, Any]]:
 
 
 def numbers(floats_only: bool = False) -> st.SearchStrategy[Any]:
-    """Numbers that differ between ranks."""
-    whole = st.integers(-(2**58), 2**58)
-    wide = st.floats(-1e6, 1e6).map(lambda value: round(value, 3))
-    kinds = wide if floats_only else whole | wide
+    """Descriptions of numbers that differ between ranks."""
+    integers = st.integers(-(2**58), 2**58)
+    floats = st.floats(-1e6, 1e6).map(lambda value: round(value, 3))
+    kinds = floats if floats_only else integers | floats
     return kinds.map(lambda value: {"per_rank": [value, 3 if isinstance(value, int) else 0.25]})
 
 
 def nested(leaf: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """Leaves, or dicts of them, to some depth."""
+    """Leaves, or nested dicts of them."""
     branches = lambda inner: st.lists(  # noqa: E731
         st.tuples(KEYS, inner), max_size=3, unique_by=lambda pair: pair[0]
     ).map(lambda pairs: {"dict": [list(pair) for pair in pairs]})
@@ -39,7 +39,7 @@ def nested(leaf: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 
 def expected_reduction(values: Sequence[Any], op: str) -> Any:
-    """What reducing ``values``, one a rank, gives; computed in 64 bits."""
+    """The reduction of ``values``, one per rank, computed in 64 bits."""
     if isinstance(values[0], dict):
         return {key: expected_reduction([value[key] for value in values], op) for key in values[0]}
     if isinstance(values[0], torch.Tensor):
@@ -51,7 +51,7 @@ def expected_reduction(values: Sequence[Any], op: str) -> Any:
 
 
 def expected_gather(values: Sequence[Any]) -> Any:
-    """What gathering ``values``, one a rank, gives."""
+    """The concatenation of ``values``, one per rank."""
     if isinstance(values[0], dict):
         return {key: expected_gather([value[key] for value in values]) for key in values[0]}
     if isinstance(values[0], torch.Tensor):
@@ -59,73 +59,84 @@ def expected_gather(values: Sequence[Any]) -> Any:
     return torch.tensor(values, dtype=torch.float64 if isinstance(values[0], float) else torch.int64)
 
 
+def leaves(clause: Clause, value: Any, like: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
+    """Where each leaf of ``value`` is, it, and the leaf of ``like`` there. Requires both to have the same keys in order."""
+    if not isinstance(like, dict):
+        yield where, value, like
+        return
+    alike = isinstance(value, dict) and list(value) == list(like)
+    clause.require(alike, f"{where}: expected the keys {list(like)}, got {show(value)}")
+    for key in like:
+        yield from leaves(clause, value[key], like[key], f"{where}[{key!r}]")
+
+
 class Reducing(Clause):
-    """What the clauses of all_reduce have in common."""
+    """What the clauses about the values of all_reduce share."""
 
-    def compare(self, found: Any, expected: Any, given: Any, where: str) -> None:
-        """Require ``found`` to be ``expected``, in the form of ``given``."""
-        if isinstance(given, dict):
-            self.require(
-                isinstance(found, dict) and list(found) == list(given),
-                f"{where}: keys {show(found)}, wanted {list(given)}",
-            )
-            for key in given:
-                self.compare(found[key], expected[key], given[key], f"{where}[{key!r}]")
-        elif isinstance(given, torch.Tensor):
-            self._compare_tensor(found, expected, given, where)
-        else:
-            self.require(
-                type(found) is type(expected),
-                f"{where}: {found!r} is a {type(found).__name__}, wanted a {type(expected).__name__}",
-            )
-            close = (
-                found == expected
-                if isinstance(expected, int)
-                else abs(found - expected) <= 1e-12 * max(1.0, abs(expected))
-            )
-            self.require(close, f"{where}: {found!r}, wanted {expected!r}")
+    @override
+    def check(self, execution: Execution) -> None:
+        for index, operation, seen in execution.each("all_reduce"):
+            given, op = arguments(execution, operation), operation["op"]
+            for rank, observed in enumerate(seen):
+                where = f"rank {rank}, {op} (operation {index})"
+                results = leaves(self, observed["result"], given[rank], where)
+                expected = leaves(self, expected_reduction(given, op), given[rank], where)
+                for (leaf, value, passed), (_, wanted, _) in zip(results, expected, strict=True):
+                    if isinstance(passed, torch.Tensor):
+                        self._check_tensor(value, wanted, passed, leaf)
+                    else:
+                        self._check_number(value, wanted, leaf)
 
-    def _compare_tensor(self, found: Any, expected: torch.Tensor, given: torch.Tensor, where: str) -> None:
-        self.require(isinstance(found, torch.Tensor), f"{where}: {show(found)} is no tensor")
-        self.require(found.dtype == given.dtype, f"{where}: dtype {found.dtype}, wanted {given.dtype}")
-        self.require(found.shape == given.shape, f"{where}: shape {tuple(found.shape)}, wanted {tuple(given.shape)}")
+    def _check_number(self, value: Any, expected: Any, where: str) -> None:
+        same_type = type(value) is type(expected)
+        self.require(
+            same_type, f"{where}: expected type {type(expected).__name__}, got {type(value).__name__} ({value!r})"
+        )
+        tolerance = 0 if isinstance(expected, int) else 1e-12 * max(1.0, abs(expected))
+        self.require(abs(value - expected) <= tolerance, f"{where}: expected {expected!r}, got {value!r}")
+
+    def _check_tensor(self, value: Any, expected: torch.Tensor, given: torch.Tensor, where: str) -> None:
+        require_form(self, value, given, where)
+        message = f"{where}: expected {show(expected)}, got {show(value)}"
         if not given.is_floating_point():
-            self.require(
-                bool((found.long() == expected).all()), f"{where}: {show(found)}, wanted exactly {show(expected)}"
-            )
+            self.require(bool((value.long() == expected).all()), message)
         elif given.numel():
             # one rounding to the dtype, and for fp32 the order of the sum
-            self.require(
-                torch.equal(found.isnan(), expected.isnan()), f"{where}: {show(found)}, wanted {show(expected)}"
-            )
-            found, expected = found.nan_to_num(), expected.nan_to_num()
+            self.require(torch.equal(value.isnan(), expected.isnan()), message)
+            value, expected = value.nan_to_num(), expected.nan_to_num()
             resolution = torch.finfo(given.dtype).eps * (0.51 if given.dtype.itemsize < 4 else 4)
-            worst = ((found.double() - expected).abs() - resolution * (expected.abs() + 1)).max().item()
-            self.require(worst <= 0, f"{where}: {show(found)}, wanted {show(expected)}")
+            worst = ((value.double() - expected).abs() - resolution * (expected.abs() + 1)).max().item()
+            self.require(worst <= 0, message)
 
 
-def arguments(trial: Trial, operation: dict[str, Any]) -> list[Any]:
-    """What each rank passed."""
-    return [materialize(operation["data"], rank) for rank in range(trial.place.world)]
+def require_form(clause: Clause, value: Any, given: torch.Tensor, where: str) -> None:
+    """Require ``value`` to be a tensor with the dtype and shape of ``given``."""
+    alike = isinstance(value, torch.Tensor) and value.dtype == given.dtype and value.shape == given.shape
+    clause.require(alike, f"{where}: expected {given.dtype}{tuple(given.shape)}, got {show(value)}")
+
+
+def arguments(execution: Execution, operation: dict[str, Any]) -> list[Any]:
+    """The argument of each rank, in rank order."""
+    return [materialize(operation["data"], rank) for rank in range(execution.target.world)]
 
 
 @CONTRACT.add
 class Reduction(Reducing):
-    """all_reduce with mean, sum, max equals the reference for every supported dtype. Integers stay integers and exact
-    under sum and max. A Python number in gives a Python number out, computed as float64 or int64; the mean of a Python
-    int is a float."""
+    """all_reduce with mean, sum and max equals the reference for every supported dtype. Under sum and max, integers
+    stay integers and are exact. A Python number returns a Python number, computed as float64 or int64; the mean of a
+    Python int is a float."""
 
     id = "COLL-1"
     smallest_world = 2
 
     @override
-    def witnesses(self, place: Place) -> Sequence[Program]:
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
         every = [["float", {"per_rank": [0.1, 0.7]}], ["int", {"per_rank": [2**53 + 1, 2]}]]
         every += [[dtype, {"tensor": dtype, "shape": [2, 3], "seed": 1}] for dtype in ("float32", "float64")]
         strided = {"tensor": "float32", "shape": [3, 2], "seed": 4, "transposed": True}
-        whole = [[dtype, {"tensor": dtype, "shape": [5], "seed": 2}] for dtype in INTEGERS]
+        integers = [[dtype, {"tensor": dtype, "shape": [5], "seed": 2}] for dtype in INTEGERS]
         operations = tuple(
-            {"do": "all_reduce", "data": {"dict": every + (whole if op != "mean" else [])}, "op": op} for op in OPS
+            {"do": "all_reduce", "data": {"dict": every + (integers if op != "mean" else [])}, "op": op} for op in OPS
         )
         single = [({"per_rank": [1, 1]}, "mean"), (strided, "mean"), ({"per_rank": [1, 1]}, "max"), (strided, "max")]
         alone = [{"do": "all_reduce", "data": data, "op": op} for data, op in single]
@@ -135,36 +146,26 @@ class Reduction(Reducing):
         return [Program(operations=(*operations, *alone, *exact, {"do": "all_reduce", "data": lost, "op": "max"}))]
 
     @override
-    def programs(self, place: Place) -> st.SearchStrategy[Program]:
+    def programs(self, target: Target) -> st.SearchStrategy[Program]:
         floats = tensors(["float32", "float64"]) | numbers()
         means = st.builds(lambda data: {"do": "all_reduce", "data": data, "op": "mean"}, nested(floats))
         others = st.builds(
             lambda data, op: {"do": "all_reduce", "data": data, "op": op},
             nested(floats | tensors(INTEGERS)), st.sampled_from(["sum", "max"]),
         )  # fmt: skip
-        return st.lists(means | others, min_size=1, max_size=4).map(lambda found: Program(operations=tuple(found)))
-
-    @override
-    def check(self, trial: Trial) -> None:
-        for index, operation, seen in trial.each("all_reduce"):
-            given, op = arguments(trial, operation), operation.get("op", "mean")
-            for rank, observed in enumerate(seen):
-                self.compare(
-                    observed["result"],
-                    expected_reduction(given, op),
-                    given[rank],
-                    f"rank {rank}, {op} (operation {index})",
-                )
+        return st.lists(means | others, min_size=1, max_size=4).map(
+            lambda operations: Program(operations=tuple(operations))
+        )
 
 
 @CONTRACT.add
 class IntegerMean(Clause):
-    """The mean of an integer tensor raises TypeError, on every rank."""
+    """The mean of an integer tensor raises TypeError on every rank."""
 
     id = "COLL-7"
 
     @override
-    def witnesses(self, place: Place) -> Sequence[Program]:
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
         nested_one = {"dict": [["x", 1.0], ["y", {"dict": [["z", {"tensor": "int32", "shape": [2], "seed": 1}]]}]]}
         plain = {"tensor": "int64", "shape": [], "seed": 1}
         return [
@@ -176,20 +177,21 @@ class IntegerMean(Clause):
         ]
 
     @override
-    def check(self, trial: Trial) -> None:
-        for index, _, seen in trial.each("all_reduce"):
+    def check(self, execution: Execution) -> None:
+        for index, _, seen in execution.each("all_reduce"):
             for rank, observed in enumerate(seen):
                 self.require_error(observed, "TypeError", "mean", where=f"rank {rank}, operation {index}")
 
 
 @CONTRACT.add
 class ArgumentsLeftAlone(Clause):
-    """The argument of a collective is never changed, and the result never shares memory with it, nor carries its graph."""
+    """A collective never changes its argument. The result never shares memory with the argument and never carries its
+    autograd graph."""
 
     id = "COLL-2"
 
     @override
-    def witnesses(self, place: Place) -> Sequence[Program]:
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
         data = {
             "dict": [
                 ["x", {"tensor": "float32", "shape": [4], "seed": 1}],
@@ -206,36 +208,39 @@ class ArgumentsLeftAlone(Clause):
         ]
 
     @override
-    def programs(self, place: Place) -> st.SearchStrategy[Program]:
+    def programs(self, target: Target) -> st.SearchStrategy[Program]:
         data = nested(tensors(FLOATING) | numbers())
         calls = st.builds(
             lambda d, op: {"do": "all_reduce", "data": d, "op": op}, data, st.sampled_from(OPS)
         ) | st.builds(lambda d: {"do": "all_gather", "data": d}, data)
-        return st.lists(calls, min_size=1, max_size=3).map(lambda found: Program(operations=tuple(found)))
+        return st.lists(calls, min_size=1, max_size=3).map(lambda operations: Program(operations=tuple(operations)))
 
     @override
-    def check(self, trial: Trial) -> None:
+    def check(self, execution: Execution) -> None:
         for do in ("all_reduce", "all_gather"):
-            for index, _, seen in trial.each(do):
+            for index, _, seen in execution.each(do):
                 for rank, observed in enumerate(seen):
-                    self.require(observed["untouched"], f"rank {rank}: {do} (operation {index}) changed its argument")
                     self.require(
-                        not observed["graph"], f"rank {rank}: the result of {do} (operation {index}) has a graph"
+                        observed["argument_unchanged"], f"rank {rank}: {do} (operation {index}) changed its argument"
                     )
                     self.require(
-                        observed["apart"],
+                        not observed["has_graph"],
+                        f"rank {rank}: the result of {do} (operation {index}) carries an autograd graph",
+                    )
+                    self.require(
+                        observed["separate_memory"],
                         f"rank {rank}: the result of {do} (operation {index}) shares memory with its argument",
                     )
 
 
 @CONTRACT.add
-class FormKept(Reducing):
-    """Dicts may nest; keys, their order, shapes, dtypes and devices come back as they went in."""
+class FormKept(Clause):
+    """Dicts may be nested. Keys, their order, shapes, dtypes and devices are preserved."""
 
     id = "COLL-3"
 
     @override
-    def witnesses(self, place: Place) -> Sequence[Program]:
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
         scalar = {"tensor": "float32", "shape": [], "seed": 1}
         deeper = {"dict": [["b", 1.5], ["a", 2.5]]}
         halves = [[dtype, {"tensor": dtype, "shape": [2], "seed": 3}] for dtype in ("bfloat16", "float16")]
@@ -250,46 +255,37 @@ class FormKept(Reducing):
         return [Program(operations=tuple({"do": "all_reduce", "data": data, "op": op} for op in OPS))]
 
     @override
-    def programs(self, place: Place) -> st.SearchStrategy[Program]:
+    def programs(self, target: Target) -> st.SearchStrategy[Program]:
         data = nested(tensors(FLOATING) | numbers(floats_only=True))
         return st.builds(
             lambda d, op: Program(operations=({"do": "all_reduce", "data": d, "op": op},)), data, st.sampled_from(OPS)
         )
 
     @override
-    def check(self, trial: Trial) -> None:
-        for index, operation, seen in trial.each("all_reduce"):
-            given = arguments(trial, operation)
+    def check(self, execution: Execution) -> None:
+        for index, operation, seen in execution.each("all_reduce"):
+            given = arguments(execution, operation)
             for rank, observed in enumerate(seen):
-                self._same_form(observed["result"], given[rank], f"rank {rank}, operation {index}")
-
-    def _same_form(self, found: Any, given: Any, where: str) -> None:
-        if isinstance(given, dict):
-            self.require(
-                isinstance(found, dict) and list(found) == list(given),
-                f"{where}: {show(found)}, wanted keys {list(given)}",
-            )
-            for key in given:
-                self._same_form(found[key], given[key], f"{where}[{key!r}]")
-        elif isinstance(given, torch.Tensor):
-            alike = isinstance(found, torch.Tensor) and found.dtype == given.dtype and found.shape == given.shape
-            self.require(alike, f"{where}: {show(found)}, wanted {given.dtype}{tuple(given.shape)}")
-        else:
-            self.require(
-                isinstance(found, (int, float)) and not isinstance(found, torch.Tensor),
-                f"{where}: {show(found)}, wanted a number",
-            )
+                for where, value, passed in leaves(
+                    self, observed["result"], given[rank], f"rank {rank}, operation {index}"
+                ):
+                    if isinstance(passed, torch.Tensor):
+                        require_form(self, value, passed, where)
+                    else:
+                        is_number = isinstance(value, (int, float))
+                        self.require(is_number, f"{where}: expected a number, got {show(value)}")
 
 
 @CONTRACT.add
 class Gathering(Clause):
-    """all_gather concatenates along dim 0 in rank order; numbers and 0-dim tensors give a 1-D tensor of length
-    world_size; ranks may differ in dim 0 (also 0 rows), and in nothing else. At world size 1 it follows the same rule."""
+    """all_gather concatenates along dim 0 in rank order. Numbers and 0-dim tensors give a 1-D tensor of length
+    world_size. Ranks may differ in the size of dim 0, which may be 0, and in nothing else. World size 1 follows the
+    same rules."""
 
     id = "COLL-4"
 
     @override
-    def witnesses(self, place: Place) -> Sequence[Program]:
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
         ragged = {"by_rank": [{"tensor": "float32", "shape": [rows, 2], "seed": rows} for rows in (2, 0, 3, 1)]}
         scalar = {"tensor": "bfloat16", "shape": [], "seed": 3}
         flags = {"tensor": "bool", "shape": [3], "seed": 4}
@@ -306,39 +302,29 @@ class Gathering(Clause):
         alone = [{"per_rank": [3, 1]}, {"tensor": "float32", "shape": [2, 1], "seed": 5}, flags, growing]
         alone += [{"tensor": "float32", "shape": [3, 2], "seed": 6, "transposed": True}]
         alone += [{"tensor": "float32", "shape": [0, 2], "seed": 7}]
-        return [Program(operations=tuple({"do": "all_gather", "data": it} for it in (data, *alone)))]
+        return [Program(operations=tuple({"do": "all_gather", "data": argument} for argument in (data, *alone)))]
 
     @override
-    def programs(self, place: Place) -> st.SearchStrategy[Program]:
+    def programs(self, target: Target) -> st.SearchStrategy[Program]:
         def ragged(dtype: str, rows: list[int], rest: list[int]) -> dict[str, Any]:
             return {"by_rank": [{"tensor": dtype, "shape": [count, *rest], "seed": count} for count in rows]}
 
-        rows = st.lists(st.integers(0, 4), min_size=place.world, max_size=place.world)
+        rows = st.lists(st.integers(0, 4), min_size=target.world, max_size=target.world)
         leaf = st.builds(
             ragged, st.sampled_from(FLOATING + INTEGERS + ["bool"]), rows, st.lists(st.integers(0, 3), max_size=2)
         )
         return nested(leaf | numbers()).map(lambda data: Program(operations=({"do": "all_gather", "data": data},)))
 
     @override
-    def check(self, trial: Trial) -> None:
-        for index, operation, seen in trial.each("all_gather"):
-            expected = expected_gather(arguments(trial, operation))
+    def check(self, execution: Execution) -> None:
+        for index, operation, seen in execution.each("all_gather"):
+            expected = expected_gather(arguments(execution, operation))
             for rank, observed in enumerate(seen):
-                self._compare(observed["result"], expected, f"rank {rank}, operation {index}")
-
-    def _compare(self, found: Any, expected: Any, where: str) -> None:
-        if isinstance(expected, dict):
-            self.require(
-                isinstance(found, dict) and list(found) == list(expected),
-                f"{where}: {show(found)}, wanted keys {list(expected)}",
-            )
-            for key in expected:
-                self._compare(found[key], expected[key], f"{where}[{key!r}]")
-            return
-        self.require(isinstance(found, torch.Tensor), f"{where}: {show(found)} is no tensor")
-        alike = found.shape == expected.shape and torch.equal(found.to(expected.dtype), expected)
-        self.require(alike, f"{where}: {show(found)}, wanted {show(expected)}")
-        self.require(found.dtype == expected.dtype, f"{where}: dtype {found.dtype}, wanted {expected.dtype}")
+                for where, value, wanted in leaves(
+                    self, observed["result"], expected, f"rank {rank}, operation {index}"
+                ):
+                    require_form(self, value, wanted, where)
+                    self.require(torch.equal(value, wanted), f"{where}: expected {show(wanted)}, got {show(value)}")
 
 
 BAD_PAIRS: dict[str, list[Any]] = {
@@ -355,30 +341,31 @@ BAD_PAIRS: dict[str, list[Any]] = {
 
 @CONTRACT.add
 class Mismatches(Clause):
-    """An unknown op, or mismatched keys, dtypes or trailing shapes between ranks, or an integer or a sum of integers that
-    does not fit 64 bits, raises on every rank; no rank hangs and no rank returns. Afterwards collectives work as before."""
+    """An unknown op, keys, dtypes or trailing shapes that differ between ranks, and an integer or a sum of integers
+    that does not fit in 64 bits raise on every rank. No rank hangs and no rank returns. Collectives work normally
+    afterwards."""
 
     id = "COLL-5"
     smallest_world = 2
 
     @override
-    def witnesses(self, place: Place) -> Sequence[Program]:
-        return [self._program(place, call, what, 1) for what in BAD_PAIRS for call in ("all_reduce", "all_gather")] + [
-            self._program(place, "all_reduce", "first dim", 1),
-            *(self._reducing(*it) for it in ((1.0, "median"), ({"per_rank": [2**70, 1]}, "sum"), (2**62, "sum"))),
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
+        return [self._program(target, call, what, 1) for what in BAD_PAIRS for call in ("all_reduce", "all_gather")] + [
+            self._program(target, "all_reduce", "first dim", 1),
+            *(self._reducing(*case) for case in ((1.0, "median"), ({"per_rank": [2**70, 1]}, "sum"), (2**62, "sum"))),
         ]
 
     def _reducing(self, data: Any, op: str) -> Program:
         operations = ({"do": "all_reduce", "data": data, "op": op, "may_fail": True}, *AFTERWARDS)
         return Program(operations=operations, settings={"timeout": 15.0}, seconds=40)
 
-    def _program(self, place: Place, call: str, what: str, odd: int) -> Program:
+    def _program(self, target: Target, call: str, what: str, odd: int) -> Program:
         usual, other = (
             [{"tensor": "float32", "shape": [2], "seed": 1}, {"tensor": "float32", "shape": [3], "seed": 1}]
             if what == "first dim"
             else BAD_PAIRS[what]
         )
-        data = {"by_rank": [other if rank == odd else usual for rank in range(place.world)]}
+        data = {"by_rank": [other if rank == odd else usual for rank in range(target.world)]}
         return Program(
             operations=(
                 {"do": call, "data": data, "may_fail": True, **({"op": "sum"} if call == "all_reduce" else {})},
@@ -389,29 +376,29 @@ class Mismatches(Clause):
         )
 
     @override
-    def programs(self, place: Place) -> st.SearchStrategy[Program]:
+    def programs(self, target: Target) -> st.SearchStrategy[Program]:
         return st.builds(
-            lambda call, what, odd: self._program(place, call, what, odd),
-            st.sampled_from(["all_reduce", "all_gather"]), st.sampled_from(sorted(BAD_PAIRS)), st.integers(0, place.world - 1),
+            lambda call, what, odd: self._program(target, call, what, odd),
+            st.sampled_from(["all_reduce", "all_gather"]), st.sampled_from(sorted(BAD_PAIRS)), st.integers(0, target.world - 1),
         )  # fmt: skip
 
     @override
-    def check(self, trial: Trial) -> None:
-        for rank in range(trial.place.world):
+    def check(self, execution: Execution) -> None:
+        for rank in range(execution.target.world):
             self.require(
-                is_error(trial.at(rank, 0)),
-                f"rank {rank} returned {show(trial.at(rank, 0))} where the ranks do not agree",
+                is_error(execution.at(rank, 0)),
+                f"rank {rank}: expected an error because the ranks disagree, got {show(execution.at(rank, 0))}",
             )
             for index, operation in enumerate(AFTERWARDS, 1):
-                self._check_after(trial.at(rank, index), operation, trial, rank)
+                self._check_after(execution.at(rank, index), operation, execution, rank)
 
-    def _check_after(self, seen: Any, operation: Operation, trial: Trial, rank: int) -> None:
-        where = f"rank {rank}: afterwards {operation['do']}"
+    def _check_after(self, seen: Any, operation: Operation, execution: Execution, rank: int) -> None:
+        where = f"rank {rank}: {operation['do']} afterwards"
         self.require(not is_error(seen), f"{where} raised {show(seen)}")
-        given = arguments(trial, operation)
+        given = arguments(execution, operation)
         wanted = expected_reduction(given, "sum") if operation["do"] == "all_reduce" else expected_gather(given)
         right = torch.equal(seen["result"], wanted.to(seen["result"].dtype))
-        self.require(right, f"{where} gave {show(seen['result'])}, wanted {show(wanted)}")
+        self.require(right, f"{where}: expected {show(wanted)}, got {show(seen['result'])}")
 
 
 AFTER: dict[str, Any] = {"tensor": "int64", "shape": [2], "seed": 8}
@@ -430,20 +417,8 @@ class HalfReduction(Reducing):
     smallest_world = 2
 
     @override
-    def witnesses(self, place: Place) -> Sequence[Program]:
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
         halves = [[dtype, {"tensor": dtype, "shape": [64], "seed": 1}] for dtype in ("bfloat16", "float16")]
-        large = ["large", {"tensor": "float16", "shape": [2], "fill": 40000.0}]  # whose sum fp16 cannot hold
+        large = ["large", {"tensor": "float16", "shape": [2], "fill": 40000.0}]  # the sum overflows fp16
         data = {"dict": [*halves, large]}
         return [Program(operations=tuple({"do": "all_reduce", "data": data, "op": op} for op in ("mean", "max")))]
-
-    @override
-    def check(self, trial: Trial) -> None:
-        for index, operation, seen in trial.each("all_reduce"):
-            given = arguments(trial, operation)
-            for rank, observed in enumerate(seen):
-                self.compare(
-                    observed["result"],
-                    expected_reduction(given, operation["op"]),
-                    given[rank],
-                    f"rank {rank}, {operation['op']} (operation {index})",
-                )

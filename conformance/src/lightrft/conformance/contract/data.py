@@ -1,4 +1,4 @@
-"""DATA: who sees which sample, in which order."""
+"""DATA: which rank sees which sample, in which order."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,26 +6,26 @@ from typing import Any
 from hypothesis import strategies as st
 from typing_extensions import override
 
-from lightrft.conformance.clause import CONTRACT, Clause, Operation, Place, Program, Trial
+from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Target
 
 
 def interleaved(seen: Sequence[dict[str, Any]]) -> list[int]:
-    """The samples of all ranks in the order in which they are dealt out: one to each rank, round by round."""
-    flat = [[sample for batch in it["batches"] for sample in batch] for it in seen]
+    """The samples of all ranks in the order of distribution: one to each rank per round."""
+    flat = [[sample for batch in observed["batches"] for sample in batch] for observed in seen]
     rounds = max(map(len, flat), default=0)
     return [samples[index] for index in range(rounds) for samples in flat if index < len(samples)]
 
 
 @CONTRACT.add
 class EverySample(Clause):
-    """Over an epoch, the ranks together see every sample once. With drop_last=False the last round is filled up by
-    repeating samples, at most one fewer than there are ranks; with drop_last=True what fills no round or batch is left
-    out."""
+    """In an epoch, the ranks together see every sample once. With drop_last=False, the last round is padded by
+    repeating fewer samples than there are ranks. With drop_last=True, samples that do not fill a round or a batch are
+    dropped."""
 
     id = "DATA-1"
 
     @override
-    def witnesses(self, place: Place) -> Sequence[Program]:
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
         return [
             self._program(samples, size, shuffle, drop)
             for samples, size, shuffle, drop in [
@@ -48,52 +48,53 @@ class EverySample(Clause):
         return Program(operations=(loader, {"do": "batches", "name": "l"}))
 
     @override
-    def programs(self, place: Place) -> st.SearchStrategy[Program]:
+    def programs(self, target: Target) -> st.SearchStrategy[Program]:
         return st.builds(self._program, st.integers(1, 40), st.integers(1, 6), st.booleans(), st.booleans())
 
     @override
-    def check(self, trial: Trial) -> None:
-        asked, world = trial.program.operations[0], trial.place.world
-        seen = trial.last("batches")
-        counts = [sum(map(len, it["batches"])) for it in seen]
-        dealt = interleaved(seen)
-        self.require(len(set(counts)) == 1, f"the ranks see {counts} samples: they must see as many")
-        if asked["drop_last"]:
-            share = asked["samples"] // world // asked["batch_size"] * asked["batch_size"]
-            self.require(counts[0] == share, f"each rank sees {counts[0]} samples, wanted {share}")
-            self.require(len(set(dealt)) == len(dealt), "a sample was seen twice")
-            full = all(len(batch) == asked["batch_size"] for it in seen for batch in it["batches"])
-            self.require(full, "drop_last=True left a batch that is not full")
+    def check(self, execution: Execution) -> None:
+        loader, world = execution.program.operations[0], execution.target.world
+        seen = execution.last("batches")
+        counts = [sum(map(len, observed["batches"])) for observed in seen]
+        distributed = interleaved(seen)
+        self.require(len(set(counts)) == 1, f"expected the same number of samples on every rank, got {counts}")
+        if loader["drop_last"]:
+            share = loader["samples"] // world // loader["batch_size"] * loader["batch_size"]
+            self.require(counts[0] == share, f"expected {share} samples per rank, got {counts[0]}")
+            self.require(len(set(distributed)) == len(distributed), "drop_last=True repeated a sample")
+            full = all(len(batch) == loader["batch_size"] for observed in seen for batch in observed["batches"])
+            self.require(full, "drop_last=True gave a partial batch")
         else:
             self.require(
-                set(dealt) == set(range(asked["samples"])),
-                f"never seen: {sorted(set(range(asked['samples'])) - set(dealt))}",
+                set(distributed) == set(range(loader["samples"])),
+                f"samples never seen: {sorted(set(range(loader['samples'])) - set(distributed))}",
             )
-            repeated = len(dealt) - asked["samples"]
+            repeated = len(distributed) - loader["samples"]
             self.require(
-                repeated == -asked["samples"] % world,
-                f"{repeated} samples were repeated, wanted {-asked['samples'] % world}",
+                repeated == -loader["samples"] % world,
+                f"expected {-loader['samples'] % world} repeated samples, got {repeated}",
             )
-        if not asked["shuffle"]:
-            first = dealt[: min(len(dealt), asked["samples"])]
+        if not loader["shuffle"]:
+            first = distributed[: min(len(distributed), loader["samples"])]
             self.require(first == sorted(first), "shuffle=False changed the order")
 
 
 @CONTRACT.add
 class Resuming(Clause):
-    """Resuming at consumed_samples gives exactly the samples that were left, in the same order; the next epoch is whole."""
+    """Resuming at consumed_samples gives exactly the remaining samples, in the same order. The next epoch is
+    complete."""
 
     id = "DATA-2"
 
     @override
-    def witnesses(self, place: Place) -> Sequence[Program]:
-        return [self._program(place, 24, 2, 2, True), self._program(place, 17, 1, 5, False)]
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
+        return [self._program(target, 24, 2, 2, True), self._program(target, 17, 1, 5, False)]
 
-    def _program(self, place: Place, samples: int, size: int, first: int, drop: bool, epoch: int = 1) -> Program:
+    def _program(self, target: Target, samples: int, size: int, first: int, drop: bool, epoch: int = 1) -> Program:
         common = {"do": "loader", "samples": samples, "batch_size": size, "drop_last": drop}
-        rounds = samples // place.world // size if drop else -(-samples // place.world // size)
+        rounds = samples // target.world // size if drop else -(-samples // target.world // size)
         first = min(first, rounds)
-        consumed = min(samples, first * size * place.world)
+        consumed = min(samples, first * size * target.world)
         return Program(
             operations=(
                 {**common, "name": "whole"}, {"do": "batches", "name": "whole", "epoch": epoch},
@@ -104,42 +105,42 @@ class Resuming(Clause):
         )  # fmt: skip
 
     @override
-    def programs(self, place: Place) -> st.SearchStrategy[Program]:
+    def programs(self, target: Target) -> st.SearchStrategy[Program]:
         return st.builds(
-            lambda samples, size, first, drop, epoch: self._program(place, samples, size, first, drop, epoch),
+            lambda samples, size, first, drop, epoch: self._program(target, samples, size, first, drop, epoch),
             st.integers(1, 40), st.integers(1, 4), st.integers(1, 5), st.booleans(), st.integers(0, 3),
         )  # fmt: skip
 
     @override
-    def check(self, trial: Trial) -> None:
-        whole = interleaved(trial.last_of("batches", 0))
-        part_seen = trial.last_of("batches", 1)
-        part, rest = interleaved(part_seen), interleaved(trial.last("resume"))
-        consumed = next(operation["consumed"] for _, operation, _ in trial.each("resume"))
-        for rank, it in enumerate(part_seen):
+    def check(self, execution: Execution) -> None:
+        whole = interleaved(execution.last_of("batches", 0))
+        part_seen = execution.last_of("batches", 1)
+        part, rest = interleaved(part_seen), interleaved(execution.last("resume"))
+        consumed = next(operation["consumed"] for _, operation, _ in execution.each("resume"))
+        for rank, observed in enumerate(part_seen):
             self.require(
-                it["consumed"] == consumed,
-                f"rank {rank}: the position after {len(part)} samples is {it['consumed']}, wanted {consumed}",
+                observed["consumed"] == consumed,
+                f"rank {rank}: expected consumed_samples={consumed} after {len(part)} samples, got {observed['consumed']}",
             )
-        self.require(part == whole[: len(part)], f"the first part is {part}, of {whole}")
-        left = whole[len(part) :] if consumed < trial.program.operations[0]["samples"] else []
-        same = rest[: len(left)] == left if trial.program.operations[0]["drop_last"] else set(rest) >= set(left)
-        self.require(same and rest[: len(left)] == left, f"after {consumed} samples {rest} were left, wanted {left}")
-        wanted, found = (interleaved(trial.last_of("batches", number)) for number in (2, 3))
-        self.require(found == wanted, f"the epoch after the one that was resumed is {found}, wanted {wanted}")
+        self.require(part == whole[: len(part)], f"expected the first part of {whole}, got {part}")
+        left = whole[len(part) :] if consumed < execution.program.operations[0]["samples"] else []
+        same = rest[: len(left)] == left if execution.program.operations[0]["drop_last"] else set(rest) >= set(left)
+        self.require(same and rest[: len(left)] == left, f"after {consumed} samples, expected {left}, got {rest}")
+        expected, samples = (interleaved(execution.last_of("batches", number)) for number in (2, 3))
+        self.require(samples == expected, f"the epoch after the resumed one: expected {expected}, got {samples}")
 
 
 @CONTRACT.add
 class Order(Clause):
-    """The order depends on seed and epoch alone."""
+    """The order depends only on the seed and the epoch."""
 
     id = "DATA-3"
 
     @override
-    def witnesses(self, place: Place) -> Sequence[Program]:
-        return [self._program(place, 31, 2)]
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
+        return [self._program(target, 31, 2)]
 
-    def _program(self, place: Place, samples: int, size: int) -> Program:
+    def _program(self, target: Target, samples: int, size: int) -> Program:
         loader = {"do": "loader", "samples": samples, "batch_size": size, "drop_last": False}
         disturb: list[Operation] = [{"do": "seed", "value": 5}, {"do": "draw"}]
         looks = [{"do": "batches", "name": "l", "epoch": epoch} for epoch in (0, 1, 2, 0)]
@@ -149,17 +150,17 @@ class Order(Clause):
         )
 
     @override
-    def programs(self, place: Place) -> st.SearchStrategy[Program]:
+    def programs(self, target: Target) -> st.SearchStrategy[Program]:
         return st.builds(
-            lambda samples, size: self._program(place, samples, size), st.integers(12, 50), st.integers(1, 4)
+            lambda samples, size: self._program(target, samples, size), st.integers(12, 50), st.integers(1, 4)
         )
 
     @override
-    def check(self, trial: Trial) -> None:
-        first, second, third, again, other = [interleaved(seen) for _, _, seen in trial.each("batches")]
-        self.require(first == again, "the same epoch came in another order")
+    def check(self, execution: Execution) -> None:
+        first, second, third, again, other = [interleaved(seen) for _, _, seen in execution.each("batches")]
+        self.require(first == again, "the same epoch has another order the second time")
         self.require(second == other, "another loader of the same epoch has another order")
-        samples = trial.program.operations[0]["samples"]
-        orders = [it[:samples] for it in (first, second, third)]
-        self.require(all(orders.count(it) == 1 for it in orders), "two epochs came in the same order")
-        self.require(first[:samples] != sorted(first[:samples]), "shuffling left the samples in order")
+        samples = execution.program.operations[0]["samples"]
+        orders = [epoch[:samples] for epoch in (first, second, third)]
+        self.require(all(orders.count(order) == 1 for order in orders), "two epochs have the same order")
+        self.require(first[:samples] != sorted(first[:samples]), "shuffle=True left the samples in order")

@@ -1,4 +1,4 @@
-"""OPT: accumulation, clipping, several models."""
+"""OPT: gradient accumulation, clipping, several models."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,255 +6,241 @@ from typing import Any
 from hypothesis import strategies as st
 from typing_extensions import override
 
-from lightrft.conformance.clause import CONTRACT, Clause, Operation, Place, Program, Trial, show
-from lightrft.conformance.contract.drawing import FP32, SEEDS, geometry, micro_batch, trained, updates
-from lightrft.conformance.contract.near import LOOK, STATE, astray, close, near
+from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Target
+from lightrft.conformance.contract.program_parts import FP32, SEEDS, geometry, micro_batch, trained, updates
+from lightrft.conformance.contract.reference_checks import (
+    LOOK,
+    STATE,
+    assert_close,
+    assert_flags,
+    assert_norms,
+    close,
+    first_mismatch,
+)
 
 
 @CONTRACT.add
 class Accumulation(Clause):
-    """K calls of optimizer_step make exactly one update, at the K-th; before it no parameter, optimizer state or
-    schedule has moved. Between two of them backward may be called any number of times, and the gradients add."""
+    """K calls of optimizer_step make exactly one update, at the K-th call. Before it, no parameter, optimizer state or
+    scheduler changes. backward may be called any number of times between two calls, and the gradients add up."""
 
     id = "OPT-1"
 
     @override
-    def witnesses(self, place: Place) -> Sequence[Program]:
-        return [self._program(place, window, backwards) for window, backwards in [(3, 1), (2, 2), (1, 3)]]
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
+        return [
+            self._program(target, accumulation_steps, backwards)
+            for accumulation_steps, backwards in [(3, 1), (2, 2), (1, 3)]
+        ]
 
-    def _program(self, place: Place, window: int, backwards: int, seed: int = 1) -> Program:
-        operations = [*trained(seed=seed, schedule=True), *updates(1, window, scheduled=True), STATE]
-        for index in range(2 * window):
+    def _program(self, target: Target, accumulation_steps: int, backwards: int, seed: int = 1) -> Program:
+        operations = [*trained(seed=seed, schedule=True), *updates(1, accumulation_steps, scheduled=True), STATE]
+        for index in range(2 * accumulation_steps):
             operations += [*micro_batch(10 + index, backwards=backwards, scheduled=True), STATE]
-        return Program(operations=(*operations, LOOK), settings={**FP32, **geometry(place, window)})
+        return Program(operations=(*operations, LOOK), settings={**FP32, **geometry(target, accumulation_steps)})
 
     @override
-    def programs(self, place: Place) -> st.SearchStrategy[Program]:
-        return st.builds(lambda k, b, s: self._program(place, k, b, s), st.integers(1, 4), st.integers(1, 3), SEEDS)
+    def programs(self, target: Target) -> st.SearchStrategy[Program]:
+        return st.builds(lambda k, b, s: self._program(target, k, b, s), st.integers(1, 4), st.integers(1, 3), SEEDS)
 
     @override
-    def check(self, trial: Trial) -> None:
-        for rank in range(trial.place.world):
+    def check(self, execution: Execution) -> None:
+        for rank in range(execution.target.world):
             before = None
-            for index, operation in enumerate(trial.program.operations):
+            for index, operation in enumerate(execution.program.operations):
                 if operation["do"] != "state":
                     continue
-                after = trial.at(rank, index)
+                after = execution.at(rank, index)
                 if before is not None:
-                    self._check_moved(before, after, said=trial.at(rank, index - 1))
+                    self._check_moved(before, after, reported=execution.at(rank, index - 1))
                 before = after
-        for index, _, seen in trial.each("step"):
-            applied = trial.predicted()[index]["applied"]
-            self.require(
-                all(it["applied"] == applied for it in seen),
-                f"step (operation {index}) applied: {show(seen)}; wanted {applied}",
-            )
-        near(self, trial)
+        assert_flags(self, execution, "applied")
+        assert_close(self, execution)
 
-    def _check_moved(self, before: dict[str, Any], after: dict[str, Any], said: dict[str, Any]) -> None:
+    def _check_moved(self, before: dict[str, Any], after: dict[str, Any], reported: dict[str, Any]) -> None:
         for part in ("parameters", "optimizer", "schedule"):
             moved = before[part] != after[part]
             self.require(
-                moved == said["applied"],
-                f"{part} {'moved' if moved else 'did not move'} in a step that was {'' if said['applied'] else 'not '}applied",
+                moved == reported["applied"],
+                f"{part} {'changed' if moved else 'did not change'} in a step with applied={reported['applied']}",
             )
 
 
 @CONTRACT.add
 class KeptGraph(Clause):
-    """backward(loss, ..., retain_graph=True) keeps the graph, so that another loss of the same forward may follow, and the
-    gradients of both add."""
+    """backward(loss, ..., retain_graph=True) keeps the graph, so that another loss of the same forward can follow. The
+    gradients of both add up."""
 
     id = "OPT-21"
     level = "SHOULD"
 
     @override
-    def witnesses(self, place: Place) -> Sequence[Program]:
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
         twice: Operation = {"do": "backward_twice", "model": "a", "batch": 3}
         operations = (*trained(), twice, {"do": "step", "model": "a"}, *updates(1, first=9), LOOK)
-        return [Program(operations=operations, settings={**FP32, **geometry(place)})]
+        return [Program(operations=operations, settings={**FP32, **geometry(target)})]
 
     @override
-    def check(self, trial: Trial) -> None:
-        near(self, trial)
+    def check(self, execution: Execution) -> None:
+        assert_close(self, execution)
 
 
 @CONTRACT.add
 class Boundary(Clause):
-    """optimizer_step(..., boundary=True or False) overrides the count, and the update is made from the mean over the
-    micro-batches that there were."""
+    """optimizer_step(..., boundary=True or False) overrides the count. The update uses the mean over the micro-batches
+    since the last update."""
 
     id = "OPT-13"
 
     @override
-    def witnesses(self, place: Place) -> Sequence[Program]:
-        return [self._program(place, lengths) for lengths in ([1, 3, 2], [2, 5], [4, 1])]
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
+        return [self._program(target, lengths) for lengths in ([1, 3, 2], [2, 5], [4, 1])]
 
-    def _program(self, place: Place, lengths: Sequence[int], seed: int = 1) -> Program:
+    def _program(self, target: Target, lengths: Sequence[int], seed: int = 1) -> Program:
         operations, batch = trained(seed=seed), 0
         for length in lengths:
             for index in range(length):
                 operations += micro_batch(batch)
                 operations[-1] = {**operations[-1], "boundary": index == length - 1}
                 batch += 1
-        return Program(operations=(*operations, LOOK), settings={**FP32, **geometry(place, 3)})
+        return Program(operations=(*operations, LOOK), settings={**FP32, **geometry(target, 3)})
 
     @override
-    def programs(self, place: Place) -> st.SearchStrategy[Program]:
+    def programs(self, target: Target) -> st.SearchStrategy[Program]:
         lengths = st.lists(st.integers(1, 5), min_size=1, max_size=3)
-        return st.builds(lambda found, seed: self._program(place, found, seed), lengths, SEEDS)
+        return st.builds(lambda lengths, seed: self._program(target, lengths, seed), lengths, SEEDS)
 
     @override
-    def check(self, trial: Trial) -> None:
-        for index, operation, seen in trial.each("step"):
-            self.require(
-                all(it["applied"] == operation["boundary"] for it in seen),
-                f"step {index} with boundary={operation['boundary']}: {show(seen)}",
-            )
-        near(self, trial)
+    def check(self, execution: Execution) -> None:
+        assert_flags(self, execution, "applied")
+        assert_close(self, execution)
 
 
 @CONTRACT.add
 class MeanOfLosses(Clause):
-    """The gradient applied is that of the mean of the K x world losses as they were given: the same for every K, world
-    size and strategy. backward leaves the loss itself as it was."""
+    """The update uses the gradient of the mean of all K x world_size losses, for every K, world size and strategy.
+    backward does not change the loss."""
 
     id = "OPT-2"
 
     @override
-    def witnesses(self, place: Place) -> Sequence[Program]:
-        return [self._program(place, window) for window in (1, 2, 4)]
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
+        return [self._program(target, accumulation_steps) for accumulation_steps in (1, 2, 4)]
 
-    def _program(self, place: Place, window: int, seed: int = 3, kind: str = "regressor") -> Program:
-        operations = (*trained(seed=seed, kind=kind), *updates(2, window), LOOK)
-        return Program(operations=operations, settings={**FP32, **geometry(place, window)})
+    def _program(self, target: Target, accumulation_steps: int, seed: int = 3, kind: str = "regressor") -> Program:
+        operations = (*trained(seed=seed, kind=kind), *updates(2, accumulation_steps), LOOK)
+        return Program(operations=operations, settings={**FP32, **geometry(target, accumulation_steps)})
 
     @override
-    def programs(self, place: Place) -> st.SearchStrategy[Program]:
+    def programs(self, target: Target) -> st.SearchStrategy[Program]:
         kinds = st.sampled_from(["regressor", "language"])
-        return st.builds(lambda k, s, kind: self._program(place, k, s, kind), st.integers(1, 4), SEEDS, kinds)
+        return st.builds(lambda k, s, kind: self._program(target, k, s, kind), st.integers(1, 4), SEEDS, kinds)
 
     @override
-    def check(self, trial: Trial) -> None:
-        near(self, trial)
-        for index, _, losses in trial.each("backward"):
-            for rank, (found, given) in enumerate(zip(losses, trial.predicted()[index], strict=True)):
+    def check(self, execution: Execution) -> None:
+        assert_close(self, execution)
+        for index, _, losses in execution.each("backward"):
+            for rank, (loss, given) in enumerate(zip(losses, execution.predicted()[index], strict=True)):
                 self.require(
-                    close(found, given, 1e-3), f"rank {rank}: after backward the loss is {found}, and was {given}"
+                    close(loss, given, 1e-3), f"rank {rank}: after backward, expected the loss {given}, got {loss}"
                 )
-        for index, _, seen in trial.each("step"):
-            expected = trial.predicted()[index]["grad_norm"]
-            if expected is not None:
-                self.require(
-                    close(seen[0]["grad_norm"], expected),
-                    f"step {index}: gradient norm {seen[0]['grad_norm']}, wanted {expected}",
-                )
+        assert_norms(self, execution)
 
 
 @CONTRACT.add
 class Clipping(Clause):
-    """Clipping uses one global norm over all trainable parameters of that model, across groups, meshes and ranks; the
-    reported pre-clip norm is the reference's."""
+    """Clipping uses one global norm over all trainable parameters of a model, across parameter groups, meshes and
+    ranks. The reported norm, before clipping, equals the reference's."""
 
     id = "OPT-3"
 
     @override
-    def witnesses(self, place: Place) -> Sequence[Program]:
-        return [self._program(place, norm) for norm in (0.05, 1.0, 1e-3)]
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
+        return [self._program(target, norm) for norm in (0.05, 1.0, 1e-3)]
 
-    def _program(self, place: Place, max_norm: float, seed: int = 5, window: int = 1) -> Program:
-        operations = (*trained(seed=seed, weight_decay=0.1), *updates(3, window), LOOK)
-        return Program(operations=operations, settings={**FP32, "max_norm": max_norm, **geometry(place, window)})
+    def _program(self, target: Target, max_norm: float, seed: int = 5, accumulation_steps: int = 1) -> Program:
+        operations = (*trained(seed=seed, weight_decay=0.1), *updates(3, accumulation_steps), LOOK)
+        return Program(
+            operations=operations, settings={**FP32, "max_norm": max_norm, **geometry(target, accumulation_steps)}
+        )
 
     @override
-    def programs(self, place: Place) -> st.SearchStrategy[Program]:
+    def programs(self, target: Target) -> st.SearchStrategy[Program]:
         norms = st.floats(1e-3, 5.0).map(lambda norm: round(norm, 4))
-        return st.builds(lambda norm, seed, k: self._program(place, norm, seed, k), norms, SEEDS, st.integers(1, 2))
+        return st.builds(lambda norm, seed, k: self._program(target, norm, seed, k), norms, SEEDS, st.integers(1, 2))
 
     @override
-    def check(self, trial: Trial) -> None:
-        near(self, trial)
-        self.require_alike(trial, "step")
-        for index, _, seen in trial.each("step"):
-            expected = trial.predicted()[index]["grad_norm"]
-            if expected is not None:
-                self.require(
-                    close(seen[0]["grad_norm"], expected),
-                    f"step {index}: gradient norm {seen[0]['grad_norm']}, wanted {expected}",
-                )
+    def check(self, execution: Execution) -> None:
+        assert_close(self, execution)
+        self.require_alike(execution, "step")
+        assert_norms(self, execution)
 
 
 @CONTRACT.add
 class NoClipping(Clause):
-    """max_norm None or 0 means no clipping, and never zeroed gradients."""
+    """max_norm=None and max_norm=0 disable clipping and never zero the gradients."""
 
     id = "OPT-14"
 
     @override
-    def witnesses(self, place: Place) -> Sequence[Program]:
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
         operations = (*trained(seed=6), *updates(2), LOOK)
         return [
-            Program(operations=operations, settings={**FP32, "max_norm": value, **geometry(place)})
+            Program(operations=operations, settings={**FP32, "max_norm": value, **geometry(target)})
             for value in (None, 0.0)
         ]
 
     @override
-    def check(self, trial: Trial) -> None:
-        near(self, trial)
+    def check(self, execution: Execution) -> None:
+        assert_close(self, execution)
 
 
 @CONTRACT.add
 class Apart(Clause):
-    """Two models trained by one strategy share nothing: counters, norms, clipping, skips, schedules."""
+    """Two models trained by one strategy are independent: counters, norms, clipping, skips and schedulers."""
 
     id = "OPT-4"
 
     @override
-    def witnesses(self, place: Place) -> Sequence[Program]:
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
         turns: list[tuple[str, str | None]] = [("ab"[number % 2], None) for number in range(16)]
         turns[4:4] = [("a", None), ("b", "nan"), ("a", None), ("b", None), ("b", None)]
-        return [self._program(place, turns)]
+        return [self._program(target, turns)]
 
-    def _program(self, place: Place, turns: Sequence[tuple[str, str | None]], max_norm: float = 0.2) -> Program:
+    def _program(self, target: Target, turns: Sequence[tuple[str, str | None]], max_norm: float = 0.2) -> Program:
         operations = [*trained("a", seed=1, schedule=True), *trained("b", "language", seed=2, schedule=True, lr=3e-4)]
         for batch, (model, poison) in enumerate(turns):
-            operations += micro_batch(batch, model, scheduled=True, poison=poison, poisoned_rank=place.world - 1)
+            operations += micro_batch(batch, model, scheduled=True, poison=poison, poisoned_rank=target.world - 1)
         operations += [LOOK, {"do": "weights", "model": "b"}]
-        settings = {**FP32, "max_norm": max_norm, "max_skipped_updates": 0, **geometry(place, 2)}
+        settings = {**FP32, "max_norm": max_norm, "max_skipped_updates": 0, **geometry(target, 2)}
         return Program(operations=tuple(operations), settings=settings)
 
     @override
-    def programs(self, place: Place) -> st.SearchStrategy[Program]:
+    def programs(self, target: Target) -> st.SearchStrategy[Program]:
         turn = st.tuples(st.sampled_from("ab"), st.sampled_from([None, None, None, "nan"]))
-        return st.lists(turn, min_size=2, max_size=8).map(lambda turns: self._program(place, turns))
+        return st.lists(turn, min_size=2, max_size=8).map(lambda turns: self._program(target, turns))
 
     @override
-    def check(self, trial: Trial) -> None:
-        for index, operation, seen in trial.each("step"):
-            expected = trial.predicted()[index]
-            for key in ("applied", "skipped"):
-                self.require(
-                    all(it[key] == expected[key] for it in seen),
-                    f"step {index} of {operation['model']}: {key} is {[it[key] for it in seen]}, wanted {expected[key]}",
-                )
-        for index, operation, seen in trial.each("weights"):
-            fault = astray(trial, index, seen[0])
-            self.require(fault is None, f"model {operation['model']} was not trained as if it were alone: {fault}")
+    def check(self, execution: Execution) -> None:
+        assert_flags(self, execution, "applied", "skipped")
+        for index, operation, seen in execution.each("weights"):
+            mismatch = first_mismatch(execution, index, seen[0])
+            self.require(mismatch is None, f"model {operation['model']} differs from one trained alone: {mismatch}")
 
 
 @CONTRACT.add
 class NoLeak(Clause):
-    """After an update no old gradient leaks into the next one."""
+    """Gradients of one update never leak into the next."""
 
     id = "OPT-9"
 
     @override
-    def witnesses(self, place: Place) -> Sequence[Program]:
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
         operations = [*trained(seed=11), *micro_batch(0, weight=1.0)]
-        operations[-2] = {**operations[-2], "weight": 1e4}  # a gradient that would drown the next ones
+        operations[-2] = {**operations[-2], "weight": 1e4}  # a gradient that would dominate the next ones
         operations += [*updates(2, first=1), LOOK]
-        return [Program(operations=tuple(operations), settings={**FP32, **geometry(place)})]
+        return [Program(operations=tuple(operations), settings={**FP32, **geometry(target)})]
 
     @override
-    def check(self, trial: Trial) -> None:
-        near(self, trial)
+    def check(self, execution: Execution) -> None:
+        assert_close(self, execution)

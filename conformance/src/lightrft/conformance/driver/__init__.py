@@ -1,1 +1,1 @@
-"""The driver and its workers: a persistent group of processes, one a rank, that run programs."""
+"""The driver and its workers: a persistent group of processes, one per rank, that run programs."""

@@ -1,4 +1,4 @@
-"""Messages between the driver and a worker: JSON behind its length, over a socket pair."""
+"""Messages between the driver and a worker: length-prefixed JSON over a socket pair."""
 
 import json
 import socket
@@ -9,11 +9,11 @@ _LENGTH = 8
 
 
 class ConnectionLost(Exception):
-    """The other side closed the connection, or sent what is no message."""
+    """The other side closed the connection or sent an invalid message."""
 
 
 def send(connection: socket.socket, message: Mapping[str, Any]) -> None:
-    """Send one message; raises `ConnectionLost`."""
+    """Send one message. Raises `ConnectionLost`."""
     body = json.dumps(dict(message)).encode()
     try:
         connection.sendall(len(body).to_bytes(_LENGTH) + body)
@@ -22,14 +22,14 @@ def send(connection: socket.socket, message: Mapping[str, Any]) -> None:
 
 
 def receive(connection: socket.socket) -> dict[str, Any]:
-    """Wait for one message; raises `ConnectionLost`, and `TimeoutError` by the socket's timeout."""
+    """Wait for one message. Raises `ConnectionLost`, or `TimeoutError` after the socket's timeout."""
     length = int.from_bytes(_exactly(connection, _LENGTH))
     try:
         message = json.loads(_exactly(connection, length))
     except ValueError as error:
-        raise ConnectionLost(f"not a message: {error}") from error
+        raise ConnectionLost(f"expected a JSON message: {error}") from error
     if not isinstance(message, dict):
-        raise ConnectionLost(f"not a message: {type(message).__name__}")
+        raise ConnectionLost(f"expected a JSON object, got {type(message).__name__}")
     return message
 
 

@@ -1,7 +1,7 @@
-"""One rank: runs the programs that the driver sends, and answers with observations.
+"""One rank: runs the programs that the driver sends and answers with observations.
 
-Whatever the code under test does to this process, printing, changing directory, forking, exiting, is this
-process's business: the driver speaks to it over a socket of its own and reads no output of it.
+The code under test may print, change directory, fork or exit: the driver talks to this process over a separate socket
+and does not parse its output.
 """
 
 import faulthandler
@@ -12,11 +12,11 @@ import traceback
 from typing import Any
 
 from lightrft.conformance.driver import wire
-from lightrft.conformance.driver.watched import STACK_SIGNAL
+from lightrft.conformance.driver.worker_process import STACK_SIGNAL
 
 
 def main() -> None:
-    """Serve until the driver closes the connection."""
+    """Run programs until the driver closes the connection."""
     connection_fd, stacks_fd = map(int, os.environ.pop("LIGHTRFT_CONFORMANCE_FDS").split(","))
     faulthandler.register(STACK_SIGNAL, file=stacks_fd, all_threads=True)
     connection = socket.socket(fileno=connection_fd)
@@ -24,7 +24,7 @@ def main() -> None:
     rank = int(os.environ.pop("LIGHTRFT_CONFORMANCE_RANK"))
     home, owner = os.getcwd(), os.getpid()
 
-    from lightrft.conformance.interpreter import run_program  # slow to import: after the stack can be asked for
+    from lightrft.conformance.interpreter import run_program  # slow to import: register the stack dump first
 
     wire.send(connection, {"number": 0})
     while True:
@@ -33,7 +33,7 @@ def main() -> None:
         except wire.ConnectionLost:
             os._exit(0)
         answer = _answer(command, rank, run_program)
-        if os.getpid() != owner:  # a fork of the code under test came back here
+        if os.getpid() != owner:  # a process that the code under test forked returned here
             os._exit(0)
         os.chdir(home)
         try:
@@ -47,7 +47,7 @@ def _answer(command: dict[str, Any], rank: int, run: Any) -> dict[str, Any]:
     try:
         return {"number": command["number"], "observations": run(command["program"], rank)}
     except BaseException:  # noqa: BLE001
-        # not of the code under test, whose errors are observations, but of the suite itself
+        # an error of the suite itself: those of the code under test are observations
         return {"number": command["number"], "broken": traceback.format_exc()}
     finally:
         sys.stdout.flush()

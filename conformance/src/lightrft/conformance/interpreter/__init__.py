@@ -1,4 +1,4 @@
-"""Running programs on a strategy, in a worker: each operation gives an observation, or the error it raised."""
+"""Runs programs on a strategy, in a worker. Each operation returns an observation or the error it raised."""
 
 from lightrft.conformance.interpreter.run import run_program
 

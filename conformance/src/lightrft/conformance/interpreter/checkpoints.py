@@ -1,6 +1,6 @@
-"""Operations that save and load, look at what is on disk, and damage it.
+"""Operations that save and load checkpoints, list them, and damage them.
 
-A program's checkpoints are below one directory that all ranks know without asking, which `empty_disk` clears.
+The checkpoints of a program are below one directory, the same for all ranks, which `empty_disk` clears.
 """
 
 import copy
@@ -21,13 +21,13 @@ import numpy as np
 import torch
 
 from lightrft.conformance import models
-from lightrft.conformance.driver.scratch import scratch
 from lightrft.conformance.interpreter.session import Session, operation
+from lightrft.conformance.scratch import scratch
 from lightrft.conformance.values import digest
 from lightrft.strategy import FakeStrategy, StrategyBase, StrategyConfig
 
 GLOBAL_ROWS = 12
-"""Rows of one update over all ranks: whole shares for 1, 2, 3, 4, 6 and 12 of them."""
+"""Rows of one update over all ranks; divisible by 1, 2, 3, 4, 6 and 12 ranks."""
 
 CLIENT_STATES: Mapping[str, Any] = {
     "none": {},
@@ -60,14 +60,14 @@ def _unstorable(what: str) -> dict[Any, Any]:
 
 
 def disk() -> Path:
-    """Where the checkpoints are."""
+    """The directory of the checkpoints."""
     return scratch("checkpoints")
 
 
 @operation
 def empty_disk(session: Session, keep: bool = True) -> None:
-    """Begin with nothing on disk, or, without ``keep``, leave nothing."""
-    allow(session)
+    """Remove all checkpoints; without ``keep``, their directory too."""
+    allow_writes(session)
     if session.rank == 0:
         shutil.rmtree(disk(), ignore_errors=True)
         if keep:
@@ -82,21 +82,21 @@ def _models(session: Session, model: str | list[str]) -> Any:
 
 @operation
 def save(
-    session: Session, model: str | list[str], store: str = "s", client: str | None = None, handed: bool = False,
+    session: Session, model: str | list[str], store: str = "s", client: str | None = None, explicit: bool = False,
     **more: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """save_ckpt; the path, and whether anything of this process changed.
+    """save_ckpt; the path, and whether the state of this process is unchanged.
 
-    ``handed``: with the optimizer and the scheduler as arguments.
+    ``explicit``: pass the optimizer and the scheduler as arguments.
     """
     if client is not None:
         more["client_state"] = _unstorable(client) if client in UNSTORABLE else copy.deepcopy(CLIENT_STATES[client])
-    if handed and isinstance(model, str):
+    if explicit and isinstance(model, str):
         entry = session.models[model]
         more |= {"optimizer": entry.optimizer, "scheduler": entry.scheduler}
     before = _fingerprint(session)
     path = session.strategy.save_ckpt(_models(session, model), disk() / store, **more)
-    more.get("client_state", {}).clear()  # the script's own, which goes on changing
+    more.get("client_state", {}).clear()  # as a script may change its own dict afterwards
     return {"path": str(path.relative_to(disk())), "unchanged": _fingerprint(session) == before}
 
 
@@ -104,31 +104,31 @@ def save(
 def load(
     session: Session, model: str | list[str], store: str = "s", client: str = "none", **more: Any
 ) -> dict[str, Any]:
-    """load_ckpt; the path, and whether the client state is equal to ``client``, types of containers included."""
+    """load_ckpt; the path, and whether the client state equals ``client``, including the types of containers."""
     path, state = session.strategy.load_ckpt(_models(session, model), disk() / store, **more)
     return {"path": str(path.relative_to(disk())), "client": _alike(state, CLIENT_STATES[client])}
 
 
 @operation
 def fingerprint(session: Session) -> str:
-    """Everything that a load may change, on this rank: weights, optimizer, rates, schedules, streams, positions."""
+    """A digest of everything that a load may change on this rank: weights, optimizer, scheduler, random states, positions."""
     return _fingerprint(session)
 
 
 def _fingerprint(session: Session) -> str:
-    found = _streams()
+    values = _random_states()
     for name, entry in sorted(session.models.items()):
         module = session.strategy.unwrap_model(entry.model)
         stream = session.strategy.full_parameters(entry.model, dtype=torch.float32)
-        found += [name, *(tensor.clone() for bucket in stream for _, tensor in bucket)]
-        found += [*module.buffers(), *(parameter.grad for parameter in module.parameters())]
+        values += [name, *(tensor.clone() for bucket in stream for _, tensor in bucket)]
+        values += [*module.buffers(), *(parameter.grad for parameter in module.parameters())]
         if entry.optimizer is not None:
-            found += [dict(sorted(state.items())) for state in entry.optimizer.state.values()]
-            found += [[(k, v) for k, v in group.items() if k != "params"] for group in entry.optimizer.param_groups]
+            values += [dict(sorted(state.items())) for state in entry.optimizer.state.values()]
+            values += [[(k, v) for k, v in group.items() if k != "params"] for group in entry.optimizer.param_groups]
         if entry.scheduler is not None:
-            found.append(sorted(entry.scheduler.state_dict().items()))
-    found += [value.state_dict() for value in session.memory.values() if hasattr(value, "consumed_samples")]
-    return digest(found)
+            values.append(sorted(entry.scheduler.state_dict().items()))
+    values += [value.state_dict() for value in session.memory.values() if hasattr(value, "consumed_samples")]
+    return digest(values)
 
 
 def _alike(left: Any, right: Any) -> bool:
@@ -143,31 +143,31 @@ def _alike(left: Any, right: Any) -> bool:
 
 @operation
 def random_state(session: Session) -> str:
-    """The random streams of this process."""
-    return digest(_streams())
+    """A digest of the random states of this process."""
+    return digest(_random_states())
 
 
-def _streams() -> list[Any]:
+def _random_states() -> list[Any]:
     return [random.getstate(), repr(np.random.get_state()), torch.get_rng_state()]
 
 
 @operation
-def go_on(session: Session, name: str) -> list[Any]:
+def rest_of_epoch(session: Session, name: str) -> list[Any]:
     """The samples of a loader from its position to the end of the epoch."""
-    found = session.memory[name]
-    found.set_epoch(found.epoch)
-    return [batch.tolist() for batch in found]
+    data_loader = session.memory[name]
+    data_loader.set_epoch(data_loader.epoch)
+    return [batch.tolist() for batch in data_loader]
 
 
 @operation
-def refuse(session: Session) -> None:
-    """From now on the system writes no more than a few bytes to any file of this process."""
+def refuse_writes(session: Session) -> None:
+    """Limit every file of this process to a few bytes, so that the system refuses writes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
 @operation
-def allow(session: Session) -> None:
-    """The opposite of `refuse`."""
+def allow_writes(session: Session) -> None:
+    """Undo `refuse_writes`."""
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
@@ -176,16 +176,16 @@ def allow(session: Session) -> None:
 
 
 @operation
-def kept(session: Session, store: str = "s") -> list[str]:
-    """The names in a store that a listing shows, sorted; no rank goes on before all have looked."""
-    found = sorted(path.name for path in (disk() / store).iterdir() if path.is_dir())
+def visible_names(session: Session, store: str = "s") -> list[str]:
+    """The directories in a store, sorted. Ranks wait for each other before going on."""
+    names = sorted(path.name for path in (disk() / store).iterdir() if path.is_dir())
     session.strategy.sync_and_clear_cache()
-    return found
+    return names
 
 
 @operation
-def strange(session: Session, store: str, name: str, text: str = "keep me") -> None:
-    """Somebody else's directory in the store."""
+def foreign_directory(session: Session, store: str, name: str, text: str = "keep me") -> None:
+    """Create a directory in the store that is not a checkpoint."""
     if session.rank == 0:
         (disk() / store / name).mkdir(parents=True)
         (disk() / store / name / "notes.txt").write_text(text)
@@ -193,66 +193,62 @@ def strange(session: Session, store: str, name: str, text: str = "keep me") -> N
 
 @operation
 def rename(session: Session, store: str, old: str, new: str) -> None:
-    """Somebody renames a directory of the store."""
+    """Rename a directory in the store."""
     if session.rank == 0:
         (disk() / store / old).rename(disk() / store / new)
-
-
-@operation
-def megabytes(session: Session, store: str, tag: str) -> float:
-    """The size of one checkpoint."""
-    return sum(path.stat().st_size for path in (disk() / store / tag).iterdir()) / 1e6
 
 
 @operation
 def damage(
     session: Session, what: str, file: int, at: float = 0.5, bit: int = 0, store: str = "s", tag: str = "t"
 ) -> str:
-    """Spoil the ``file``-th file of a checkpoint: "flip" a bit, "flip in optimizer" one of its state, where the file has
-    any, "truncate", "remove". Returns the file's name."""
+    """Damage the ``file``-th file of a checkpoint; returns its name.
+
+    ``what``: "flip" a bit, "flip in optimizer" a bit of optimizer state if the file has any, "truncate" or "remove".
+    """
     if session.rank != 0:
         return ""
     paths = sorted((disk() / store / tag).iterdir())
     path = paths[file % len(paths)]
     size = path.stat().st_size
-    place = min(size - 1, int(at * size))
+    offset = min(size - 1, int(at * size))
     if what == "remove":
         path.unlink()
     elif what == "truncate":
-        os.truncate(path, place)
+        os.truncate(path, offset)
     else:
         data = bytearray(path.read_bytes())
-        data[_in_optimizer(data) or place if "optimizer" in what else place] ^= 1 << bit
+        data[_in_optimizer(data) or offset if "optimizer" in what else offset] ^= 1 << bit
         path.write_bytes(data)
     return path.name
 
 
 def _in_optimizer(data: bytearray) -> int | None:
-    """Where a safetensors file has state of an optimizer, if it has."""
+    """The offset of optimizer state in a safetensors file, or None."""
     length = int.from_bytes(data[:8], "little")
     if length > len(data):
         return None
     header = json.loads(data[8 : 8 + length])
-    begins = (it["data_offsets"][0] for name, it in header.items() if "/optimizer/exp_avg/" in name)
+    begins = (entry["data_offsets"][0] for name, entry in header.items() if "/optimizer/exp_avg/" in name)
     return next((8 + length + begin for begin in begins), None)
 
 
-class _Trap:
-    """Unpickled, makes a directory."""
+class _Canary:
+    """Creates a directory when it is unpickled."""
 
-    def __init__(self, canary: str) -> None:
-        self.canary = canary
+    def __init__(self, path: str) -> None:
+        self.path = path
 
     def __reduce__(self) -> Any:
-        return os.makedirs, (self.canary,)
+        return os.makedirs, (self.path,)
 
 
 @operation
-def trap(session: Session, replace: bool, store: str = "s", tag: str = "t") -> None:
-    """Put pickles that act where one might be read: in the place of the files, or beside them under likely names."""
+def plant_pickles(session: Session, replace: bool, store: str = "s", tag: str = "t") -> None:
+    """Put pickles that run code into a checkpoint: in place of its files, or beside them under likely names."""
     if session.rank != 0:
         return
-    poison = pickle.dumps(_Trap(str(disk() / "sprung")))
+    poison = pickle.dumps(_Canary(str(disk() / "executed")))
     folder = disk() / store / tag
     likely = [
         ".metadata",
@@ -267,26 +263,26 @@ def trap(session: Session, replace: bool, store: str = "s", tag: str = "t") -> N
 
 
 @operation
-def sprung(session: Session) -> bool:
-    """Whether one of the traps went off."""
-    return (disk() / "sprung").exists()
+def pickle_executed(session: Session) -> bool:
+    """Whether one of these pickles was loaded."""
+    return (disk() / "executed").exists()
 
 
-# Being killed
+# Kills
 
 
-class _Watch:
-    """Counts the changes that this process makes in the store "s", as Python's audit events, and kills it at one."""
+class _ChangeCounter:
+    """Counts this process's changes in the store "s", from Python's audit events, and kills it at a given one."""
 
     CHANGES = frozenset({"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.truncate"})
 
     def __init__(self) -> None:
         self.changes, self.last = 0, 0
-        self.inside = f"{disk() / 's'}/"
+        self.prefix = f"{disk() / 's'}/"
         sys.addaudithook(self)
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if self._is_change(event, arguments) and self.inside in str(arguments[:2]):
+        if self._is_change(event, arguments) and self.prefix in str(arguments[:2]):
             self.changes += 1
             if self.changes == self.last:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -298,36 +294,36 @@ class _Watch:
 
 
 @cache
-def _watch() -> _Watch:
-    return _Watch()
+def _change_counter() -> _ChangeCounter:
+    return _ChangeCounter()
 
 
 @operation
 def count_changes(session: Session) -> None:
-    """Count what this process changes in the store from now on."""
-    _watch().changes, _watch().last = 0, 0
+    """Start counting this process's changes in the store."""
+    _change_counter().changes, _change_counter().last = 0, 0
 
 
 @operation
 def kill_within(session: Session, part: float) -> None:
-    """Kill this process in the midst of as many changes as were counted: at this part of them."""
-    watch = _watch()
-    watch.changes, watch.last = 0, max(1, round(part * watch.changes))
+    """Kill this process after ``part`` of as many changes as were counted."""
+    counter = _change_counter()
+    counter.changes, counter.last = 0, max(1, round(part * counter.changes))
 
 
 @operation
-def note_weights(session: Session, model: str, name: str) -> None:
-    """Write down what the weights are, for processes to come."""
-    found = _digest_of_weights(session, model)
+def record_weights(session: Session, model: str, name: str) -> None:
+    """Write a digest of the weights to disk, for later processes."""
+    weights_digest = _digest_of_weights(session, model)
     if session.rank == 0:
-        (disk() / f"{name}.weights").write_text(found)
+        (disk() / f"{name}.weights").write_text(weights_digest)
 
 
 @operation
-def noted_weights(session: Session, model: str) -> list[str]:
-    """The names under which these weights were written down."""
-    found = _digest_of_weights(session, model)
-    return sorted(path.stem for path in disk().glob("*.weights") if path.read_text() == found)
+def recorded_weights(session: Session, model: str) -> list[str]:
+    """The names under which these weights were recorded."""
+    weights_digest = _digest_of_weights(session, model)
+    return sorted(path.stem for path in disk().glob("*.weights") if path.read_text() == weights_digest)
 
 
 def _digest_of_weights(session: Session, model: str) -> str:
@@ -336,11 +332,11 @@ def _digest_of_weights(session: Session, model: str) -> str:
 
 
 @operation
-def hidden(session: Session, store: str = "s") -> list[str]:
-    """The names in a store that a listing does not show; no rank goes on before all have looked."""
-    found = sorted(path.name for path in (disk() / store).iterdir() if path.name.startswith("."))
+def hidden_names(session: Session, store: str = "s") -> list[str]:
+    """The hidden names in a store, sorted. Ranks wait for each other before going on."""
+    names = sorted(path.name for path in (disk() / store).iterdir() if path.name.startswith("."))
     session.strategy.sync_and_clear_cache()
-    return found
+    return names
 
 
 # Other strategies
@@ -348,7 +344,7 @@ def hidden(session: Session, store: str = "s") -> list[str]:
 
 @operation
 def train_shared(session: Session, model: str, first: int, count: int = 1) -> None:
-    """``count`` updates, each from the same `GLOBAL_ROWS` rows however many ranks there are."""
+    """Make ``count`` updates, each from the same `GLOBAL_ROWS` rows for any number of ranks."""
     entry = session.models[model]
     _train(session.strategy, entry.model, entry.optimizer, entry.scheduler, first, count)
 
@@ -365,14 +361,14 @@ def _train(strategy: StrategyBase, model: Any, optimizer: Any, scheduler: Any, f
 
 
 @operation
-def elsewhere(
+def on_fake_strategy(
     session: Session, kind: str, seed: int, first: int = 0, count: int = 0, load_from: str | None = None,
     save_to: str | None = None, lr: float = 1e-3,
 ) -> dict[str, Any]:  # fmt: skip
-    """On rank 0 a FakeStrategy: build, perhaps load, train, perhaps save. Its weights and steps."""
+    """On rank 0, build, optionally load, train and optionally save a model on FakeStrategy; its weights."""
     if session.rank != 0:
         return {}
-    from lightrft.strategy.log import speak_as
+    from lightrft.strategy.telemetry.log import set_rank
 
     shared = {"bf16", "max_norm", "adam_betas", "seed"}
     fake = FakeStrategy(
@@ -393,4 +389,4 @@ def elsewhere(
         return {"weights": {name: tensor.detach().clone() for name, tensor in model.named_parameters()}}
     finally:
         fake.close()
-        speak_as(session.rank)
+        set_rank(session.rank)

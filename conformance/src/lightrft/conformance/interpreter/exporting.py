@@ -1,4 +1,4 @@
-"""Operations that write models for transformers to open."""
+"""Operations that save models for transformers to open."""
 
 import json
 import shutil
@@ -8,23 +8,23 @@ from typing import Any
 import torch
 
 from lightrft.conformance import models
-from lightrft.conformance.driver.scratch import scratch
 from lightrft.conformance.interpreter import memory
 from lightrft.conformance.interpreter.session import Session, operation
+from lightrft.conformance.scratch import scratch
 
 VOCABULARY = {f"t{number}": number for number in range(models.VOCABULARY)}
 
 
-def _place() -> Path:
-    """Where the models are."""
+def _models_directory() -> Path:
+    """The directory of the saved models."""
     return scratch("models")
 
 
 @operation
 def discard_exports(session: Session) -> None:
-    """Have nothing there."""
+    """Remove the saved models."""
     if session.rank == 0:
-        shutil.rmtree(_place(), ignore_errors=True)
+        shutil.rmtree(_models_directory(), ignore_errors=True)
 
 
 def _tokenizer() -> Any:
@@ -38,16 +38,16 @@ def _tokenizer() -> Any:
 
 @operation
 def export(session: Session, model: str, batch: int, shard: str = "5GB") -> dict[str, Any]:
-    """save_model; what transformers then makes of the directory, on every rank, and the model's own logits."""
+    """save_model; the model's logits, and what transformers opens from the directory on every rank."""
     strategy, entry = session.strategy, session.models[model]
-    path = strategy.save_model(entry.model, _tokenizer(), _place() / "model", max_shard_size=shard)
+    path = strategy.save_model(entry.model, _tokenizer(), _models_directory() / "model", max_shard_size=shard)
     inputs, _ = models.batch(batch, 0, 2, language=True)
     with torch.no_grad():
-        own = models.logits_of(entry.model, inputs.to(strategy.device)).float().cpu()
+        expected = models.logits_of(entry.model, inputs.to(strategy.device)).float().cpu()
     try:
-        return {"path": str(path), "own": own, **_opened(path, inputs)}
+        return {"path": str(path), "expected_logits": expected, **_opened(path, inputs)}
     finally:
-        strategy.all_reduce(torch.zeros(1))  # nobody goes on, and writes there again, while others read
+        strategy.all_reduce(torch.zeros(1))  # wait until all ranks have read, before anything is written there again
 
 
 @torch.no_grad()
@@ -57,22 +57,22 @@ def _opened(path: Path, inputs: torch.Tensor) -> dict[str, Any]:
     opened = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     return {
         "logits": opened(inputs).logits,
-        "weights": {name: it.detach() for name, it in opened.named_parameters()},
+        "weights": {name: tensor.detach() for name, tensor in opened.named_parameters()},
         "tied": opened.get_input_embeddings().weight is opened.get_output_embeddings().weight,
         "vocabulary": dict(sorted(AutoTokenizer.from_pretrained(path).get_vocab().items())),
         "class": json.loads((path / "config.json").read_text())["architectures"],
-        "files": sorted(it.name for it in path.glob("*.safetensors")),
+        "files": sorted(file.name for file in path.glob("*.safetensors")),
     }
 
 
 @operation
 def measured_export(session: Session, model: str) -> int:
-    """Bytes that this process held beyond what it held before, at most, during a save_model."""
+    """The bytes that save_model adds to the memory of this process at its peak."""
     strategy, entry = session.strategy, session.models[model]
-    place = _place() / "measured"
-    strategy.save_model(entry.model, None, place)  # the first one makes what stays: modules, a group's buffers
+    directory = _models_directory() / "measured"
+    strategy.save_model(entry.model, None, directory)  # the first call loads modules and creates buffers that stay
     before = memory.begin(strategy.device)
-    strategy.save_model(entry.model, None, place)
-    taken = memory.peak(strategy.device) - before
+    strategy.save_model(entry.model, None, directory)
+    added = memory.peak(strategy.device) - before
     strategy.all_reduce(torch.zeros(1))
-    return taken
+    return added

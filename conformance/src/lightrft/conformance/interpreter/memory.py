@@ -1,6 +1,6 @@
-"""What this process holds, and held at most: on the GPU by torch's own count, else by the kernel's.
+"""Current and peak memory of this process: on the GPU as counted by torch, otherwise by the kernel.
 
-By the kernel's count pages of files, such as libraries, are left out: they come as code is first used.
+The kernel's count excludes file pages, such as libraries, which are loaded as code is first used.
 """
 
 import ctypes
@@ -11,9 +11,9 @@ import torch
 
 
 def begin(device: torch.device) -> int:
-    """Begin to watch for a peak; returns the bytes that are held now."""
+    """Reset the peak; returns the bytes in use now."""
     gc.collect()
-    _give_back_at_once()
+    _return_freed_blocks()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -22,17 +22,17 @@ def begin(device: torch.device) -> int:
     return _resident("RssAnon") + _resident("RssShmem")
 
 
-def _give_back_at_once() -> None:
-    """Have glibc take blocks of a megabyte and more from the kernel, and give them back when they are freed.
+def _return_freed_blocks() -> None:
+    """Make glibc return freed blocks of 1 MiB and more to the kernel at once.
 
-    It would keep them, up to 32 MiB each, once it has seen some of that size freed.
+    By default it adapts this threshold, up to 32 MiB, to the blocks that were freed.
     """
     m_mmap_threshold = -3
     getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)(m_mmap_threshold, 2**20)
 
 
 def peak(device: torch.device) -> int:
-    """The most that was held since `begin`."""
+    """The peak since `begin`, in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _resident("VmHWM") - _resident("RssFile")

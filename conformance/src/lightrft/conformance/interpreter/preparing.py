@@ -1,4 +1,4 @@
-"""Operations that build models, optimizers, schedules and loaders, and prepare them."""
+"""Operations that build and prepare models, optimizers, schedulers and data loaders."""
 
 from typing import Any
 
@@ -14,25 +14,26 @@ def build(
     session: Session, model: str, kind: str = "regressor", seed: int = 0, differ: bool = False, dtype: str = "float32",
     meta: bool = False, actor: bool = False,
 ) -> None:  # fmt: skip
-    """Build a model; ``differ``: another one on each rank; ``meta``: inside init_model_context(meta_init=True)."""
-    own_seed = seed + (session.rank if differ else 0)
+    """Build a model.
+
+    ``differ``: each rank builds different weights; ``meta``: build inside init_model_context(meta_init=True).
+    """
     if meta:
         with session.strategy.init_model_context(meta_init=True):
             module = models.KINDS[kind]()
         if not any(tensor.is_meta for tensor in [*module.parameters(), *module.buffers()]):
             module.load_state_dict(models.build(kind, seed).state_dict())
     else:
-        module = models.build(kind, own_seed)
+        module = models.build(kind, seed + (session.rank if differ else 0))
     module = module.to(getattr(torch, dtype))
-    whole = models.Actor(module) if actor else module
-    session.models[model] = Entry(module=module, model=whole)
+    session.models[model] = Entry(module=module, model=models.Actor(module) if actor else module)
 
 
 @operation
 def optimizer(
     session: Session, model: str, lr: float = 1e-3, weight_decay: float = 0.0, by_hand: bool = False, **more: Any
 ) -> None:
-    """create_optimizer, or, ``by_hand``, torch's own AdamW over all parameters."""
+    """create_optimizer; with ``by_hand``, torch's AdamW over all parameters."""
     entry = session.models[model]
     if "betas" in more:
         more["betas"] = tuple(more["betas"])
@@ -44,7 +45,7 @@ def optimizer(
 
 @operation
 def schedule(session: Session, model: str, decay: float = 0.5) -> None:
-    """A schedule on the optimizer: the rate is divided by 1 + decay x updates."""
+    """A scheduler that divides the learning rate by 1 + decay x updates."""
     entry = session.models[model]
     assert entry.optimizer is not None
     entry.scheduler = torch.optim.lr_scheduler.LambdaLR(entry.optimizer, lambda step: 1 / (1 + decay * step))
@@ -52,7 +53,7 @@ def schedule(session: Session, model: str, decay: float = 0.5) -> None:
 
 @operation
 def prepare(session: Session, model: str) -> dict[str, bool]:
-    """prepare((model, optimizer, scheduler)); whether the objects that come back are the caller's own."""
+    """prepare((model, optimizer, scheduler)); whether it returns the caller's own objects."""
     entry = session.models[model]
     given = (entry.model, entry.optimizer, entry.scheduler)
     back = session.strategy.prepare(given)
@@ -78,9 +79,9 @@ def prepare_model(session: Session, model: str, training: bool = True, **more: A
 
 @operation
 def prepare_shapes(session: Session, arguments: list[Any]) -> Any:
-    """prepare with several arguments at once; the structure of what comes back.
+    """prepare with several arguments at once; the structure of the result.
 
-    An argument is "model", "triple", "none", "empty triple", or a list of these.
+    Each argument is "model", "triple", "none", "empty triple", or a list of these.
     """
     back = session.strategy.prepare(*[_argument(session, item) for item in arguments])
     return _structure(back)
@@ -111,8 +112,8 @@ def _structure(value: Any) -> Any:
 
 @operation
 def prepare_set(session: Session, critic: bool, rewards: int, steps: int = 10) -> Any:
-    """prepare_models_and_optimizers; the structure of what comes back, the rate that the actor begins with, and what
-    actor and critic rise to."""
+    """prepare_models_and_optimizers; the structure of the result, the actor's first learning rate, and the peak learning
+    rates of actor and critic."""
     reward_models = [models.build("regressor", 10 + index) for index in range(rewards)] if rewards else None
     back = session.strategy.prepare_models_and_optimizers(
         models.Actor(models.build("language", 1)),
@@ -128,7 +129,7 @@ def prepare_set(session: Session, critic: bool, rewards: int, steps: int = 10) -
 
 @operation
 def unwrapped(session: Session, model: str, times: int = 1) -> dict[str, Any]:
-    """unwrap_model: the classes of what comes back, and the names of its parameters."""
+    """unwrap_model; the parameter names of the result, and whether it is the original model."""
     entry = session.models[model]
     inner = entry.model
     for _ in range(times):
@@ -136,37 +137,37 @@ def unwrapped(session: Session, model: str, times: int = 1) -> dict[str, Any]:
     names = [name for name, _ in inner.named_parameters()]
     alive = {id(parameter) for parameter in entry.model.parameters()}
     return {
-        "is_own": isinstance(inner, type(entry.module)),
+        "same_class": isinstance(inner, type(entry.module)),
         "names": names,
-        "is_it": inner is session.strategy.unwrap_model(entry.model),
-        "shares": alive == {id(parameter) for parameter in inner.parameters()},
+        "same_object": inner is session.strategy.unwrap_model(entry.model),
+        "shares_parameters": alive == {id(parameter) for parameter in inner.parameters()},
     }
 
 
 @operation
 def modes(session: Session, model: str) -> list[bool]:
-    """Whether the model and its parts are in training mode: all that is found."""
+    """The distinct training modes of the model and its parts."""
     inner = session.strategy.unwrap_model(session.models[model].model)
     return sorted({part.training for part in inner.modules()})
 
 
 @operation
 def buffers(session: Session, model: str) -> dict[str, torch.Tensor]:
-    """The buffers of a model, before preparing or after."""
+    """The buffers of a model, before or after preparing."""
     inner = session.strategy.unwrap_model(session.models[model].model)
     return {name: buffer.detach().cpu().clone() for name, buffer in inner.named_buffers()}
 
 
 @operation
 def freeze(session: Session, model: str, part: str) -> None:
-    """From now on a part of the model does not train."""
+    """Freeze a part of the model."""
     inner = session.strategy.unwrap_model(session.models[model].model)
     inner.get_submodule(part).requires_grad_(False)
 
 
 @operation
-def uninitialised(session: Session, model: str) -> list[str]:
-    """Parameters and buffers of the model, as it is called, that have no memory, or no finite values."""
+def uninitialized(session: Session, model: str) -> list[str]:
+    """The parameters and buffers that are on the meta device or not finite."""
     module = session.strategy.unwrap_model(session.models[model].model)
     tensors = [*module.named_parameters(), *module.named_buffers()]
     return [name for name, tensor in tensors if tensor.is_meta or not torch.isfinite(_local(tensor)).all()]
@@ -196,23 +197,23 @@ def loader(
 
 @operation
 def batches(session: Session, name: str, epoch: int | None = None, first: int | None = None) -> dict[str, Any]:
-    """The samples of each batch on this rank, of the whole iteration or of its ``first``; and the position after it."""
-    found = session.memory[name]
+    """The samples of all batches on this rank, or of the ``first`` ones, and the position afterwards."""
+    data_loader = session.memory[name]
     if epoch is not None:
-        found.set_epoch(epoch)
+        data_loader.set_epoch(epoch)
     seen = []
-    for index, batch in enumerate(found):
+    for index, batch in enumerate(data_loader):
         if first is not None and index == first:
             break
         seen.append(batch.tolist())
         if first is not None and index == first - 1:
             break
-    return {"batches": seen, "consumed": found.consumed_samples}
+    return {"batches": seen, "consumed": data_loader.consumed_samples}
 
 
 @operation
 def resume(session: Session, name: str, epoch: int, consumed: int) -> dict[str, Any]:
-    """The samples of a loader that goes on at ``consumed`` of ``epoch``."""
-    found = session.memory[name]
-    found.set_epoch(epoch, consumed)
-    return {"batches": [batch.tolist() for batch in found]}
+    """The remaining samples of ``epoch`` after ``consumed`` samples."""
+    data_loader = session.memory[name]
+    data_loader.set_epoch(epoch, consumed)
+    return {"batches": [batch.tolist() for batch in data_loader]}

@@ -1,4 +1,4 @@
-"""Operations on the rollout engine."""
+"""Operations of the rollout engine."""
 
 import contextlib
 import importlib.util
@@ -13,7 +13,7 @@ from lightrft.conformance.interpreter.session import OPERATIONS, Session, operat
 
 @operation
 def engine(session: Session, kind: str = "fake", actor: str | None = None) -> str:
-    """setup_inference_engine; the engine's status afterwards."""
+    """setup_inference_engine; the engine's status."""
     model = None if actor is None else session.models[actor].model
     session.strategy.setup_inference_engine(None, kind, actor=model)
     return status(session)
@@ -21,7 +21,7 @@ def engine(session: Session, kind: str = "fake", actor: str | None = None) -> st
 
 @operation
 def missing_engine(session: Session, actor: str) -> str | None:
-    """setup_inference_engine with an engine whose library is not installed; None where all of them are."""
+    """setup_inference_engine with an engine whose library is not installed; None if all are installed."""
     names = (name for name in ("sglang", "vllm", "transformers") if importlib.util.find_spec(name) is None)
     name = next(names, None)
     return None if name is None else engine(session, name, actor)
@@ -29,27 +29,27 @@ def missing_engine(session: Session, actor: str) -> str | None:
 
 @operation
 def status(session: Session) -> str:
-    """Absent, awake or asleep."""
+    """The engine's status: absent, awake or asleep."""
     return str(session.strategy.inference_engine_status.value)
 
 
 @operation
 def sleep_levels(session: Session) -> list[int]:
-    """The levels of sleep that the engine says that it has."""
-    found = session.strategy.inference_engine
-    return [] if found is None else sorted(found.capabilities.sleep_levels)
+    """The sleep levels that the engine supports."""
+    current = session.strategy.inference_engine
+    return [] if current is None else sorted(current.capabilities.sleep_levels)
 
 
 @operation
 def sync(session: Session, model: str) -> int:
-    """update_engine_weights; the version afterwards."""
+    """update_engine_weights; the weight version."""
     session.strategy.update_engine_weights(session.models[model].model)
     return version(session)
 
 
 @operation
 def measured_sync(session: Session, model: str) -> int:
-    """update_engine_weights; the bytes that it took at its peak, beyond what was held before."""
+    """The bytes that update_engine_weights adds to the memory of this process at its peak."""
     device = session.strategy.device
     before = memory.begin(device)
     session.strategy.update_engine_weights(session.models[model].model)
@@ -58,14 +58,14 @@ def measured_sync(session: Session, model: str) -> int:
 
 @operation
 def version(session: Session) -> int:
-    """The engine's weight_version, -1 where there is no engine."""
-    found = session.strategy.inference_engine
-    return -1 if found is None else found.weight_version
+    """The engine's weight_version; -1 without an engine."""
+    current = session.strategy.inference_engine
+    return -1 if current is None else current.weight_version
 
 
 @operation
 def sleep(session: Session, level: int | None = None) -> str:
-    """maybe_sleep_inference_engine, or the engine's own sleep with a level."""
+    """maybe_sleep_inference_engine, or the engine's sleep with a level."""
     if level is None:
         session.strategy.maybe_sleep_inference_engine()
     else:
@@ -85,9 +85,11 @@ def wake(session: Session) -> str:
 def generate(
     session: Session, prompts: list[list[list[int]]], sampling: dict[str, Any], stay_awake: bool = False
 ) -> list[Any]:
-    """gather_and_generate of this rank's own prompts."""
-    own = prompts[session.rank % len(prompts)]
-    completions = session.strategy.gather_and_generate(sampling, all_prompt_token_ids=own, sleep_engine=not stay_awake)
+    """gather_and_generate with the prompts of this rank."""
+    token_ids = prompts[session.rank % len(prompts)]
+    completions = session.strategy.gather_and_generate(
+        sampling, all_prompt_token_ids=token_ids, sleep_engine=not stay_awake
+    )
     return [_record(completion) for completion in completions]
 
 
@@ -95,36 +97,36 @@ def generate(
 def generate_raw(
     session: Session, by_rank: list[Any] | None = None, counts: Any = None, tokens: Any = None, **arguments: Any
 ) -> list[Any]:
-    """gather_and_generate with whatever arguments, or with other ones on each rank."""
-    own = arguments if by_rank is None else by_rank[session.rank % len(by_rank)]
-    return [_record(completion) for completion in session.strategy.gather_and_generate(**own)]
+    """gather_and_generate with these arguments, or with different ones per rank."""
+    arguments = arguments if by_rank is None else by_rank[session.rank % len(by_rank)]
+    return [_record(completion) for completion in session.strategy.gather_and_generate(**arguments)]
 
 
 @operation
 def generate_local(session: Session, sampling: dict[str, Any], token_ids: Any = None, inputs: Any = None) -> list[Any]:
     """engine_generate_local."""
-    return [_record(it) for it in session.strategy.engine_generate_local(sampling, token_ids, inputs)]
+    return [_record(completion) for completion in session.strategy.engine_generate_local(sampling, token_ids, inputs)]
 
 
 @operation
 def broken_sync(session: Session, model: str, after: int) -> None:
-    """A weight stream that dies after ``after`` buckets, straight into the engine."""
+    """Send the engine a weight stream that fails after ``after`` buckets."""
     engine = session.strategy.inference_engine
     assert engine is not None
     stream = session.strategy.full_parameters(session.models[model].model, 64)
     buckets = [[(name, tensor.clone()) for name, tensor in bucket] for bucket in stream]
 
-    def dying() -> Any:
+    def failing() -> Any:
         yield from buckets[:after]
-        raise OSError("the stream died")
+        raise OSError("the stream failed")
 
     engine.wake_up(["weights"])
-    engine.update_weights(dying())
+    engine.update_weights(failing())
 
 
 @operation
 def partial_sync(session: Session, model: str, leave_out: int) -> None:
-    """A weight stream that lacks one tensor, straight into the engine."""
+    """Send the engine a weight stream that lacks one tensor."""
     engine = session.strategy.inference_engine
     assert engine is not None
     stream = session.strategy.full_parameters(session.models[model].model, 1 << 20)
@@ -145,8 +147,8 @@ def _record(completion: Any) -> dict[str, Any]:
 
 
 @operation
-def heard(session: Session, call: str, **arguments: Any) -> str:
-    """What another operation prints."""
+def printed_by(session: Session, call: str, **arguments: Any) -> str:
+    """The output of another operation."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         OPERATIONS[call](session, **arguments)

@@ -1,4 +1,4 @@
-"""One program, operation by operation."""
+"""Runs one program, operation by operation."""
 
 import contextlib
 import gc
@@ -15,15 +15,15 @@ import torch
 import torch.distributed as dist
 
 from lightrft.config import StrategyConfig
-from lightrft.conformance.interpreter import checkpoints, exporting, life, preparing, rollouts, training  # noqa: F401 - they register operations
+from lightrft.conformance.interpreter import checkpoints, exporting, lifecycle, preparing, rollouts, training  # noqa: F401 - each module registers its operations
 from lightrft.conformance.interpreter.session import OPERATIONS, Session
 from lightrft.conformance.values import encode, error_record
 from lightrft.strategy import StrategyBase
-from lightrft.strategy.registry import strategy_class
+from lightrft.strategy.strategy import strategy_class
 
 
 def maker(name: str, fixed: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], StrategyBase]:
-    """Makes the strategy ``name``, with the settings of the certification and those of a program."""
+    """A function that creates the strategy ``name`` from the settings of the certification and of a program."""
 
     def make(settings: Mapping[str, Any]) -> StrategyBase:
         merged = {**fixed, **settings}
@@ -36,15 +36,18 @@ def maker(name: str, fixed: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], 
 
 @cache
 def _class_of(name: str) -> type[StrategyBase]:
-    """Looked up once: going through all that is installed takes longer than a program."""
+    """Cached, because scanning the installed distributions takes longer than a program."""
     return strategy_class(name)
 
 
 def run_program(program: Mapping[str, Any], rank: int) -> list[Any]:
-    """The observations of ``program`` on this rank, one an operation; after an error no more are made.
+    """Run ``program`` on this rank.
 
-    An operation with ``ranks`` runs on these only, the others observe null; one that ``may_fail`` does not
-    end the program.
+    An operation with ``ranks`` runs on these ranks only; the others observe None. An error ends the program, unless the
+    operation has ``may_fail``.
+
+    Returns:
+        An observation per operation that ran.
     """
     environment = dict(os.environ)
     session = Session(make=maker(program["strategy"], program["fixed"]), settings=program["settings"], rank=rank)
@@ -68,7 +71,10 @@ def run_program(program: Mapping[str, Any], rank: int) -> list[Any]:
 
 @cache
 def _freeze_imports(count: int) -> None:
-    """Take the ``count`` modules of now out of garbage collection: walking through them takes longer than a program."""
+    """Exclude what is imported now from garbage collection: traversing it takes longer than a program.
+
+    ``count`` is the number of loaded modules: it makes the cache call this again after an import.
+    """
     gc.collect()
     gc.freeze()
 
@@ -80,14 +86,14 @@ def _run(session: Session, operation: Mapping[str, Any]) -> Any:
     function = OPERATIONS[operation["do"]]
     try:
         return encode(function(session, **arguments))
-    except BaseException as error:  # noqa: BLE001 - whatever the code under test raises is what is observed
+    except BaseException as error:  # noqa: BLE001 - any error of the code under test is an observation
         record = error_record(error)
         error.__traceback__ = None
         return record
 
 
 def _clean_up(session: Session) -> None:
-    """Leave the process as it was, whatever the strategy under test did not give back."""
+    """Reset the process, whatever the strategy under test left behind."""
     with contextlib.suppress(BaseException):
         session.close()
     if dist.is_initialized():

@@ -1,4 +1,4 @@
-"""What a program has built so far on this rank."""
+"""What a program has created so far on this rank."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from lightrft.strategy import StrategyBase
 
 Operation = Callable[..., Any]
 OPERATIONS: dict[str, Operation] = {}
-"""Every operation by name: a function of the session and of the operation's own arguments."""
+"""All operations by name: functions of the session and of the operation's arguments."""
 
 
 Function = TypeVar("Function", bound=Operation)
@@ -25,12 +25,12 @@ def operation(function: Function) -> Function:
 
 @dataclass(kw_only=True)
 class Entry:
-    """A model of the program: what the script holds in its hands."""
+    """A model of the program, as a training script would hold it."""
 
     module: nn.Module
-    """As it was built."""
+    """The model as it was built."""
     model: nn.Module
-    """As it is called now."""
+    """The model as it is called, possibly wrapped."""
     optimizer: torch.optim.Optimizer | None = None
     scheduler: Any = None
 
@@ -40,23 +40,23 @@ class Session:
     """One program on one rank."""
 
     make: Callable[..., StrategyBase]
-    """Makes the strategy under test, with settings."""
+    """Creates the strategy under test from settings."""
     settings: dict[str, Any]
     rank: int
     models: dict[str, Entry] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
-    """What one operation leaves for a later one."""
+    """Values that one operation stores for a later one."""
     _strategy: StrategyBase | None = None
 
     @property
     def strategy(self) -> StrategyBase:
-        """The strategy under test, made at first use."""
+        """The strategy under test, created at first use."""
         if self._strategy is None:
             self._strategy = self.make(self.settings)
         return self._strategy
 
     def close(self) -> None:
-        """End the strategy, if it was made."""
+        """Close the strategy, if it was created."""
         strategy, self._strategy = self._strategy, None
         self.models.clear()
         if strategy is not None:

@@ -1,4 +1,4 @@
-"""Operations that train: micro-batches, updates, averages, offloading, and looking at what they did."""
+"""Operations that train, average and offload, and that read their results."""
 
 from typing import Any
 
@@ -8,21 +8,19 @@ from lightrft.conformance import models
 from lightrft.conformance.interpreter.session import Entry, Session, operation
 from lightrft.conformance.values import digest
 
-POISONS = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf"), "huge": 1e30}
-
 
 @operation
 def backward(
     session: Session, model: str, batch: int, rows: int = 2, weight: float = 1.0, poison: str | None = None,
     poisoned_rank: int = 0, optimizer_of: str | None = None, loss_of: str | None = None,
 ) -> float:  # fmt: skip
-    """Forward and backward of one batch; ``poison`` spoils the gradient on one rank. Returns the loss."""
+    """Forward and backward of one batch; ``poison`` multiplies the loss on one rank. Returns the loss."""
     entry, source = session.models[model], session.models[loss_of or model]
     inputs, targets = models.batch(batch, session.rank, rows, models.is_language(source.module))
     device = session.strategy.device
     loss = weight * models.loss_of(source.model, inputs.to(device), targets.to(device))
     if poison is not None and session.rank == poisoned_rank:
-        loss = loss * POISONS[poison]
+        loss = loss * models.POISONS[poison]
     owner = session.models[optimizer_of or model].optimizer
     assert owner is not None
     session.strategy.backward(loss, entry.model, owner)
@@ -43,7 +41,7 @@ def backward_twice(session: Session, model: str, batch: int) -> None:
 
 @operation
 def bad_backward(session: Session, model: str, what: str, batch: int = 0) -> None:
-    """A loss that cannot be: "vector", "detached", "number"."""
+    """Backward with an invalid loss: "vector", "detached" or "number"."""
     entry = session.models[model]
     inputs, targets = models.batch(batch, session.rank, 2, models.is_language(entry.module))
     device = session.strategy.device
@@ -61,7 +59,7 @@ def bad_backward(session: Session, model: str, what: str, batch: int = 0) -> Non
 def step(
     session: Session, model: str, boundary: bool | None = None, scheduled: bool = False, optimizer_of: str | None = None
 ) -> dict[str, Any]:
-    """optimizer_step; what it says that it did."""
+    """optimizer_step; its result."""
     entry = session.models[model]
     owner = session.models[optimizer_of or model].optimizer
     assert owner is not None
@@ -75,7 +73,7 @@ def step(
 
 @operation
 def weights(session: Session, model: str) -> dict[str, torch.Tensor]:
-    """All parameters, whole, in fp32."""
+    """All parameters, unsharded, in fp32."""
     stream = session.strategy.full_parameters(session.models[model].model, dtype=torch.float32)
     trained = {name for name, _ in session.models[model].module.named_parameters(remove_duplicate=False)}
     return {name: tensor.clone() for bucket in stream for name, tensor in bucket if name in trained}
@@ -83,7 +81,7 @@ def weights(session: Session, model: str) -> dict[str, torch.Tensor]:
 
 @operation
 def stream(session: Session, model: str, bucket_bytes: int) -> dict[str, Any]:
-    """full_parameters in small buckets: names in order, bytes of each bucket, and the values."""
+    """full_parameters in small buckets: the names in order, the tensor sizes of each bucket in bytes, and the values."""
     names: list[str] = []
     sizes: list[list[int]] = []
     values: dict[str, torch.Tensor] = {}
@@ -97,19 +95,19 @@ def stream(session: Session, model: str, bucket_bytes: int) -> dict[str, Any]:
 
 @operation
 def state(session: Session, model: str) -> dict[str, Any]:
-    """Fingerprints of this rank's parameters and optimizer state, the rates, and the schedule's step."""
+    """Digests of the parameters and of this rank's optimizer state, the learning rates, and the scheduler's step."""
     entry = session.models[model]
     session.strategy.unwrap_model(entry.model)
     return {
-        "parameters": digest([parameter.detach() for parameter in _settled(session, entry)]),
+        "parameters": digest([parameter.detach() for parameter in _full_parameters(session, entry)]),
         "optimizer": digest(_optimizer_state(entry)),
         "rates": [group["lr"] for group in entry.optimizer.param_groups] if entry.optimizer else [],
         "schedule": entry.scheduler.last_epoch if entry.scheduler is not None else None,
     }
 
 
-def _settled(session: Session, entry: Entry) -> list[torch.Tensor]:
-    """The whole parameters, on every rank."""
+def _full_parameters(session: Session, entry: Entry) -> list[torch.Tensor]:
+    """The unsharded parameters, in fp32."""
     stream = session.strategy.full_parameters(entry.model, dtype=torch.float32)
     return [tensor.clone() for bucket in stream for _, tensor in bucket]
 
@@ -122,15 +120,15 @@ def _optimizer_state(entry: Entry) -> list[Any]:
 
 @operation
 def state_sizes(session: Session, model: str) -> int:
-    """Number of elements of optimizer state on this rank."""
+    """The number of elements of optimizer state on this rank."""
     entry = session.models[model]
     states = [] if entry.optimizer is None else entry.optimizer.state.values()
-    return sum(value.numel() for it in states for value in it.values() if isinstance(value, torch.Tensor))
+    return sum(value.numel() for state in states for value in state.values() if isinstance(value, torch.Tensor))
 
 
 @operation
 def forward(session: Session, model: str, batch: int, rows: int = 2, **more: Any) -> torch.Tensor:
-    """The outputs for one batch, without a graph; ``more`` are keywords of the model's."""
+    """The outputs for one batch under no_grad; ``more`` are keyword arguments of the model."""
     entry = session.models[model]
     inputs, _ = models.batch(batch, session.rank, rows, models.is_language(entry.module))
     with torch.no_grad():
@@ -149,7 +147,7 @@ def set_rate(session: Session, model: str, lr: float) -> None:
 
 @operation
 def set_decay(session: Session, model: str, weight_decay: float) -> None:
-    """Change the weight decay in those param_groups that have any."""
+    """Change the weight decay in the param_groups that have one."""
     optimizer = session.models[model].optimizer
     assert optimizer is not None
     for group in optimizer.param_groups:

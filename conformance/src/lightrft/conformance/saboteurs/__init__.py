@@ -1,4 +1,4 @@
-"""The suite judged: strategies and engines with one deliberate defect each, and odd ones that are right.
+"""Tests of the suite: strategies and engines with one deliberate defect each, and correct ones that look odd.
 
-Every MUST clause has a saboteur that it, and not another, must kill; a control must not be accused by any.
+Every MUST clause has a saboteur that this clause must kill. No clause may accuse a control.
 """

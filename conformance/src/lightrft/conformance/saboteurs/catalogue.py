@@ -1,12 +1,14 @@
-"""What a saboteur is, and the list of them all."""
+"""What a saboteur is, and how a class becomes one."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from lightrft.conformance.judge import Verdict
-
-Kind = TypeVar("Kind", bound=type)
+from lightrft.conformance.saboteurs.plain import PlainStrategy
+from lightrft.strategy import EngineBase, FakeStrategy
+from lightrft.strategy.backend import ReplicatedBackend
+from lightrft.strategy.fake_strategy import FakeBackend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +17,7 @@ class Saboteur:
 
     name: str
     target: str
-    """``module:attribute`` of the class."""
+    """``module:attribute`` of the strategy or engine."""
     defect: str
     clause: str
     """Empty for a control, which has no defect."""
@@ -26,57 +28,34 @@ class Saboteur:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-_all: dict[str, Saboteur] = {}
+registered: dict[str, Saboteur] = {}
 
 
-def saboteur(
-    clause: str, *, world: int = 1, verdict: Verdict = "fail", engine: bool = False, **settings: Any
-) -> Callable[[Kind], Kind]:
-    """Register a class, whose docstring says what is wrong with it."""
+def saboteur(clause: str, *, world: int = 1, verdict: Verdict = "fail", **settings: Any) -> Callable[[type], type]:
+    """Register a defective strategy, backend or engine. Its docstring says what is wrong with it.
 
-    def register(kind: Kind) -> Kind:
-        name = kind.__name__
-        if name in _all:
+    The name of a backend then means the strategy around it; see `strategy_around`.
+    """
+
+    def register(defective: type) -> type:
+        name = defective.__name__
+        if name in registered:
             raise ValueError(f"two saboteurs named {name}")
-        _all[name] = Saboteur(
-            name=name, target=f"{kind.__module__}:{name}", defect=" ".join((kind.__doc__ or "").split()), clause=clause,
-            verdict=verdict, world=world, engine=engine, settings=settings,
+        registered[name] = Saboteur(
+            name=name, target=f"{defective.__module__}:{name}", defect=" ".join((defective.__doc__ or "").split()),
+            clause=clause, verdict=verdict, world=world, engine=issubclass(defective, EngineBase), settings=settings,
         )  # fmt: skip
-        return kind
+        return strategy_around(defective) if issubclass(defective, ReplicatedBackend) else defective
 
     return register
 
 
-def control(*, world: int = 1, **settings: Any) -> Callable[[Kind], Kind]:
-    """Register a class that looks odd and keeps every promise."""
+def control(*, world: int = 1, **settings: Any) -> Callable[[type], type]:
+    """Register a class that looks odd and meets the whole contract."""
     return saboteur("", world=world, **settings)
 
 
-def corpus() -> list[Saboteur]:
-    """All saboteurs and controls."""
-    from lightrft.conformance.saboteurs import (  # noqa: F401 - they register themselves
-        checkpoints,
-        collectives,
-        complaints,
-        controls,
-        corners,
-        corners_of_state,
-        data,
-        engines,
-        exporting,
-        life,
-        media,
-        misuse,
-        optimizers,
-        preparing,
-        rollouts,
-        skips,
-        updates,
-    )
-
-    return list(_all.values())
-
-
-def saboteurs() -> Iterator[Saboteur]:
-    """Those with a defect."""
-    return (it for it in corpus() if it.clause)
+def strategy_around(backend: type[ReplicatedBackend]) -> type:
+    """Return a strategy with this backend and its name: a FakeStrategy for a FakeBackend, else a PlainStrategy."""
+    base = FakeStrategy if issubclass(backend, FakeBackend) else PlainStrategy
+    return type(backend.__name__, (base,), {"backend_class": backend, "__module__": backend.__module__})

@@ -3,42 +3,57 @@
 import os
 import pickle
 import shutil
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+from weakref import WeakSet
 
 import torch
 from torch import nn
 from typing_extensions import override
 
+from lightrft.config import CheckpointError
 from lightrft.conformance.saboteurs.catalogue import saboteur
 from lightrft.conformance.saboteurs.plain import PlainStrategy
 from lightrft.strategy import FakeStrategy
-from lightrft.strategy.checkpoint.checkpoints import Checkpoints
+from lightrft.strategy.backend import StateSlice, TrainedModel
+from lightrft.strategy.checkpoint.background import BackgroundWriter, Staging
 from lightrft.strategy.checkpoint.store import Store
-from lightrft.strategy.shards import StateSlice
-from lightrft.strategy.training.trained_model import TrainedModel
+from lightrft.strategy.data.loaders import ResumableLoader
+from lightrft.strategy.fake_strategy import FakeBackend
 
 # mypy: disable-error-code="misc, override"
 
 
 class Saves(FakeStrategy):
-    """A strategy with a way of its own to save and load."""
+    """A strategy that can find the models and loaders whose state it saves and loads."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        self.loaders: WeakSet[ResumableLoader] = WeakSet()
+        super().__init__(*arguments, **settings)
+
+    def setup_dataloader(self, *arguments: Any, **more: Any) -> Any:
+        loader = super().setup_dataloader(*arguments, **more)
+        if isinstance(loader, ResumableLoader):
+            self.loaders.add(loader)
+        return loader
 
     def module_of(self, model: Any) -> nn.Module:
-        """The first model, bare."""
+        """Return the first model, unwrapped."""
         return self.unwrap_model(next(iter(model.values())) if isinstance(model, Mapping) else model)
 
     def trained_of(self, model: Any) -> TrainedModel | None:
-        """What trains it."""
-        found = self._models.find(self.module_of(model))
-        return None if found is None else found.trained
+        """Return the first model in training, or None."""
+        prepared = self._models.find(self.module_of(model))
+        return None if prepared is None else prepared.trained
 
 
 @saboteur("CKPT-1")
 class ForgetsStreams(Saves):
-    """Loading leaves the random streams where they are."""
+    """Loading does not restore the random streams."""
 
     def load_ckpt(self, model: Any, *arguments: Any, **more: Any) -> Any:
         before = torch.get_rng_state()
@@ -49,17 +64,17 @@ class ForgetsStreams(Saves):
 
 
 @saboteur("CKPT-1")
-class ForgetsMoments(FakeStrategy):
+class ForgetsMoments(FakeBackend):
     """The optimizer's state is not in the checkpoint."""
 
     @override
-    def _state_slices(self, trained: TrainedModel) -> list[StateSlice]:
+    def state_slices(self, trained: TrainedModel) -> list[StateSlice]:
         return []
 
 
 @saboteur("CKPT-1")
 class ForgetsSkips(Saves):
-    """The count of skips in a row begins anew."""
+    """Loading sets the count of updates skipped in a row to 0."""
 
     def load_ckpt(self, model: Any, *arguments: Any, **more: Any) -> Any:
         result = super().load_ckpt(model, *arguments, **more)
@@ -71,28 +86,28 @@ class ForgetsSkips(Saves):
 
 @saboteur("CKPT-1")
 class ForgetsThePosition(Saves):
-    """Loaders begin at the start of the epoch."""
+    """After loading, loaders begin at the start of the epoch."""
 
-    def load_ckpt(self, model: Any, *arguments: Any, **more: Any) -> Any:
-        result = super().load_ckpt(model, *arguments, **more)
-        for loader in self._checkpoints.loaders._living:
+    def load_ckpt(self, *arguments: Any, **more: Any) -> Any:
+        result = super().load_ckpt(*arguments, **more)
+        for loader in self.loaders:
             loader.set_epoch(loader.epoch, 0)
         return result
 
 
 @saboteur("CKPT-1")
 class ForgetsAverages(Saves):
-    """An average moves once more for an update that it has seen."""
+    """After loading, an average moves again for an update that it already contains."""
 
     def load_ckpt(self, model: Any, *arguments: Any, **more: Any) -> Any:
         result = super().load_ckpt(model, *arguments, **more)
-        self._averages._seen.clear()
+        self._averages.seen.clear()
         return result
 
 
 @saboteur("CKPT-1")
 class SavesHalfWay(Saves):
-    """Saves with a gradient pending, which is then lost."""
+    """Saves between updates, without the pending gradient."""
 
     def save_ckpt(self, model: Any, *arguments: Any, **more: Any) -> Any:
         trained = self.trained_of(model)
@@ -108,7 +123,7 @@ class SavesHalfWay(Saves):
 
 @saboteur("CKPT-1", world=2)
 class OneStream(PlainStrategy):
-    """Every rank goes on with rank 0's random streams."""
+    """After loading, every rank has rank 0's random streams."""
 
     def load_ckpt(self, model: Any, *arguments: Any, **more: Any) -> Any:
         result = super().load_ckpt(model, *arguments, **more)
@@ -118,7 +133,7 @@ class OneStream(PlainStrategy):
 
 @saboteur("CKPT-2")
 class IgnoresTags(Saves):
-    """Always loads the newest."""
+    """Always loads the newest checkpoint."""
 
     def load_ckpt(self, model: Any, load_dir: Any, tag: str | None = None, **more: Any) -> Any:
         known = {path.name for path in Path(load_dir).glob("*")}
@@ -127,7 +142,7 @@ class IgnoresTags(Saves):
 
 @saboteur("CKPT-2")
 class OwnError(Saves):
-    """A tag that is not there is an error like any other."""
+    """The error for a missing tag is a RuntimeError, not a FileNotFoundError."""
 
     def load_ckpt(self, model: Any, *arguments: Any, **more: Any) -> Any:
         try:
@@ -138,16 +153,16 @@ class OwnError(Saves):
 
 @saboteur("CKPT-3")
 class ListsForTuples(Saves):
-    """The client state goes through plain JSON."""
+    """Tuples in the client state come back as lists."""
 
     def load_ckpt(self, model: Any, *arguments: Any, **more: Any) -> Any:
         path, state = super().load_ckpt(model, *arguments, **more)
-        return path, {key: list(item) if isinstance(item, tuple) else item for key, item in state.items()}
+        return path, {key: list(value) if isinstance(value, tuple) else value for key, value in state.items()}
 
 
 @saboteur("CKPT-3")
 class StoresReprs(Saves):
-    """What cannot be stored is stored as text."""
+    """A client state that cannot be stored is stored as its repr."""
 
     def save_ckpt(self, model: Any, *arguments: Any, client_state: Any = None, **more: Any) -> Any:
         try:
@@ -158,7 +173,7 @@ class StoresReprs(Saves):
 
 @saboteur("CKPT-4")
 class OneTooMany(Saves):
-    """Keeps one checkpoint more than asked for."""
+    """Keeps one checkpoint more than max_num."""
 
     def save_ckpt(self, model: Any, *arguments: Any, max_num: int = 3, **more: Any) -> Any:
         return super().save_ckpt(model, *arguments, max_num=max_num and max_num + 1, **more)
@@ -166,7 +181,7 @@ class OneTooMany(Saves):
 
 @saboteur("CKPT-4")
 class RemovesAnything(Saves):
-    """Rotation takes every directory for a checkpoint."""
+    """Rotation removes directories that are not checkpoints."""
 
     def save_ckpt(self, model: Any, save_dir: Any, *arguments: Any, **more: Any) -> Any:
         path = super().save_ckpt(model, save_dir, *arguments, **more)
@@ -178,7 +193,7 @@ class RemovesAnything(Saves):
 
 @saboteur("CKPT-4")
 class IgnoresSize(Saves):
-    """Rotates by number alone."""
+    """Ignores max_mem."""
 
     def save_ckpt(self, model: Any, *arguments: Any, max_mem: float = 1000, **more: Any) -> Any:
         return super().save_ckpt(model, *arguments, max_mem=max(max_mem, 1.0), **more)
@@ -186,40 +201,40 @@ class IgnoresSize(Saves):
 
 @saboteur("CKPT-5")
 class RemovesTheOldFirst(Saves):
-    """What is to be rotated goes before the new checkpoint is there."""
+    """With max_num=1, the old checkpoint is removed before the new one is committed."""
 
     def save_ckpt(self, model: Any, save_dir: Any, *arguments: Any, **more: Any) -> Any:
         if more.get("max_num") == 1:
-            for it in Store(Path(save_dir)).committed():
-                shutil.rmtree(it.path)
+            for checkpoint in Store(Path(save_dir)).committed():
+                shutil.rmtree(checkpoint.path)
         return super().save_ckpt(model, save_dir, *arguments, **more)
 
 
 @saboteur("CKPT-5")
 class ManifestFirst(Saves):
-    """A checkpoint is copied to its place file by file, the manifest first."""
+    """A checkpoint is copied to its directory file by file, the manifest first."""
 
     def save_ckpt(self, model: Any, save_dir: Any, *arguments: Any, tag: Any = None, **more: Any) -> Any:
-        place, more = Path(save_dir), {**more, "max_num": 99}
-        path = super().save_ckpt(model, place.with_name("scratch"), *arguments, tag=tag, **more)
-        (place / path.name).mkdir(parents=True)
+        directory, more = Path(save_dir), {**more, "max_num": 99}
+        path = super().save_ckpt(model, directory.with_name("scratch"), *arguments, tag=tag, **more)
+        (directory / path.name).mkdir(parents=True)
         for file in sorted(path.iterdir()):
-            shutil.copyfile(file, place / path.name / file.name)
-        return place / path.name
+            shutil.copyfile(file, directory / path.name / file.name)
+        return directory / path.name
 
 
 @saboteur("CKPT-5", world=2)
 class LeavesRubbish(PlainStrategy):
-    """What was half-written stays."""
+    """Incomplete checkpoints of killed processes are not removed."""
 
     def save_ckpt(self, model: Any, save_dir: Any, *arguments: Any, **more: Any) -> Any:
-        with patch("lightrft.strategy.checkpoint.leftovers.clean"):
+        with patch.object(Store, "clean"):
             return super().save_ckpt(model, save_dir, *arguments, **more)
 
 
 @saboteur("CKPT-6")
 class LooksAfterwards(Saves):
-    """Changes the model before it has verified anything."""
+    """Changes the model before the checkpoint is verified."""
 
     def load_ckpt(self, model: Any, *arguments: Any, **more: Any) -> Any:
         with torch.no_grad():
@@ -229,7 +244,7 @@ class LooksAfterwards(Saves):
 
 @saboteur("CKPT-6")
 class FallsBack(Saves):
-    """Takes a damaged checkpoint for none, and goes on as it is."""
+    """Loading a damaged checkpoint changes nothing and raises nothing."""
 
     def load_ckpt(self, model: Any, load_dir: Any, *arguments: Any, **more: Any) -> Any:
         try:
@@ -239,15 +254,15 @@ class FallsBack(Saves):
 
 
 @saboteur("CKPT-7")
-class OwnLayout(FakeStrategy):
-    """Writes the state of one parameter under the name of another: right for itself alone."""
+class OwnLayout(FakeBackend):
+    """Optimizer state is saved under the name of another parameter, and only this strategy loads it correctly."""
 
     @override
-    def _state_slices(self, trained: TrainedModel) -> list[StateSlice]:
-        slices = super()._state_slices(trained)
+    def state_slices(self, trained: TrainedModel) -> list[StateSlice]:
+        slices = super().state_slices(trained)
         by_shape: dict[Any, list[int]] = {}
-        for index, it in enumerate(slices):
-            by_shape.setdefault(it.shard.shape, []).append(index)
+        for index, state_slice in enumerate(slices):
+            by_shape.setdefault(state_slice.shard.shape, []).append(index)
         swapped = list(slices)
         for indices in by_shape.values():
             for index, other in zip(indices, indices[1:] + indices[:1], strict=True):
@@ -257,7 +272,7 @@ class OwnLayout(FakeStrategy):
 
 @saboteur("CKPT-8")
 class AllOrNothing(Saves):
-    """load_optimizer_states=False leaves out the schedule too."""
+    """load_optimizer_states=False does not load the schedule either."""
 
     def load_ckpt(self, model: Any, *arguments: Any, load_optimizer_states: bool = True, **more: Any) -> Any:
         if not load_optimizer_states:
@@ -267,7 +282,7 @@ class AllOrNothing(Saves):
 
 @saboteur("CKPT-8")
 class MoreThanTheModule(Saves):
-    """load_module_only restores the random streams as well."""
+    """load_module_only restores the random streams too."""
 
     def load_ckpt(self, model: Any, *arguments: Any, load_module_only: bool = False, **more: Any) -> Any:
         if load_module_only:
@@ -277,7 +292,7 @@ class MoreThanTheModule(Saves):
 
 @saboteur("CKPT-8")
 class NeverStrict(Saves):
-    """Loads what fits, whatever was asked."""
+    """load_module_strict is ignored: loads the parameters that both have."""
 
     def load_ckpt(self, model: Any, *arguments: Any, load_module_strict: bool = True, **more: Any) -> Any:
         return super().load_ckpt(model, *arguments, load_module_strict=False, **more)
@@ -294,7 +309,7 @@ class DrawsATag(Saves):
 
 @saboteur("CKPT-9", world=2)
 class PathsOfItsOwn(PlainStrategy):
-    """Each rank returns the path of its own file."""
+    """Each rank returns a different path."""
 
     def save_ckpt(self, model: Any, *arguments: Any, **more: Any) -> Any:
         path = super().save_ckpt(model, *arguments, **more)
@@ -303,7 +318,7 @@ class PathsOfItsOwn(PlainStrategy):
 
 @saboteur("CKPT-10")
 class Unpickles(Saves):
-    """Reads a pickle where one lies beside the checkpoint."""
+    """Unpickles a file that lies in the checkpoint."""
 
     def load_ckpt(self, model: Any, load_dir: Any, tag: str | None = None, **more: Any) -> Any:
         extra = Path(load_dir) / str(tag) / "client_state.pt"
@@ -315,7 +330,7 @@ class Unpickles(Saves):
 
 @saboteur("CKPT-11", world=2)
 class Alone(PlainStrategy):
-    """A rank that could not write keeps it to itself; the others go on as if all were well."""
+    """If saving fails, only rank 0 raises."""
 
     def save_ckpt(self, model: Any, *arguments: Any, **more: Any) -> Any:
         try:
@@ -328,7 +343,7 @@ class Alone(PlainStrategy):
 
 @saboteur("CKPT-11")
 class RemovesFirst(Saves):
-    """Makes room for the new checkpoint before it is written."""
+    """Old checkpoints are removed before the new one is written."""
 
     def save_ckpt(self, model: Any, save_dir: Any, *arguments: Any, **more: Any) -> Any:
         if os.path.isdir(save_dir):
@@ -339,47 +354,26 @@ class RemovesFirst(Saves):
 
 
 @saboteur("CKPT-11")
-class LosesFailures(Saves):
-    """What goes wrong in the background is never told."""
+class LosesFailures(FakeStrategy):
+    """The error of a save in the background is never raised."""
 
-    def save_ckpt(self, model: Any, *arguments: Any, **more: Any) -> Any:
-        background = self._checkpoints._background
-        if background is not None:
-            if background._thread is not None:
-                background._thread.join()
-            background._failure = None
-        return super().save_ckpt(model, *arguments, **more)
-
-
-class _SharesMemory(Checkpoints):
-    """Writes in the background from the model's own memory, a while later."""
-
-    @override
-    def save(self, *arguments: Any, **more: Any) -> Path:
-        from lightrft.strategy.checkpoint.background import Background
-        from lightrft.strategy.checkpoint.saving import Saving
-
-        original, write = Saving.detached, Saving.write
-
-        def later(saving: Saving, agreement: Any) -> Path:
-            import time
-
-            time.sleep(0.3)
-            return write(saving, agreement)
-
-        Saving.detached, Saving.write = lambda it, _: it, later  # type: ignore[method-assign, assignment]
-        try:
-            assert isinstance(self._background, Background)
-            return super().save(*arguments, **more)
-        finally:
-            Saving.detached = original  # type: ignore[method-assign]
+    def save_ckpt(self, *arguments: Any, **more: Any) -> Any:
+        with suppress(CheckpointError):
+            self._checkpoint_saver.finish()
+        return super().save_ckpt(*arguments, **more)
 
 
 @saboteur("CKPT-12")
 class StoresLater(FakeStrategy):
-    """An asynchronous save stores what the weights have become when it gets to them."""
+    """An asynchronous save stores the weights as they are 0.3 s later, not as they were at the call."""
 
-    def save_ckpt(self, model: Any, *arguments: Any, **more: Any) -> Any:
-        if self._checkpoints._background is not None:
-            self._checkpoints.__class__ = _SharesMemory
-        return super().save_ckpt(model, *arguments, **more)
+    def save_ckpt(self, *arguments: Any, **more: Any) -> Any:
+        run = BackgroundWriter._run
+
+        def run_later(background: BackgroundWriter, path: Path, write: Any) -> None:
+            time.sleep(0.3)
+            run(background, path, write)
+
+        share_memory = patch.object(Staging, "copies", lambda staging, tensors: tensors)
+        with share_memory, patch.object(BackgroundWriter, "_run", run_later):
+            return super().save_ckpt(*arguments, **more)

@@ -12,16 +12,16 @@ from lightrft.strategy import FakeStrategy
 # mypy: disable-error-code="misc"
 
 
-def everywhere(function: Any, data: Any) -> Any:
-    """``function`` of every leaf."""
+def map_leaves(function: Any, data: Any) -> Any:
+    """Return ``data`` with ``function`` of every leaf."""
     if isinstance(data, dict):
-        return {key: everywhere(function, value) for key, value in data.items()}
+        return {key: map_leaves(function, value) for key, value in data.items()}
     return function(data)
 
 
 @saboteur("COLL-1", world=2)
 class MaxIsSum(PlainStrategy):
-    """The maximum is the sum."""
+    """op="max" computes the sum."""
 
     def all_reduce(self, data: Any, op: Any = "mean") -> Any:
         return super().all_reduce(data, "sum" if op == "max" else op)
@@ -29,7 +29,7 @@ class MaxIsSum(PlainStrategy):
 
 @saboteur("COLL-1", world=2)
 class SinglePrecision(PlainStrategy):
-    """Python numbers are computed in fp32."""
+    """Python numbers are reduced in fp32."""
 
     def all_reduce(self, data: Any, op: Any = "mean") -> Any:
         def leaf(value: Any) -> Any:
@@ -38,12 +38,12 @@ class SinglePrecision(PlainStrategy):
             result = super(SinglePrecision, self).all_reduce(torch.tensor(float(value)), op).item()
             return int(result) if isinstance(value, int) and op != "mean" else result
 
-        return everywhere(leaf, data)
+        return map_leaves(leaf, data)
 
 
 @saboteur("COLL-1", world=2)
 class WholeNumbersAsDoubles(PlainStrategy):
-    """int64 is summed as float64, which holds no more than 53 bits."""
+    """int64 is summed in float64, which has 53 bits."""
 
     def all_reduce(self, data: Any, op: Any = "mean") -> Any:
         if isinstance(data, torch.Tensor) and data.dtype == torch.int64:
@@ -53,7 +53,7 @@ class WholeNumbersAsDoubles(PlainStrategy):
 
 @saboteur("COLL-1", world=2)
 class OrderOfMemory(PlainStrategy):
-    """A tensor that does not lie in memory row by row comes back in the order in which it lies."""
+    """A tensor that is not contiguous comes back in the order of its memory."""
 
     def all_reduce(self, data: Any, op: Any = "mean") -> Any:
         if isinstance(data, torch.Tensor) and data.ndim == 2 and not data.is_contiguous():
@@ -63,7 +63,7 @@ class OrderOfMemory(PlainStrategy):
 
 @saboteur("COLL-1", world=2)
 class LosesNaN(PlainStrategy):
-    """The maximum passes over a NaN of one rank."""
+    """The maximum ignores a NaN of one rank."""
 
     def all_reduce(self, data: Any, op: Any = "mean") -> Any:
         if op == "max" and isinstance(data, torch.Tensor) and data.is_floating_point():
@@ -73,7 +73,7 @@ class LosesNaN(PlainStrategy):
 
 @saboteur("COLL-2", world=2)
 class FalseGraph(PlainStrategy):
-    """The result requires a gradient where the argument did, although nothing would flow back."""
+    """The result requires a gradient if the argument does, although it has no graph."""
 
     def all_reduce(self, data: Any, op: Any = "mean") -> Any:
         result = super().all_reduce(data, op)
@@ -82,12 +82,12 @@ class FalseGraph(PlainStrategy):
 
 @saboteur("COLL-4", world=2)
 class SqueezesColumns(PlainStrategy):
-    """A single column that is gathered comes back without its dimension."""
+    """A gathered single column comes back without its dimension."""
 
     def all_gather(self, data: Any) -> Any:
-        found = super().all_gather(data)
-        single = isinstance(found, torch.Tensor) and found.ndim > 1 and found.shape[-1] == 1
-        return found.squeeze(-1) if single else found
+        result = super().all_gather(data)
+        single = isinstance(result, torch.Tensor) and result.ndim > 1 and result.shape[-1] == 1
+        return result.squeeze(-1) if single else result
 
 
 @saboteur("COLL-1", world=2)
@@ -101,12 +101,12 @@ class WholeMeans(PlainStrategy):
 
 @saboteur("COLL-1", world=2)
 class LastRankOff(PlainStrategy):
-    """On the last rank alone, sums are a little off."""
+    """On the last rank, floats are 1 too large."""
 
     def all_reduce(self, data: Any, op: Any = "mean") -> Any:
         result = super().all_reduce(data, op)
         last = self.world.rank == self.world.size - 1
-        return everywhere(lambda it: it + 1 if last and isinstance(it, float) else it, result)
+        return map_leaves(lambda leaf: leaf + 1 if last and isinstance(leaf, float) else leaf, result)
 
 
 @saboteur("COLL-7")
@@ -126,13 +126,13 @@ class InPlace(PlainStrategy):
     def all_reduce(self, data: Any, op: Any = "mean") -> Any:
         result = super().all_reduce(data, op)
         if isinstance(data, torch.Tensor):
-            data.copy_(result)
+            data.detach().copy_(result)
         return result
 
 
 @saboteur("COLL-2")
 class SameMemory(FakeStrategy):
-    """On one rank all_reduce returns its argument."""
+    """On one rank, all_reduce returns its argument."""
 
     def all_reduce(self, data: Any, op: Any = "mean") -> Any:
         super().all_reduce(data, op)
@@ -141,7 +141,7 @@ class SameMemory(FakeStrategy):
 
 @saboteur("COLL-2")
 class GathersViews(FakeStrategy):
-    """On one rank all_gather returns a view of its argument."""
+    """On one rank, all_gather returns a view of its argument."""
 
     def all_gather(self, data: Any) -> Any:
         result = super().all_gather(data)
@@ -150,11 +150,11 @@ class GathersViews(FakeStrategy):
 
 @saboteur("COLL-3")
 class SortsKeys(FakeStrategy):
-    """Keys come back in another order."""
+    """Keys come back sorted."""
 
     def all_reduce(self, data: Any, op: Any = "mean") -> Any:
         result = super().all_reduce(data, op)
-        return dict(sorted(result.items(), key=lambda it: str(it[0]))) if isinstance(result, dict) else result
+        return dict(sorted(result.items(), key=lambda item: str(item[0]))) if isinstance(result, dict) else result
 
 
 @saboteur("COLL-3")
@@ -163,22 +163,26 @@ class Flattens(FakeStrategy):
 
     def all_reduce(self, data: Any, op: Any = "mean") -> Any:
         result = super().all_reduce(data, op)
-        return everywhere(lambda it: it.reshape(1) if isinstance(it, torch.Tensor) and it.ndim == 0 else it, result)
+        return map_leaves(
+            lambda leaf: leaf.reshape(1) if isinstance(leaf, torch.Tensor) and not leaf.ndim else leaf, result
+        )
 
 
 @saboteur("COLL-3")
 class WidensHalves(FakeStrategy):
-    """Half precision comes back as fp32."""
+    """bf16 and fp16 come back as fp32."""
 
     def all_reduce(self, data: Any, op: Any = "mean") -> Any:
-        half = (torch.bfloat16, torch.float16)
-        result = super().all_reduce(data, op)
-        return everywhere(lambda it: it.float() if isinstance(it, torch.Tensor) and it.dtype in half else it, result)
+        def leaf(value: Any) -> Any:
+            half = isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+            return value.float() if half else value
+
+        return map_leaves(leaf, super().all_reduce(data, op))
 
 
 @saboteur("COLL-4", world=2)
 class WrongOrder(PlainStrategy):
-    """all_gather concatenates the last rank first."""
+    """all_gather concatenates the ranks in reverse order."""
 
     def all_gather(self, data: Any) -> Any:
         if not isinstance(data, (int, float)):
@@ -188,7 +192,7 @@ class WrongOrder(PlainStrategy):
 
 @saboteur("COLL-4", world=2)
 class EvenRows(PlainStrategy):
-    """all_gather cuts every rank to the fewest rows."""
+    """all_gather cuts every rank to the smallest number of rows."""
 
     def all_gather(self, data: Any) -> Any:
         def leaf(value: Any) -> Any:
@@ -197,12 +201,12 @@ class EvenRows(PlainStrategy):
             fewest = -int(super(EvenRows, self).all_reduce(-value.shape[0], "max"))
             return super(EvenRows, self).all_gather(value[:fewest])
 
-        return everywhere(leaf, data)
+        return map_leaves(leaf, data)
 
 
 @saboteur("COLL-4")
 class BareScalars(FakeStrategy):
-    """On one rank a number comes back as a 0-dim tensor."""
+    """On one rank, all_gather of a number returns a 0-dim tensor."""
 
     def all_gather(self, data: Any) -> Any:
         result = super().all_gather(data)
@@ -211,7 +215,7 @@ class BareScalars(FakeStrategy):
 
 @saboteur("COLL-5", world=2)
 class AnyOp(PlainStrategy):
-    """An unknown op is taken for the sum."""
+    """An unknown op computes the sum."""
 
     def all_reduce(self, data: Any, op: Any = "mean") -> Any:
         return super().all_reduce(data, op if op in ("mean", "sum", "max") else "sum")
@@ -219,7 +223,7 @@ class AnyOp(PlainStrategy):
 
 @saboteur("COLL-5", world=2)
 class FewestKeys(PlainStrategy):
-    """Only the keys that all ranks have are reduced, without a word."""
+    """Keys that not all ranks pass are dropped, without an error."""
 
     def all_reduce(self, data: Any, op: Any = "mean") -> Any:
         if not isinstance(data, dict):
@@ -232,7 +236,7 @@ class FewestKeys(PlainStrategy):
 
 @saboteur("COLL-5", world=2)
 class OneRankReturns(PlainStrategy):
-    """Where the ranks do not agree, rank 0 returns its own argument."""
+    """If the ranks pass different structures, rank 0 returns its argument."""
 
     def all_gather(self, data: Any) -> Any:
         try:
@@ -255,4 +259,4 @@ class HalfSums(PlainStrategy):
             total = sum(parts[1:], start=parts[0])
             return (total / self.world.size if op == "mean" else total).reshape(value.shape)
 
-        return everywhere(leaf, data)
+        return map_leaves(leaf, data)

@@ -1,4 +1,4 @@
-"""Right strategies that look odd, and must not be accused."""
+"""Correct strategies that look odd, and must not be accused."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -12,28 +12,27 @@ from typing_extensions import override
 from lightrft.conformance.saboteurs.catalogue import control
 from lightrft.conformance.saboteurs.plain import PlainStrategy
 from lightrft.strategy import FakeStrategy
-from lightrft.strategy.backend import WrapOptions
-from lightrft.strategy.training.gradients import GradientShards
-from lightrft.strategy.training.trained_model import TrainedModel
+from lightrft.strategy.backend import GradientShards, ReplicatedBackend, TrainedModel
+from lightrft.strategy.backend.types import WrapOptions
+from lightrft.strategy.fake_strategy import FakeBackend
 
 
 @control()
-class Slow(FakeStrategy):
-    """Takes its time over every update."""
+class Slow(FakeBackend):
+    """Waits 5 ms in each update."""
 
     @override
-    def _update(self, trained: TrainedModel, factor: float) -> float:
+    def reduce(self, trained: TrainedModel) -> None:
         time.sleep(0.005)
-        return super()._update(trained, factor)
 
 
 @control()
-class Backwards(FakeStrategy):
+class Backwards(FakeBackend):
     """Sums the norm in the opposite order."""
 
     @override
-    def _gradient_shards(self, trained: TrainedModel) -> Sequence[GradientShards]:
-        return [GradientShards(tensors=list(reversed(part.tensors))) for part in super()._gradient_shards(trained)]
+    def gradient_shards(self, trained: TrainedModel) -> Sequence[GradientShards]:
+        return [GradientShards(tensors=list(reversed(part.tensors))) for part in super().gradient_shards(trained)]
 
 
 class Shell(nn.Module):
@@ -49,45 +48,45 @@ class Shell(nn.Module):
 
 
 @control()
-class Wrapping(FakeStrategy):
-    """Wraps every model, and so does not adopt bare ones."""
+class Wrapping(FakeBackend):
+    """Wraps every model, and so does not accept unprepared ones."""
 
-    adopts = False
+    accepts_unprepared = False
     capabilities = frozenset({"uneven_modules"})
 
     @override
-    def _wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
-        return Shell(super()._wrap(module, options))
+    def wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
+        return Shell(super().wrap(module, options))
 
 
 @control(world=2)
 class TwoRanks(PlainStrategy):
-    """Averages gradients by hand."""
+    """Averages gradients once an update."""
 
 
 @control(world=2)
-class AveragesAtOnce(PlainStrategy):
-    """Averages the gradient at each backward: the other family."""
+class AveragesAtOnce(ReplicatedBackend):
+    """Averages gradients in each backward pass, as FSDP2 does."""
 
     @override
-    def _backward(self, trained: TrainedModel, loss: torch.Tensor, retain_graph: bool) -> None:
+    def backward(self, trained: TrainedModel, loss: torch.Tensor, *, retain_graph: bool) -> None:
         before = [None if p.grad is None else p.grad.clone() for p in trained.parameters]
         for parameter in trained.parameters:
             parameter.grad = None
-        loss.backward(retain_graph=retain_graph)
-        self.average(trained)
+        super().backward(trained, loss, retain_graph=retain_graph)
+        super().reduce(trained)
         for parameter, old in zip(trained.parameters, before, strict=True):
             if old is not None and parameter.grad is not None:
                 parameter.grad += old
 
     @override
-    def _update(self, trained: TrainedModel, factor: float) -> float:
-        return FakeStrategy._update(self, trained, factor)
+    def reduce(self, trained: TrainedModel) -> None:
+        pass
 
 
 @control()
 class Chatty(FakeStrategy):
-    """Prints a great deal."""
+    """Prints 50 lines in each call."""
 
     @contextmanager
     @override

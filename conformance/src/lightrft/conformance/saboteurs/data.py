@@ -9,20 +9,20 @@ from typing_extensions import override
 from lightrft.conformance.saboteurs.catalogue import saboteur
 from lightrft.conformance.saboteurs.plain import PlainStrategy
 from lightrft.strategy import FakeStrategy
-from lightrft.strategy.training.data import ElasticSampler, ResumableLoader
+from lightrft.strategy.data.loaders import ElasticSampler, ResumableLoader
 
 # mypy: disable-error-code="misc"
 
 
-def with_sampler(loader: Any, kind: type[ElasticSampler]) -> Any:
-    """``loader`` with its sampler turned into a ``kind``."""
+def with_sampler(loader: Any, sampler_class: type[ElasticSampler]) -> Any:
+    """Return ``loader`` with its sampler turned into a ``sampler_class``."""
     if isinstance(loader, ResumableLoader):
-        loader._elastic.__class__ = kind
+        loader._sampler.__class__ = sampler_class
     return loader
 
 
-class Odd(FakeStrategy):
-    """A strategy with a sampler of its own."""
+class WithSampler(FakeStrategy):
+    """A strategy whose loaders have another sampler."""
 
     sampler: type[ElasticSampler] = ElasticSampler
 
@@ -38,7 +38,7 @@ class _DropsOne(ElasticSampler):
 
 
 @saboteur("DATA-1")
-class DropsASample(Odd):
+class DropsASample(WithSampler):
     """One sample is never seen; another is seen twice."""
 
     sampler = _DropsOne
@@ -56,8 +56,8 @@ class _PadsARound(ElasticSampler):
 
 
 @saboteur("DATA-1")
-class PadsTooMuch(Odd):
-    """More is repeated than is needed."""
+class PadsTooMuch(WithSampler):
+    """More samples are repeated than are needed to fill the last round."""
 
     sampler = _PadsARound
 
@@ -85,8 +85,8 @@ class _OffByOne(ElasticSampler):
 
 
 @saboteur("DATA-2")
-class RepeatsOne(Odd):
-    """Resuming repeats a sample."""
+class RepeatsOne(WithSampler):
+    """Resuming repeats one sample."""
 
     sampler = _OffByOne
 
@@ -101,8 +101,8 @@ class _ShufflesAgain(ElasticSampler):
 
 
 @saboteur("DATA-2")
-class AnotherOrder(Odd):
-    """Resuming gives the samples that were left in another order."""
+class AnotherOrder(WithSampler):
+    """Resuming gives the remaining samples in another order."""
 
     sampler = _ShufflesAgain
 
@@ -114,8 +114,8 @@ class _Global(ElasticSampler):
 
 
 @saboteur("DATA-3")
-class GlobalStream(Odd):
-    """The order follows torch's global stream."""
+class GlobalStream(WithSampler):
+    """The order depends on torch's global random stream."""
 
     sampler = _Global
 
@@ -131,7 +131,7 @@ class _OneOrder(ElasticSampler):
 
 
 @saboteur("DATA-3")
-class OneOrder(Odd):
+class OneOrder(WithSampler):
     """All epochs have the same order."""
 
     sampler = _OneOrder

@@ -1,4 +1,4 @@
-"""Defects of models that leave."""
+"""Defects of save_model."""
 
 import json
 from pathlib import Path
@@ -15,34 +15,36 @@ from lightrft.strategy import FakeStrategy
 
 
 def _rewrite(folder: Path, change: Any) -> None:
-    """Put what ``change`` makes of its tensors in each file of ``folder``."""
+    """Replace the tensors in each file of ``folder`` by what ``change`` returns for them."""
     for file in folder.glob("*.safetensors"):
         save_file(change(load_file(file)), file, {"format": "pt"})
 
 
 @saboteur("EXPORT-1")
 class ExportsHalf(FakeStrategy):
-    """Weights are written as bf16 holds them, whatever type was asked for."""
+    """Weights are always rounded to bf16, regardless of dtype."""
 
     def save_model(self, *arguments: Any, **more: Any) -> Path:
         folder = super().save_model(*arguments, **more)
-        _rewrite(folder, lambda tensors: {name: it.bfloat16().float() for name, it in tensors.items()})
+        _rewrite(folder, lambda tensors: {name: tensor.bfloat16().float() for name, tensor in tensors.items()})
         return folder
 
 
 @saboteur("EXPORT-1")
 class ExportsNoNorms(FakeStrategy):
-    """The last norm is left out, and begins anew where the model is opened."""
+    """The weights of the last norm are left out."""
 
     def save_model(self, *arguments: Any, **more: Any) -> Path:
         folder = super().save_model(*arguments, **more)
-        _rewrite(folder, lambda tensors: {name: it for name, it in tensors.items() if name != "model.norm.weight"})
+        _rewrite(
+            folder, lambda tensors: {name: value for name, value in tensors.items() if name != "model.norm.weight"}
+        )
         return folder
 
 
 @saboteur("EXPORT-1")
 class ExportsUntied(FakeStrategy):
-    """Tied embeddings are written twice, and come apart."""
+    """Tied embeddings are written twice, untied."""
 
     def save_model(self, *arguments: Any, **more: Any) -> Path:
         folder = super().save_model(*arguments, **{**more, "max_shard_size": "5GB"})
@@ -55,7 +57,7 @@ class ExportsUntied(FakeStrategy):
 
 @saboteur("EXPORT-1")
 class ExportsNoTokenizer(FakeStrategy):
-    """The tokenizer stays behind."""
+    """The tokenizer is not written."""
 
     def save_model(self, model: Any, tokenizer: Any, output_dir: Any, **more: Any) -> Path:
         return super().save_model(model, None, output_dir, **more)
@@ -63,16 +65,16 @@ class ExportsNoTokenizer(FakeStrategy):
 
 @saboteur("EXPORT-1")
 class ExportsOnce(FakeStrategy):
-    """A directory that is there is left as it is."""
+    """An existing directory is not replaced."""
 
     def save_model(self, model: Any, tokenizer: Any, output_dir: Any, **more: Any) -> Path:
-        there = Path(output_dir)
-        return there if there.exists() else super().save_model(model, tokenizer, output_dir, **more)
+        folder = Path(output_dir)
+        return folder if folder.exists() else super().save_model(model, tokenizer, output_dir, **more)
 
 
 @saboteur("EXPORT-1", world=2)
 class ExportsUnderManyNames(PlainStrategy):
-    """Each rank has a name of its own for where the model is."""
+    """Each rank returns a different path."""
 
     def save_model(self, *arguments: Any, **more: Any) -> Path:
         folder = super().save_model(*arguments, **more)
@@ -81,10 +83,12 @@ class ExportsUnderManyNames(PlainStrategy):
 
 @saboteur("EXPORT-2", world=2)
 class ExportsAtOnce(PlainStrategy):
-    """The whole model is copied before any of it is written: LightRFT's."""
+    """The whole model is gathered before any of it is written: LightRFT's."""
 
     def save_model(self, model: Any, *arguments: Any, **more: Any) -> Path:
-        everything = [it.clone() for bucket in self.full_parameters(model, dtype=torch.float32) for _, it in bucket]
+        everything = [
+            value.clone() for bucket in self.full_parameters(model, dtype=torch.float32) for _, value in bucket
+        ]
         folder = super().save_model(model, *arguments, **more)
         everything.clear()
         return folder

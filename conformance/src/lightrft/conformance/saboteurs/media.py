@@ -11,7 +11,7 @@ from lightrft.strategy import FakeStrategy
 
 
 class Media(FakeStrategy):
-    """A strategy whose media are easy to bend."""
+    """A strategy that can change prompts and media before it generates."""
 
     def gather_and_generate(
         self,
@@ -24,10 +24,10 @@ class Media(FakeStrategy):
         all_videos: Any = None,
         videos_num: Any = None,
     ) -> Any:
-        bend: Callable[..., Any] = self.bent
+        changed: Callable[..., Any] = self.changed
         return super().gather_and_generate(
             sampling_params,
-            **bend(
+            **changed(
                 all_prompt_token_ids=all_prompt_token_ids,
                 all_prompts=all_prompts,
                 all_images=all_images,
@@ -38,51 +38,51 @@ class Media(FakeStrategy):
             sleep_engine=sleep_engine,
         )
 
-    def bent(self, **arguments: Any) -> dict[str, Any]:
-        """The arguments as they are."""
+    def changed(self, **arguments: Any) -> dict[str, Any]:
+        """Return the arguments to generate with."""
         return arguments
 
 
 def _flat(media: Any) -> list[Any]:
-    return [it for own in media for it in (own if isinstance(own, list) else [own])]
+    return [item for each in media for item in (each if isinstance(each, list) else [each])]
 
 
 @saboteur("GEN-4")
 class FirstImageOnly(Media):
-    """Of several images only the first arrives: LightRFT's SGLang."""
+    """Of several images of a prompt, only the first is used: LightRFT's SGLang."""
 
-    def bent(self, **arguments: Any) -> dict[str, Any]:
+    def changed(self, **arguments: Any) -> dict[str, Any]:
         if arguments["all_images"] is None or arguments["images_num"] is None:
             return arguments
-        flat, own = _flat(arguments["all_images"]), []
+        flat, first = _flat(arguments["all_images"]), []
         for count in arguments["images_num"]:
-            own.append(flat[: min(count, 1)])
+            first.append(flat[: min(count, 1)])
             flat = flat[count:]
-        return {**arguments, "all_images": own, "images_num": [len(it) for it in own]}
+        return {**arguments, "all_images": first, "images_num": [len(images) for images in first]}
 
 
 @saboteur("GEN-4")
 class NoVideos(Media):
-    """Videos do not arrive: LightRFT's SGLang."""
+    """Videos are ignored: LightRFT's SGLang."""
 
-    def bent(self, **arguments: Any) -> dict[str, Any]:
+    def changed(self, **arguments: Any) -> dict[str, Any]:
         return {**arguments, "all_videos": None, "videos_num": None}
 
 
 @saboteur("GEN-4")
 class StripsEverything(Media):
-    """Prompts without media lose every special token."""
+    """Special tokens are removed from prompts."""
 
-    def bent(self, **arguments: Any) -> dict[str, Any]:
+    def changed(self, **arguments: Any) -> dict[str, Any]:
         prompts = arguments["all_prompts"]
         return {**arguments, "all_prompts": prompts and [text.replace("<|other|>", "") for text in prompts]}
 
 
 @saboteur("GEN-7")
 class CutsCounts(Media):
-    """Counts that do not add up are made to."""
+    """If images_num does not add up to the number of images, all images are dropped."""
 
-    def bent(self, **arguments: Any) -> dict[str, Any]:
+    def changed(self, **arguments: Any) -> dict[str, Any]:
         images, counts = arguments["all_images"], arguments["images_num"]
         if images is not None and counts is not None and sum(counts) != len(_flat(images)):
             return {**arguments, "images_num": None, "all_images": None}
@@ -91,7 +91,7 @@ class CutsCounts(Media):
 
 @saboteur("GEN-5", world=2)
 class AllOrNone(PlainStrategy):
-    """If one rank has no images, none of them has."""
+    """If one rank has no images, the images of all ranks are dropped."""
 
     def gather_and_generate(self, *arguments: Any, **more: Any) -> Any:
         having = self.all_reduce(float(more.get("all_images") is not None))
@@ -102,7 +102,7 @@ class AllOrNone(PlainStrategy):
 
 @saboteur("ALL-1")
 class ForgetsAfterSleep(FakeStrategy):
-    """The first sleep that is asked for is lost."""
+    """The second call of maybe_sleep_inference_engine does nothing."""
 
     _syncs, _sleeps = 0, 0
 
@@ -114,7 +114,7 @@ class ForgetsAfterSleep(FakeStrategy):
 
 @saboteur("ALL-1")
 class AveragesAfterOffload(FakeStrategy):
-    """An average after an offload is left out."""
+    """After an offload, averages no longer move."""
 
     def maybe_offload_optimizer(self, optimizer: Any) -> Any:
         self._offloaded_once = True

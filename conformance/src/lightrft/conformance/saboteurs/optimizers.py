@@ -1,4 +1,4 @@
-"""Defects of schedules, decay and numbers."""
+"""Defects of schedules, weight decay, hyperparameters and arithmetic."""
 
 from typing import Any
 
@@ -8,152 +8,220 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightrft.conformance.saboteurs.catalogue import saboteur
-from lightrft.conformance.saboteurs.stepping import Stepping
 from lightrft.strategy import FakeStrategy
-from lightrft.strategy.training.trained_model import TrainedModel
+from lightrft.strategy.backend import TrainedModel
+from lightrft.strategy.fake_strategy import FakeBackend
+from lightrft.strategy.step.update import reduce_clip_and_step
 
 # mypy: disable-error-code="misc"
 
 
 @saboteur("OPT-6")
-class NeedsSchedule(Stepping):
+class NeedsSchedule(FakeStrategy):
     """scheduler=None is an error."""
 
-    def bent(self, optimizer: Any, model: Any, scheduler: Any, boundary: Any) -> Any:
-        result = self.straight(optimizer, model, None, boundary)
+    def optimizer_step(self, optimizer: Any, model: Any, scheduler: Any = None, *arguments: Any, **more: Any) -> Any:
+        result = super().optimizer_step(optimizer, model, None, *arguments, **more)
         if result.applied:
             scheduler.step()
         return result
 
 
 @saboteur("OPT-6")
-class SchedulesTwice(Stepping):
-    """The schedule moves twice an update."""
+class SchedulesTwice(FakeStrategy):
+    """The schedule steps twice an update."""
 
-    def bent(self, optimizer: Any, model: Any, scheduler: Any, boundary: Any) -> Any:
-        result = self.straight(optimizer, model, scheduler, boundary)
+    def optimizer_step(self, optimizer: Any, model: Any, scheduler: Any = None, *arguments: Any, **more: Any) -> Any:
+        result = super().optimizer_step(optimizer, model, scheduler, *arguments, **more)
         if result.applied and scheduler is not None:
             scheduler.step()
         return result
 
 
 @saboteur("OPT-7")
-class DecaysEverything(FakeStrategy):
-    """Weight decay does not spare biases and norms."""
+class DecaysEverything(FakeBackend):
+    """Weight decay includes biases and norms."""
 
     @override
-    def _create_optimizer(self, module: nn.Module, **settings: Any) -> Optimizer:
+    def create_optimizer(self, module: nn.Module, **settings: Any) -> Optimizer:
         return torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], **settings)
 
 
 @saboteur("OPT-7")
-class DecaysTheFrozenGiven(FakeStrategy):
-    """What is frozen decays, where the optimizer was given it."""
+class DecaysTheFrozenGiven(FakeBackend):
+    """Frozen parameters that the optimizer was given decay."""
 
     @override
-    def _update(self, trained: TrainedModel, factor: float) -> float:
-        frozen = [p for group in trained.optimizer.param_groups for p in group["params"] if not p.requires_grad]
-        for parameter in frozen:
-            parameter.grad = torch.zeros_like(parameter)
-        return super()._update(trained, factor)
+    def reduce(self, trained: TrainedModel) -> None:
+        for group in trained.optimizer.param_groups:
+            for parameter in group["params"]:
+                if not parameter.requires_grad:
+                    parameter.grad = torch.zeros_like(parameter)
 
 
 @saboteur("OPT-7")
-class LeavesTheUnused(FakeStrategy):
-    """A parameter that got no gradient does not decay."""
+class LeavesTheUnused(FakeBackend):
+    """A parameter without a gradient does not decay."""
 
     @override
-    def _update(self, trained: TrainedModel, factor: float) -> float:
+    def fused_step(self, trained: TrainedModel, factor: float) -> float:
         unused = [(p, p.detach().clone()) for p in trained.parameters if p.grad is None]
-        norm = super()._update(trained, factor)
+        norm = reduce_clip_and_step(self, trained, factor)
         for parameter, value in unused:
             parameter.data.copy_(value)
         return norm
 
 
 @saboteur("OPT-7")
-class DecaysTheFrozen(FakeStrategy):
-    """Frozen parameters decay."""
+class DecaysTheFrozen(FakeBackend):
+    """All frozen parameters of the model decay."""
 
     @override
-    def _update(self, trained: TrainedModel, factor: float) -> float:
-        norm = super()._update(trained, factor)
+    def reduce(self, trained: TrainedModel) -> None:
         for parameter in trained.model.parameters():
             if not parameter.requires_grad:
                 parameter.data.mul_(0.999)
-        return norm
+
+
+@saboteur("OPT-20")
+class BetasIgnored(FakeBackend):
+    """create_optimizer ignores betas."""
+
+    @override
+    def create_optimizer(self, module: nn.Module, **settings: Any) -> Optimizer:
+        settings.pop("betas", None)
+        return super().create_optimizer(module, **settings)
+
+
+@saboteur("OPT-20")
+class EpsIgnored(FakeBackend):
+    """create_optimizer ignores eps."""
+
+    @override
+    def create_optimizer(self, module: nn.Module, **settings: Any) -> Optimizer:
+        settings.pop("eps", None)
+        return super().create_optimizer(module, **settings)
+
+
+@saboteur("OPT-20")
+class CoupledDecay(FakeBackend):
+    """Weight decay is added to the gradient, as in Adam with L2, not applied to the weights, as in AdamW."""
+
+    @override
+    def create_optimizer(self, module: nn.Module, **settings: Any) -> Optimizer:
+        optimizer = super().create_optimizer(module, **settings)
+        for group in optimizer.param_groups:
+            group["decoupled_weight_decay"] = False
+        return optimizer
+
+
+class FreezesHyperparameter(FakeBackend):
+    """A backend that steps with the value that one hyperparameter had when the optimizer was bound."""
+
+    hyperparameter: str
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._bound: dict[TrainedModel, list[Any]] = {}
+
+    @override
+    def bind(self, trained: TrainedModel) -> None:
+        self._bound[trained] = [group[self.hyperparameter] for group in trained.optimizer.param_groups]
+
+    @override
+    def reduce(self, trained: TrainedModel) -> None:
+        for group, value in zip(trained.optimizer.param_groups, self._bound[trained], strict=True):
+            group[self.hyperparameter] = value
+
+
+@saboteur("PREP-9")
+class DecayNotLive(FreezesHyperparameter):
+    """A weight decay that a script changes in param_groups has no effect."""
+
+    hyperparameter = "weight_decay"
+
+
+@saboteur("PREP-9")
+class BetasNotLive(FreezesHyperparameter):
+    """Betas that a script changes in param_groups have no effect."""
+
+    hyperparameter = "betas"
+
+
+@saboteur("PREP-9")
+class DeadRates(FreezesHyperparameter):
+    """A learning rate that a script changes in param_groups has no effect."""
+
+    hyperparameter = "lr"
 
 
 @saboteur("OPT-8")
-class AnotherEpsilon(FakeStrategy):
-    """The optimizer has another epsilon."""
+class AnotherEpsilon(FakeBackend):
+    """The default epsilon is 1e-6."""
 
     @override
-    def _create_optimizer(self, module: nn.Module, **settings: Any) -> Optimizer:
-        return super()._create_optimizer(module, **{"eps": 1e-6, **settings})
+    def create_optimizer(self, module: nn.Module, **settings: Any) -> Optimizer:
+        return super().create_optimizer(module, **{"eps": 1e-6, **settings})
 
 
 @saboteur("OPT-8")
-class FromTheThirdStep(FakeStrategy):
-    """From the third update on the gradient is a little larger."""
+class FromTheThirdStep(FakeBackend):
+    """From the third update on, gradients of biases are 1e-3 too large."""
 
     @override
-    def _update(self, trained: TrainedModel, factor: float) -> float:
+    def reduce(self, trained: TrainedModel) -> None:
         for parameter in trained.parameters:
             if trained.updates >= 2 and parameter.grad is not None and parameter.ndim == 1:
                 parameter.grad.add_(1e-3)
-        return super()._update(trained, factor)
 
 
 @saboteur("OPT-8")
-class OneValueInFifty(FakeStrategy):
-    """One element in fifty of a gradient is lost."""
+class OneValueInFifty(FakeBackend):
+    """One element in fifty of each gradient is 0."""
 
     @override
-    def _update(self, trained: TrainedModel, factor: float) -> float:
+    def reduce(self, trained: TrainedModel) -> None:
         for parameter in trained.parameters:
             if parameter.grad is not None:
                 parameter.grad.view(-1)[::50] = 0
-        return super()._update(trained, factor)
 
 
 @saboteur("OPT-17")
-class FasterInHalf(FakeStrategy):
-    """In bf16 the learning rate is half as large again."""
+class FasterInHalf(FakeBackend):
+    """With bf16, the learning rate is multiplied by 1.5."""
 
     @override
-    def _update(self, trained: TrainedModel, factor: float) -> float:
-        if not self.config.bf16:
-            return super()._update(trained, factor)
+    def fused_step(self, trained: TrainedModel, factor: float) -> float:
+        scale = 1.5 if self.config.bf16 else 1.0
         rates = [group["lr"] for group in trained.optimizer.param_groups]
         for group in trained.optimizer.param_groups:
-            group["lr"] *= 1.5
-        norm = super()._update(trained, factor)
+            group["lr"] *= scale
+        norm = reduce_clip_and_step(self, trained, factor)
         for group, rate in zip(trained.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         return norm
 
 
 @saboteur("OPT-9")
-class KeepsGradients(FakeStrategy):
+class KeepsGradients(FakeBackend):
     """A tenth of the gradient stays for the next update."""
 
     @override
-    def _update(self, trained: TrainedModel, factor: float) -> float:
+    def fused_step(self, trained: TrainedModel, factor: float) -> float:
         kept = [None if p.grad is None else 0.1 * p.grad for p in trained.parameters]
-        norm = super()._update(trained, factor)
+        norm = reduce_clip_and_step(self, trained, factor)
         for parameter, gradient in zip(trained.parameters, kept, strict=True):
             parameter.grad = gradient
         return norm
 
 
 @saboteur("OPT-10")
-class NoMasters(FakeStrategy):
-    """In bf16 the weights themselves are rounded to bf16."""
+class NoMasters(FakeBackend):
+    """With bf16, there are no fp32 master weights: weights are rounded to bf16 after each update."""
 
     @override
-    def _update(self, trained: TrainedModel, factor: float) -> float:
-        norm = super()._update(trained, factor)
+    def fused_step(self, trained: TrainedModel, factor: float) -> float:
+        norm = reduce_clip_and_step(self, trained, factor)
         if self.config.bf16:
             for parameter in trained.parameters:
                 parameter.data = parameter.data.bfloat16().float()

@@ -1,4 +1,4 @@
-"""Defects of preparing, offloading, and of the weight stream."""
+"""Defects of preparing models, and of the weight stream."""
 
 import copy
 from collections.abc import Iterator
@@ -10,10 +10,11 @@ from torch import nn
 from typing_extensions import override
 
 from lightrft.conformance.saboteurs.catalogue import saboteur
-from lightrft.conformance.saboteurs.plain import PlainStrategy
 from lightrft.strategy import FakeStrategy
-from lightrft.strategy.backend import WrapOptions
-from lightrft.strategy.training.trained_model import TrainedModel
+from lightrft.strategy.backend import ReplicatedBackend, TrainedModel
+from lightrft.strategy.backend.types import WrapOptions
+from lightrft.strategy.fake_strategy import FakeBackend
+from lightrft.strategy.step.update import reduce_clip_and_step
 
 # mypy: disable-error-code="misc"
 
@@ -38,7 +39,7 @@ class DropsNone(FakeStrategy):
 
 @saboteur("PREP-2")
 class UnwrapsTooFar(FakeStrategy):
-    """Unwrapping twice gives a part of the model."""
+    """Unwrapping twice returns a submodule."""
 
     _seen: set[int] = set()
 
@@ -58,74 +59,133 @@ class DoesNotUnwrap(FakeStrategy):
         return model
 
 
+@saboteur("PREP-2")
+class UnwrapCopies(FakeStrategy):
+    """unwrap_model returns a copy, which training does not change."""
+
+    def unwrap_model(self, model: nn.Module) -> nn.Module:
+        return copy.deepcopy(super().unwrap_model(model))
+
+
 @saboteur("PREP-3")
-class ComputesInHalf(FakeStrategy):
-    """fp32 models compute in bf16."""
+class ComputesInHalf(FakeBackend):
+    """Forward passes use bf16 although bf16 is off."""
 
     @override
-    def _forward_context(self, module: nn.Module, options: WrapOptions) -> AbstractContextManager[object]:
+    def forward_context(self, module: nn.Module, options: WrapOptions) -> AbstractContextManager[object]:
         return torch.autocast("cpu", torch.bfloat16)
 
 
 @saboteur("PREP-3")
-class DropsWhatItPrepares(FakeStrategy):
-    """Preparing scales the head of a language model a little."""
+class DropsWhatItPrepares(FakeBackend):
+    """Preparing multiplies the weights of norms by 1.0001."""
 
     @override
-    def _wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
+    def wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
         with torch.no_grad():
             for name, parameter in module.named_parameters():
                 if name.endswith("norm.weight"):
                     parameter.mul_(1.0001)
-        return super()._wrap(module, options)
+        return super().wrap(module, options)
+
+
+class PositionalOnly(nn.Module):
+    """Calls the module that it wraps with positional arguments only."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    @override
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        return self.module(*arguments)
+
+
+@saboteur("PREP-3")
+class KeywordsDropped(FakeBackend):
+    """The wrapped model drops keyword arguments."""
+
+    accepts_unprepared = False
+    capabilities = frozenset({"uneven_modules"})
+
+    @override
+    def wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
+        return PositionalOnly(super().wrap(module, options))
 
 
 @saboteur("PREP-4", world=2)
-class EachItsOwn(PlainStrategy):
-    """Every rank keeps the weights that it built."""
+class EachItsOwn(ReplicatedBackend):
+    """Every rank keeps the weights that it was built with."""
 
     @override
-    def _wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
+    def wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
         return module.to(self.world.device)
 
 
 @saboteur("PREP-4", world=2)
-class BiasesTheirOwn(PlainStrategy):
-    """The first bias stays each rank's own."""
+class BiasesTheirOwn(ReplicatedBackend):
+    """Every rank keeps the first bias that it was built with."""
 
     @override
-    def _wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
-        own = {name: p.detach().clone() for name, p in module.named_parameters() if name.endswith("bias")}
-        super()._wrap(module, options)
+    def wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
+        local = {name: p.detach().clone() for name, p in module.named_parameters() if name.endswith("bias")}
+        super().wrap(module, options)
         for name, parameter in module.named_parameters():
-            if name in list(own)[:1]:
-                parameter.data.copy_(own[name])
+            if name in list(local)[:1]:
+                parameter.data.copy_(local[name])
         return module
 
 
 @saboteur("PREP-5")
-class TrainsTheReference(FakeStrategy):
-    """Updates leak a little into models that were prepared for inference."""
+class TrainsTheReference(FakeBackend):
+    """Each update moves models that were prepared for inference towards the trained model."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._inference: list[nn.Module] = []
 
     @override
-    def _update(self, trained: TrainedModel, factor: float) -> float:
-        norm = super()._update(trained, factor)
-        for other in self._models:
-            if not other.options.training:
-                for own, parameter in zip(other.module.parameters(), trained.model.parameters(), strict=False):
-                    if own.shape == parameter.shape:
-                        own.data.lerp_(parameter.data, 1e-3)
+    def wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
+        if not options.training:
+            self._inference.append(module)
+        return super().wrap(module, options)
+
+    @override
+    def fused_step(self, trained: TrainedModel, factor: float) -> float:
+        norm = reduce_clip_and_step(self, trained, factor)
+        for module in self._inference:
+            for reference, parameter in zip(module.parameters(), trained.model.parameters(), strict=False):
+                if reference.shape == parameter.shape:
+                    reference.data.lerp_(parameter.data, 1e-3)
         return norm
 
 
-@saboteur("PREP-6", world=2)
-class LeavesBuffers(PlainStrategy):
-    """After a meta init, buffers on other ranks than 0 are whatever was in memory."""
+@saboteur("PREP-10")
+class DropoutInTheReference(FakeBackend):
+    """Models prepared for inference stay in training mode."""
 
     @override
-    def _wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
+    def wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
+        return super().wrap(module, options).train()
+
+
+@saboteur("PREP-10")
+class NoDropoutInTraining(FakeBackend):
+    """Reading the weights of a model in training leaves it in evaluation mode."""
+
+    @override
+    def reshard(self, module: nn.Module) -> None:
+        module.eval()
+
+
+@saboteur("PREP-6", world=2)
+class LeavesBuffers(ReplicatedBackend):
+    """After a meta init, buffers on ranks other than 0 are uninitialised."""
+
+    @override
+    def wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
         was_meta = any(buffer.is_meta for buffer in module.buffers())
-        super()._wrap(module, options)
+        super().wrap(module, options)
         for buffer in module.buffers():
             if was_meta:
                 buffer.fill_(float("nan"))
@@ -134,24 +194,30 @@ class LeavesBuffers(PlainStrategy):
 
 @saboteur("PREP-6")
 class BuildsAnother(FakeStrategy):
-    """The context changes the seed."""
+    """After a meta init, the first parameter of every model is 1e-4 too large."""
+
+    class Shifting(FakeBackend):
+        """Adds ``shift`` to the first parameter of every model."""
+
+        shift = 0.0
+
+        @override
+        def wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
+            next(module.parameters()).data.add_(self.shift)
+            return super().wrap(module, options)
+
+    backend_class = Shifting
 
     @contextmanager
     def init_model_context(self, meta_init: bool = False) -> Iterator[None]:
         yield
         if meta_init:
-            self._shift = True
-
-    @override
-    def _wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
-        if getattr(self, "_shift", False):
-            next(module.parameters()).data.add_(1e-4)
-        return super()._wrap(module, options)
+            self.backend.shift = 1e-4  # type: ignore[attr-defined]
 
 
 @saboteur("PREP-7")
 class LosesTheCritic(FakeStrategy):
-    """Where there is no critic, None stands for the three."""
+    """Without a critic, None is returned in place of (None, None, None)."""
 
     def prepare_models_and_optimizers(self, *arguments: Any, **more: Any) -> Any:
         actor, critic, rewards, initial = super().prepare_models_and_optimizers(*arguments, **more)
@@ -160,7 +226,7 @@ class LosesTheCritic(FakeStrategy):
 
 @saboteur("PREP-7")
 class NoWarmUp(FakeStrategy):
-    """The schedule of the whole set begins at the peak."""
+    """prepare_models_and_optimizers sets the actor's learning rate to its peak, without warm-up."""
 
     def prepare_models_and_optimizers(self, *arguments: Any, **more: Any) -> Any:
         result = super().prepare_models_and_optimizers(*arguments, **more)
@@ -171,7 +237,7 @@ class NoWarmUp(FakeStrategy):
 
 @saboteur("PREP-8")
 class NewOptimizer(FakeStrategy):
-    """prepare gives back an optimizer of its own."""
+    """prepare returns a copy of the caller's optimizer."""
 
     def prepare(self, *models: Any, is_rlhf: bool = False) -> Any:
         result = super().prepare(*models)
@@ -182,42 +248,21 @@ class NewOptimizer(FakeStrategy):
 
 @saboteur("PREP-8")
 class WrapFirstForgets(FakeStrategy):
-    """Wrapping first loses weight decay."""
+    """If prepare_model comes before create_optimizer, the optimizer's epsilon is 1e-4."""
 
-    @override
-    def _bind(self, trained: TrainedModel) -> None:
-        if trained.scheduler is None and not self._prepared_together:
-            for group in trained.optimizer.param_groups:
-                group["eps"] = 1e-4
-
-    _prepared_together = False
-
-    def prepare(self, *models: Any, is_rlhf: bool = False) -> Any:
-        self._prepared_together = True
-        try:
-            return super().prepare(*models)
-        finally:
-            self._prepared_together = False
+    def create_optimizer(self, model: nn.Module, **settings: Any) -> Any:
+        optimizer = super().create_optimizer(model, **settings)
+        for group in optimizer.param_groups if self._models.find(model) else ():
+            group["eps"] = 1e-4
+        return optimizer
 
 
 # The weight stream
 
 
-class Bending(FakeStrategy):
-    """A strategy whose weight stream is easy to bend."""
-
-    def full_parameters(self, model: Any, bucket_bytes: Any = None, dtype: Any = None) -> Any:
-        for bucket in super().full_parameters(model, bucket_bytes, dtype):
-            yield self.bent(bucket)
-
-    def bent(self, bucket: list[Any]) -> list[Any]:
-        """The bucket as it is."""
-        return bucket
-
-
 @saboteur("SYNC-7")
 class OneBucket(FakeStrategy):
-    """The size of a bucket is ignored."""
+    """bucket_bytes is ignored."""
 
     def full_parameters(self, model: Any, bucket_bytes: Any = None, dtype: Any = None) -> Any:
         return super().full_parameters(model, 1 << 30, dtype)
@@ -225,7 +270,7 @@ class OneBucket(FakeStrategy):
 
 @saboteur("SYNC-7")
 class TiedTwice(FakeStrategy):
-    """Tied weights come twice."""
+    """Tied weights are yielded twice."""
 
     def full_parameters(self, model: Any, bucket_bytes: Any = None, dtype: Any = None) -> Any:
         for bucket in super().full_parameters(model, bucket_bytes, dtype):
@@ -237,65 +282,18 @@ class TiedTwice(FakeStrategy):
 
 
 @saboteur("SYNC-7")
-class OtherNames(Bending):
-    """Names carry a wrapper's prefix."""
+class OtherNames(FakeStrategy):
+    """Names have a wrapper's prefix."""
 
-    def bent(self, bucket: list[Any]) -> list[Any]:
-        return [(f"module.{name}", tensor) for name, tensor in bucket]
+    def full_parameters(self, *arguments: Any, **more: Any) -> Any:
+        for bucket in super().full_parameters(*arguments, **more):
+            yield [(f"module.{name}", tensor) for name, tensor in bucket]
 
 
 @saboteur("SYNC-7")
-class LeavesBuffersOut(Bending):
+class LeavesBuffersOut(FakeStrategy):
     """Persistent buffers are left out."""
 
-    def bent(self, bucket: list[Any]) -> list[Any]:
-        return [(name, tensor) for name, tensor in bucket if name != "offset"]
-
-
-# Offloading
-
-
-@saboteur("OFF-1")
-class RoundsState(FakeStrategy):
-    """Reloading the optimizer rounds its state to bf16."""
-
-    @override
-    def _move_optimizer(self, trained: TrainedModel, device: torch.device) -> None:
-        super()._move_optimizer(trained, device)
-        for state in trained.optimizer.state.values():
-            state["exp_avg"].copy_(state["exp_avg"].bfloat16())
-
-
-@saboteur("OFF-1")
-class ForgetsState(FakeStrategy):
-    """Offloading twice forgets the optimizer's state."""
-
-    def maybe_offload_optimizer(self, optimizer: Any) -> Any:
-        found = self._models.owner(optimizer)
-        if found is not None and found.trained is not None and found.trained.optimizer_offloaded:
-            optimizer.state.clear()
-        return super().maybe_offload_optimizer(optimizer)
-
-
-@saboteur("OFF-2")
-class ResetsSteps(FakeStrategy):
-    """An update after offloading begins Adam's count anew."""
-
-    @override
-    def _load_optimizer(self, trained: TrainedModel, device: Any = None) -> None:
-        super()._load_optimizer(trained, device)
-        for state in trained.optimizer.state.values():
-            state["step"].zero_()
-
-
-@saboteur("OFF-2")
-class LosesGradients(FakeStrategy):
-    """Reloading a model drops its frozen flags and its momentum."""
-
-    @override
-    def _move_model(self, module: nn.Module, device: torch.device) -> None:
-        super()._move_model(module, device)
-        found = self._models.find(module)
-        if found is not None and found.trained is not None:
-            for state in found.trained.optimizer.state.values():
-                state["exp_avg"].zero_()
+    def full_parameters(self, *arguments: Any, **more: Any) -> Any:
+        for bucket in super().full_parameters(*arguments, **more):
+            yield [(name, tensor) for name, tensor in bucket if name != "offset"]

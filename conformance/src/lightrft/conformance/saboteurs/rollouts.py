@@ -11,16 +11,17 @@ from typing_extensions import override
 from lightrft.conformance.saboteurs.catalogue import saboteur
 from lightrft.conformance.saboteurs.plain import PlainStrategy
 from lightrft.strategy import Completion, EngineStatus, FakeStrategy, Prompt, Sampling
+from lightrft.strategy.models import weight_stream
+from lightrft.strategy.models.weight_stream import Bucket
 from lightrft.strategy.rollout import fake_engine
 from lightrft.strategy.rollout.fake_engine import FakeEngine
-from lightrft.strategy.rollout.weights import Bucket
 
 # mypy: disable-error-code="misc"
 
 
 @saboteur("ENG-1")
 class AlwaysAwake(FakeStrategy):
-    """The engine is said to be awake as long as there is one."""
+    """inference_engine_status is AWAKE wherever there is an engine."""
 
     @property
     def inference_engine_status(self) -> EngineStatus:
@@ -29,7 +30,7 @@ class AlwaysAwake(FakeStrategy):
 
 @saboteur("ENG-1")
 class SleepsAfterErrors(FakeStrategy):
-    """After an exception the engine is put to sleep whether it may sleep or not."""
+    """After an exception, the engine sleeps even with enable_engine_sleep=False."""
 
     def gather_and_generate(self, *arguments: Any, **more: Any) -> Any:
         try:
@@ -42,7 +43,7 @@ class SleepsAfterErrors(FakeStrategy):
 
 @saboteur("ENG-1")
 class SleepsUnasked(FakeStrategy):
-    """The engine sleeps with enable_engine_sleep=False too."""
+    """The engine sleeps even with enable_engine_sleep=False."""
 
     def maybe_sleep_inference_engine(self) -> None:
         if self.inference_engine is not None:
@@ -51,7 +52,7 @@ class SleepsUnasked(FakeStrategy):
 
 @saboteur("ENG-2")
 class TakesAnother(FakeStrategy):
-    """For an unknown engine the fake one is taken."""
+    """An unknown engine_type builds the fake engine."""
 
     def setup_inference_engine(self, args: Any = None, engine_type: Any = None, actor: Any = None) -> Any:
         try:
@@ -62,7 +63,7 @@ class TakesAnother(FakeStrategy):
 
 @saboteur("ENG-3")
 class GeneratesNothing(FakeStrategy):
-    """Without an engine generating gives an empty list: LightRFT's FakeStrategy."""
+    """Without an engine, generating returns an empty list: LightRFT's FakeStrategy."""
 
     def gather_and_generate(self, *arguments: Any, **more: Any) -> Any:
         return [] if self.inference_engine is None else super().gather_and_generate(*arguments, **more)
@@ -70,7 +71,7 @@ class GeneratesNothing(FakeStrategy):
 
 @saboteur("ENG-3")
 class SyncsInSilence(FakeStrategy):
-    """Without an engine syncing says nothing."""
+    """Without an engine, a sync does nothing and says nothing."""
 
     def update_engine_weights(self, actor: Any) -> None:
         if self.inference_engine is not None:
@@ -79,7 +80,7 @@ class SyncsInSilence(FakeStrategy):
 
 @saboteur("SYNC-1")
 class SyncsOnce(FakeStrategy):
-    """Only the first sync sends anything."""
+    """Only the first sync sends weights."""
 
     _synced = False
 
@@ -91,23 +92,25 @@ class SyncsOnce(FakeStrategy):
 
 @saboteur("SYNC-1")
 class SendsBiasesLate(FakeStrategy):
-    """Biases are a sync behind."""
+    """Each sync sends the biases of the sync before."""
 
     _last: dict[str, Any] = {}
 
-    def full_parameters(self, model: Any, bucket_bytes: Any = None, dtype: Any = None) -> Any:
-        for bucket in super().full_parameters(model, bucket_bytes, dtype):
-            if dtype is not None:  # not for the weight sync
-                yield bucket
-                continue
-            old = [(name, self._last.get(name, tensor) if name.endswith("bias") else tensor) for name, tensor in bucket]
-            self._last = {**self._last, **{name: tensor.clone() for name, tensor in bucket}}
-            yield old
+    def update_engine_weights(self, actor: Any) -> None:
+        full_parameters = weight_stream.full_parameters
+
+        def late(*arguments: Any) -> Iterator[Bucket]:
+            for bucket in full_parameters(*arguments):
+                last, self._last = self._last, {**self._last, **{name: tensor.clone() for name, tensor in bucket}}
+                yield [(name, last.get(name, tensor) if name.endswith("bias") else tensor) for name, tensor in bucket]
+
+        with patch.object(weight_stream, "full_parameters", late):
+            super().update_engine_weights(actor)
 
 
 @saboteur("SYNC-3")
 class AlwaysTheFirst(FakeStrategy):
-    """The first actor is sent, whichever is passed: LightRFT's."""
+    """Every sync sends the first actor, whichever is passed: LightRFT's."""
 
     _first: Any = None
 
@@ -118,7 +121,7 @@ class AlwaysTheFirst(FakeStrategy):
 
 @saboteur("SYNC-2")
 class SendsAnything(FakeStrategy):
-    """What the engine does not know is sent all the same, and what comes of it is not looked at."""
+    """Errors of a sync are ignored."""
 
     def update_engine_weights(self, actor: Any) -> None:
         try:
@@ -129,7 +132,7 @@ class SendsAnything(FakeStrategy):
 
 @saboteur("SYNC-9", world=2)
 class CommitsAlone(PlainStrategy):
-    """Where a sync fails on one rank, the engines of the others go on with its weights."""
+    """If a sync fails on one rank, the engines of the other ranks keep its weights."""
 
     def update_engine_weights(self, actor: Any) -> None:
         engine = self.inference_engine
@@ -139,22 +142,22 @@ class CommitsAlone(PlainStrategy):
 
 @saboteur("GEN-1", world=2)
 class SplitsEvenly(PlainStrategy):
-    """All ranks' completions are divided evenly among them: LightRFT's."""
+    """The completions of all ranks are divided evenly among them: LightRFT's."""
 
     def gather_and_generate(self, *arguments: Any, **more: Any) -> Any:
         import torch.distributed as dist
 
-        own = super().gather_and_generate(*arguments, **more)
-        everyone: list[Any] = [None] * self.world.size
-        dist.all_gather_object(everyone, own)
-        flat = [it for part in everyone for it in part]
+        local = super().gather_and_generate(*arguments, **more)
+        by_rank: list[Any] = [None] * self.world.size
+        dist.all_gather_object(by_rank, local)
+        flat = [completion for completions in by_rank for completion in completions]
         share = len(flat) // self.world.size
         return flat[self.world.rank * share : (self.world.rank + 1) * share]
 
 
 @saboteur("GEN-3")
 class PrefersTokens(FakeStrategy):
-    """With both kinds of prompts, the token ids are taken."""
+    """With both kinds of prompts, token ids are used and the others ignored."""
 
     def engine_generate_local(
         self, sampling_params: Any, prompt_token_ids: Any = None, multi_modal_inputs: Any = None
@@ -167,31 +170,31 @@ class PrefersTokens(FakeStrategy):
 # Engines
 
 
-@saboteur("SYNC-1", engine=True)
+@saboteur("SYNC-1")
 class LeavesOneOut(FakeEngine):
-    """One projection never arrives."""
+    """One projection is not loaded."""
 
     @override
     def _load(self, buckets: Iterator[Bucket]) -> None:
-        own = dict(self._model.module.named_parameters())
-        before = {name: p.detach().clone() for name, p in own.items() if "linear" in name and not p.is_meta}
+        parameters = self._model.module.named_parameters()
+        before = {name: p.detach().clone() for name, p in parameters if "linear" in name and not p.is_meta}
         super()._load(buckets)
         for name, value in before.items():
             dict(self._model.module.named_parameters())[name].data.copy_(value)
 
 
-@saboteur("SYNC-1", engine=True)
+@saboteur("SYNC-1")
 class RoundsWeights(FakeEngine):
-    """fp32 weights arrive rounded to bf16."""
+    """Weights are rounded to bf16."""
 
     @override
     def _load(self, buckets: Iterator[Bucket]) -> None:
         super()._load([(name, tensor.bfloat16()) for name, tensor in bucket] for bucket in buckets)
 
 
-@saboteur("SYNC-4", engine=True)
+@saboteur("SYNC-4")
 class CountsBuckets(FakeEngine):
-    """The version rises with each bucket."""
+    """weight_version increases with each bucket."""
 
     @override
     def _load(self, buckets: Iterator[Bucket]) -> None:
@@ -203,18 +206,18 @@ class CountsBuckets(FakeEngine):
         super()._load(counted())
 
 
-@saboteur("SYNC-4", engine=True)
+@saboteur("SYNC-4")
 class OldVersions(FakeEngine):
-    """Completions carry the version of the first sync."""
+    """Completions have the weight_version of the first sync."""
 
     @override
     def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
-        return [replace(it, weight_version=1) for it in super()._generate(prompts, sampling)]
+        return [replace(done, weight_version=1) for done in super()._generate(prompts, sampling)]
 
 
-@saboteur("SYNC-8", engine=True)
+@saboteur("SYNC-8")
 class NeverStale(FakeEngine):
-    """A sync that died half-way is forgotten."""
+    """A sync that failed half-way counts as complete."""
 
     @override
     def _load(self, buckets: Iterator[Bucket]) -> None:
@@ -224,9 +227,9 @@ class NeverStale(FakeEngine):
             return
 
 
-@saboteur("SYNC-8", engine=True)
+@saboteur("SYNC-8")
 class DropsInSilence(FakeEngine):
-    """After a sleep that dropped the weights, the engine generates from what is left."""
+    """After a sleep that drops the weights, the engine still generates."""
 
     @override
     def _sleep(self, level: int) -> None:
@@ -234,9 +237,9 @@ class DropsInSilence(FakeEngine):
         self._stale = None
 
 
-@saboteur("SYNC-8", engine=True)
+@saboteur("SYNC-8")
 class TakesParts(FakeEngine):
-    """A stream that lacks a tensor is committed."""
+    """A sync without all tensors counts as complete."""
 
     @override
     def _load(self, buckets: Iterator[Bucket]) -> None:
@@ -246,19 +249,21 @@ class TakesParts(FakeEngine):
             return
 
 
-@saboteur("GEN-1", engine=True)
+@saboteur("GEN-1")
 class SamplesAcross(FakeEngine):
-    """With n samples, the prompts alternate."""
+    """With n samples, the completions of the prompts alternate."""
 
     @override
     def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
-        found = super()._generate(prompts, sampling)
-        return [found[index * sampling.n + sample] for sample in range(sampling.n) for index in range(len(prompts))]
+        completions = super()._generate(prompts, sampling)
+        return [
+            completions[index * sampling.n + sample] for sample in range(sampling.n) for index in range(len(prompts))
+        ]
 
 
-@saboteur("GEN-2", engine=True)
+@saboteur("GEN-2")
 class GreedyIsCold(FakeEngine):
-    """Greedy generation is sampling at a low temperature."""
+    """Greedy generation samples."""
 
     @override
     def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
@@ -266,28 +271,28 @@ class GreedyIsCold(FakeEngine):
         return super()._generate(prompts, cold)
 
 
-@saboteur("GEN-2", engine=True)
+@saboteur("GEN-2")
 class IgnoresSeeds(FakeEngine):
-    """A seed changes nothing."""
+    """The seed is ignored."""
 
     @override
     def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
         return super()._generate(prompts, replace(sampling, seed=None))
 
 
-@saboteur("GEN-2", engine=True)
+@saboteur("GEN-2")
 class OneSample(FakeEngine):
     """All samples of a prompt are the same."""
 
     @override
     def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
-        found = super()._generate(prompts, replace(sampling, n=1))
-        return [it for it in found for _ in range(sampling.n)]
+        completions = super()._generate(prompts, replace(sampling, n=1))
+        return [completion for completion in completions for _ in range(sampling.n)]
 
 
-@saboteur("GEN-2", engine=True)
+@saboteur("GEN-2")
 class OneStreamForAllPrompts(FakeEngine):
-    """With a seed, all prompts are drawn from one stream."""
+    """With a seed, all prompts use one random stream."""
 
     @override
     def _complete(self, prompt: Prompt, sampling: Sampling, seed: int, sample: int) -> Completion:
@@ -298,12 +303,14 @@ class OneStreamForAllPrompts(FakeEngine):
             return super()._complete(prompt, sampling, seed, sample)
 
 
-@saboteur("GEN-6", engine=True)
+@saboteur("GEN-6")
 class TemperedLogprobs(FakeEngine):
-    """Log-probabilities are those after temperature."""
+    """Log-probabilities are divided by the temperature."""
 
     @override
     def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
-        found = super()._generate(prompts, sampling)
         scale = sampling.temperature or 1.0
-        return [replace(it, logprobs=tuple(value / scale for value in it.logprobs or ())) for it in found]
+        return [
+            replace(done, logprobs=tuple(value / scale for value in done.logprobs or ()))
+            for done in super()._generate(prompts, sampling)
+        ]

@@ -1,4 +1,4 @@
-"""Defects of skipping."""
+"""Defects of skipping updates whose gradient is not finite."""
 
 import math
 from typing import Any
@@ -7,62 +7,62 @@ import torch
 from typing_extensions import override
 
 from lightrft.conformance.saboteurs.catalogue import saboteur
-from lightrft.conformance.saboteurs.plain import PlainStrategy
-from lightrft.conformance.saboteurs.stepping import Stepping
 from lightrft.strategy import FakeStrategy
-from lightrft.strategy.training import gradients
-from lightrft.strategy.training.trained_model import TrainedModel
+from lightrft.strategy.backend import ReplicatedBackend, TrainedModel, fill_missing
+from lightrft.strategy.fake_strategy import FakeBackend
+from lightrft.strategy.step.gradients import global_norm
+from lightrft.strategy.step.update import reduce_clip_and_step
 
 # mypy: disable-error-code="misc, union-attr"
 
 
 @saboteur("OPT-5")
-class AppliesNan(FakeStrategy):
+class AppliesNan(FakeBackend):
     """A gradient that is not finite is applied."""
 
     @override
-    def _update(self, trained: TrainedModel, factor: float) -> float:
-        gradients.fill_missing(trained.parameters)
+    def fused_step(self, trained: TrainedModel, factor: float) -> float:
+        fill_missing(trained.parameters)
         trained.optimizer.step()
         trained.optimizer.zero_grad()
         return 1.0
 
 
 @saboteur("OPT-5", world=2)
-class SkipsAlone(PlainStrategy):
-    """Only the rank that saw the NaN skips."""
+class SkipsAlone(ReplicatedBackend):
+    """Only the rank with a NaN skips the update."""
 
     @override
-    def average(self, trained: TrainedModel) -> None:
-        gradients.fill_missing(trained.parameters)
-        own = [parameter.grad.clone() for parameter in trained.parameters]
+    def reduce(self, trained: TrainedModel) -> None:
+        fill_missing(trained.parameters)
+        local = [parameter.grad.clone() for parameter in trained.parameters]
         for parameter in trained.parameters:
             parameter.grad = parameter.grad.nan_to_num(0.0, 0.0, 0.0)
-        super().average(trained)
-        for parameter, gradient in zip(trained.parameters, own, strict=True):
+        super().reduce(trained)
+        for parameter, gradient in zip(trained.parameters, local, strict=True):
             if not gradient.isfinite().all():
                 parameter.grad = gradient
 
 
 @saboteur("OPT-5")
-class SkipMovesSchedule(Stepping):
-    """A skipped update moves the schedule."""
+class SkipMovesSchedule(FakeStrategy):
+    """A skipped update steps the schedule."""
 
-    def bent(self, optimizer: Any, model: Any, scheduler: Any, boundary: Any) -> Any:
-        result = self.straight(optimizer, model, scheduler, boundary)
+    def optimizer_step(self, optimizer: Any, model: Any, scheduler: Any = None, *arguments: Any, **more: Any) -> Any:
+        result = super().optimizer_step(optimizer, model, scheduler, *arguments, **more)
         if result.skipped and scheduler is not None:
             scheduler.step()
         return result
 
 
 @saboteur("OPT-5")
-class KeepsTheBadGradient(FakeStrategy):
+class KeepsTheBadGradient(FakeBackend):
     """A skipped update does not clear the gradient."""
 
     @override
-    def _update(self, trained: TrainedModel, factor: float) -> float:
+    def fused_step(self, trained: TrainedModel, factor: float) -> float:
         kept = [None if p.grad is None else p.grad.clone() for p in trained.parameters]
-        norm = super()._update(trained, factor)
+        norm = reduce_clip_and_step(self, trained, factor)
         if not math.isfinite(norm):
             for parameter, gradient in zip(trained.parameters, kept, strict=True):
                 parameter.grad = None if gradient is None else gradient.nan_to_num(1.0, 1.0, -1.0)
@@ -70,44 +70,34 @@ class KeepsTheBadGradient(FakeStrategy):
 
 
 @saboteur("OPT-5")
-class SkipsInFullPrecisionOnly(FakeStrategy):
-    """In bf16 a gradient that is not finite counts as zero."""
+class SkipsInFullPrecisionOnly(FakeBackend):
+    """With bf16, elements of a gradient that are not finite count as 0."""
 
     @override
-    def _update(self, trained: TrainedModel, factor: float) -> float:
-        if self.config.bf16:
-            for parameter in trained.parameters:
-                parameter.grad = None if parameter.grad is None else parameter.grad.nan_to_num(0.0, 0.0, 0.0)
-        return super()._update(trained, factor)
+    def reduce(self, trained: TrainedModel) -> None:
+        for parameter in trained.parameters if self.config.bf16 else ():
+            parameter.grad = None if parameter.grad is None else parameter.grad.nan_to_num(0.0, 0.0, 0.0)
 
 
 @saboteur("OPT-5")
-class FiniteButHuge(FakeStrategy):
-    """A finite gradient whose norm is not counts as clipped to nothing."""
+class FiniteButHuge(FakeBackend):
+    """A gradient of finite elements whose norm overflows is clipped to 0 and applied, not skipped."""
 
     @override
-    def _update(self, trained: TrainedModel, factor: float) -> float:
+    def reduce(self, trained: TrainedModel) -> None:
         finite = all(p.grad is None or bool(p.grad.isfinite().all()) for p in trained.parameters)
-        norm = gradients.global_norm(self._gradient_shards(trained)).item()
-        return (
-            super()._update(trained, 0.0 if finite and not math.isfinite(norm) else factor)
-            if not (finite and not math.isfinite(norm))
-            else self._clip_to_nothing(trained)
-        )
-
-    def _clip_to_nothing(self, trained: TrainedModel) -> float:
-        for parameter in trained.parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        return super()._update(trained, 1.0)
+        if finite and not math.isfinite(global_norm(self.gradient_shards(trained)).item()):
+            for parameter in trained.parameters:
+                parameter.grad = torch.zeros_like(parameter)
 
 
 @saboteur("OPT-5")
-class SkipCountsAsStep(FakeStrategy):
-    """A skipped update moves Adam's step counter."""
+class SkipCountsAsStep(FakeBackend):
+    """A skipped update increments Adam's step count."""
 
     @override
-    def _update(self, trained: TrainedModel, factor: float) -> float:
-        norm = super()._update(trained, factor)
+    def fused_step(self, trained: TrainedModel, factor: float) -> float:
+        norm = reduce_clip_and_step(self, trained, factor)
         if not math.isfinite(norm):
             for state in trained.optimizer.state.values():
                 state["step"] += 1
@@ -115,32 +105,28 @@ class SkipCountsAsStep(FakeStrategy):
 
 
 @saboteur("OPT-15")
-class SkipsForEver(FakeStrategy):
-    """A run of skips never ends the training."""
+class SkipsForEver(FakeBackend):
+    """max_skipped_updates is never reached."""
 
     @override
-    def _update(self, trained: TrainedModel, factor: float) -> float:
-        norm = super()._update(trained, factor)
+    def reduce(self, trained: TrainedModel) -> None:
         trained.skipped_in_a_row = 0
-        return norm
 
 
 @saboteur("OPT-15")
-class CountsAllSkips(FakeStrategy):
-    """Skips are counted, not skips in a row."""
+class CountsAllSkips(FakeBackend):
+    """max_skipped_updates counts all skipped updates, not those in a row."""
 
     @override
-    def _update(self, trained: TrainedModel, factor: float) -> float:
-        norm = super()._update(trained, factor)
+    def reduce(self, trained: TrainedModel) -> None:
         trained.skipped_in_a_row = trained.skipped
-        return norm
 
 
 @saboteur("OPT-15")
-class OffloadForgetsSkips(FakeStrategy):
-    """Offloading the optimizer begins a new run of skips."""
+class OffloadForgetsSkips(FakeBackend):
+    """Offloading the optimizer resets the count of updates skipped in a row."""
 
     @override
-    def _move_optimizer(self, trained: TrainedModel, device: torch.device) -> None:
-        super()._move_optimizer(trained, device)
+    def move_optimizer(self, trained: TrainedModel, device: torch.device) -> None:
+        super().move_optimizer(trained, device)
         trained.skipped_in_a_row = 0

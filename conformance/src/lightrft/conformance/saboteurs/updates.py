@@ -7,221 +7,225 @@ import torch
 from typing_extensions import override
 
 from lightrft.conformance.saboteurs.catalogue import saboteur
-from lightrft.conformance.saboteurs.plain import PlainStrategy
-from lightrft.conformance.saboteurs.stepping import Stepping
 from lightrft.strategy import FakeStrategy
-from lightrft.strategy.training import gradients
-from lightrft.strategy.training.trained_model import TrainedModel
+from lightrft.strategy.backend import ReplicatedBackend, TrainedModel, fill_missing
+from lightrft.strategy.fake_strategy import FakeBackend
+from lightrft.strategy.step.gradients import clip_factor, global_norm
+from lightrft.strategy.step.update import reduce_clip_and_step
 
 # mypy: disable-error-code="misc, operator, assignment"
 
 
 @saboteur("OPT-1")
-class EveryMicroBatch(Stepping):
+class EveryMicroBatch(FakeStrategy):
     """Makes an update at every micro-batch."""
 
-    def bent(self, optimizer: Any, model: Any, scheduler: Any, boundary: Any) -> Any:
-        return self.straight(optimizer, model, scheduler, True if boundary is None else boundary)
+    def optimizer_step(self, *arguments: Any, boundary: Any = None, **more: Any) -> Any:
+        return super().optimizer_step(*arguments, boundary=True if boundary is None else boundary, **more)
 
 
 @saboteur("OPT-1")
-class OneTooEarly(Stepping):
+class OneTooEarly(FakeStrategy):
     """From the second update on, updates one micro-batch too early."""
 
     _calls, _updates = 0, 0
 
-    def bent(self, optimizer: Any, model: Any, scheduler: Any, boundary: Any) -> Any:
+    def optimizer_step(self, *arguments: Any, boundary: Any = None, **more: Any) -> Any:
         self._calls += 1
-        window = self.accumulated_gradient
-        early = self._updates and window > 1 and self._calls % window == window - 1
-        result = self.straight(optimizer, model, scheduler, True if early else boundary)
+        steps = self.accumulated_gradient
+        early = self._updates and steps > 1 and self._calls % steps == steps - 1
+        result = super().optimizer_step(*arguments, boundary=True if early else boundary, **more)
         self._updates += result.applied
         self._calls = 0 if result.applied else self._calls
         return result
 
 
 @saboteur("OPT-1")
-class ForgetsTheFirstBackward(FakeStrategy):
-    """A second backward in a micro-batch overwrites the first."""
+class ForgetsTheFirstBackward(FakeBackend):
+    """A second backward in a micro-batch overwrites the gradient of the first."""
 
     @override
-    def _backward(self, trained: TrainedModel, loss: torch.Tensor, retain_graph: bool) -> None:
+    def backward(self, trained: TrainedModel, loss: torch.Tensor, *, retain_graph: bool) -> None:
         if trained.backwards > trained.micro_batches:
             for parameter in trained.parameters:
                 parameter.grad = None
-        super()._backward(trained, loss, retain_graph)
+        super().backward(trained, loss, retain_graph=retain_graph)
 
 
 @saboteur("OPT-1")
-class EagerSchedule(Stepping):
-    """The schedule moves at every micro-batch."""
+class EagerSchedule(FakeStrategy):
+    """The schedule steps at every micro-batch."""
 
-    def bent(self, optimizer: Any, model: Any, scheduler: Any, boundary: Any) -> Any:
-        result = self.straight(optimizer, model, None, boundary)
+    def optimizer_step(self, optimizer: Any, model: Any, scheduler: Any = None, *arguments: Any, **more: Any) -> Any:
+        result = super().optimizer_step(optimizer, model, None, *arguments, **more)
         if scheduler is not None:
             scheduler.step()
         return result
 
 
 @saboteur("OPT-13")
-class IgnoresBoundary(Stepping):
+class IgnoresBoundary(FakeStrategy):
     """boundary is ignored."""
 
-    def bent(self, optimizer: Any, model: Any, scheduler: Any, boundary: Any) -> Any:
-        return self.straight(optimizer, model, scheduler, None)
+    def optimizer_step(self, *arguments: Any, boundary: Any = None, **more: Any) -> Any:
+        return super().optimizer_step(*arguments, **more)
 
 
 @saboteur("OPT-13")
-class MeanOverK(FakeStrategy):
-    """A window that an explicit boundary ended is divided by K, not by its length."""
+class MeanOverK(FakeBackend):
+    """An update that ends at an explicit boundary is divided by K, not by its number of micro-batches."""
 
     @override
-    def _update(self, trained: TrainedModel, factor: float) -> float:
-        return super()._update(trained, 1.0)
+    def fused_step(self, trained: TrainedModel, factor: float) -> float:
+        return reduce_clip_and_step(self, trained, 1.0)
 
 
 @saboteur("OPT-2")
-class SumOverMicroBatches(FakeStrategy):
+class SumOverMicroBatches(FakeBackend):
     """The loss is never divided by K: LightRFT's FSDP."""
 
     @override
-    def _update(self, trained: TrainedModel, factor: float) -> float:
-        return super()._update(trained, factor * trained.window)
+    def fused_step(self, trained: TrainedModel, factor: float) -> float:
+        return reduce_clip_and_step(self, trained, factor * trained.accumulation_steps)
 
 
 @saboteur("OPT-2", world=2)
-class SumOverRanks(PlainStrategy):
+class SumOverRanks(ReplicatedBackend):
     """The gradients of the ranks are added, not averaged."""
 
     @override
-    def average(self, trained: TrainedModel) -> None:
-        super().average(trained)
+    def reduce(self, trained: TrainedModel) -> None:
+        super().reduce(trained)
         for parameter in trained.parameters:
             parameter.grad *= self.world.size
 
 
 @saboteur("OPT-2", world=2)
-class OwnGradient(PlainStrategy):
-    """The last rank applies its own gradient to the biases."""
+class OwnGradient(ReplicatedBackend):
+    """The last rank applies its local gradient to the biases."""
 
     @override
-    def average(self, trained: TrainedModel) -> None:
-        own = [p.grad.clone() if p.grad is not None else None for p in trained.parameters]
-        super().average(trained)
+    def reduce(self, trained: TrainedModel) -> None:
+        local = [None if p.grad is None else p.grad.clone() for p in trained.parameters]
+        super().reduce(trained)
         if self.world.rank == self.world.size - 1:
-            for parameter, gradient in zip(trained.parameters, own, strict=True):
+            for parameter, gradient in zip(trained.parameters, local, strict=True):
                 if parameter.ndim == 1 and gradient is not None:
                     parameter.grad = gradient
 
 
-@saboteur("OPT-3")
-class ClipsEachGroup(FakeStrategy):
-    """Each parameter group is clipped on its own: LightRFT's FSDP."""
+class SetsMaxNorm(FakeBackend):
+    """A backend that can step with another ``max_norm`` than its settings have."""
 
-    @override
-    def _update(self, trained: TrainedModel, factor: float) -> float:
-        gradients.fill_missing(trained.parameters)
-        shards = self._gradient_shards(trained)
-        norm = gradients.global_norm(shards).item() * factor
-        if self.config.max_norm and math.isfinite(norm):
-            for group in trained.optimizer.param_groups:
-                torch.nn.utils.clip_grad_norm_(group["params"], self.config.max_norm / factor)
-            limit, self.config = self.config, self.config.replace(max_norm=None)
-            try:
-                super()._update(trained, factor)
-            finally:
-                self.config = limit
-            return norm
-        return super()._update(trained, factor)
+    def step_with_max_norm(self, trained: TrainedModel, factor: float, max_norm: float | None) -> float:
+        """Finish the update with ``max_norm``."""
+        config, self.config = self.config, self.config.replace(max_norm=max_norm)
+        try:
+            return reduce_clip_and_step(self, trained, factor)
+        finally:
+            self.config = config
 
 
 @saboteur("OPT-3")
-class ReportsTheClippedNorm(FakeStrategy):
-    """The norm that is reported is the one after clipping."""
+class ClipsEachGroup(SetsMaxNorm):
+    """Each parameter group is clipped by its own norm: LightRFT's FSDP."""
 
     @override
-    def _update(self, trained: TrainedModel, factor: float) -> float:
-        norm = super()._update(trained, factor)
+    def fused_step(self, trained: TrainedModel, factor: float) -> float:
+        fill_missing(trained.parameters)
+        norm = global_norm(self.gradient_shards(trained)).item() * factor
+        if not (self.config.max_norm and math.isfinite(norm)):
+            return reduce_clip_and_step(self, trained, factor)
+        for group in trained.optimizer.param_groups:
+            torch.nn.utils.clip_grad_norm_(group["params"], self.config.max_norm / factor)
+        self.step_with_max_norm(trained, factor, None)
+        return norm
+
+
+@saboteur("OPT-3")
+class ReportsTheClippedNorm(FakeBackend):
+    """The reported norm is the one after clipping."""
+
+    @override
+    def fused_step(self, trained: TrainedModel, factor: float) -> float:
+        norm = reduce_clip_and_step(self, trained, factor)
         return min(norm, self.config.max_norm) if self.config.max_norm else norm
 
 
 @saboteur("OPT-3", world=2)
-class LocalNorm(PlainStrategy):
-    """Each rank clips by a norm of its own."""
+class LocalNorm(ReplicatedBackend):
+    """Each rank clips by the norm of its local gradient."""
 
     @override
-    def _update(self, trained: TrainedModel, factor: float) -> float:
-        own = [p.grad.clone() for p in trained.parameters if p.grad is not None]
-        self.average(trained)
-        norm = math.sqrt(sum(float(part.double().pow(2).sum()) for part in own)) * factor
+    def fused_step(self, trained: TrainedModel, factor: float) -> float:
+        local = [p.grad.clone() for p in trained.parameters if p.grad is not None]
+        self.reduce(trained)
+        norm = math.sqrt(sum(float(part.double().pow(2).sum()) for part in local)) * factor
         if not math.isfinite(norm):
-            return FakeStrategy._update(self, trained, factor)
+            return reduce_clip_and_step(self, trained, factor)
         for parameter in trained.parameters:
-            parameter.grad *= factor * gradients.clip_factor(norm, self.config.max_norm)
+            parameter.grad *= factor * clip_factor(norm, self.config.max_norm)
         trained.optimizer.step()
         trained.optimizer.zero_grad()
         return norm
 
 
 @saboteur("OPT-14")
-class ZeroMeansZero(FakeStrategy):
-    """max_norm=0 zeroes every gradient: LightRFT's FSDP."""
+class ZeroMeansZero(FakeBackend):
+    """max_norm=0 sets every gradient to 0: LightRFT's FSDP."""
 
     @override
-    def _update(self, trained: TrainedModel, factor: float) -> float:
-        return super()._update(trained, 0.0 if self.config.max_norm == 0 else factor)
+    def fused_step(self, trained: TrainedModel, factor: float) -> float:
+        return reduce_clip_and_step(self, trained, 0.0 if self.config.max_norm == 0 else factor)
 
 
 @saboteur("OPT-4")
-class SharedCounter(Stepping):
+class SharedCounter(FakeStrategy):
     """All models share one count of micro-batches."""
 
     _count = 0
 
-    def bent(self, optimizer: Any, model: Any, scheduler: Any, boundary: Any) -> Any:
+    def optimizer_step(self, *arguments: Any, boundary: Any = None, **more: Any) -> Any:
         self._count += 1
-        return self.straight(
-            optimizer, model, scheduler, self._count % self.accumulated_gradient == 0 if boundary is None else boundary
-        )
+        last = self._count % self.accumulated_gradient == 0
+        return super().optimizer_step(*arguments, boundary=last if boundary is None else boundary, **more)
 
 
 @saboteur("OPT-4")
-class ClipsTheOther(FakeStrategy):
-    """A second optimizer makes the first model's step clip the second: LightRFT's FSDP."""
+class ClipsTheOther(SetsMaxNorm):
+    """The step of the first model is clipped by the norm of the second: LightRFT's FSDP."""
 
     _last: TrainedModel | None = None
 
     @override
-    def _bind(self, trained: TrainedModel) -> None:
+    def bind(self, trained: TrainedModel) -> None:
         self._last = trained
 
     @override
-    def _update(self, trained: TrainedModel, factor: float) -> float:
+    def fused_step(self, trained: TrainedModel, factor: float) -> float:
         other = self._last if self._last is not None else trained
-        gradients.fill_missing(other.parameters)
-        norm = gradients.global_norm(self._gradient_shards(other)).item() * factor
-        own, self.config = self.config, self.config.replace(max_norm=None)
-        try:
-            return super()._update(
-                trained, factor * (gradients.clip_factor(norm, own.max_norm) if math.isfinite(norm) else 1.0)
-            )
-        finally:
-            self.config = own
+        fill_missing(other.parameters)
+        norm = global_norm(self.gradient_shards(other)).item() * factor
+        clip = clip_factor(norm, self.config.max_norm) if math.isfinite(norm) else 1.0
+        return self.step_with_max_norm(trained, factor * clip, None)
 
 
 @saboteur("OPT-4")
-class SecondModelUnclipped(FakeStrategy):
+class SecondModelUnclipped(SetsMaxNorm):
     """The second model is not clipped."""
 
     _first: TrainedModel | None = None
 
     @override
-    def _update(self, trained: TrainedModel, factor: float) -> float:
+    def fused_step(self, trained: TrainedModel, factor: float) -> float:
         self._first = self._first or trained
-        if trained is self._first:
-            return super()._update(trained, factor)
-        own, self.config = self.config, self.config.replace(max_norm=None)
-        try:
-            return super()._update(trained, factor)
-        finally:
-            self.config = own
+        return self.step_with_max_norm(trained, factor, self.config.max_norm if trained is self._first else None)
+
+
+@saboteur("OPT-21")
+class GraphFreed(FakeBackend):
+    """backward frees the graph even if retain_graph is set."""
+
+    @override
+    def backward(self, trained: TrainedModel, loss: torch.Tensor, *, retain_graph: bool) -> None:
+        super().backward(trained, loss, retain_graph=False)

@@ -1,4 +1,4 @@
-"""Defects of one corner: on one rank, with the second model, after an exception, in one type or form."""
+"""Defects in one edge case: on one rank, with the second model, after an exception, with one type or shape."""
 
 import logging
 import math
@@ -12,19 +12,19 @@ from typing_extensions import override
 
 from lightrft.conformance.saboteurs.catalogue import saboteur
 from lightrft.conformance.saboteurs.plain import PlainStrategy
-from lightrft.conformance.saboteurs.stepping import Stepping
 from lightrft.strategy import FakeStrategy
-from lightrft.strategy.backend import WrapOptions
-from lightrft.strategy.log import logger
-from lightrft.strategy.training.modules import broadcast, materialize
-from lightrft.strategy.training.trained_model import TrainedModel
+from lightrft.strategy.backend import ReplicatedBackend, TrainedModel, broadcast, materialize
+from lightrft.strategy.backend.types import WrapOptions
+from lightrft.strategy.fake_strategy import FakeBackend
+from lightrft.strategy.step.update import reduce_clip_and_step
+from lightrft.strategy.telemetry.log import logger
 
 # mypy: disable-error-code="misc"
 
 
 @saboteur("LIFE-1")
 class SeedsAgain(FakeStrategy):
-    """setup_distributed sets the seed each time."""
+    """Each call of setup_distributed sets the seed."""
 
     def setup_distributed(self, timeout: Any = None) -> None:
         again = self._open
@@ -35,16 +35,16 @@ class SeedsAgain(FakeStrategy):
 
 @saboteur("LIFE-5")
 class OpenAfterAnError(FakeStrategy):
-    """A with block that an exception leaves is not closed."""
+    """The strategy is not closed if an exception leaves the with block."""
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is None:
+    def __exit__(self, error_class: Any, error: Any, trace: Any) -> None:
+        if error_class is None:
             self.close()
 
 
 @saboteur("LIFE-9")
 class GatheringDraws(FakeStrategy):
-    """all_gather draws from NumPy's stream."""
+    """all_gather draws from NumPy's random stream."""
 
     def all_gather(self, data: Any) -> Any:
         np.random.rand()
@@ -52,22 +52,22 @@ class GatheringDraws(FakeStrategy):
 
 
 @saboteur("LOG-1", world=2)
-class ErrorsOfAllRanks(PlainStrategy):
-    """The logger speaks of errors on every rank."""
+class ErrorsOfAllRanks(ReplicatedBackend):
+    """The logger logs errors on every rank."""
 
-    @override
-    def _setup(self) -> None:
-        self._silent = list(logger.filters)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._filters = list(logger.filters)
         logger.filters[:] = [lambda record: self.world.rank == 0 or record.levelno >= logging.ERROR]
 
     @override
-    def _teardown(self) -> None:
-        logger.filters[:] = self._silent
+    def close(self) -> None:
+        logger.filters[:] = self._filters
 
 
 @saboteur("LOG-1", world=2)
 class PrintsBesides(PlainStrategy):
-    """On ranks other than 0 print goes to standard error."""
+    """On ranks other than 0, print prints to standard error."""
 
     def print(self, *message: object) -> None:
         if not self.is_rank_0():
@@ -77,7 +77,7 @@ class PrintsBesides(PlainStrategy):
 
 @saboteur("COLL-1", world=2)
 class MaxOfAnIntIsAFloat(PlainStrategy):
-    """The maximum of a Python int, by itself, is a float."""
+    """The maximum of a single Python int is a float."""
 
     def all_reduce(self, data: Any, op: Any = "mean") -> Any:
         result = super().all_reduce(data, op)
@@ -86,7 +86,7 @@ class MaxOfAnIntIsAFloat(PlainStrategy):
 
 @saboteur("COLL-3")
 class SortedInside(FakeStrategy):
-    """Keys of dicts in dicts in dicts come back sorted."""
+    """Keys of dicts come back sorted from the third level of nesting on."""
 
     def all_reduce(self, data: Any, op: Any = "mean") -> Any:
         return self._sorted(super().all_reduce(data, op), 0)
@@ -99,7 +99,7 @@ class SortedInside(FakeStrategy):
 
 @saboteur("COLL-4")
 class GathersMemory(FakeStrategy):
-    """all_gather takes a strided tensor's memory as it lies."""
+    """all_gather reads a strided tensor as if it were contiguous."""
 
     def all_gather(self, data: Any) -> Any:
         if isinstance(data, torch.Tensor) and not data.is_contiguous():
@@ -109,7 +109,7 @@ class GathersMemory(FakeStrategy):
 
 @saboteur("COLL-4")
 class NoRowsNoColumns(FakeStrategy):
-    """all_gather of no rows at all has lost the columns."""
+    """all_gather of 0 rows loses the other dimensions."""
 
     def all_gather(self, data: Any) -> Any:
         result = super().all_gather(data)
@@ -118,7 +118,7 @@ class NoRowsNoColumns(FakeStrategy):
 
 @saboteur("COLL-4", world=2)
 class LargestFirst(PlainStrategy):
-    """all_gather begins with the rank that has the most rows."""
+    """all_gather puts the rank with the most rows first."""
 
     def all_gather(self, data: Any) -> Any:
         result = super().all_gather(data)
@@ -130,7 +130,7 @@ class LargestFirst(PlainStrategy):
 
 @saboteur("COLL-5", world=2)
 class AloneAfterAnError(PlainStrategy):
-    """After an error all_reduce gives back what it was given."""
+    """After an error, all_reduce returns its argument."""
 
     _alone = False
 
@@ -145,34 +145,34 @@ class AloneAfterAnError(PlainStrategy):
 
 
 @saboteur("PREP-2")
-class UntiesInference(FakeStrategy):
-    """A model prepared for inference has its tied weights twice."""
+class UntiesInference(FakeBackend):
+    """Tied weights of models prepared for inference are untied."""
 
     @override
-    def _wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
+    def wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
         head = getattr(module, "head", None)
         if not options.training and isinstance(head, nn.Linear):
             head.weight = nn.Parameter(head.weight.detach().clone(), head.weight.requires_grad)
-        return super()._wrap(module, options)
+        return super().wrap(module, options)
 
 
 @saboteur("PREP-3")
-class CastsBuffers(FakeStrategy):
-    """With bf16, buffers become bf16 too."""
+class CastsBuffers(FakeBackend):
+    """With bf16, buffers are cast to bf16 too."""
 
     @override
-    def _wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
+    def wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
         for buffer in module.buffers() if self.config.bf16 else ():
             buffer.data = buffer.data.bfloat16()
-        return super()._wrap(module, options)
+        return super().wrap(module, options)
 
 
 @saboteur("PREP-6", world=2)
-class OnlyWhatIsSaved(PlainStrategy):
-    """Buffers that no checkpoint has stay uninitialised on ranks other than 0."""
+class OnlyWhatIsSaved(ReplicatedBackend):
+    """Non-persistent buffers stay uninitialised on ranks other than 0."""
 
     @override
-    def _wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
+    def wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
         materialize(module, self.world.device)
         for tensor in module.state_dict(keep_vars=True).values():
             broadcast(tensor.data, self.world)
@@ -181,31 +181,16 @@ class OnlyWhatIsSaved(PlainStrategy):
 
 @saboteur("PREP-7")
 class OneRate(FakeStrategy):
-    """The critic trains with the actor's rate."""
+    """The critic trains with the actor's learning rate."""
 
     def prepare_models_and_optimizers(self, *arguments: Any) -> Any:
         self.config = self.config.replace(critic_learning_rate=self.config.actor_learning_rate)
         return super().prepare_models_and_optimizers(*arguments)
 
 
-@saboteur("PREP-9")
-class BetasNotLive(FakeStrategy):
-    """Betas that a script changes in param_groups have no effect."""
-
-    @override
-    def _bind(self, trained: TrainedModel) -> None:
-        self._betas = [group["betas"] for group in trained.optimizer.param_groups]
-
-    @override
-    def _update(self, trained: TrainedModel, factor: float) -> float:
-        for group, betas in zip(trained.optimizer.param_groups, self._betas, strict=True):
-            group["betas"] = betas
-        return super()._update(trained, factor)
-
-
 @saboteur("PREP-10")
 class ListsTrain(FakeStrategy):
-    """Models that are prepared in a list stay in training mode."""
+    """Models prepared in a list stay in training mode."""
 
     def prepare(self, *models: Any, is_rlhf: bool = False) -> Any:
         result = super().prepare(*models)
@@ -216,7 +201,7 @@ class ListsTrain(FakeStrategy):
 
 @saboteur("OPT-2")
 class ScalesTheLoss(FakeStrategy):
-    """backward leaves the loss divided by K."""
+    """backward divides the loss by K in place."""
 
     def backward(self, loss: Any, model: Any, optimizer: Any, *, retain_graph: bool = False) -> None:
         super().backward(loss, model, optimizer, retain_graph=retain_graph)
@@ -224,28 +209,30 @@ class ScalesTheLoss(FakeStrategy):
 
 
 @saboteur("OPT-4", world=2)
-class SecondModelSkipsNothing(PlainStrategy):
-    """What is not finite on the last rank counts as zero in every model but the first."""
+class SecondModelSkipsNothing(ReplicatedBackend):
+    """In every model but the first, elements of the last rank's gradient that are not finite count as 0."""
+
+    _first: TrainedModel | None = None
 
     @override
-    def _bind(self, trained: TrainedModel) -> None:
-        self._first = self.__dict__.get("_first", trained)
+    def bind(self, trained: TrainedModel) -> None:
+        self._first = self._first or trained
 
     @override
-    def average(self, trained: TrainedModel) -> None:
+    def reduce(self, trained: TrainedModel) -> None:
         if trained is not self._first and self.world.rank == self.world.size - 1:
             for parameter in trained.parameters:
                 if parameter.grad is not None:
                     parameter.grad.nan_to_num_(0, 0, 0)
-        super().average(trained)
+        super().reduce(trained)
 
 
 @saboteur("OPT-6")
-class SchedulesTheSecondSkip(Stepping):
-    """The schedule moves at the second skip in a row."""
+class SchedulesTheSecondSkip(FakeStrategy):
+    """The schedule steps at the second skipped update in a row."""
 
-    def bent(self, optimizer: Any, model: Any, scheduler: Any, boundary: Any) -> Any:
-        result = self.straight(optimizer, model, scheduler, boundary)
+    def optimizer_step(self, optimizer: Any, model: Any, scheduler: Any = None, *arguments: Any, **more: Any) -> Any:
+        result = super().optimizer_step(optimizer, model, scheduler, *arguments, **more)
         trained = self._trained(model, optimizer, "optimizer_step")
         if result.skipped and scheduler is not None and trained.skipped_in_a_row == 2:
             scheduler.step()
@@ -253,16 +240,16 @@ class SchedulesTheSecondSkip(Stepping):
 
 
 @saboteur("OPT-7")
-class FrozenDecay(FakeStrategy):
-    """Parameters that are frozen between updates go on decaying."""
+class FrozenDecay(FakeBackend):
+    """Parameters that are frozen after preparing still decay."""
 
     @override
-    def _update(self, trained: TrainedModel, factor: float) -> float:
+    def fused_step(self, trained: TrainedModel, factor: float) -> float:
         frozen = [parameter for parameter in trained.parameters if not parameter.requires_grad]
         for parameter in frozen:
             parameter.requires_grad_(True)
         try:
-            return super()._update(trained, factor)
+            return reduce_clip_and_step(self, trained, factor)
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(False)
@@ -270,7 +257,7 @@ class FrozenDecay(FakeStrategy):
 
 @saboteur("OPT-19")
 class OneAverage(FakeStrategy):
-    """Of several averages of a model only the first moves."""
+    """Of several averages of a model, only the first moves."""
 
     def moving_average(self, model: Any, model_ema: Any, *arguments: Any, **more: Any) -> None:
         first = self.__dict__.setdefault("_first", model_ema)
@@ -298,12 +285,12 @@ class LazyAverage(PlainStrategy):
 
 
 @saboteur("OPT-3", world=2)
-class OwnNorm(PlainStrategy):
-    """The last rank reports the norm of its own gradient."""
+class OwnNorm(ReplicatedBackend):
+    """The last rank reports the norm of its local gradient."""
 
     @override
-    def _update(self, trained: TrainedModel, factor: float) -> float:
+    def fused_step(self, trained: TrainedModel, factor: float) -> float:
         squares = [parameter.grad.square().sum() for parameter in trained.parameters if parameter.grad is not None]
-        own = factor * float(torch.stack(squares).sum().sqrt())
-        norm = super()._update(trained, factor)
-        return own if self.world.rank == self.world.size - 1 and math.isfinite(norm) else norm
+        local_norm = factor * float(torch.stack(squares).sum().sqrt())
+        norm = reduce_clip_and_step(self, trained, factor)
+        return local_norm if self.world.rank == self.world.size - 1 and math.isfinite(norm) else norm

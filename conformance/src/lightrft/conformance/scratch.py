@@ -1,6 +1,6 @@
-"""Where programs write: in memory, where there is room, for then synchronising costs nothing.
+"""Where programs write: a directory in memory if there is room, because fsync costs nothing there.
 
-The driver chooses, tells all ranks by their environment, and removes it in the end.
+The driver chooses the directory, passes it to all ranks in their environment, and removes it at the end.
 """
 
 import os
@@ -12,11 +12,11 @@ from pathlib import Path
 VARIABLE = "LIGHTRFT_CONFORMANCE_SCRATCH"
 MEMORY = Path("/dev/shm")
 ROOM = 2 << 30
-"""Bytes that must be free there."""
+"""Bytes that must be free there to use it."""
 
 
 def choose() -> Path:
-    """A path that is not there yet; below TMPDIR where that is set."""
+    """A new path, not yet created; below TMPDIR if that is set."""
     name = f"lightrft-conformance-{os.getpid()}-{secrets.token_hex(4)}"
     return (MEMORY if "TMPDIR" not in os.environ and _has_room() else Path(tempfile.gettempdir())) / name
 
@@ -29,5 +29,5 @@ def _has_room() -> bool:
 
 
 def scratch(what: str) -> Path:
-    """In a worker: the place for files of one kind, which may not be there yet."""
+    """In a worker: the directory for one purpose, which may not exist yet."""
     return Path(os.environ[VARIABLE]) / what

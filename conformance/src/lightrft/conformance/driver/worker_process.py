@@ -1,4 +1,4 @@
-"""One worker process as the driver sees it: its connection, its output, its stack, its end."""
+"""A worker process, seen from the driver: its connection, output, stack and exit."""
 
 import os
 import signal
@@ -8,17 +8,17 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from lightrft.conformance.driver import wire
-from lightrft.conformance.driver.nursery import Child, Nursery
+from lightrft.conformance.driver.fork_server import Child, ForkServer
 
 STACK_SIGNAL = signal.SIGUSR1
 TAIL_BYTES = 4000
 SEND_SECONDS = 30.0
 
 
-class Worker:
-    """A process in a session of its own, with a socket for messages and a pipe for whatever it prints.
+class WorkerProcess:
+    """A process in its own session, with a socket for messages and a pipe for its output.
 
-    Of its output only the end is kept, and nothing of it touches a disk.
+    Only the last `TAIL_BYTES` of the output are kept, in memory.
     """
 
     def __init__(self, process: Child, connection: socket.socket, output: int, stacks: int) -> None:
@@ -27,29 +27,29 @@ class Worker:
         os.set_blocking(output, False)
 
     @classmethod
-    def start(cls, nursery: Nursery, module: str, environment: Mapping[str, str]) -> Self:
-        """Start ``module``. Raises `wire.ConnectionLost` where the nursery is gone."""
-        ours, theirs = socket.socketpair()
+    def start(cls, fork_server: ForkServer, module: str, environment: Mapping[str, str]) -> Self:
+        """Start ``module``. Raises `wire.ConnectionLost` if the fork server is gone."""
+        connection, other_end = socket.socketpair()
         readable, writable = os.pipe()
         stacks = os.memfd_create("stacks")
         try:
-            process = nursery.start(module, environment, (theirs.fileno(), writable, stacks))
+            process = fork_server.start(module, environment, (other_end.fileno(), writable, stacks))
         except wire.ConnectionLost:
-            ours.close()
+            connection.close()
             os.close(readable)
             os.close(stacks)
             raise
         finally:
-            theirs.close()
+            other_end.close()
             os.close(writable)
-        return cls(process, ours, readable, stacks)
+        return cls(process, connection, readable, stacks)
 
     # Messages
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Send a message; raises `wire.ConnectionLost`, also where the worker does not take it.
+        """Send a message. Raises `wire.ConnectionLost`, also if the worker does not read it.
 
-        What was printed before is forgotten: last words belong to the last program.
+        Discards earlier output, so that `tail` belongs to the last program.
         """
         self.tail()
         self._printed.clear()
@@ -57,17 +57,17 @@ class Worker:
         wire.send(self.connection, message)
 
     def receive(self, seconds: float) -> dict[str, Any]:
-        """The message that is arriving; raises `wire.ConnectionLost` where it does not arrive whole."""
+        """Read the message that is arriving. Raises `wire.ConnectionLost` if it does not arrive completely."""
         self.connection.settimeout(max(0.1, seconds))
         try:
             return wire.receive(self.connection)
         except TimeoutError as error:
-            raise wire.ConnectionLost("it sent a part of a message and no more") from error
+            raise wire.ConnectionLost("the worker sent an incomplete message") from error
 
     # Output
 
     def read_output(self) -> bool:
-        """Take what was printed; False where there will be no more."""
+        """Read what was printed; False at the end of the output."""
         try:
             data = os.read(self.output, 1 << 16)
         except BlockingIOError:
@@ -77,16 +77,16 @@ class Worker:
         return bool(data)
 
     def tail(self) -> str:
-        """The last that it printed."""
-        for _ in range(16):  # what a pipe holds, once over
+        """The end of the output."""
+        for _ in range(16):  # as much as a pipe holds
             if not self.read_output():
                 break
         return self._printed.decode(errors="replace").strip()
 
-    # Its end
+    # Its exit
 
     def stack(self) -> str:
-        """Where all its threads are now, by faulthandler; its last words where it cannot say."""
+        """The stacks of all threads, from faulthandler; the last output if the process does not respond."""
         before = os.fstat(self._stacks).st_size
         self.process.signal(STACK_SIGNAL)
         for _ in range(40):
@@ -94,21 +94,21 @@ class Worker:
             if (size := os.fstat(self._stacks).st_size) > before:
                 time.sleep(0.05)
                 return os.pread(self._stacks, max(size, 1 << 16), before).decode(errors="replace").strip()
-        return f"it does not say where it is; its last words: {self.tail() or 'none'}"
+        return f"no stack: the process does not respond; last output: {self.tail() or 'none'}"
 
-    def exit_words(self) -> str:
-        """How it ended, and its last words."""
-        return f"{_words(self.process.status(1.0))}; its last words: {self.tail() or 'none'}"
+    def describe_exit(self) -> str:
+        """How the process ended, and its last output."""
+        return f"{_describe(self.process.status(1.0))}; last output: {self.tail() or 'none'}"
 
     def kill(self) -> None:
-        """End it and whatever it started in its session."""
+        """Kill the process and everything it started in its session."""
         self.process.close()
         self.connection.close()
         os.close(self.output)
         os.close(self._stacks)
 
 
-def _words(status: int | None) -> str:
+def _describe(status: int | None) -> str:
     if status is None:
         return "closed its connection"
     if status < 0:

@@ -1,26 +1,26 @@
-"""Pieces of programs, written down or drawn."""
+"""Parts of programs, fixed or drawn by Hypothesis."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from hypothesis import strategies as st
 
-from lightrft.conformance.clause import Operation, Place, Program
+from lightrft.conformance.clause import Operation, Program, Target
 
 FP32: Mapping[str, Any] = {"bf16": False, "max_norm": None}
 BF16: Mapping[str, Any] = {"bf16": True, "max_norm": None}
 
 
-def geometry(place: Place, window: int = 1, rows: int = 2) -> dict[str, Any]:
-    """Batch sizes for ``window`` micro-batches of ``rows`` an update."""
-    return {"micro_train_batch_size": rows, "train_batch_size": rows * window * place.world}
+def geometry(target: Target, accumulation_steps: int = 1, rows: int = 2) -> dict[str, Any]:
+    """Batch sizes for updates of ``accumulation_steps`` micro-batches with ``rows`` rows each."""
+    return {"micro_train_batch_size": rows, "train_batch_size": rows * accumulation_steps * target.world}
 
 
 def trained(
     model: str = "a", kind: str = "regressor", seed: int = 1, *, lr: float = 1e-3, weight_decay: float = 0.01,
     schedule: bool = False, wrap_first: bool = False, **more: Any,
 ) -> list[Operation]:  # fmt: skip
-    """Build a model and bring it into training, by one of the two orders that work everywhere."""
+    """Build and prepare a model for training, in one of the two orders that work everywhere."""
     build: Operation = {"do": "build", "model": model, "kind": kind, "seed": seed, **more}
     optimizer: Operation = {"do": "optimizer", "model": model, "lr": lr, "weight_decay": weight_decay}
     scheduling: list[Operation] = [{"do": "schedule", "model": model}] if schedule else []
@@ -32,7 +32,7 @@ def trained(
 def micro_batch(
     batch: int, model: str = "a", *, backwards: int = 1, scheduled: bool = False, **more: Any
 ) -> list[Operation]:
-    """Backwards and the step of one micro-batch."""
+    """The backwards and the step of one micro-batch."""
     losses: list[Operation] = [
         {"do": "backward", "model": model, "batch": batch + 1000 * index, "weight": 1.0 if index == 0 else 0.5, **more}
         for index in range(backwards)
@@ -40,9 +40,13 @@ def micro_batch(
     return [*losses, {"do": "step", "model": model, "scheduled": scheduled}]
 
 
-def updates(count: int, window: int = 1, model: str = "a", first: int = 0, **more: Any) -> list[Operation]:
-    """``count`` updates of ``window`` micro-batches each."""
-    return [operation for index in range(count * window) for operation in micro_batch(first + index, model, **more)]
+def updates(count: int, accumulation_steps: int = 1, model: str = "a", first: int = 0, **more: Any) -> list[Operation]:
+    """``count`` updates of ``accumulation_steps`` micro-batches each."""
+    return [
+        operation
+        for index in range(count * accumulation_steps)
+        for operation in micro_batch(first + index, model, **more)
+    ]
 
 
 SEEDS = st.integers(1, 10_000)
@@ -53,7 +57,7 @@ RATES = st.sampled_from([1e-3, 3e-4, 1e-4])
 @st.composite
 def training(
     draw: st.DrawFn,
-    place: Place,
+    target: Target,
     *,
     precision: Mapping[str, Any] = FP32,
     max_updates: int = 4,
@@ -61,9 +65,9 @@ def training(
     max_norms: st.SearchStrategy[float | None] | None = None,
     kinds: st.SearchStrategy[str] = KINDS,
 ) -> Program:
-    """A model of any kind, trained for a few updates; its weights looked at in the end."""
-    window = draw(st.integers(1, 3) if windows is None else windows)
-    settings = {**precision, **geometry(place, window)}
+    """Train a model of any kind for a few updates, and look at its weights at the end."""
+    accumulation_steps = draw(st.integers(1, 3) if windows is None else windows)
+    settings = {**precision, **geometry(target, accumulation_steps)}
     if max_norms is not None:
         settings["max_norm"] = draw(max_norms)
     scheduled = draw(st.booleans())
@@ -77,6 +81,10 @@ def training(
     )
     count = draw(st.integers(1, max_updates))
     operations += updates(
-        count, window, first=draw(st.integers(0, 500)), backwards=draw(st.sampled_from([1, 1, 2])), scheduled=scheduled
+        count,
+        accumulation_steps,
+        first=draw(st.integers(0, 500)),
+        backwards=draw(st.sampled_from([1, 1, 2])),
+        scheduled=scheduled,
     )
     return Program(operations=(*operations, {"do": "weights", "model": "a"}), settings=settings)

@@ -1,4 +1,4 @@
-"""Operations on the strategy itself: its place, its lifetimes, its collectives, its voice."""
+"""Operations of the strategy itself: its world, lifecycle, collectives and logging."""
 
 import contextlib
 import gc
@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import random
+import signal
 import threading
 import time
 from datetime import timedelta
@@ -16,57 +17,57 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from lightrft.conformance.interpreter.session import Session, operation
+from lightrft.conformance.interpreter.session import OPERATIONS, Session, operation
 from lightrft.conformance.provenance import origin_of
 from lightrft.conformance.values import digest, materialize
-from lightrft.strategy.registry import engine_class
+from lightrft.strategy.rollout.engine import engine_class
 
-PLACES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @operation
-def place(session: Session) -> dict[str, Any]:
-    """Who the strategy says that it is, and who the process group says."""
+def world(session: Session) -> dict[str, Any]:
+    """The rank and world size as the strategy and the process group report them."""
     strategy = session.strategy
     group = [dist.get_world_size(), dist.get_rank()] if dist.is_initialized() else None
     return {
         "world_size": strategy.world_size,
         "rank": strategy.get_rank(),
         "is_rank_0": strategy.is_rank_0(),
-        "window": strategy.accumulated_gradient,
+        "accumulation_steps": strategy.accumulated_gradient,
         "group": group,
-        "environment": [name for name in PLACES if name in os.environ],
+        "environment": [name for name in LAUNCHER_VARIABLES if name in os.environ],
     }
 
 
 @operation
 def settings(session: Session, names: list[str]) -> list[Any]:
-    """The settings as the strategy has them."""
+    """Settings of the strategy."""
     return [getattr(session.strategy.config, name) for name in names]
 
 
 @operation
 def setup_again(session: Session, timeout: float | None = None) -> None:
-    """Call setup_distributed once more, with another timeout, in seconds, where one is given."""
+    """Call setup_distributed again, with a timeout in seconds if one is given."""
     session.strategy.setup_distributed(None if timeout is None else timedelta(seconds=timeout))
 
 
 @operation
 def close(session: Session) -> None:
-    """Close the strategy, and keep it: a later operation may use it, or close it again."""
+    """Close the strategy but keep the object: a later operation may use or close it again."""
     session.strategy.close()
 
 
 @operation
-def begin_again(session: Session) -> None:
-    """Close the strategy and make another one in this process."""
+def restart(session: Session) -> None:
+    """Close the strategy and create another one in this process."""
     session.close()
     _ = session.strategy
 
 
 @operation
-def leave(session: Session, raising: bool = False) -> bool:
-    """Use the strategy as a context manager, whose body may raise; whether process group and engine are gone then."""
+def leave_context(session: Session, raising: bool = False) -> bool:
+    """Use the strategy as a context manager; whether the process group and the engine are gone afterwards."""
     with contextlib.suppress(LookupError), session.strategy:
         if raising:
             raise LookupError
@@ -74,29 +75,57 @@ def leave(session: Session, raising: bool = False) -> bool:
 
 
 @operation
+def save_on_sigterm(session: Session, operations: list[dict[str, Any]], raising: bool = False) -> dict[str, Any]:
+    """Run ``operations`` inside saving_on_sigterm, whose block may raise at the end.
+
+    Returns:
+        stop_requested before the first operation and after each, and the number of calls of ``save`` so far: when the
+        block ends, and after it was left.
+    """
+    strategy, saves = session.strategy, []
+    requested = [strategy.stop_requested]
+    with contextlib.suppress(LookupError), strategy.saving_on_sigterm(lambda: saves.append("saved")):
+        for inner in operations:
+            arguments = {name: value for name, value in inner.items() if name not in ("do", "ranks")}
+            if session.rank in inner.get("ranks", [session.rank]):
+                OPERATIONS[inner["do"]](session, **arguments)
+            requested.append(strategy.stop_requested)
+        inside = len(saves)
+        if raising:
+            raise LookupError
+    return {"stop_requested": requested, "saves": [inside, len(saves)]}
+
+
+@operation
+def sigterm(session: Session) -> None:
+    """Send SIGTERM to this process."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@operation
 def resources(session: Session, remember: str | None = None, compare: str | None = None) -> dict[str, Any]:
-    """Threads, open files and environment; what there is more of than at ``compare``."""
+    """Count threads, open files, child processes and variables; the differences from an earlier ``remember``."""
     gc.collect()
-    time.sleep(0.05)  # threads of destroyed process groups take a moment
-    found: dict[str, Any] = {
+    time.sleep(0.05)  # threads of destroyed process groups end with a delay
+    current: dict[str, Any] = {
         "threads": sorted(thread.name for thread in threading.enumerate()),
         "files": _open_files(),
         "children": _children(),
         "environment": dict(os.environ),
     }
     if remember is not None:
-        session.memory[remember] = found
+        session.memory[remember] = current
     if compare is None:
         return {}
     before = session.memory[compare]
     return {
-        "threads": len(found["threads"]) - len(before["threads"]),
-        "files": found["files"] - before["files"],
-        "children": found["children"] - before["children"],
+        "threads": len(current["threads"]) - len(before["threads"]),
+        "files": current["files"] - before["files"],
+        "children": current["children"] - before["children"],
         "environment": sorted(
             name
-            for name in found["environment"].keys() | before["environment"].keys()
-            if found["environment"].get(name) != before["environment"].get(name)
+            for name in current["environment"].keys() | before["environment"].keys()
+            if current["environment"].get(name) != before["environment"].get(name)
         ),
         "initialized": dist.is_initialized(),
     }
@@ -112,40 +141,40 @@ def _children() -> int:
 
 
 @operation
-def surroundings(session: Session) -> dict[str, Any]:
-    """What belongs to the whole process, and the state of its random streams."""
+def process_state(session: Session) -> dict[str, Any]:
+    """Process-wide state, including that of the random number generators."""
     state: Any = np.random.get_state()
     return {
         "default dtype": str(torch.get_default_dtype()),
         "default device": str(torch.get_default_device()),
-        "autograd": torch.is_grad_enabled(),
+        "autograd enabled": torch.is_grad_enabled(),
         "inference mode": torch.is_inference_mode_enabled(),
         "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
-        "threads of torch": torch.get_num_threads(),
+        "torch's number of threads": torch.get_num_threads(),
         "working directory": os.getcwd(),
-        "Python's stream": digest(list(random.getstate()[1])),
-        "NumPy's stream": digest([state[1].tolist(), state[2]]),
-        "torch's stream": digest(torch.get_rng_state()),
+        "Python's generator": digest(list(random.getstate()[1])),
+        "NumPy's generator": digest([state[1].tolist(), state[2]]),
+        "torch's generator": digest(torch.get_rng_state()),
     }
 
 
 @operation
 def environ(session: Session, **variables: str) -> None:
-    """Set environment variables, as a launcher would."""
+    """Set environment variables, as a launcher does."""
     os.environ.update(variables)
 
 
 @operation
-def own_group(session: Session) -> None:
-    """Make a process group before the strategy does, as a script may."""
-    from lightrft.conformance.interpreter.group import join
+def make_process_group(session: Session) -> None:
+    """Create a process group before the strategy does, as a script may."""
+    from lightrft.conformance.interpreter.process_groups import join
 
     join()
 
 
 @operation
 def group_alive(session: Session) -> bool:
-    """Whether the default process group is there, and works."""
+    """Whether the default process group exists and works."""
     if not dist.is_initialized():
         return False
     dist.all_reduce(torch.ones(1))
@@ -160,13 +189,13 @@ def seed(session: Session, value: int) -> None:
 
 @operation
 def draw(session: Session) -> list[Any]:
-    """A number from each random stream; a normal one has a twin, which the stream keeps for the next time."""
+    """A sample from each random number generator. Normal samples come in pairs, of which a generator caches the second."""
     return [random.gauss(0, 1), float(np.random.standard_normal()), torch.rand(3)]
 
 
 @operation
-def speak(session: Session, text: str) -> dict[str, str]:
-    """What print, and the logger at whatever level, write."""
+def print_and_log(session: Session, text: str) -> dict[str, str]:
+    """The output of print, and of the logger at several levels."""
     printed, logged = io.StringIO(), io.StringIO()
     handler = logging.StreamHandler(logged)
     logger = logging.getLogger("lightrft")
@@ -183,9 +212,9 @@ def speak(session: Session, text: str) -> dict[str, str]:
 
 @operation
 def idle(session: Session, seconds: float, until: list[int]) -> None:
-    """Take no part in what the other ranks do, for ``seconds``, or until the ranks ``until`` are `through` with it."""
+    """Stay away from what the other ranks do, for ``seconds`` or until the ranks ``until`` call `report_done`."""
     _ = session.strategy
-    store, end, keys = _store(), time.monotonic() + seconds, [f"through/{rank}" for rank in until]
+    store, end, keys = _store(), time.monotonic() + seconds, [f"done/{rank}" for rank in until]
     while time.monotonic() < end and not store.check(keys):
         time.sleep(0.05)
     for key in keys:
@@ -193,19 +222,19 @@ def idle(session: Session, seconds: float, until: list[int]) -> None:
 
 
 @operation
-def through(session: Session) -> None:
-    """Tell the rank that idles."""
-    _store().set(f"through/{session.rank}", "yes")
+def report_done(session: Session) -> None:
+    """Tell the idle rank that this rank is done."""
+    _store().set(f"done/{session.rank}", "yes")
 
 
 def _store() -> Any:
-    """The driver's store: what ranks say to each other when they cannot by the strategy."""
+    """The driver's store, through which ranks communicate without the strategy."""
     return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
 
 
 @operation
-def end(session: Session) -> None:
-    """Die, without a word."""
+def exit_process(session: Session) -> None:
+    """Exit the process at once."""
     os._exit(7)
 
 
@@ -214,16 +243,16 @@ def end(session: Session) -> None:
 
 @operation
 def all_reduce(session: Session, data: Any, op: str | None = None) -> dict[str, Any]:
-    """Reduce; also whether the argument was left alone, and whether the result shares its memory or has a graph."""
+    """all_reduce; the result, and whether it is independent of the argument, which must not change."""
     argument = materialize(data, session.rank, session.strategy.device)
     before = digest(argument)
-    result = session.strategy.all_reduce(argument) if op is None else session.strategy.all_reduce(argument, op)  # type: ignore[arg-type]
+    result = session.strategy.all_reduce(argument) if op is None else session.strategy.all_reduce(argument, op)  # type: ignore[call-overload]
     return _outcome(argument, before, result)
 
 
 @operation
 def all_gather(session: Session, data: Any) -> dict[str, Any]:
-    """Gather; also whether the argument was left alone, and whether the result shares its memory or has a graph."""
+    """all_gather; the result, and whether it is independent of the argument, which must not change."""
     argument = materialize(data, session.rank, session.strategy.device)
     before = digest(argument)
     return _outcome(argument, before, session.strategy.all_gather(argument))
@@ -232,9 +261,9 @@ def all_gather(session: Session, data: Any) -> dict[str, Any]:
 def _outcome(argument: Any, before: str, result: Any) -> dict[str, Any]:
     return {
         "result": result,
-        "untouched": digest(argument) == before,
-        "apart": not _share(argument, result),
-        "graph": any(tensor.requires_grad for tensor in _tensors(result)),
+        "argument_unchanged": digest(argument) == before,
+        "separate_memory": not _share(argument, result),
+        "has_graph": any(tensor.requires_grad for tensor in _tensors(result)),
     }
 
 
@@ -251,21 +280,21 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 @operation
 def local_device(session: Session) -> list[int | None]:
-    """The index of this process's device, as the strategy says it and as it is; None on the CPU."""
+    """The local rank of the strategy and the index of its device; the index is None on the CPU."""
     return [session.strategy.local_rank, session.strategy.device.index]
 
 
 @operation
 def identity(session: Session, name: str = "", engine: str = "") -> dict[str, Any]:
-    """What is under test: where it comes from, and what it says that it can do."""
+    """The class, origin and capabilities of what is under test."""
     strategy = session.strategy
-    found: dict[str, Any] = {
+    answer: dict[str, Any] = {
         "class": f"{type(strategy).__module__}.{type(strategy).__qualname__}",
         "capabilities": sorted(strategy.capabilities),
         "grouped": dist.is_initialized(),
         **origin_of(name, type(strategy)),
     }
     if engine:
-        kind = engine_class(engine)
-        found["engine"] = {"class": f"{kind.__module__}.{kind.__qualname__}", **origin_of(engine, kind)}
-    return found
+        cls = engine_class(engine)
+        answer["engine"] = {"class": f"{cls.__module__}.{cls.__qualname__}", **origin_of(engine, cls)}
+    return answer

@@ -1,10 +1,11 @@
-"""Defects of one corner of data, checkpoints and export."""
+"""Defects in one edge case of data, checkpoints and export."""
 
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -12,18 +13,18 @@ from typing_extensions import override
 
 from lightrft.conformance.saboteurs.catalogue import saboteur
 from lightrft.conformance.saboteurs.checkpoints import Saves
-from lightrft.conformance.saboteurs.data import Odd
+from lightrft.conformance.saboteurs.data import WithSampler
 from lightrft.strategy import FakeStrategy
-from lightrft.strategy.checkpoint.loading import Loading
+from lightrft.strategy.backend import TrainedModel
+from lightrft.strategy.checkpoint.load_checkpoint import CheckpointLoading
 from lightrft.strategy.checkpoint.store import Store
-from lightrft.strategy.training.data import ElasticSampler
-from lightrft.strategy.training.trained_model import TrainedModel
+from lightrft.strategy.data.loaders import ElasticSampler
 
-# mypy: disable-error-code="misc, method-assign"
+# mypy: disable-error-code="misc"
 
 
 class TwoOrders(ElasticSampler):
-    """Epochs from the second on are alike."""
+    """Epoch 1 and later epochs have one order."""
 
     @override
     def order(self) -> list[int]:
@@ -35,37 +36,37 @@ class TwoOrders(ElasticSampler):
 
 
 @saboteur("DATA-3")
-class LaterEpochsAlike(Odd):
-    """Epochs from the second on have one order."""
+class LaterEpochsAlike(WithSampler):
+    """The second and all later epochs have the same order."""
 
     sampler = TwoOrders
 
 
 @saboteur("DATA-2")
 class PassesOverAlways(FakeStrategy):
-    """What consumed_samples passes over is passed over in every epoch."""
+    """consumed_samples is skipped in every epoch, not only in the first."""
 
     def setup_dataloader(self, *arguments: Any, consumed_samples: int = 0, **more: Any) -> Any:
         loader: Any = super().setup_dataloader(*arguments, consumed_samples=consumed_samples, **more)
-        own = loader.set_epoch
-        loader.set_epoch = lambda epoch, consumed=None: own(epoch, consumed or consumed_samples or None)
+        set_epoch = loader.set_epoch
+        loader.set_epoch = lambda epoch, consumed=None: set_epoch(epoch, consumed or consumed_samples or None)
         return loader
 
 
 @saboteur("CKPT-1")
 class FirstLoaderOnly(Saves):
-    """Loading sets the position of the first loader alone."""
+    """Loading restores the position of the first loader only."""
 
     def setup_dataloader(self, *arguments: Any, **more: Any) -> Any:
         loader: Any = super().setup_dataloader(*arguments, **more)
-        if len(self._checkpoints.loaders._living) > 1:
+        if len(self.loaders) > 1:
             loader.load_state_dict = lambda state: None
         return loader
 
 
 @saboteur("CKPT-1")
 class ForgetsHalfAPair(Saves):
-    """Normal numbers come in pairs; loading loses the second of one, in Python's stream."""
+    """Normal random numbers are drawn in pairs; loading loses the pending one of Python's stream."""
 
     def load_ckpt(self, *arguments: Any, **more: Any) -> Any:
         result = super().load_ckpt(*arguments, **more)
@@ -76,7 +77,7 @@ class ForgetsHalfAPair(Saves):
 
 @saboteur("CKPT-1")
 class ForgetsHalfAPairOfNumPy(Saves):
-    """Normal numbers come in pairs; loading loses the second of one, in NumPy's stream."""
+    """Normal random numbers are drawn in pairs; loading loses the pending one of NumPy's stream."""
 
     def load_ckpt(self, *arguments: Any, **more: Any) -> Any:
         result = super().load_ckpt(*arguments, **more)
@@ -87,7 +88,7 @@ class ForgetsHalfAPairOfNumPy(Saves):
 
 @saboteur("CKPT-1")
 class KeepsMomentum(Saves):
-    """Loading what was saved before the first update leaves the optimizer's state."""
+    """Loading a checkpoint from before the first update keeps the optimizer's present state."""
 
     def load_ckpt(self, model: Any, *arguments: Any, **more: Any) -> Any:
         trained = self.trained_of(model)
@@ -99,8 +100,8 @@ class KeepsMomentum(Saves):
 
 
 @contextmanager
-def settled(trained: TrainedModel | None) -> Iterator[None]:
-    """Pretend that no gradient is pending."""
+def without_pending_gradient(trained: TrainedModel | None) -> Iterator[None]:
+    """Report in the body that no gradient of ``trained`` is pending."""
     if trained is None:
         yield
         return
@@ -114,18 +115,18 @@ def settled(trained: TrainedModel | None) -> Iterator[None]:
 
 @saboteur("CKPT-1")
 class LooksAtTheFirst(Saves):
-    """Of several models, only the first is asked whether a gradient is pending."""
+    """Of several models, only the first is checked for a pending gradient."""
 
     def save_ckpt(self, model: Any, *arguments: Any, **more: Any) -> Any:
         second = list(model.values())[1] if isinstance(model, Mapping) and len(model) > 1 else None
-        found = None if second is None else self._models.find(second)
-        with settled(None if found is None else found.trained):
+        prepared = None if second is None else self._models.find(second)
+        with without_pending_gradient(None if prepared is None else prepared.trained):
             return super().save_ckpt(model, *arguments, **more)
 
 
 @saboteur("CKPT-2")
 class KeepsTheOld(Saves):
-    """Saving under a tag that is there does nothing."""
+    """Saving under an existing tag does nothing."""
 
     def save_ckpt(self, model: Any, save_dir: Any, tag: Any = None, *arguments: Any, **more: Any) -> Any:
         if tag is not None and (Path(save_dir) / tag).is_dir():
@@ -143,16 +144,16 @@ class AlwaysLatest(Saves):
 
 @saboteur("CKPT-2")
 class LastByName(Saves):
-    """Without a tag, load takes the last by name."""
+    """Without a tag, the last checkpoint by name is loaded."""
 
     def load_ckpt(self, model: Any, load_dir: Any, tag: Any = None, *arguments: Any, **more: Any) -> Any:
-        tags = sorted(it.tag for it in Store(Path(load_dir)).committed())
+        tags = sorted(checkpoint.tag for checkpoint in Store(Path(load_dir)).committed())
         return super().load_ckpt(model, load_dir, tags[-1] if tag is None and tags else tag, *arguments, **more)
 
 
 @saboteur("CKPT-3")
 class OneClientState(Saves):
-    """What load gives back is the very object that was saved, whatever became of it."""
+    """load_ckpt returns the object that was passed to save_ckpt, with its later changes."""
 
     def save_ckpt(self, *arguments: Any, **more: Any) -> Any:
         path = super().save_ckpt(*arguments, **more)
@@ -167,7 +168,7 @@ class OneClientState(Saves):
 
 @saboteur("CKPT-3")
 class LargeIntsRounded(Saves):
-    """Large integers in the client state come back as near as a float is."""
+    """Large integers in the client state are rounded to floats."""
 
     def load_ckpt(self, *arguments: Any, **more: Any) -> Any:
         path, state = super().load_ckpt(*arguments, **more)
@@ -177,20 +178,18 @@ class LargeIntsRounded(Saves):
 
 @saboteur("CKPT-6")
 class OptimizerUnverified(Saves):
-    """The optimizer's state is loaded unverified."""
+    """The optimizer's state is not verified before it is loaded."""
 
     def load_ckpt(self, *arguments: Any, **more: Any) -> Any:
-        own = Loading._is_read
-        Loading._is_read = lambda loading, parts, names: "optimizer" not in parts and own(loading, parts, names)  # type: ignore[assignment]
-        try:
+        is_loaded = CheckpointLoading._is_loaded
+        without_optimizer = lambda loading, parts, names: "optimizer" not in parts and is_loaded(loading, parts, names)  # noqa: E731
+        with patch.object(CheckpointLoading, "_is_loaded", without_optimizer):
             return super().load_ckpt(*arguments, **more)
-        finally:
-            Loading._is_read = own
 
 
 @saboteur("CKPT-8")
 class RatesComeAlong(Saves):
-    """load_optimizer_states=False loads the rates all the same."""
+    """load_optimizer_states=False loads the learning rates nevertheless."""
 
     def load_ckpt(self, model: Any, *arguments: Any, **more: Any) -> Any:
         trained, wanted = self.trained_of(model), more.get("load_optimizer_states", True)
@@ -205,7 +204,7 @@ class RatesComeAlong(Saves):
 
 @saboteur("CKPT-8")
 class CountsAnew(Saves):
-    """load_module_only sets the number of updates back."""
+    """load_module_only sets the number of updates to 0."""
 
     def load_ckpt(self, model: Any, *arguments: Any, **more: Any) -> Any:
         result = super().load_ckpt(model, *arguments, **more)
@@ -217,7 +216,7 @@ class CountsAnew(Saves):
 
 @saboteur("EXPORT-1")
 class ExportsHalfByDefault(FakeStrategy):
-    """Where no type is asked for, weights are written as fp16."""
+    """Without dtype, weights are written as fp16."""
 
     def save_model(self, *arguments: Any, dtype: Any = None, **more: Any) -> Path:
         return super().save_model(*arguments, dtype=dtype or torch.float16, **more)

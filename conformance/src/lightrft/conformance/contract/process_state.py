@@ -1,0 +1,48 @@
+"""LIFE: process-wide state."""
+
+from collections.abc import Sequence
+
+from typing_extensions import override
+
+from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Target
+from lightrft.conformance.contract.program_parts import FP32, geometry, micro_batch, trained, updates
+
+LOOK: Operation = {"do": "process_state"}
+
+
+@CONTRACT.add
+class ProcessState(Clause):
+    """A strategy does not change process-wide state: torch's default dtype and device, autograd mode and number of
+    threads, and the working directory. Training, skipping, averaging, offloading and collectives do not advance the
+    random number generators."""
+
+    id = "LIFE-9"
+
+    @override
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
+        average: list[Operation] = [
+            {"do": "build", "model": "ema", "seed": 1},
+            {"do": "prepare_inference", "model": "ema"},
+        ]
+        away: list[Operation] = [{"do": do, "model": "a"} for do in ("offload_model", "reload_model", "weights")]
+        return [
+            Program(
+                operations=(
+                    {"do": "world"}, LOOK, *trained(schedule=True), *average, *updates(2, scheduled=True),
+                    *micro_batch(7, poison="nan"), {"do": "average", "model": "a", "into": "ema", "beta": 0.5}, *away,
+                    {"do": "all_reduce", "data": 1.0}, {"do": "all_gather", "data": 1.0}, LOOK, {"do": "close"}, LOOK,
+                ),
+                settings={**FP32, "bf16": bf16, **geometry(target)},
+            )
+            for bf16 in (False, True)
+        ]  # fmt: skip
+
+    @override
+    def check(self, execution: Execution) -> None:
+        before, used, closed = [seen for _, _, seen in execution.each("process_state")]
+        for rank in range(execution.target.world):
+            for after, when in ((used, "training"), (closed, "close")):
+                for name, was in before[rank].items():
+                    now = after[rank][name]
+                    what = "advanced" if name.endswith("generator") else f"is {now}, expected {was}"
+                    self.require(now == was, f"rank {rank}: after {when}, {name} {what}")

@@ -1,0 +1,65 @@
+"""What clauses about training share: looking at a model, and comparing it with the reference."""
+
+import math
+from typing import Any
+
+from lightrft.conformance.clause import Clause, Execution, Operation
+from lightrft.conformance.contract import tolerances
+from lightrft.conformance.reference import Family
+
+LOOK: Operation = {"do": "weights", "model": "a"}
+STATE: Operation = {"do": "state", "model": "a"}
+
+
+def assert_close(clause: Clause, execution: Execution, model: str = "a") -> None:
+    """Require the last weights of ``model`` to match the reference of either family, within rounding."""
+    index, _, seen = [look for look in execution.each("weights") if look[1]["model"] == model][-1]
+    mismatch = first_mismatch(execution, index, seen[0])
+    clause.require(mismatch is None, f"the weights do not match the reference: {mismatch}")
+    clause.require_alike(execution, "weights")
+
+
+def first_mismatch(
+    execution: Execution, index: int, weights: tolerances.Weights, bound: float = tolerances.ABSOLUTE
+) -> str | None:
+    """How ``weights`` differ from the reference for operation ``index``, or None if they match one of the families."""
+    mismatch = tolerances.absolute(weights, execution.predicted("once")[index], bound)
+    if mismatch is None or tolerances.absolute(weights, execution.predicted("each")[index], bound) is None:
+        return None
+    return mismatch
+
+
+def assert_flags(clause: Clause, execution: Execution, *flags: str) -> None:
+    """Require every step to report the reference's ``flags`` ("applied", "skipped") on all ranks."""
+    for index, operation, seen in execution.each("step"):
+        for flag in flags:
+            expected, reported = execution.predicted()[index][flag], [result[flag] for result in seen]
+            clause.require(
+                reported == [expected] * len(seen),
+                f"step (operation {index}) of model {operation['model']}: expected {flag}={expected}, got {reported}",
+            )
+
+
+def assert_norms(clause: Clause, execution: Execution) -> None:
+    """Require every update to report the reference's gradient norm."""
+    for index, _, seen in execution.each("step"):
+        expected, norm = execution.predicted()[index]["grad_norm"], seen[0]["grad_norm"]
+        fits = expected is None or close(norm, expected)
+        clause.require(fits, f"step (operation {index}): expected the gradient norm {expected}, got {norm}")
+
+
+def reference_weights(execution: Execution, family: Family, model: str = "a") -> tolerances.Weights:
+    """The reference's weights at the last look at ``model``."""
+    looks = [index for index, operation, _ in execution.each("weights") if operation["model"] == model]
+    weights: tolerances.Weights = execution.predicted(family)[looks[-1]]
+    return weights
+
+
+def close(value: Any, expected: float, bound: float = 1e-5) -> bool:
+    """Whether ``value`` is a float close to ``expected``."""
+    return isinstance(value, float) and math.isclose(value, expected, rel_tol=bound, abs_tol=1e-6)
+
+
+def norm_fits(norm: Any, expected: float) -> bool:
+    """Whether ``norm`` is close to ``expected``; any non-finite norm fits a non-finite one."""
+    return isinstance(norm, float) and (close(norm, expected) if math.isfinite(expected) else not math.isfinite(norm))

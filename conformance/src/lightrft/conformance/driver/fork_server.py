@@ -1,0 +1,202 @@
+"""A process that imports what workers need and forks them: an import takes seconds, a fork milliseconds.
+
+Each rank has a fork server of its own, because real ranks differ in per-process state, such as the iteration order of
+a set of strings, and a strategy must tolerate that.
+
+The driver sends requests over a socket. ``b"s"`` starts a worker: it comes with the descriptors of the worker's
+connection, output and stack file, and with a message that names the module and the environment; the answer is the
+worker's pid. ``b"w"`` with a pid asks for the exit status of a worker.
+
+The fork server also reaps orphans. If the driver goes away, even by SIGKILL, the socket closes; the fork server then
+kills the workers that are left, with everything they started in their sessions, and removes the scratch directory.
+"""
+
+import importlib
+import os
+import runpy
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lightrft.conformance.driver import wire
+
+PRELOADED = ("lightrft.conformance.interpreter", "torch._dynamo")
+"""For the suite's own workers. torch imports its compiler when it makes its first optimizer.
+
+Workers that use CUDA preload nothing, because CUDA does not survive a fork.
+"""
+READY_SECONDS = 120.0
+
+
+# The driver's side
+
+
+class Child:
+    """A worker's process."""
+
+    def __init__(self, pid: int, fork_server: "ForkServer") -> None:
+        self.pid, self._fork_server = pid, fork_server
+        self._status: int | None = None
+        self._descriptor = os.pidfd_open(pid)  # the pid cannot be reused yet: the fork server has not waited for it
+
+    def ended(self, seconds: float = 0.0) -> bool:
+        """Whether the process has ended, or ends within ``seconds``."""
+        end = select.poll()
+        end.register(self._descriptor, select.POLLIN)
+        return bool(end.poll(seconds * 1000))
+
+    def status(self, seconds: float = 0.0) -> int | None:
+        """The exit status, negative for a signal; None while the process runs, or if its fork server is gone."""
+        if self._status is None and self.ended(seconds):
+            with suppress(wire.ConnectionLost):
+                self._status = self._fork_server.status_of(self.pid)
+        return self._status
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the process."""
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._descriptor, number)
+
+    def close(self) -> None:
+        """Kill the process and everything it started in its session."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.status(READY_SECONDS)
+        os.close(self._descriptor)
+
+
+class ForkServer:
+    """A fork server and the driver's connection to it."""
+
+    def __init__(self, preloaded: Sequence[str], environment: Mapping[str, str], directory: Path) -> None:
+        """Start the process without waiting for it. It removes ``directory`` if it outlives the driver."""
+        self._connection, other_end = socket.socketpair()
+        self._connection.settimeout(READY_SECONDS)
+        with other_end:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(other_end.fileno()), str(directory), *preloaded],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                env={**environment}, pass_fds=[other_end.fileno()], start_new_session=True,
+            )  # fmt: skip
+
+    @property
+    def pid(self) -> int:
+        """The pid of the fork server itself."""
+        return self._process.pid
+
+    @property
+    def ended(self) -> bool:
+        """Whether the fork server has ended."""
+        return self._process.poll() is not None
+
+    def start(self, module: str, environment: Mapping[str, str], descriptors: Sequence[int]) -> Child:
+        """Start a worker that runs ``module``, as ``python -m`` does.
+
+        Args:
+            module: The module to run as ``__main__``.
+            environment: The complete environment of the worker.
+            descriptors: Those of the worker's connection, its output, and the file for its stack.
+
+        Raises:
+            wire.ConnectionLost: The fork server does not answer.
+        """
+        request = {"module": module, "environment": dict(environment)}
+        return Child(self._ask(b"s", request, descriptors)["pid"], self)
+
+    def status_of(self, pid: int) -> int | None:
+        """The exit status of a worker. Raises `wire.ConnectionLost`."""
+        status: int | None = self._ask(b"w", {"pid": pid})["status"]
+        return status
+
+    def _ask(self, what: bytes, message: Mapping[str, Any], descriptors: Sequence[int] = ()) -> dict[str, Any]:
+        try:
+            socket.send_fds(self._connection, [what], descriptors)
+            wire.send(self._connection, message)
+            return wire.receive(self._connection)
+        except OSError as error:  # a timeout is one
+            raise wire.ConnectionLost(f"the fork server does not answer: {error}") from error
+
+    def close(self) -> None:
+        """End the fork server, and leave its workers alone."""
+        self._process.kill()  # before the connection closes, which would make it kill its workers
+        self._process.wait()
+        self._connection.close()
+
+
+# The fork server's side
+
+
+def main() -> None:
+    """Import the modules named on the command line, then serve; a fork becomes the worker that was asked for."""
+    descriptor, directory, *preloaded = sys.argv[1:]
+    for name in preloaded:
+        with suppress(Exception):  # a worker that needs the module reports the error itself
+            importlib.import_module(name)
+    module = _serve(socket.socket(fileno=int(descriptor)), Path(directory))
+    sys.argv[:] = [module]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _serve(driver: socket.socket, directory: Path) -> str:
+    """Start workers until the driver is gone; returns only in a worker, with its module."""
+    workers: set[int] = set()
+    with driver:
+        while True:
+            what, descriptors, _, _ = socket.recv_fds(driver, 1, 3)
+            if not what:
+                _reap_orphans(workers, directory)
+            try:
+                request = wire.receive(driver)
+                if what == b"w":
+                    status = _status_of(request["pid"])
+                    workers -= set() if status is None else {request["pid"]}
+                    wire.send(driver, {"status": status})
+                    continue
+                pid = os.fork()
+                if not pid:
+                    break
+                workers.add(pid)
+                for descriptor in descriptors:
+                    os.close(descriptor)
+                wire.send(driver, {"pid": pid})
+            except wire.ConnectionLost:
+                _reap_orphans(workers, directory)
+    _become_worker(request["environment"], *descriptors)
+    module: str = request["module"]
+    return module
+
+
+def _status_of(pid: int) -> int | None:
+    ended, status = os.waitpid(pid, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if ended else None
+
+
+def _reap_orphans(workers: set[int], directory: Path) -> NoReturn:
+    """Kill the workers nobody waited for, with their sessions, remove what they wrote, and exit."""
+    for pid in workers:
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+    shutil.rmtree(directory, ignore_errors=True)
+    os._exit(0)
+
+
+def _become_worker(environment: Mapping[str, str], connection: int, output: int, stacks: int) -> None:
+    os.setsid()
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(output)
+    os.environ.clear()
+    os.environ.update(environment, LIGHTRFT_CONFORMANCE_FDS=f"{connection},{stacks}")
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed()  # Python reseeds its own generator after a fork; NumPy does not
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""All saboteurs and controls."""
+
+from collections.abc import Iterator
+
+from lightrft.conformance.saboteurs import (  # noqa: F401 - they register themselves
+    checkpoints,
+    collectives,
+    controls,
+    data,
+    edge_cases,
+    edge_cases_of_state,
+    engines,
+    exporting,
+    invalid_usage,
+    lifecycle,
+    media,
+    offloading,
+    optimizers,
+    preparing,
+    rollouts,
+    skips,
+    updates,
+)
+from lightrft.conformance.saboteurs.catalogue import Saboteur, registered
+
+
+def corpus() -> list[Saboteur]:
+    """Return all saboteurs and controls."""
+    return list(registered.values())
+
+
+def saboteurs() -> Iterator[Saboteur]:
+    """Yield those with a defect."""
+    return (saboteur for saboteur in corpus() if saboteur.clause)

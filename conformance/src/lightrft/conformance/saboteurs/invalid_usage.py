@@ -1,0 +1,130 @@
+"""Defects in what is refused, reported and claimed."""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from typing_extensions import override
+
+from lightrft.conformance.saboteurs.catalogue import saboteur
+from lightrft.strategy import FakeStrategy, StepResult
+from lightrft.strategy.backend import ReplicatedBackend, TrainedModel
+from lightrft.strategy.fake_strategy import FakeBackend
+
+# mypy: disable-error-code="misc"
+
+
+@saboteur("OPT-11")
+class TakesVectors(FakeStrategy):
+    """A loss that is not a scalar is averaged."""
+
+    def backward(self, loss: Any, model: Any, optimizer: Any, *, retain_graph: bool = False) -> None:
+        super().backward(loss.mean() if isinstance(loss, torch.Tensor) and loss.ndim else loss, model, optimizer)
+
+
+@saboteur("OPT-11")
+class TakesAnyOptimizer(FakeStrategy):
+    """backward does not check the optimizer."""
+
+    def backward(self, loss: Any, model: Any, optimizer: Any, *, retain_graph: bool = False) -> None:
+        prepared = self._models.find(model)
+        if prepared is not None and prepared.trained is not None:
+            optimizer = prepared.trained.optimizer
+        super().backward(loss, model, optimizer)
+
+
+@saboteur("OPT-11")
+class SaysNothing(FakeStrategy):
+    """The error for a loss without a graph is that of torch."""
+
+    def backward(self, loss: Any, model: Any, optimizer: Any, *, retain_graph: bool = False) -> None:
+        if isinstance(loss, torch.Tensor) and not loss.requires_grad:
+            loss.backward()
+        super().backward(loss, model, optimizer)
+
+
+@saboteur("OPT-11")
+class TakesAnyLoss(FakeBackend):
+    """backward accepts the loss of another model."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._leaves: set[int] = set()
+
+    @override
+    def bind(self, trained: TrainedModel) -> None:
+        self._leaves |= trained.parameter_ids
+
+    @override
+    def graph_leaves(self, trained: TrainedModel) -> Collection[int]:
+        return self._leaves
+
+
+@saboteur("OPT-12")
+class SaysApplied(FakeStrategy):
+    """A skipped update is reported as applied."""
+
+    def optimizer_step(self, *arguments: Any, **more: Any) -> Any:
+        result = super().optimizer_step(*arguments, **more)
+        return StepResult(applied=result.applied or result.skipped, skipped=result.skipped, grad_norm=result.grad_norm)
+
+
+@saboteur("OPT-12")
+class NormEverywhere(FakeStrategy):
+    """A norm is reported between updates too."""
+
+    def optimizer_step(self, *arguments: Any, **more: Any) -> Any:
+        result = super().optimizer_step(*arguments, **more)
+        return StepResult(applied=result.applied, skipped=result.skipped, grad_norm=result.grad_norm or 0.0)
+
+
+@saboteur("OPT-16", world=2)
+class ClaimsUneven(ReplicatedBackend):
+    """Claims uneven_modules, but averages over the ranks that used a module, not over all."""
+
+    @override
+    def reduce(self, trained: TrainedModel) -> None:
+        used = torch.tensor([float(parameter.grad is not None) for parameter in trained.parameters])
+        dist.all_reduce(used, group=self.world.control)
+        super().reduce(trained)
+        for parameter, ranks in zip(trained.parameters, used.tolist(), strict=True):
+            parameter.grad *= self.world.size / max(1.0, ranks)
+
+
+@saboteur("OPT-16", world=2)
+class DeniesUneven(ReplicatedBackend):
+    """Can train uneven modules, but does not claim uneven_modules."""
+
+    capabilities = frozenset()
+
+
+@saboteur("OPT-18")
+class ClaimsAdoption(FakeBackend):
+    """Claims adoption, but refuses unprepared models."""
+
+    accepts_unprepared = False
+
+
+@saboteur("OPT-18")
+class DeniesAdoption(FakeBackend):
+    """Accepts unprepared models, but does not claim adoption."""
+
+    capabilities = frozenset({"uneven_modules"})
+
+
+@saboteur("OPT-19")
+class AveragesEachCall(FakeStrategy):
+    """The average moves at each call, whether there was an update or not."""
+
+    def moving_average(self, model: Any, model_ema: Any, beta: float = 0.992, device: Any = None) -> None:
+        self._averages.seen[self.unwrap_model(model_ema)] = -1
+        super().moving_average(model, model_ema, beta, device)
+
+
+@saboteur("OPT-19")
+class AveragesTheWrongWay(FakeStrategy):
+    """beta and 1 - beta are swapped."""
+
+    def moving_average(self, model: Any, model_ema: Any, beta: float = 0.992, device: Any = None) -> None:
+        super().moving_average(model, model_ema, min(1 - beta, 0.999), device)

@@ -1,0 +1,376 @@
+"""Defects of lifecycle, ranks, printing and logging."""
+
+import logging
+import os
+import random
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from typing_extensions import override
+
+from lightrft.config import ConfigError, StrategyConfig
+from lightrft.conformance.saboteurs.catalogue import saboteur
+from lightrft.conformance.saboteurs.plain import PlainStrategy
+from lightrft.strategy import FakeStrategy
+from lightrft.strategy.backend import ReplicatedBackend, TrainedModel, World
+from lightrft.strategy.fake_strategy import FakeBackend
+
+# Some overridden methods are final: a type checker would find these saboteurs.
+# mypy: disable-error-code="misc"
+
+
+@saboteur("LIFE-1")
+class StartsAgain(FakeStrategy):
+    """Each call of setup_distributed starts a thread."""
+
+    def setup_distributed(self, timeout: timedelta | None = None) -> None:
+        super().setup_distributed(timeout)
+        threading.Thread(target=time.sleep, args=(3,), daemon=True).start()
+
+
+@saboteur("LIFE-2", world=2)
+class EverybodyFirst(PlainStrategy):
+    """is_rank_0 is True on every rank."""
+
+    def is_rank_0(self) -> bool:
+        return True
+
+
+@saboteur("LIFE-2")
+class SetsVariables(FakeBackend):
+    """Sets RANK although it has no process group."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        os.environ["RANK"] = "0"
+
+
+@saboteur("LIFE-3", world=2, verdict="hang")
+class WaitsForEver(ReplicatedBackend):
+    """The process group does not have the timeout of the settings."""
+
+    @classmethod
+    @override
+    def join(cls, config: StrategyConfig) -> World:
+        world = super().join(config.replace(timeout=3600.0))
+        world.impose_timeout = lambda: None  # type: ignore[method-assign]
+        return world
+
+
+@saboteur("LIFE-3", world=2)
+class NamesNothing(PlainStrategy):
+    """The error for a lost peer is that of torch.distributed."""
+
+    @contextmanager
+    @override
+    def _running(self, call: str) -> Iterator[None]:
+        yield
+
+
+@saboteur("LIFE-4")
+class ForgetsNumpy(FakeStrategy):
+    """set_seed does not seed NumPy."""
+
+    def set_seed(self, seed: int) -> None:
+        random.seed(seed)
+        torch.manual_seed(seed)
+
+
+@saboteur("LIFE-4")
+class OneSeed(FakeStrategy):
+    """set_seed always seeds Python with 42."""
+
+    def set_seed(self, seed: int) -> None:
+        random.seed(42)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+
+
+@saboteur("LIFE-5")
+class LeavesVariable(FakeBackend):
+    """close leaves an environment variable."""
+
+    @override
+    def close(self) -> None:
+        os.environ["LEFT_BEHIND"] = "1"
+
+
+@saboteur("LIFE-5")
+class LeavesThread(FakeBackend):
+    """Each lifetime leaves a thread."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        threading.Thread(target=time.sleep, args=(30,), daemon=True).start()
+
+
+@saboteur("LIFE-5")
+class LeavesFile(FakeBackend):
+    """Each lifetime leaves an open file."""
+
+    _files: list[Any] = []
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._files.append(tempfile.TemporaryFile())  # noqa: SIM115
+
+
+@saboteur("LIFE-5")
+class LeavesChild(FakeBackend):
+    """Each lifetime leaves a child process."""
+
+    _children: list[Any] = []
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._children.append(subprocess.Popen(["sleep", "30"]))
+
+
+@saboteur("LIFE-5")
+class ClosesOnce(FakeStrategy):
+    """close raises when it is called twice."""
+
+    _closes = 0
+
+    def close(self) -> None:
+        super().close()
+        self._closes += 1
+        if self._closes > 1:
+            raise RuntimeError("closed already")
+
+    def setup_distributed(self, timeout: timedelta | None = None) -> None:
+        self._closes = 0
+        super().setup_distributed(timeout)
+
+
+@saboteur("LIFE-5", world=2)
+class LeavesGroup(PlainStrategy):
+    """close does not destroy the process group."""
+
+    def close(self) -> None:
+        self.world.close = lambda: None  # type: ignore[method-assign]
+        super().close()
+
+
+@saboteur("LIFE-6")
+class ObeysTheEnvironment(FakeStrategy):
+    """LOCAL_RANK of the environment overrides the setting local_rank."""
+
+    @property
+    def local_rank(self) -> int:
+        return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+@saboteur("LIFE-7", world=2)
+class RoundsDown(PlainStrategy):
+    """A train_batch_size that does not divide is rounded down."""
+
+    @property
+    @override
+    def accumulated_gradient(self) -> int:
+        return max(1, self.config.train_batch_size // (self.config.micro_train_batch_size * self.world.size))
+
+
+@saboteur("LIFE-7", world=2)
+class SaysLittle(PlainStrategy):
+    """The error for a train_batch_size that does not divide has no numbers."""
+
+    @property
+    @override
+    def accumulated_gradient(self) -> int:
+        try:
+            return super().accumulated_gradient
+        except ConfigError:
+            raise ConfigError("train_batch_size is not right") from None
+
+
+@saboteur("LIFE-8", world=2)
+class TakesOver(PlainStrategy):
+    """close destroys a process group that the script made."""
+
+    def close(self) -> None:
+        super().close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@saboteur("LOG-1", world=2)
+class SpeaksTwice(PlainStrategy):
+    """print prints on every rank."""
+
+    def print(self, *message: object) -> None:
+        print(*message)
+
+
+@saboteur("LOG-1", world=2)
+class LogsTwice(ReplicatedBackend):
+    """The logger logs on every rank."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        logging.getLogger("lightrft").filters.clear()
+
+
+@saboteur("LIFE-2", world=2)
+class FirstOfEachHost(PlainStrategy):
+    """is_rank_0 is True on the first process of every host."""
+
+    def is_rank_0(self) -> bool:
+        return self.local_rank == 0
+
+
+@saboteur("LIFE-2", world=2)
+class RankOfTheEnvironment(PlainStrategy):
+    """get_rank reads RANK from the environment, not from the process group."""
+
+    def get_rank(self) -> int:
+        return int(os.environ.get("RANK", "0"))
+
+
+@saboteur("LIFE-9")
+class DefaultDtypeLeft(FakeBackend):
+    """close leaves torch's default dtype at bfloat16."""
+
+    @override
+    def close(self) -> None:
+        torch.set_default_dtype(torch.bfloat16)
+
+
+@saboteur("LIFE-9")
+class DrawsInAStep(FakeBackend):
+    """Each update draws from torch's random stream."""
+
+    @override
+    def reduce(self, trained: TrainedModel) -> None:
+        torch.rand(1)
+
+
+@saboteur("LIFE-10")
+class NeverSaves(FakeStrategy):
+    """Leaving the block after SIGTERM saves nothing."""
+
+    @contextmanager
+    def saving_on_sigterm(self, save: Callable[[], object]) -> Iterator[None]:
+        with super().saving_on_sigterm(lambda: None):
+            yield
+
+
+@saboteur("LIFE-10")
+class SavesAfterErrors(FakeStrategy):
+    """save is also called if the block raises."""
+
+    @contextmanager
+    def saving_on_sigterm(self, save: Callable[[], object]) -> Iterator[None]:
+        try:
+            with super().saving_on_sigterm(lambda: None):
+                yield
+        finally:
+            if self.stop_requested:
+                save()
+
+
+@saboteur("LIFE-10")
+class SavesAtOnce(FakeStrategy):
+    """save is called inside optimizer_step, and again when the block is left."""
+
+    @contextmanager
+    def saving_on_sigterm(self, save: Callable[[], object]) -> Iterator[None]:
+        self._save = save
+        with super().saving_on_sigterm(save):
+            yield
+
+    def optimizer_step(self, *arguments: Any, **keywords: Any) -> Any:
+        result = super().optimizer_step(*arguments, **keywords)
+        if self.stop_requested:
+            self._save()
+        return result
+
+
+@saboteur("LIFE-10")
+class ExitsInAStep(FakeStrategy):
+    """optimizer_step closes the strategy and exits after SIGTERM, as in version 0.1."""
+
+    def optimizer_step(self, *arguments: Any, **keywords: Any) -> Any:
+        result = super().optimizer_step(*arguments, **keywords)
+        if self.stop_requested:
+            self.close()
+            raise SystemExit(0)
+        return result
+
+
+class _SeesSignals(FakeStrategy):
+    """Knows that this rank got SIGTERM."""
+
+    signalled = False
+
+    @contextmanager
+    def saving_on_sigterm(self, save: Callable[[], object]) -> Iterator[None]:
+        with super().saving_on_sigterm(save):
+            handler: Any = signal.getsignal(signal.SIGTERM)
+
+            def note(*arguments: Any) -> None:
+                self.signalled = True
+                handler(*arguments)
+
+            signal.signal(signal.SIGTERM, note)
+            yield
+
+
+@saboteur("LIFE-10")
+class StopsAtOnce(_SeesSignals):
+    """stop_requested is True as soon as the signal arrives, also between the micro-batches of an update."""
+
+    @property
+    def stop_requested(self) -> bool:
+        return self.signalled
+
+
+@saboteur("LIFE-10")
+class StopsWithGradientsPending(_SeesSignals):
+    """stop_requested becomes True at any update, also while another model has a pending gradient."""
+
+    updated = False
+
+    @property
+    def stop_requested(self) -> bool:
+        return self.updated
+
+    def optimizer_step(self, *arguments: Any, **keywords: Any) -> Any:
+        result = super().optimizer_step(*arguments, **keywords)
+        self.updated |= self.signalled and (result.applied or result.skipped)
+        return result
+
+
+@saboteur("LIFE-10")
+class StopsAtAppliedUpdates(FakeStrategy):
+    """A skipped update does not request a stop."""
+
+    applied = False
+
+    @property
+    def stop_requested(self) -> bool:
+        return self.applied and super().stop_requested
+
+    def optimizer_step(self, *arguments: Any, **keywords: Any) -> Any:
+        result = super().optimizer_step(*arguments, **keywords)
+        self.applied |= result.applied
+        return result
+
+
+@saboteur("LIFE-10", world=2)
+class StopsAlone(PlainStrategy):
+    """Only rank 0 learns that a stop was requested."""
+
+    @property
+    def stop_requested(self) -> bool:
+        return super().stop_requested and self.get_rank() == 0
