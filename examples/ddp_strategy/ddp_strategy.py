@@ -1,49 +1,55 @@
 """PyTorch's `DistributedDataParallel` as a LightRFT strategy: every rank has the whole model and optimizer.
 
-All that is its own is here: what a model is wrapped in. Counting, scaling, clipping, skipping, schedules,
-checkpoints and rollouts are `StrategyBase`'s.
+Everything that is its own is here: how a model is wrapped, and when its gradients are averaged. Counting, scaling,
+clipping, skipping, schedules, checkpoints and rollouts are `StrategyBase`'s.
 """
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
-import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from lightrft.config import UnsupportedOperationError
+from lightrft.config import StrategyConfig
 from lightrft.strategy import StrategyBase
-from lightrft.strategy.backend import WrapOptions
-from lightrft.strategy.training.modules import replicate
-from lightrft.strategy.training.trained_model import TrainedModel
+from lightrft.strategy.backend import ReplicatedBackend, World, WrapOptions, replicate
 
 
-class DDPStrategy(StrategyBase):
-    """Gradients are averaged over the ranks during each backward, and every rank makes the same update."""
+class DDPBackend(ReplicatedBackend):
+    """Accumulates gradients on each rank, and averages them once an update, in `ReplicatedBackend.reduce`."""
 
-    name = "ddp"
-    capabilities = frozenset({"uneven_modules"})
-    transparent = frozenset({"_DDPSinkBackward"})
+    def __init__(self, config: StrategyConfig, world: World) -> None:
+        super().__init__(config, world)
+        self._wrappers: dict[nn.Module, DistributedDataParallel] = {}
 
     @override
-    def _wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
+    def wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
         replicate(module, self.world)
         if not options.training or self.world.size == 1:
             return module
-        # what a rank did not use counts as a zero gradient there; buffers stay each rank's own, as everywhere else
-        return DistributedDataParallel(
-            module, device_ids=self._device_ids(), find_unused_parameters=True, broadcast_buffers=False
-        )
-
-    def _device_ids(self) -> list[torch.device] | None:
-        return [self.world.device] if self.world.device.type == "cuda" else None
+        devices = [self.world.device] if self.world.device.type == "cuda" else None
+        # buffers stay each rank's own, as on every strategy
+        self._wrappers[module] = DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
+        return self._wrappers[module]
 
     @override
-    def _backward(self, trained: TrainedModel, loss: torch.Tensor, retain_graph: bool) -> None:
-        if retain_graph and self.world.size > 1:
-            raise UnsupportedOperationError("backward with retain_graph=True: DDP averages gradients once a forward")
-        super()._backward(trained, loss, retain_graph)
+    @contextmanager
+    def forward_context(self, module: nn.Module, options: WrapOptions) -> Iterator[None]:
+        # DDP would average in the backward pass of every micro-batch, and once only where a micro-batch has several
+        wrapper = self._wrappers.get(module)
+        with super().forward_context(module, options), wrapper.no_sync() if wrapper else nullcontext():
+            yield
 
     @override
-    def _teardown(self) -> None:
+    def close(self) -> None:
+        self._wrappers.clear()
         gc.collect()  # DDP and its reducer are cycles, which would keep the process group for a while
+
+
+class DDPStrategy(StrategyBase):
+    """Data parallelism by `DistributedDataParallel`."""
+
+    name = "ddp"
+    backend_class = DDPBackend

@@ -13,7 +13,7 @@ from rich.table import Table
 
 
 class Display:
-    """Speaks on one rank, and is silent on the others."""
+    """Prints and writes on one rank only."""
 
     def __init__(self, output: Path, steps: int, title: str, *, speaks: bool) -> None:
         self._output, self._title, self._speaks = output, title, speaks
@@ -59,9 +59,9 @@ class Display:
         with (self._output / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
         if row.get("exact_match") is not None:
-            self._draw()  # so that there is a picture whatever ends the run
+            self._draw()  # now, so that there is a plot even if the run is interrupted
         self._progress.update(self._task, completed=step, facts=_facts(row))
-        if not self._console.is_terminal:  # a bar that nobody watches moves unseen
+        if not self._console.is_terminal:  # no progress bar: print a line instead
             self._console.print(f"step {step}  {_facts(row)}", highlight=False)
 
     def _draw(self) -> None:
@@ -110,7 +110,7 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     axes.set(xlabel="step", ylabel="part answered right, in the asked form", ylim=(0, 1), title=title)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
-    whole = path.with_name(f".{path.name}")
-    figure.savefig(whole, format="png")
+    temporary_path = path.with_name(f".{path.name}")
+    figure.savefig(temporary_path, format="png")
     plt.close(figure)
-    whole.replace(path)  # whoever looks, or interrupts, finds a whole picture
+    temporary_path.replace(path)  # atomic: a reader or an interrupt never sees a partial file

@@ -1,8 +1,8 @@
-"""GRPO on arithmetic questions: SmolLM2 learns to answer in the asked form, on any strategy and any engine.
+"""GRPO on arithmetic questions: SmolLM2 learns to answer in the requested format, on any strategy and any engine.
 
-Group-normalised advantages, clipped ratio, k3 estimate of the divergence from the initial model (Shao et al.,
-"DeepSeekMath", 2024). The questions of a step, the completions drawn for them and the groups that are trained
-on follow from the seed alone, not from the number of ranks: so one process and two see the same run.
+Group-normalised advantages, clipped ratio, k3 estimate of the KL divergence from the initial model (Shao et al.,
+"DeepSeekMath", 2024). The questions of a step, the completions sampled for them and the groups used for training
+depend only on the seed, not on the number of ranks, so a run is the same on one process and on two.
 
 Shapes: B sequences, T tokens of prompt and response, R tokens of response.
 """
@@ -25,7 +25,7 @@ from lightrft.strategy import Completion, Sampling, StrategyBase, StrategyConfig
 
 CLIP, KL_WEIGHT = 0.2, 0.02
 MAX_TOKENS = 14
-"""Of a response; the longest right one has 12."""
+"""Maximum length of a response; the longest correct one has 12 tokens."""
 
 
 def main() -> None:
@@ -64,9 +64,9 @@ def main() -> None:
 def ask(
     strategy: StrategyBase, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Question], sampling: Sampling
 ) -> list[Completion]:
-    """The completions of this rank's share of the questions."""
-    own = asked[strategy.get_rank() :: strategy.world_size]
-    prompts = [tokenizer(question.prompt, add_special_tokens=False)["input_ids"] for question in own]
+    """Return the completions of this rank's share of the questions."""
+    local = asked[strategy.get_rank() :: strategy.world_size]
+    prompts = [tokenizer(question.prompt, add_special_tokens=False)["input_ids"] for question in local]
     return strategy.gather_and_generate(sampling, all_prompt_token_ids=prompts)
 
 
@@ -74,15 +74,15 @@ def gather(
     strategy: StrategyBase, tokenizer: PreTrainedTokenizerBase, completions: Sequence[Completion], asked: Sequence[Question],
     args: argparse.Namespace,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
-    """Every rank's completions on every rank, with their rewards, in the order of the questions."""
-    own = asked[strategy.get_rank() :: strategy.world_size]
+    """Return all ranks' completions, with their rewards, in the order of the questions."""
+    local = asked[strategy.get_rank() :: strategy.world_size]
     samples = args.n_samples_per_prompt
     texts = [tokenizer.decode(completion.output_token_ids) for completion in completions]
-    rewards = [reward(own[index // samples], text) for index, text in enumerate(texts)]
+    rewards = [reward(local[index // samples], text) for index, text in enumerate(texts)]
     width = max(len(tokenizer(question.prompt, add_special_tokens=False)["input_ids"]) for question in asked)
     rows = {
-        "place": torch.tensor(
-            [asked.index(own[index // samples]) * samples + index % samples for index in range(len(texts))]
+        "position": torch.tensor(
+            [asked.index(local[index // samples]) * samples + index % samples for index in range(len(texts))]
         ),
         "prompts": padded([completion.prompt_token_ids for completion in completions], width, left=True),
         "responses": padded([completion.output_token_ids for completion in completions], MAX_TOKENS),
@@ -90,26 +90,27 @@ def gather(
         "rewards": torch.tensor(rewards),
     }
     everyone = strategy.all_gather(rows)
-    order = everyone["place"].argsort()
+    order = everyone["position"].argsort()
     return {name: rows[order] for name, rows in everyone.items()}
 
 
 def padded(
     rows: Sequence[Sequence[float]], width: int, dtype: torch.dtype = torch.int64, *, left: bool = False
 ) -> torch.Tensor:
-    """``rows`` as one tensor, filled up with -1, which is no token and no log-probability of a sample."""
+    """Return ``rows`` as one tensor, padded with -1, which is not a token or the log-probability of a sample."""
     filled = [[*[-1] * (width - len(row)), *row] if left else [*row, *[-1] * (width - len(row))] for row in rows]
     return torch.tensor(filled, dtype=dtype).reshape(len(rows), width)
 
 
 def exact_match(strategy: StrategyBase, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Question]) -> float:
-    """The part of the questions that greedy decoding answers right, in the asked form."""
-    own = asked[strategy.get_rank() :: strategy.world_size]
+    """Return the fraction of questions that greedy decoding answers correctly, in the requested format."""
+    local = asked[strategy.get_rank() :: strategy.world_size]
     completions = ask(strategy, tokenizer, asked, Sampling(temperature=0.0, max_tokens=MAX_TOKENS))
-    right = [
-        reward(question, tokenizer.decode(it.output_token_ids)) for question, it in zip(own, completions, strict=True)
+    correct = [
+        reward(question, tokenizer.decode(completion.output_token_ids))
+        for question, completion in zip(local, completions, strict=True)
     ]
-    total: float = strategy.all_reduce(sum(right), "sum")
+    total: float = strategy.all_reduce(sum(correct), "sum")
     return total / len(asked)
 
 
@@ -117,9 +118,9 @@ def exact_match(strategy: StrategyBase, tokenizer: PreTrainedTokenizerBase, aske
 
 
 def chosen(rollout: dict[str, torch.Tensor], args: argparse.Namespace, step: int) -> dict[str, torch.Tensor]:
-    """The sequences of this step's updates, with advantages: whole groups, those whose rewards differ first.
+    """Return the sequences of this step's updates, with advantages: whole groups, those whose rewards differ first.
 
-    A group in which all answers are right, or all wrong, teaches nothing: it only fills up a batch that others began.
+    A group in which all rewards are equal has zero advantages: it is used only to fill up the last batch.
     """
     groups = rollout["rewards"].view(-1, args.n_samples_per_prompt)
     spread = groups.std(dim=1, keepdim=True)
@@ -138,12 +139,12 @@ def update(
     strategy: StrategyBase, actor: PreTrainedModel, initial: PreTrainedModel, optimizer: torch.optim.Optimizer,
     batch: dict[str, torch.Tensor], args: argparse.Namespace,
 ) -> dict[str, float]:  # fmt: skip
-    """The updates of one rollout; each micro-batch is this rank's share of the next sequences."""
+    """Make the updates of one rollout; each micro-batch is this rank's share of the next sequences."""
     divergences, norms, skipped = [], [], 0
     size, ranks = args.micro_train_batch_size, strategy.world_size
     for start in range(0, len(batch["rewards"]), size * ranks):
-        own = slice(start + strategy.get_rank(), start + size * ranks, ranks)
-        micro = {name: tensor[own].to(strategy.device) for name, tensor in batch.items()}
+        rows = slice(start + strategy.get_rank(), start + size * ranks, ranks)
+        micro = {name: tensor[rows].to(strategy.device) for name, tensor in batch.items()}
         with torch.no_grad():
             micro["initial_logprobs"] = response_logprobs(initial, micro)
         loss, divergence = grpo_loss(response_logprobs(actor, micro), micro)
@@ -157,7 +158,7 @@ def update(
 
 
 def response_logprobs(model: PreTrainedModel, micro: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Log-probability of each response token, (B, R); the head runs on the positions of the response only."""
+    """Return the log-probability of each response token, (B, R); the LM head runs only on response positions."""
     tokens_BT = torch.cat([micro["prompts"], micro["responses"]], dim=1)
     mask_BT = (tokens_BT >= 0).long()
     logits_BRV = model(
@@ -169,7 +170,7 @@ def response_logprobs(model: PreTrainedModel, micro: dict[str, torch.Tensor]) ->
 
 
 def grpo_loss(logprobs_BR: torch.Tensor, micro: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean over sequences of the mean over tokens of the clipped objective, and that of the divergence."""
+    """Return the loss and the KL divergence, each averaged over the tokens of a sequence, then over sequences."""
     mask_BR = micro["responses"] >= 0
     ratio_BR = (logprobs_BR - micro["old_logprobs"]).where(mask_BR, 0.0).exp()
     advantages_B1 = micro["advantages"][:, None]
@@ -187,7 +188,7 @@ def grpo_loss(logprobs_BR: torch.Tensor, micro: dict[str, torch.Tensor]) -> tupl
 
 
 def shuffled(training: Sequence[Question], seed: int, count: int) -> list[Question]:
-    """``count`` questions: all of them in some order, then all in another, and so on."""
+    """Return at least ``count`` questions: epochs of all questions, each in a new random order."""
     stream = random.Random(seed)
     deck: list[Question] = []
     while len(deck) < count:
@@ -203,7 +204,7 @@ def arguments() -> argparse.Namespace:
     parser = StrategyConfig.add_arguments(argparse.ArgumentParser(description=__doc__))
     parser.add_argument("--pretrain", required=True, help="directory of the model to train")
     parser.add_argument(
-        "--output", type=Path, default=Path("runs/rlvr_arithmetic"), help="where metrics and picture go"
+        "--output", type=Path, default=Path("runs/rlvr_arithmetic"), help="directory for metrics and the plot"
     )
     parser.add_argument("--steps", type=count, default=8, help="rollouts")
     parser.add_argument("--prompts", type=count, default=16, help="questions of one rollout")
@@ -218,7 +219,7 @@ def arguments() -> argparse.Namespace:
 
 
 def count(text: str) -> int:
-    """A whole number from 1 on."""
+    """Parse an integer of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, not {number}")

@@ -70,11 +70,11 @@ def together(arguments: list[str]) -> str:
 
 
 def weights(text: str) -> str:
-    """The fingerprint in what was printed."""
-    found = re.search(r"weights (\w+)", text)
-    if found is None:
+    """Return the hash of the weights from the output ``text``."""
+    match = re.search(r"weights (\w+)", text)
+    if match is None:
         raise SystemExit(f"no weights in: {text}")
-    return found[1]
+    return match[1]
 
 
 def main() -> int:

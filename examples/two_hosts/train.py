@@ -47,8 +47,9 @@ def main() -> None:
         model, optimizer, _ = strategy.prepare((model, optimizer, None))
         for step in range(20):
             rows = torch.randn(8, 17, generator=torch.Generator().manual_seed(step))
-            for own in rows.split(strategy.config.micro_train_batch_size)[strategy.get_rank() :: strategy.world_size]:
-                loss = nn.functional.mse_loss(model(own[:, :16].to(strategy.device)), own[:, 16:].to(strategy.device))
+            for batch in rows.split(strategy.config.micro_train_batch_size)[strategy.get_rank() :: strategy.world_size]:
+                batch = batch.to(strategy.device)
+                loss = nn.functional.mse_loss(model(batch[:, :16]), batch[:, 16:])
                 strategy.backward(loss, model, optimizer)
                 strategy.optimizer_step(optimizer, model)
         digest = hashlib.sha256()
