@@ -1,29 +1,56 @@
-"""For the tests of every package: what one leaves behind in its process is an error.
+"""Checks for the tests of every package: a test that leaves something behind in its process is an error.
 
 After each test: environment variables, process groups, threads and the working directory are as they were. At the
 end of a run: no child process and no socket is left. (Fixtures of a wider scope may keep those between tests.)
 Unclosed files are warnings of Python's, which are errors here. Linux only for what is read from /proc.
+
+Hypothesis draws the same examples in every run. With ``LIGHTRFT_HYPOTHESIS_PROFILE=nightly`` it draws others each time,
+and prints a failing one as the ``@example(...)`` to add.
 """
 
 import gc
+import importlib.util
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 PATIENCE = 2.0
-"""Seconds in which what is ending may end."""
+"""Seconds to wait for threads, files and processes that are being closed."""
 STANDING = {"PYTEST_CURRENT_TEST", "PYTEST_VERSION", "PYTORCH_NVML_BASED_CUDA_CHECK", "TORCHINDUCTOR_CACHE_DIR"}
-"""Variables that change by themselves: pytest's, between tests, and those that DeepSpeed and torch set when imported."""
+"""Variables that tests do not change: pytest's own, and those that DeepSpeed and torch set when imported."""
 STANDING_THREADS = {"tqdm_monitor"}
 """Of progress bars: it stays once there has been one."""
 STANDING_CHILDREN = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
-"""Python's own helpers, which stay for as long as the process does."""
+"""Python's own helper processes, which live as long as the process."""
+
+
+if importlib.util.find_spec("hypothesis"):  # the tests of some packages do without
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile(
+        "repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow],
+        report_multiple_bugs=False,
+    )  # fmt: skip
+    settings.register_profile("nightly", settings.get_profile("repeatable"), derandomize=False, max_examples=1000)
+    settings.load_profile(os.environ.get("LIGHTRFT_HYPOTHESIS_PROFILE", "repeatable"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Function, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show what Hypothesis found as an example to pin."""
+    report = yield
+    for note in getattr(call.excinfo and call.excinfo.value, "__notes__", ()):
+        if arguments := note.partition(f": {item.originalname}(")[2]:  # "Failing test case: test_it(value=1)"
+            report.sections.append(("pinned example to add", f"@example({arguments}"))
+    return report
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,31 +62,31 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         return
     import lightrft
 
-    elsewhere = [path for path in lightrft.__path__ if not Path(path).is_relative_to(sys.prefix)]
-    if elsewhere:
-        raise pytest.UsageError(f"--installed, and lightrft is imported from {', '.join(elsewhere)}")
+    sources = [path for path in lightrft.__path__ if not Path(path).is_relative_to(sys.prefix)]
+    if sources:
+        raise pytest.UsageError(
+            f"--installed: expected lightrft in {sys.prefix}; it is imported from {', '.join(sources)}"
+        )
 
 
 @pytest.fixture(autouse=True)
-def _as_it_was() -> Iterator[None]:
-    """Around each test."""
+def _test_leaks_nothing() -> Iterator[None]:
     before = _state()
     yield
     leaked = _changes(_state, before)
-    assert not leaked, f"the test left behind: {leaked}"
+    assert not leaked, f"the test left behind (before, after): {leaked}"
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _nothing_left() -> Iterator[None]:
-    """Around a run."""
+def _run_leaks_nothing() -> Iterator[None]:
     before = _system()
     yield
     leaked = _changes(_system, before)
-    assert not leaked, f"this run, in one of its tests or fixtures, left behind: {leaked}"
+    assert not leaked, f"a test or fixture of this run left behind (before, after): {leaked}"
 
 
 def _changes(read: Callable[[], dict[str, Any]], before: dict[str, Any]) -> dict[str, Any]:
-    """What is not as it was before, by name: was and is. Waits for what is on its way out."""
+    """Values that differ from ``before``, by name: before and after. Waits up to `PATIENCE` for what is ending."""
     deadline = time.monotonic() + PATIENCE
     while (after := read()) != before and time.monotonic() < deadline:
         gc.collect()
@@ -68,14 +95,13 @@ def _changes(read: Callable[[], dict[str, Any]], before: dict[str, Any]) -> dict
 
 
 def _state() -> dict[str, Any]:
-    found: dict[str, Any] = {f"${name}": value for name, value in os.environ.items() if name not in STANDING}
-    found |= {
-        f"thread {thread.name!r}": True for thread in threading.enumerate() if thread.name not in STANDING_THREADS
-    }
+    state: dict[str, Any] = {f"${name}": value for name, value in os.environ.items() if name not in STANDING}
+    threads = (thread.name for thread in threading.enumerate() if thread.name not in STANDING_THREADS)
+    state |= {f"thread {name!r}": True for name in threads}
     distributed = sys.modules.get("torch.distributed")
-    found["process group"] = bool(distributed and distributed.is_available() and distributed.is_initialized())
-    found["working directory"] = os.getcwd()
-    return found
+    state["process group"] = bool(distributed and distributed.is_available() and distributed.is_initialized())
+    state["working directory"] = os.getcwd()
+    return state
 
 
 def _system() -> dict[str, Any]:
@@ -83,22 +109,22 @@ def _system() -> dict[str, Any]:
 
 
 def _children() -> dict[str, str]:
-    found = {}
+    running = {}
     for children in Path("/proc/self/task").glob("*/children"):
         for pid in children.read_text().split():
             command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
             if not any(name in command for name in STANDING_CHILDREN):
-                found[f"process {pid}"] = command
-    return found
+                running[f"process {pid}"] = command
+    return running
 
 
 def _sockets() -> dict[str, str]:
-    found = {}
+    sockets = {}
     for descriptor in Path("/proc/self/fd").glob("*"):
         try:
             target = os.readlink(descriptor)
-        except FileNotFoundError:  # the one that listed them
+        except FileNotFoundError:  # the descriptor of the listing itself
             continue
         if target.startswith("socket:"):
-            found[target] = "open"
-    return found
+            sockets[target] = "open"
+    return sockets

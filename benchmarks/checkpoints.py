@@ -1,7 +1,7 @@
-"""Saving and loading against plain files of the same bytes: SmolLM2-135M with AdamW's state, fp32, one process.
+"""Saving and loading, compared with plain files of the same size: SmolLM2-135M with AdamW's state, fp32, one process.
 
-Ratios of medians; the rounds of all that is compared take turns, so that what else the machine does meets all of it.
-A plain read is into memory that is there already, as a model's is. Ends with 1 where a target is missed.
+Reports ratios of medians. The rounds alternate, so that other load on the machine affects all measurements alike. A plain
+read is into allocated memory, as a model's is. Exit status 1 if a target is missed.
 """
 
 import argparse
@@ -27,12 +27,12 @@ from setup_model import unpack
 
 MODEL = Path("runs/SmolLM2-135M-Instruct")
 CHUNK = 16 * 2**20
-"""Bytes that a save may hold beside the state; the largest tensor is larger still."""
+"""Bytes of the buffer of a save, unless the largest tensor needs more."""
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """What was measured, and its target."""
+    """A measured ratio and its target."""
 
     name: str
     value: float
@@ -45,44 +45,44 @@ class Ratio:
 
 
 class Measurements:
-    """Seconds, and bytes of memory beyond those held before, of every round of each action."""
+    """Seconds and additional bytes of memory of each action, by round."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = {}
         self.extra: dict[str, list[float]] = {}
 
     def take(self, name: str, action: Callable[[], object]) -> None:
-        """Do it once."""
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        before, begun = memory("VmRSS"), time.perf_counter()
+        """Measure one call of ``action``."""
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        before, start = memory("VmRSS"), time.perf_counter()
         action()
-        self.seconds.setdefault(name, []).append(time.perf_counter() - begun)
+        self.seconds.setdefault(name, []).append(time.perf_counter() - start)
         self.extra.setdefault(name, []).append(memory("VmHWM") - before)
 
     def ratios(self, size: int, largest: int) -> list[Ratio]:
-        """What is asked for of them, for checkpoints of ``size`` bytes."""
+        """The ratios, for checkpoints of ``size`` bytes whose largest tensor has ``largest`` bytes."""
         time_of = {name: median(times) for name, times in self.seconds.items()}
         most = {name: max(extra) for name, extra in self.extra.items()}
         bound = 2 * max(CHUNK, largest) / size
         return [
             Ratio("save / plain write", time_of["write"] / time_of["save"], 0.6, at_least=True),
             Ratio("load / plain read", time_of["read"] / time_of["load"], 0.6, at_least=True),
-            Ratio("the same, from the disk", time_of["cold read"] / time_of["cold load"], 0.6, at_least=True),
+            Ratio("load / plain read, cold cache", time_of["cold read"] / time_of["cold load"], 0.6, at_least=True),
             Ratio("blocked / save", time_of["blocked"] / time_of["save"], 0.25),
             Ratio("memory of save", most["save"] / size, bound),
             Ratio("memory of load", most["load"] / size, bound),
-            Ratio("memory of a save in the background", most["blocked"] / size, 1 + bound),
+            Ratio("memory of a background save", most["blocked"] / size, 1 + bound),
         ]
 
 
-def memory(what: str) -> int:
-    """Bytes of this process's memory: ``VmRSS`` now, ``VmHWM`` at the most."""
+def memory(field: str) -> int:
+    """Bytes of this process's memory: ``VmRSS`` is the current size, ``VmHWM`` the peak."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def prepared(strategy: FakeStrategy) -> Any:
-    """The model with the state of one update."""
+    """The model and its optimizer state after one update."""
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     model, optimizer, _ = strategy.prepare((model, strategy.create_optimizer(model, lr=1e-3), None))
     tokens = torch.arange(8)[None]
@@ -92,24 +92,24 @@ def prepared(strategy: FakeStrategy) -> Any:
 
 
 def write(path: Path, data: memoryview) -> None:
-    """The plain way: one write, and fsync; a new file that takes the place of the old one, as a checkpoint does."""
-    aside = path.with_suffix(".writing")
-    with aside.open("xb", buffering=0) as file:
+    """Write a new file with fsync and move it to ``path``, as a save does."""
+    temporary_path = path.with_suffix(".writing")
+    with temporary_path.open("xb", buffering=0) as file:
         while data:
             data = data[file.write(data) :]
         os.fsync(file.fileno())
-    aside.replace(path)
+    temporary_path.replace(path)
 
 
 def read(path: Path, target: memoryview) -> None:
-    """The plain way, too."""
+    """Read ``path`` into ``target``."""
     with path.open("rb", buffering=0) as file:
         while target:
             target = target[file.readinto(target) :]
 
 
 def forget(folder: Path) -> None:
-    """Let the system drop what it keeps in memory of the files below ``folder``."""
+    """Drop the files in ``folder`` from the page cache."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -117,52 +117,53 @@ def forget(folder: Path) -> None:
 
 
 def measure(folder: Path, rounds: int) -> tuple[Measurements, int, int]:
-    """The measurements, the bytes of a checkpoint, and those of the largest tensor in it."""
-    found = Measurements()
+    """Returns the measurements, the bytes of a checkpoint and the bytes of its largest tensor."""
+    measurements = Measurements()
     with (
-        get_fake_strategy(bf16=False, train_batch_size=1) as now,
-        get_fake_strategy(bf16=False, train_batch_size=1, async_ckpt=True) as later,
+        get_fake_strategy(bf16=False, train_batch_size=1) as blocking,
+        get_fake_strategy(bf16=False, train_batch_size=1, async_ckpt=True) as background,
     ):
-        model, other = prepared(now), prepared(later)
-        size = sum(it.stat().st_size for it in now.save_ckpt(model, folder / "now", tag="t").iterdir())
+        model, other = prepared(blocking), prepared(background)
+        checkpoint = blocking.save_ckpt(model, folder / "blocking", tag="t")
+        size = sum(file.stat().st_size for file in checkpoint.iterdir())
         data = memoryview(torch.randint(256, (size,), dtype=torch.uint8).numpy())
-        later.save_ckpt(other, folder / "later", tag="t")  # the first one makes the room for the copies
+        background.save_ckpt(other, folder / "background", tag="t")  # the first save allocates memory for copies
         for _ in range(rounds):
-            later._checkpoints.finish()
-            found.take("blocked", lambda: later.save_ckpt(other, folder / "later", tag="t"))
-            later._checkpoints.finish()
-            found.take("write", lambda: write(folder / "plain", data))
-            found.take("save", lambda: now.save_ckpt(model, folder / "now", tag="t"))
-            found.take("read", lambda: read(folder / "plain", data))
-            found.take("load", lambda: now.load_ckpt(model, folder / "now"))
+            background._checkpoint_saver.finish()
+            measurements.take("blocked", lambda: background.save_ckpt(other, folder / "background", tag="t"))
+            background._checkpoint_saver.finish()
+            measurements.take("write", lambda: write(folder / "plain", data))
+            measurements.take("save", lambda: blocking.save_ckpt(model, folder / "blocking", tag="t"))
+            measurements.take("read", lambda: read(folder / "plain", data))
+            measurements.take("load", lambda: blocking.load_ckpt(model, folder / "blocking"))
             forget(folder)
-            found.take("cold read", lambda: read(folder / "plain", data))
-            found.take("cold load", lambda: now.load_ckpt(model, folder / "now"))
-    return found, size, max(it.nbytes for it in model.parameters())
+            measurements.take("cold read", lambda: read(folder / "plain", data))
+            measurements.take("cold load", lambda: blocking.load_ckpt(model, folder / "blocking"))
+    return measurements, size, max(parameter.nbytes for parameter in model.parameters())
 
 
 def main() -> int:
-    """Measure, print, and write the numbers down."""
+    """Measure, print and write the numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="on the disk to be measured; by default a temporary one")
-    parser.add_argument("--output", type=Path, help="a JSON file")
-    asked = parser.parse_args()
+    parser.add_argument("--folder", type=Path, help="a folder on the disk to measure; default: the temporary folder")
+    parser.add_argument("--output", type=Path, help="JSON file for the numbers")
+    arguments = parser.parse_args()
     unpack(MODEL)
-    folder = Path(tempfile.mkdtemp(prefix="lightrft-bench-", dir=asked.folder))
+    folder = Path(tempfile.mkdtemp(prefix="lightrft-bench-", dir=arguments.folder))
     try:
-        found, size, largest = measure(folder, asked.rounds)
+        measurements, size, largest = measure(folder, arguments.rounds)
     finally:
         shutil.rmtree(folder)
-    for name, times in found.seconds.items():
+    for name, times in measurements.seconds.items():
         print(f"{name:10} {median(times):8.3f} s ({min(times):.3f} to {max(times):.3f}) for {size / 1e9:.3f} GB")
-    ratios = found.ratios(size, largest)
-    for it in ratios:
-        print(f"{it.name:36} {it.value:8.2f}   wanted: at {'least' if it.at_least else 'most'} {it.bound:.2f}")
-    if asked.output is not None:
-        contents = {"seconds": found.seconds, "extra": found.extra, "ratios": [asdict(it) for it in ratios]}
-        asked.output.write_text(json.dumps(contents, indent=2), encoding="utf-8")
-    return int(not all(it.met for it in ratios))
+    ratios = measurements.ratios(size, largest)
+    for ratio in ratios:
+        print(f"{ratio.name:36} {ratio.value:8.2f}   target: {'>=' if ratio.at_least else '<='} {ratio.bound:.2f}")
+    if arguments.output is not None:
+        contents = {"seconds": measurements.seconds, "extra": measurements.extra, "ratios": list(map(asdict, ratios))}
+        arguments.output.write_text(json.dumps(contents, indent=2), encoding="utf-8")
+    return int(not all(ratio.met for ratio in ratios))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Run the benchmarks, or those that are named: ``python benchmarks/run.py [steps.fsdp ...]``. Each prints its ratios.
+"""Run benchmarks by name: ``python benchmarks/run.py [steps.fsdp ...]``. Each prints its ratios.
 
-``weight_sync.ENGINE.STRATEGY`` wants an environment that has the engine, and is run only when it is named.
+The default is all but ``weight_sync.ENGINE.STRATEGY``, which needs an environment with the engine.
 """
 
 import os
@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A script, what it is given, and the processes that it wants."""
+    """A script, its arguments and its number of processes."""
 
     script: str
     arguments: tuple[str, ...] = ()
@@ -43,15 +43,15 @@ def main() -> int:
     known = BENCHMARKS | SYNCS
     unknown = [name for name in sys.argv[1:] if name not in known]
     if unknown:
-        print(f"no such benchmark: {', '.join(unknown)}; there are {', '.join(known)}", file=sys.stderr)
+        print(f"unknown benchmark: {', '.join(unknown)}; expected one of {', '.join(known)}", file=sys.stderr)
         return 2
-    failed = [name for name in sys.argv[1:] or BENCHMARKS if not ran(known[name])]
+    failed = [name for name in sys.argv[1:] or BENCHMARKS if not succeeds(known[name])]
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return bool(failed)
 
 
-def ran(benchmark: Benchmark) -> bool:
+def succeeds(benchmark: Benchmark) -> bool:
     threads = str(max(1, len(os.sched_getaffinity(0)) // benchmark.ranks))
     return subprocess.call(benchmark.command, env={"OMP_NUM_THREADS": threads, **os.environ}) == 0
 

@@ -1,7 +1,7 @@
-"""What a training step costs through a strategy, beside the same loop written by hand on the bare backend.
+"""The time of a training step through a strategy, compared with the same loop written on the bare backend.
 
 ``python steps.py fake`` or ``torchrun --nproc-per-node 2 steps.py fsdp|zero2``. Both loops train the same model on the
-same batches, with clipping, in one process and in turns, so that whatever else the machine does happens to both.
+same batches, with clipping. They alternate in one process, so that other load on the machine affects both alike.
 """
 
 import argparse
@@ -31,8 +31,8 @@ def main() -> None:
     args = parser.parse_args()
     with get_strategy(settings(args.strategy)) as strategy:
         make, batch = MODELS[args.strategy]
-        steps = {"bare": BARE[args.strategy](make()), "ours": through(strategy, make())}
-        seconds = in_turns(steps, batch(), args.rounds)
+        steps = {"bare": BARE[args.strategy](make()), "ours": with_strategy(strategy, make())}
+        seconds = alternate(steps, batch(), args.rounds)
         report(strategy, args.strategy, seconds)
 
 
@@ -42,21 +42,21 @@ def settings(name: str) -> dict[str, object]:
     return {**backend, "bf16": False, "max_norm": MAX_NORM, "train_batch_size": ranks, "micro_train_batch_size": 1}
 
 
-def in_turns(steps: dict[str, Step], batch: torch.Tensor, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step; who goes first alternates."""
+def alternate(steps: dict[str, Step], batch: torch.Tensor, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each step; the first of a pair alternates too."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(WARM_UP + rounds):
         order = list(steps.items())
         for name, step in order if turn % 2 else reversed(order):
-            begun = time.perf_counter()
+            start = time.perf_counter()
             step(batch)
-            seconds[name].append(time.perf_counter() - begun)
+            seconds[name].append(time.perf_counter() - start)
     return {name: taken[WARM_UP:] for name, taken in seconds.items()}
 
 
 def report(strategy: StrategyBase, name: str, seconds: dict[str, list[float]]) -> None:
-    bare, ours = (1000 * median(seconds[who]) for who in ("bare", "ours"))
-    ratios = [mine / theirs for mine, theirs in zip(seconds["ours"], seconds["bare"], strict=True)]
+    bare, ours = (1000 * median(seconds[loop]) for loop in ("bare", "ours"))
+    ratios = [step / baseline for step, baseline in zip(seconds["ours"], seconds["bare"], strict=True)]
     low, middle, high = quantiles(ratios)
     strategy.print(
         f"step, {name}, {strategy.world_size} rank(s): bare {bare:.3f} ms, ours {ours:.3f} ms "
@@ -67,8 +67,8 @@ def report(strategy: StrategyBase, name: str, seconds: dict[str, list[float]]) -
 # The loops
 
 
-def through(strategy: StrategyBase, model: nn.Module) -> Step:
-    """The loop of a user of the layer."""
+def with_strategy(strategy: StrategyBase, model: nn.Module) -> Step:
+    """The loop with a strategy."""
     optimizer = strategy.create_optimizer(model, lr=RATE)
     model, optimizer, _ = strategy.prepare((model, optimizer, None))
 
@@ -80,7 +80,7 @@ def through(strategy: StrategyBase, model: nn.Module) -> Step:
 
 
 def by_hand(model: nn.Module) -> Step:
-    """The loop of a user of torch."""
+    """The loop in plain torch."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
 
     def step(batch: torch.Tensor) -> None:
@@ -118,7 +118,7 @@ def zero2_by_hand(model: nn.Module) -> Step:
     return step
 
 
-# What they train
+# Models and data
 
 
 def loss_of(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The strategies and world sizes between which checkpoints move, and groups of processes that run programs on them."""
+"""The strategies and world sizes that exchange checkpoints, and the process groups that run programs on them."""
 
 import shutil
 from collections.abc import Iterator, Mapping
@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from lightrft.conformance.driver import scratch
-from lightrft.conformance.driver.group import WorkerGroup
+from lightrft.conformance import scratch
+from lightrft.conformance.driver.worker_group import WorkerGroup
 from lightrft.conformance.values import decode
 
 Operation = dict[str, Any]
@@ -23,12 +23,12 @@ WORLDS = (1, 2, 3)
 
 
 class Failed(Exception):
-    """An operation raised, or a rank did not answer."""
+    """An operation raised, or a rank did not answer in time."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A strategy on a number of ranks."""
+    """A strategy at a world size."""
 
     strategy: str
     world: int
@@ -37,7 +37,7 @@ class Cell:
         return f"{self.strategy} x {self.world}"
 
     def command(self, operations: list[Operation], **settings: Any) -> dict[str, Any]:
-        """As it is sent to the workers of this many ranks."""
+        """The program that a worker group of this world size runs."""
         name, fixed = STRATEGIES[self.strategy]
         geometry = {"train_batch_size": ROWS, "micro_train_batch_size": ROWS // self.world}
         merged = {"bf16": False, "max_norm": None, **geometry, **settings}
@@ -46,56 +46,56 @@ class Cell:
 
 
 def cells(strategies: list[str] | None = None, worlds: tuple[int, ...] = WORLDS) -> list[Cell]:
-    """All, or those of some; FakeStrategy has one rank."""
+    """All cells, or those of ``strategies``. FakeStrategy has one rank."""
     chosen = strategies or list(STRATEGIES)
-    return [Cell(it, world) for world in worlds for it in chosen if it != "fake" or world == 1]
+    return [Cell(name, world) for world in worlds for name in chosen if name != "fake" or world == 1]
 
 
 class Groups:
-    """A group of processes for each world size, started when it is needed; all see the same files."""
+    """One process group per world size, started at first use; all share one directory."""
 
     def __init__(self) -> None:
         self._groups: dict[int, WorkerGroup] = {}
-        self._place = scratch.choose()
+        self._directory = scratch.choose()
 
     def __getitem__(self, world: int) -> WorkerGroup:
         if world not in self._groups:
-            self._groups[world] = WorkerGroup(world, place=self._place)
+            self._groups[world] = WorkerGroup(world, directory=self._directory)
         return self._groups[world]
 
     def run(self, cell: Cell, operations: list[Operation], seconds: float = 120.0, **settings: Any) -> list[list[Any]]:
-        """The observations by rank. Raises `Failed` where an operation raised that must not."""
+        """Observations of ``operations``, by rank. Raises `Failed` if one without ``may_fail`` raised."""
         reports = self[cell.world].run(cell.command(operations, **settings), seconds)
-        found = []
+        by_rank = []
         for rank, report in enumerate(reports):
             if report.state != "answered" or "broken" in report.answer:
                 raise Failed(f"{cell}, rank {rank} {report.state}: {report.detail}{report.answer.get('broken', '')}")
-            seen = [decode(it) for it in report.answer["observations"]]
-            for it, operation in zip(seen, operations, strict=False):
-                if isinstance(it, dict) and "error" in it and not operation.get("may_fail"):
-                    raise Failed(f"{cell}, rank {rank}: {operation['do']} raised {it['error'][0]}: {it['message']}")
-            found.append(seen)
-        return found
+            observations = [decode(observation) for observation in report.answer["observations"]]
+            for seen, operation in zip(observations, operations, strict=False):
+                if isinstance(seen, dict) and "error" in seen and not operation.get("may_fail"):
+                    raise Failed(f"{cell}, rank {rank}: {operation['do']} raised {seen['error'][0]}: {seen['message']}")
+            by_rank.append(observations)
+        return by_rank
 
     def close(self) -> None:
-        """End all processes, and remove what they wrote."""
+        """End all processes and remove their directory."""
         for group in self._groups.values():
             group.close()
-        shutil.rmtree(self._place, ignore_errors=True)
+        shutil.rmtree(self._directory, ignore_errors=True)
 
 
 @contextmanager
-def groups() -> Iterator[Groups]:
-    """Groups for the time of the body."""
-    made = Groups()
+def open_groups() -> Iterator[Groups]:
+    """`Groups`, closed at the end."""
+    groups = Groups()
     try:
-        yield made
+        yield groups
     finally:
-        made.close()
+        groups.close()
 
 
 def setup(seed: int = 1, kind: str = "regressor") -> list[Operation]:
-    """A model in training, with a schedule."""
+    """Build a model, with an optimizer and a schedule, and prepare it."""
     return [
         {"do": "build", "model": "a", "kind": kind, "seed": seed},
         {"do": "optimizer", "model": "a", "lr": 1e-3, "weight_decay": 0.01},
@@ -105,7 +105,7 @@ def setup(seed: int = 1, kind: str = "regressor") -> list[Operation]:
 
 
 def train(first: int, count: int) -> Operation:
-    """Updates from the same rows on any number of ranks."""
+    """``count`` updates; update n uses the same rows at any world size."""
     return {"do": "train_shared", "model": "a", "first": first, "count": count}
 
 

@@ -1,7 +1,7 @@
-"""Single faults in the files of a checkpoint: each is found before any state changes, or changes nothing.
+"""Damage single files of a checkpoint: loading must raise before it changes any state.
 
-`python faults/damage.py --count N [--seed S]`: bit flips, truncations, files that are gone, files swapped between two
-checkpoints. Then a full disk (a small tmpfs, where this process may mount one) and pickles that act when read.
+`python faults/damage.py --count N [--seed S]`: bit flips, truncated files, missing files, files swapped between two
+checkpoints. Then a full disk (a small tmpfs, if this process may mount one), and pickles that run code when loaded.
 """
 
 import argparse
@@ -28,7 +28,7 @@ Model = torch.nn.Module
 
 
 def trained(strategy: FakeStrategy, seed: int) -> tuple[Model, torch.optim.Optimizer]:
-    """A model with an update behind it."""
+    """A model and its optimizer after one update."""
     torch.manual_seed(seed)
     model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.BatchNorm1d(32), torch.nn.Linear(32, 4))
     optimizer = strategy.create_optimizer(model, lr=1e-2)
@@ -39,8 +39,8 @@ def trained(strategy: FakeStrategy, seed: int) -> tuple[Model, torch.optim.Optim
 
 
 def state(model: Model, optimizer: torch.optim.Optimizer) -> list[Any]:
-    """All that a load may change, as bytes."""
-    moments = [value for it in optimizer.state.values() for value in it.values()]
+    """All state that a load may change, as bytes."""
+    moments = [value for state in optimizer.state.values() for value in state.values()]
     tensors = [*model.state_dict().values(), *moments, torch.get_rng_state()]
     return [random.getstate(), *(tensor.detach().clone().numpy().tobytes() for tensor in tensors)]
 
@@ -74,37 +74,37 @@ def swap(folder: Path, other: Path, draw: random.Random) -> Path:
 FAULTS: list[Callable[[Path, Path, random.Random], Path]] = [flip, flip, flip, truncate, remove, swap]
 
 
-def spoil(count: int, draw: random.Random) -> tuple[Counter[str], list[str]]:
-    """Faults found, by kind, and what was wrong."""
-    found: Counter[str] = Counter()
+def damage(count: int, draw: random.Random) -> tuple[Counter[str], list[str]]:
+    """Damage ``count`` checkpoints. Returns the number of faults detected, by type, and descriptions of errors."""
+    detected: Counter[str] = Counter()
     wrong: list[str] = []
-    with tempfile.TemporaryDirectory() as place, get_fake_strategy(bf16=False, train_batch_size=1) as strategy:
-        store = Path(place)
+    with tempfile.TemporaryDirectory() as folder, get_fake_strategy(bf16=False, train_batch_size=1) as strategy:
+        store = Path(folder)
         model, optimizer = trained(strategy, 1)
         for tag in ("one", "two"):
-            strategy.save_ckpt(model, store / "whole", tag=tag, client_state={"tag": tag})
+            strategy.save_ckpt(model, store / "intact", tag=tag, client_state={"tag": tag})
             strategy.backward(model(torch.randn(4, 16)).pow(2).mean(), model, optimizer)
             strategy.optimizer_step(optimizer, model)
         for number in range(count):
-            shutil.copytree(store / "whole", store / "spoiled")
+            shutil.copytree(store / "intact", store / "damaged")
             fault = draw.choice(FAULTS)
-            path = fault(store / "spoiled" / "two", store / "spoiled" / "one", draw)
+            path = fault(store / "damaged" / "two", store / "damaged" / "one", draw)
             before = state(model, optimizer)
             try:
-                strategy.load_ckpt(model, store / "spoiled", tag="two")
-                wrong.append(f"{number}: {fault.__name__} of {path.name} was not found")
+                strategy.load_ckpt(model, store / "damaged", tag="two")
+                wrong.append(f"{number}: {fault.__name__} of {path.name} was not detected")
             except (CheckpointError, CheckpointNotFoundError) as error:
-                found[fault.__name__] += 1
-                if "spoiled" not in str(error) or ("rank-" in path.name) > ("rank-" in str(error)):
+                detected[fault.__name__] += 1
+                if "damaged" not in str(error) or ("rank-" in path.name) > ("rank-" in str(error)):
                     wrong.append(f"{number}: {fault.__name__} of {path.name}: the message names another file: {error}")
             if state(model, optimizer) != before:
                 wrong.append(f"{number}: {fault.__name__} of {path.name}: state changed")
-            shutil.rmtree(store / "spoiled")
-    return found, wrong
+            shutil.rmtree(store / "damaged")
+    return detected, wrong
 
 
 class Trap:
-    """Unpickled, makes a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, canary: Path) -> None:
         self.canary = canary
@@ -113,11 +113,11 @@ class Trap:
         return Path.touch, (self.canary,)
 
 
-def hostile() -> list[str]:
-    """Whether reading ran anything, with pickles in the place of each file and beside them."""
-    with tempfile.TemporaryDirectory() as place, get_fake_strategy(bf16=False, train_batch_size=1) as strategy:
+def pickles() -> list[str]:
+    """Put pickles in the place of each file and beside them, and load. Returns descriptions of errors."""
+    with tempfile.TemporaryDirectory() as folder, get_fake_strategy(bf16=False, train_batch_size=1) as strategy:
         model, _ = trained(strategy, 1)
-        canary = Path(place) / "sprung"
+        canary = Path(folder) / "unpickled"
         names = [
             "manifest.json",
             "rank-00000-of-00001.safetensors",
@@ -127,26 +127,26 @@ def hostile() -> list[str]:
             "../latest",
         ]
         for name in names:
-            strategy.save_ckpt(model, Path(place) / "s", tag="t")
-            (Path(place) / "s" / "t" / name).write_bytes(pickle.dumps(Trap(canary)))
+            strategy.save_ckpt(model, Path(folder) / "s", tag="t")
+            (Path(folder) / "s" / "t" / name).write_bytes(pickle.dumps(Trap(canary)))
             with contextlib.suppress(CheckpointError, CheckpointNotFoundError):
-                strategy.load_ckpt(model, Path(place) / "s")
-            shutil.rmtree(Path(place) / "s")
-        return ["a pickle in the checkpoint was run"] if canary.exists() else []
+                strategy.load_ckpt(model, Path(folder) / "s")
+            shutil.rmtree(Path(folder) / "s")
+        return ["loading ran a pickle"] if canary.exists() else []
 
 
 def full_disk() -> list[str] | None:
-    """What is lost on a disk that is full; None where no small file system can be mounted."""
-    with tempfile.TemporaryDirectory() as place:
+    """Save to a full disk. Returns descriptions of errors, or None if no tmpfs can be mounted."""
+    with tempfile.TemporaryDirectory() as folder:
         mount = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", place], capture_output=True, check=False
+            ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True, check=False
         )
         if mount.returncode:
             return None
         try:
-            return _fill(Path(place))
+            return _fill(Path(folder))
         finally:
-            subprocess.run(["umount", place], check=True)
+            subprocess.run(["umount", folder], check=True)
 
 
 def _fill(store: Path) -> list[str]:
@@ -159,32 +159,29 @@ def _fill(store: Path) -> list[str]:
                 committed.append(tag)
             except CheckpointError as error:
                 if "No space left" not in str(error):
-                    return [f"the message does not say that the disk is full: {error}"]
+                    return [f"expected 'No space left' in the message, got: {error}"]
                 path, _ = strategy.load_ckpt(model, store)
-                left = [it.name for it in store.iterdir() if it.name.startswith(".")]
-                return (
-                    []
-                    if path.name == committed[-1] and not left
-                    else [f"loaded {path.name} of {committed}, left {left}"]
-                )
-        return ["the disk was never full"]
+                left = [file.name for file in store.iterdir() if file.name.startswith(".")]
+                good = path.name == committed[-1] and not left
+                return [] if good else [f"loaded {path.name} of {committed}, left {left}"]
+        return ["the disk did not fill up"]
 
 
 def main() -> None:
-    """Count, and end with status 1 where a promise was broken."""
+    """Run all; exit status 1 on any error."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=50, help="faults in files")
+    parser.add_argument("--count", type=int, default=50, help="number of damaged files")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--all", action="store_true", help="as many as a night has room for: 500")
-    asked = parser.parse_args()
-    count = 500 if asked.all else asked.count
-    found, wrong = spoil(count, random.Random(asked.seed))
-    wrong += hostile()
+    parser.add_argument("--all", action="store_true", help="500 files, as nightly does")
+    arguments = parser.parse_args()
+    count = 500 if arguments.all else arguments.count
+    detected, wrong = damage(count, random.Random(arguments.seed))
+    wrong += pickles()
     disk = full_disk()
     wrong += disk or []
-    report = {"faults": count, "found": dict(found), "full disk": "not tried" if disk is None else "tried"}
+    report = {"faults": count, "detected": dict(detected), "full disk": "not tried" if disk is None else "tried"}
     print(*wrong, sep="\n", end="\n" if wrong else "")
-    print(json.dumps({**report, "hostile": "tried", "wrong": len(wrong)}))
+    print(json.dumps({**report, "pickles": "tried", "wrong": len(wrong)}))
     sys.exit(1 if wrong else 0)
 
 

@@ -1,10 +1,9 @@
-"""Kill ranks while they save, at random instants, and see that the store still loads its newest committed checkpoint.
+"""Kill ranks while they save, at random times; the newest committed checkpoint must still load.
 
-`python faults/kills.py --count N [--seed S]`. Each run has a store of its own with one committed checkpoint. One
-rank, or all, get SIGKILL at an instant within the time that a save takes: before, while and after it is written,
-committed and rotated; every second run saves in the background. Then FakeStrategy loads without a tag: it must get
-the weights of the one checkpoint or of the other, bit for bit, and the newer one if its tag is there; the next save
-must leave nothing half-written behind.
+`python faults/kills.py --count N [--seed S]`. Each run starts with one committed checkpoint in a new store. One rank, or
+all, get SIGKILL at a random time during the next saves: while they write, commit or rotate. Every second run saves in the
+background. Then FakeStrategy loads without a tag: it must restore the newest visible checkpoint bit for bit, and the next
+save must remove all partial files.
 """
 
 import argparse
@@ -37,25 +36,25 @@ PATIENCE = 120.0
 
 
 def model(step: int) -> torch.nn.Module:
-    """A model whose weights say of which step it is."""
-    made = torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH) for _ in range(4)))
+    """A model with weights that only ``step`` has."""
+    built = torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH) for _ in range(4)))
     generator = torch.Generator().manual_seed(step)
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in built.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    return made
+    return built
 
 
-def victim(folder: Path, place: dict[str, str], asynchronous: bool, driver: Connection) -> None:
-    """One rank, until it ends, or another one did."""
-    os.environ |= place
+def victim(folder: Path, environment: dict[str, str], asynchronous: bool, driver: Connection) -> None:
+    """Run one rank until it ends or loses a peer."""
+    os.environ |= environment
     torch.set_num_threads(1)
     with suppress(LightRFTError, EOFError):
-        save_again_and_again(folder, asynchronous, driver)
+        save_repeatedly(folder, asynchronous, driver)
 
 
-def save_again_and_again(folder: Path, asynchronous: bool, driver: Connection) -> None:
-    """Save step 1, say so, wait for the word, save step 2, 3 and 4, and say so."""
+def save_repeatedly(folder: Path, asynchronous: bool, driver: Connection) -> None:
+    """Save step 1, report, wait for the driver, save steps 2 to 4, and report."""
     strategy = PlainStrategy(bf16=False, device="cpu", timeout=60.0, train_batch_size=2, async_ckpt=asynchronous)
     trained = model(1)
     optimizer = strategy.create_optimizer(trained, lr=1e-3)
@@ -69,46 +68,45 @@ def save_again_and_again(folder: Path, asynchronous: bool, driver: Connection) -
             driver.recv()
         strategy.save_ckpt(trained, folder, tag=f"step{step}", max_num=2)
         if step == 1:
-            strategy._checkpoints.finish()
+            strategy._checkpoint_saver.finish()
     strategy.close()
     driver.send("done")
 
 
 class Run:
-    """Ranks that save, and are killed."""
+    """Ranks that save and are killed."""
 
     def __init__(self, folder: Path, ranks: int, asynchronous: bool) -> None:
         port = str(20000 + random.randrange(20000))
         self.ranks: list[tuple[BaseProcess, Connection]] = []
         for rank in range(ranks):
-            place = {
-                "RANK": rank,
-                "WORLD_SIZE": ranks,
-                "LOCAL_RANK": rank,
+            environment = {
+                "RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "LOCAL_RANK": str(rank),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": port,
             }
-            mine, its = FORKS.Pipe()
-            arguments = (folder, {name: str(it) for name, it in place.items()}, asynchronous, its)
-            process = FORKS.Process(target=victim, args=arguments)
+            connection, remote = FORKS.Pipe()
+            process = FORKS.Process(target=victim, args=(folder, environment, asynchronous, remote))
             process.start()
-            its.close()
-            self.ranks.append((process, mine))
+            remote.close()
+            self.ranks.append((process, connection))
 
     def begin(self) -> None:
-        """Wait until all have saved the first, and let them go on."""
+        """Wait for the first save of all ranks, and let them continue."""
         self.hear("ready")
         for _, connection in self.ranks:
             connection.send("go")
 
     def hear(self, word: str) -> None:
-        """Wait until all have said ``word``."""
+        """Wait until all ranks have sent ``word``."""
         for rank, (_, connection) in enumerate(self.ranks):
-            assert connection.poll(PATIENCE), f"rank {rank} did not say {word!r}"
+            assert connection.poll(PATIENCE), f"rank {rank} did not send {word!r} within {PATIENCE:g} s"
             assert connection.recv() == word
 
     def kill(self, chosen: list[int]) -> None:
-        """SIGKILL these, and give the others a moment to notice."""
+        """Send SIGKILL to ranks ``chosen``, and give the others time to notice."""
         for rank in chosen:
             self.ranks[rank][0].kill()
         for process, _ in self.ranks:
@@ -116,7 +114,7 @@ class Run:
         self.close()
 
     def close(self) -> None:
-        """Nothing of it is left."""
+        """End all ranks."""
         for process, connection in self.ranks:
             process.kill()
             process.join()
@@ -124,25 +122,25 @@ class Run:
 
 
 def examine(folder: Path) -> str:
-    """Load the newest, compare, save once more; which step was there. Raises where a promise was broken."""
+    """Load the newest checkpoint, compare, and save again. Returns its tag; raises `AssertionError` if it is wrong."""
     with get_fake_strategy(bf16=False, train_batch_size=2) as strategy:
-        found = model(0)
-        path, _ = strategy.load_ckpt(found, folder, load_module_only=True)
-        visible = {it.name for it in folder.iterdir() if not it.name.startswith(".") and it.is_dir()}
+        loaded = model(0)
+        path, _ = strategy.load_ckpt(loaded, folder, load_module_only=True)
+        visible = {path.name for path in folder.iterdir() if not path.name.startswith(".") and path.is_dir()}
         step = int(path.name.removeprefix("step"))
         newest = max(int(name.removeprefix("step")) for name in visible)
-        assert step == newest, f"loaded step {step}, and step {newest} is there"
-        for parameter, wanted in zip(found.parameters(), model(step).parameters(), strict=True):
-            assert torch.equal(parameter, wanted), f"step {step} is not what was saved"
-        strategy.save_ckpt(found, folder, tag="after", max_num=9)
-        left = [it.name for it in folder.iterdir() if it.name.startswith(".")]
-        assert not left, f"left behind: {left}"
+        assert step == newest, f"expected step {newest}, got {step}"
+        for parameter, expected in zip(loaded.parameters(), model(step).parameters(), strict=True):
+            assert torch.equal(parameter, expected), f"step {step} differs from the saved weights"
+        strategy.save_ckpt(loaded, folder, tag="after", max_num=9)
+        partial = [path.name for path in folder.iterdir() if path.name.startswith(".")]
+        assert not partial, f"partial files remain: {partial}"
         return path.name
 
 
 @contextmanager
 def running(ranks: int, asynchronous: bool) -> Iterator[tuple[Path, Run]]:
-    """Ranks that have saved once, and a store."""
+    """A store, and ranks that have saved to it once."""
     folder = Path(tempfile.mkdtemp(prefix="lightrft-kill-"))
     run = Run(folder, ranks, asynchronous)
     try:
@@ -153,42 +151,42 @@ def running(ranks: int, asynchronous: bool) -> Iterator[tuple[Path, Run]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def one(number: int, draw: random.Random, ranks: int, span: float) -> str:
-    """One kill; the step that was loaded."""
+def kill_once(number: int, draw: random.Random, ranks: int, span: float) -> str:
+    """Kill ranks once. Returns the tag that loads afterwards."""
     with running(ranks, asynchronous=number % 2 == 1) as (folder, run):
         time.sleep(draw.uniform(0, span))
         run.kill(list(range(ranks)) if draw.random() < 0.5 else [draw.randrange(ranks)])
         return examine(folder)
 
 
-def measured(ranks: int) -> float:
-    """Seconds that three saves take, undisturbed: the span of the instants."""
+def seconds_of_saves(ranks: int) -> float:
+    """Seconds that the three saves take without a kill."""
     with running(ranks, asynchronous=False) as (_, run):
-        begun = time.monotonic()
+        start = time.monotonic()
         run.hear("done")
-        return time.monotonic() - begun
+        return time.monotonic() - start
 
 
 def main() -> None:
-    """Kill, count, and end with status 1 where a store was lost."""
+    """Run all kills; exit status 1 if a store is lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=20, help="kills")
+    parser.add_argument("--count", type=int, default=20, help="number of kills")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--all", action="store_true", help="as many as a night has room for: 200")
-    asked = parser.parse_args()
-    count = 200 if asked.all else asked.count
-    draw, found, lost = random.Random(asked.seed), Counter[str](), []
-    span = 1.2 * measured(ranks=2)
+    parser.add_argument("--all", action="store_true", help="200 kills, as nightly does")
+    arguments = parser.parse_args()
+    count = 200 if arguments.all else arguments.count
+    draw, loaded, lost = random.Random(arguments.seed), Counter[str](), []
+    span = 1.2 * seconds_of_saves(ranks=2)
     for number in range(count):
         try:
-            found[one(number, draw, 2, span)] += 1
+            loaded[kill_once(number, draw, 2, span)] += 1
         except Exception as error:  # noqa: BLE001 - counted
             lost.append(f"run {number}: {type(error).__name__}: {error}")
             print("LOST", lost[-1], flush=True)
     report: dict[str, Any] = {
         "kills": count,
         "span": round(span, 3),
-        "newest": dict(sorted(found.items())),
+        "loaded": dict(sorted(loaded.items())),
         "lost": len(lost),
     }
     print(json.dumps(report))

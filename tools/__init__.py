@@ -1,1 +1,1 @@
-"""What the sessions of noxfile.py share. No part of any package."""
+"""Shared by the sessions of noxfile.py; not part of any package."""

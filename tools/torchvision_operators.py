@@ -1,7 +1,7 @@
-"""Lets torchvision's Python part import beside a CPU build of torch, with which its compiled part does not load.
+"""Make torchvision importable with a CPU build of torch, with which its compiled operators do not load.
 
-Python runs this at start, by way of a .pth file, in environments that ask for it: torchvision declares how its operators
-behave without data, and for that they must be known to torch by name.
+torchvision registers meta kernels for its operators at import, so torch must know the operators by name. Python runs this
+module at start, through a .pth file, in the environments that need it.
 """
 
 import importlib.abc
@@ -14,7 +14,7 @@ SIGNATURE = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 
 class _BeforeTorchvision(importlib.abc.MetaPathFinder):
-    """Finds nothing, and tells torch of the operators when torchvision is looked for."""
+    """Defines the operators when torchvision is first imported; leaves the import to other finders."""
 
     library: object = None
 
@@ -26,7 +26,7 @@ class _BeforeTorchvision(importlib.abc.MetaPathFinder):
             library = torch.library.Library("torchvision", "DEF")
             for operator in ("nms", "qnms"):
                 library.define(operator + SIGNATURE)
-            _BeforeTorchvision.library = library  # it lasts as long as it is held
+            _BeforeTorchvision.library = library  # the definitions live as long as this object
         return None
 
 

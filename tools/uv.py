@@ -1,4 +1,4 @@
-"""uv, with pip's places to look for packages."""
+"""Running uv, with pip's package sources."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ import nox
 
 
 def uv(session: nox.Session, *arguments: str | Path, torch: str = "cpu") -> None:
-    """Run uv; its output is shown where it fails. ``torch`` is the build of it that is wanted, by uv's names."""
+    """Run uv; its output is printed if it fails. ``torch``: the build of torch, as in uv's ``--torch-backend``."""
     command = (_program(session), *map(str, arguments))
     session.run(*command, env=_variables(torch), silent=True, log=False, external=True)
 
@@ -19,11 +19,11 @@ def _program(session: nox.Session) -> str:
 
         return str(find_uv_bin())
     except (ImportError, FileNotFoundError):
-        return shutil.which("uv") or session.error('uv was not found; install nox with it: pip install "nox[uv]"')
+        return shutil.which("uv") or session.error('uv is not installed; run: pip install "nox[uv]"')
 
 
 def _variables(torch: str) -> dict[str, str | None]:
-    """uv reads other variables than pip. Where nobody says where torch is, uv is told which build is wanted."""
+    """uv's equivalents of pip's variables. Without a configured source of torch, uv chooses the build ``torch``."""
     variables: dict[str, str | None] = {"UV_NO_PROGRESS": "1", "VIRTUAL_ENV": None}
     links = os.environ.get("PIP_FIND_LINKS")
     if "UV_FIND_LINKS" not in os.environ and links:

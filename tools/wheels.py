@@ -1,32 +1,34 @@
-"""The wheels of this repository, as they would be released: through the source distribution."""
+"""The wheels of this repository, built as for a release: from the source distribution."""
 
 import hashlib
 from pathlib import Path
 
 import nox
 
+from tools.locks import locked
 from tools.projects import FOLDERS, ROOT
 from tools.uv import uv
 
 STORE = ROOT / ".nox/wheels"
-NO_SOURCE = {"__pycache__", ".hypothesis", ".pytest_cache", "dist", "build"}
+IGNORED = {"__pycache__", ".hypothesis", ".pytest_cache", "dist", "build"}
 
 
 def wheel(session: nox.Session, name: str) -> Path:
-    """The wheel of package ``name`` as its files are now; built if there is none."""
+    """The wheel of package ``name``, built unless there is one of its current files."""
     folder = FOLDERS[name]
     if not (folder / "pyproject.toml").is_file():
-        session.error(f"{name}: there is no {folder.relative_to(ROOT)}/pyproject.toml")
+        session.error(f"{name}: {folder.relative_to(ROOT)}/pyproject.toml does not exist")
     built = STORE / f"{name}-{_digest(folder)}"
-    if not list(built.glob("*.whl")):
-        uv(session, "build", "--build-constraints", ROOT / "constraints/cpu.txt", "--out-dir", built, folder)
-    (found,) = built.glob("*.whl")
-    return found
+    with locked(built):
+        if not list(built.glob("*.whl")):
+            uv(session, "build", "--build-constraints", ROOT / "constraints/cpu.txt", "--out-dir", built, folder)
+    (path,) = built.glob("*.whl")
+    return path
 
 
 def _digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and not NO_SOURCE.intersection(path.relative_to(folder).parts):
+        if path.is_file() and not IGNORED.intersection(path.relative_to(folder).parts):
             digest.update(f"{path.relative_to(folder)}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:16]
