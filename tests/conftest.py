@@ -1,4 +1,4 @@
-"""The wheels, and the environments in which each is alone; `nox -s wheels` makes them."""
+"""Fixtures for the tests of wheels: the wheels, each installed alone in an environment; `nox -s wheels` makes them."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ import pytest
 
 @dataclass(frozen=True, kw_only=True)
 class Installed:
-    """One of our wheels, in an environment of its own with what it declares, and the extra if there is one."""
+    """A wheel in an environment with its dependencies, and those of an extra if ``requirement`` names one."""
 
     requirement: str
     sources: Path
@@ -20,19 +20,18 @@ class Installed:
     python: Path
 
     def files(self) -> dict[str, bytes]:
-        """What the wheel has, by path."""
+        """The contents of the wheel, by path."""
         with ZipFile(self.wheel) as archive:
             return {name: archive.read(name) for name in archive.namelist()}
 
     def modules(self) -> dict[str, str]:
-        """The sources of its modules, by their full names."""
+        """Sources of the modules in the wheel, by full name."""
         sources = {path: text.decode() for path, text in self.files().items() if path.endswith(".py")}
-        return {
-            path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): it for path, it in sources.items()
-        }
+        names = {path: path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in sources}
+        return {names[path]: source for path, source in sources.items()}
 
     def run(self, code: str, *arguments: str) -> str:
-        """Run ``code`` there; the last line that it prints. (DeepSpeed speaks when it is imported.)"""
+        """Run ``code`` in the environment; returns the last line of its output. (DeepSpeed prints when it is imported.)"""
         command = [self.python, "-I", "-c", code, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
         assert done.returncode == 0, done.stderr
@@ -44,22 +43,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``package``: one of each, alone; ``complete``: with its extra, if it has one; ``installed``: all of these."""
-    found = list(_all(metafunc.config).values())
+    """``package``: each without extras; ``complete``: each with its extra if it has one; ``installed``: all of these."""
+    everything = list(_all(metafunc.config).values())
     choices = {
-        "package": [it for it in found if "[" not in it.requirement],
-        "complete": list({it.sources: it for it in found}.values()),
-        "installed": found,
+        "package": [each for each in everything if "[" not in each.requirement],
+        "complete": list({each.sources: each for each in everything}.values()),
+        "installed": everything,
     }
     for argument, chosen in choices.items():
         if argument in metafunc.fixturenames:
-            names = [it.requirement.removeprefix("lightrft-") for it in chosen]
+            names = [each.requirement.removeprefix("lightrft-") for each in chosen]
             metafunc.parametrize(argument, chosen, ids=names)
 
 
 @pytest.fixture
 def alone(request: pytest.FixtureRequest) -> Callable[[str], Installed]:
-    """The environment of a requirement."""
+    """Returns the environment of a requirement."""
     return _all(request.config).__getitem__
 
 
@@ -67,8 +66,8 @@ def _all(config: pytest.Config) -> dict[str, Installed]:
     path = config.getoption("--wheels")
     if path is None:
         return {}
-    found = json.loads(path.read_text(encoding="utf-8"))
+    listing = json.loads(path.read_text(encoding="utf-8"))
     return {
-        requirement: Installed(requirement=requirement, **{what: Path(path) for what, path in where.items()})
-        for requirement, where in found.items()
+        requirement: Installed(requirement=requirement, **{key: Path(path) for key, path in paths.items()})
+        for requirement, paths in listing.items()
     }

@@ -1,4 +1,4 @@
-"""What each wheel promises by itself: read from the built wheel, and tried where it is alone with what it declares."""
+"""Each wheel by itself: its contents, and its behaviour in an environment with nothing but its dependencies."""
 
 import ast
 import email
@@ -14,29 +14,29 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-LAYERS = [["config"], ["strategy"], ["deepspeed", "fsdp", "engines"], ["conformance"]]
-"""Parts of the namespace: each imports from those before its own list, and from itself."""
 DISTRIBUTIONS = {"strategy": "lightrft-strategy-base"}
-"""Of the parts whose distribution is not called like them."""
+"""Distributions whose names differ from those of their subpackages."""
 
 MODULES = {"PIL": ["pillow"]}
-"""Whose they are, of the modules that only an extra brings and whose name is another than their distribution's."""
+"""Distributions of modules that only extras bring, where the names differ."""
 
 IMPORT_ALL = """
 import importlib, json, sys
 from importlib.metadata import distribution
-found, missing = {}, {}
+modules, missing = {}, {}
 for name in sys.argv[2:]:
     try:
-        found[name] = importlib.import_module(name).__file__
+        modules[name] = importlib.import_module(name).__file__
     except ModuleNotFoundError as error:
         missing[name] = error.name.partition(".")[0]
 for point in distribution(sys.argv[1]).entry_points:
     if point.module not in missing:
         point.load()
-print(json.dumps({"prefix": sys.prefix, "found": found, "missing": missing}))
+print(json.dumps({"prefix": sys.prefix, "modules": modules, "missing": missing}))
 """
-PROVIDERS = "import json, importlib.metadata as it; print(json.dumps(it.packages_distributions()))"
+PROVIDERS = (
+    "import json; from importlib.metadata import packages_distributions; print(json.dumps(packages_distributions()))"
+)
 ASK_FOR_FSDP = """
 from lightrft.config import BackendNotInstalledError
 from lightrft.strategy import get_strategy
@@ -48,16 +48,16 @@ except BackendNotInstalledError as error:
 LOADED = "import sys, {module}; print(*sorted({{'deepspeed', 'numpy', 'sglang', 'torch', 'transformers', 'vllm'}} & set(sys.modules)))"
 
 
-def test_all_of_it_imports_with_what_is_declared(installed):
+def test_all_modules_import(installed):
     name = Requirement(installed.requirement).name
     outcome = json.loads(installed.run(IMPORT_ALL, name, *installed.modules()))
-    assert outcome["found"]
-    assert all(Path(path).is_relative_to(outcome["prefix"]) for path in outcome["found"].values())
+    assert outcome["modules"]
+    assert all(Path(path).is_relative_to(outcome["prefix"]) for path in outcome["modules"].values())
     assert set(outcome["missing"].values()) <= _of_other_extras(installed), outcome["missing"]
 
 
-def test_it_imports_only_what_is_declared(package):
-    declared = {canonicalize_name(it.name) for it in _requirements(package)} | {package.requirement}
+def test_imports_only_declared_dependencies(package):
+    declared = {canonicalize_name(requirement.name) for requirement in _requirements(package)} | {package.requirement}
     providers = json.loads(package.run(PROVIDERS))
     assert not {
         f"{module} imports {imported}"
@@ -67,57 +67,52 @@ def test_it_imports_only_what_is_declared(package):
     }
 
 
-def test_its_imports_go_one_way(package):
-    ours = [(module, imported) for module, imported in _imports(package) if imported.startswith("lightrft.")]
-    assert not [it for it in ours if _part(it[0]) != _part(it[1]) and _layer(it[0]) <= _layer(it[1])]
-
-
-def test_it_adds_to_the_namespace_and_does_not_own_it(package):
+def test_is_one_typed_subpackage_of_the_namespace(package):
     parts = {path.split("/")[1] for path in package.files() if path.startswith("lightrft/")}
-    assert len(parts) == 1, f"one part of the namespace, and no lightrft/__init__.py: {parts}"
+    assert len(parts) == 1, f"expected one subpackage, and no lightrft/__init__.py; got {parts}"
     assert f"lightrft/{parts.pop()}/py.typed" in package.files()
 
 
-def test_it_carries_license_and_description(package):
+def test_has_license_and_description(package):
     metadata = _metadata(package)
     (license_text,) = (text for path, text in package.files().items() if path.endswith("/licenses/LICENSE"))
     assert license_text == (ROOT / "LICENSE").read_bytes()
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.11"
-    assert len(str(metadata.get_payload()).splitlines()) > 5, "the README says what the package is, and is not"
+    assert len(str(metadata.get_payload()).splitlines()) > 5, "the README describes the package"
 
 
-def test_its_readme_is_true(complete):
+def test_readme_example_runs(complete):
     (example,) = re.findall(r"```python\n(.*?)```", (complete.sources / "README.md").read_text("utf-8"), re.DOTALL)
     complete.run(example)
 
 
-def test_its_metadata_has_ranges_and_no_pins(package):
-    assert not [str(it) for it in _requirements(package) if any(bound.operator == "==" for bound in it.specifier)]
+def test_metadata_has_no_pins(package):
+    assert not [str(each) for each in _requirements(package) if any(bound.operator == "==" for bound in each.specifier)]
 
 
-def test_its_changelog_begins_with_this_version(package):
+def test_changelog_begins_with_this_version(package):
     headings = [
         line for line in (package.sources / "CHANGELOG.md").read_text("utf-8").splitlines() if line.startswith("## ")
     ]
     assert headings[0].split()[1] == _metadata(package)["Version"]
 
 
-def test_settings_load_no_torch(alone):
+def test_config_imports_no_torch(alone):
     assert alone("lightrft-strategy-base").run(LOADED.format(module="lightrft.config")).split() == []
 
 
 @pytest.mark.parametrize("requirement", ["lightrft-deepspeed", "lightrft-engines[transformers]"])
-def test_the_base_loads_no_backend_that_is_there(alone, requirement):
+def test_strategy_imports_no_installed_backend(alone, requirement):
     assert set(alone(requirement).run(LOADED.format(module="lightrft.strategy")).split()) <= {"numpy", "torch"}
 
 
-def test_a_strategy_that_is_not_installed_is_an_error_with_the_command(alone):
+def test_error_for_a_missing_strategy_names_the_install_command(alone):
     assert "pip install 'lightrft-fsdp'" in alone("lightrft-strategy-base").run(ASK_FOR_FSDP)
 
 
 def _imports(package) -> Iterator[tuple[str, str]]:
-    """Every import anywhere in the wheel: which module, and what it imports."""
+    """All imports in the wheel: the importing module and the imported one."""
     for module, source in package.modules().items():
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Import):
@@ -129,7 +124,7 @@ def _imports(package) -> Iterator[tuple[str, str]]:
 
 
 def _distributions(imported: str, providers: Mapping[str, list[str]]) -> list[str]:
-    """Those that may provide a module."""
+    """Distributions that may provide a module."""
     top, _, inner = imported.partition(".")
     if top == "lightrft":
         part = inner.partition(".")[0]
@@ -147,15 +142,7 @@ def _requirements(package) -> list[Requirement]:
 
 
 def _of_other_extras(installed) -> set[str]:
-    """What may be missing: what only extras bring that are not installed here."""
-    here = Requirement(installed.requirement).extras or {""}
-    optional = [it for it in _requirements(installed) if it.marker and "extra" in str(it.marker)]
-    return {it.name for it in optional if not any(it.marker.evaluate({"extra": extra}) for extra in here)}
-
-
-def _part(module: str) -> str:
-    return module.split(".")[1]
-
-
-def _layer(module: str) -> int:
-    return next(level for level, parts in enumerate(LAYERS) if _part(module) in parts)
+    """Dependencies that only extras bring which are not installed."""
+    extras = Requirement(installed.requirement).extras or {""}
+    optional = [each for each in _requirements(installed) if each.marker and "extra" in str(each.marker)]
+    return {each.name for each in optional if not any(each.marker.evaluate({"extra": extra}) for extra in extras)}

@@ -15,7 +15,7 @@ from torch import nn
 
 from lightrft.config import CheckpointError
 from lightrft.strategy import StrategyBase
-from lightrft.strategy.registry import strategy_class
+from lightrft.strategy.strategy import strategy_class
 
 transformers = pytest.importorskip("transformers")
 transformers.utils.logging.disable_progress_bar()  # its monitor is a thread that stays

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, gelu
 
-from lightrft.strategy.training.optimizers import adamw
+from lightrft.strategy.backend.adamw import adamw
 
 WIDTH = 12
 RATE, DECAY = 1e-3, 0.01
@@ -65,19 +65,19 @@ class Program:
     """What is trained: the same for a strategy and for plain torch."""
 
     updates: int = 20
-    window: int = 1
+    accumulation_steps: int = 1
     """K."""
     lengths: Sequence[int] = ()
-    """Micro-batches of each update, where they are not K."""
+    """Micro-batches of each update, if not K."""
     max_norm: float | None = None
     losses: str = "one"
-    """How the losses of a micro-batch come about; see `training.backward`."""
+    """How the losses of a micro-batch are computed; see `training.backward`."""
     detours: Sequence[tuple[int, int]] = ()
     """Updates and micro-batches that use the layer ``detour``."""
     detour_of: int | None = None
     """The only rank that does."""
     skipped: Sequence[int] = ()
-    """Updates that are left out, data and all."""
+    """Updates that are left out, with their data."""
     poisoned: Sequence[int] = ()
     """Updates in which the last rank's loss is not a number."""
     decaying_rate: bool = False
@@ -86,7 +86,7 @@ class Program:
         """Update, micro-batch, and whether it is the update's last."""
         for update in range(self.updates):
             if update not in self.skipped:
-                length = self.lengths[update] if self.lengths else self.window
+                length = self.lengths[update] if self.lengths else self.accumulation_steps
                 for micro in range(length):
                     yield update, micro, micro == length - 1
 
@@ -98,7 +98,7 @@ class Program:
 
 @dataclass(kw_only=True)
 class Observed:
-    """What came of it."""
+    """The result of a program."""
 
     parameters: dict[str, torch.Tensor]
     norms: list[float | None] = field(default_factory=list)
@@ -116,13 +116,13 @@ def reference(program: Program, ranks: int, build: Callable[[], nn.Module] = mix
             loss = program.loss(model, update, micro, rank)
             if program.losses != "one":
                 loss = loss + program.loss(model, update, micro, rank, second=True)
-            # Scaled as K says; what the window's length makes of it follows below.
-            (loss / ranks / program.window).backward()
+            # Scaled by K here; the number of micro-batches of this update follows below.
+            (loss / ranks / program.accumulation_steps).backward()
         losses += 1
         if last:
             for parameter in trained:
                 gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad = gradient * (program.window / losses)
+                parameter.grad = gradient * (program.accumulation_steps / losses)
             observed.norms.append(nn.utils.clip_grad_norm_(trained, program.max_norm or 1e9).item())
             optimizer.step()
             optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""A few processes, one a rank, that stay alive and run one function after the other.
+"""A few processes, one per rank, that stay alive and run one function after the other.
 
 They are plain processes, with gloo on loopback, forked from one that has imported torch and used nothing of it.
 Each question has a deadline. Ranks that miss it show their stacks, and are ended with the whole group and all that
@@ -25,7 +25,7 @@ import pytest
 DEADLINE = 120.0
 """Seconds for one function on all ranks, if the caller gives no others."""
 START = 300.0
-"""Seconds in which all ranks must be there, with torch imported."""
+"""Seconds within which all ranks must have started and imported torch."""
 
 
 PRELOADED = ["torch", "torch._dynamo", "lightrft.strategy"]
@@ -87,7 +87,7 @@ class Workers:
         return [answer for _, answer in answers]
 
     def _answer(self, rank: int, deadline: float) -> tuple[bool | None, Any]:
-        """Whether the function returned, and what, or else why; None where there is no answer."""
+        """Whether the function returned, and its result or its error; None if there is no answer."""
         _, connection = self._ranks[rank]
         try:
             if not connection.poll(max(0.0, deadline - time.monotonic())):

@@ -1,0 +1,48 @@
+"""README.md and README.zh.md have the same content: headings, code, tables and links."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CODE_BLOCK = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
+
+
+def heading_levels(text: str) -> list[int]:
+    return [len(level) for level in re.findall(r"^(#+) ", CODE_BLOCK.sub("", text), re.MULTILINE)]
+
+
+def code_blocks(text: str) -> list[str]:
+    return CODE_BLOCK.findall(text)
+
+
+def table_commands(text: str) -> list[list[str]]:
+    """The code spans of each table row."""
+    return [re.findall(r"`[^`]+`", row) for row in re.findall(r"^\|.*\|$", text, re.MULTILINE)]
+
+
+def link_targets(text: str) -> list[str]:
+    """What the links and pictures point to, without the link to the other language."""
+    targets = re.findall(r"\]\(([^)]+)\)", CODE_BLOCK.sub("", text))
+    return sorted(target for target in targets if not target.startswith("README"))
+
+
+def paragraphs_and_items(text: str) -> list[int]:
+    """The number of list items in each block of text; 0 for a paragraph."""
+    return [len(re.findall("^- ", block, re.MULTILINE)) for block in re.split(r"\n\n+", CODE_BLOCK.sub("", text))]
+
+
+@pytest.mark.parametrize("part", [heading_levels, code_blocks, table_commands, link_targets, paragraphs_and_items])
+def test_the_chinese_readme_has_what_the_english_one_has(part):
+    english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md"))
+    assert part(english), "there is something to compare"
+    assert part(english) == part(chinese)
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
+def test_local_links_exist(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    local = [target for target in link_targets(text) if "://" not in target]
+    assert local
+    assert [target for target in local if not (ROOT / target.partition("#")[0]).exists()] == []
