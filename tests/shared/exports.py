@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 import training
-from llamas import llama
+from llamas import llama, with_adapter
 from programs import tokens
 from torch import nn
+from workers import Workers
 
 from lightrft.config import CheckpointError
 from lightrft.strategy import StrategyBase
@@ -81,12 +82,23 @@ def checkpointed(strategy: str, path: str, **settings: Any) -> dict[str, torch.T
         return training.whole(made, model)
 
 
-def opened_with_adapter(path: str) -> torch.Tensor:
-    """The logits of what `saved` wrote of `with_adapter`, opened with peft."""
-    import peft
-
+def check_adapter_export(ranks: Workers, directory: Path, *, merge: bool, strategy: str, **settings: Any) -> None:
+    """A model with an adapter, saved on ``ranks``, gives the same logits when peft, or transformers if merged, opens it."""
+    peft = pytest.importorskip("peft")
+    saving = {
+        "strategy": strategy,
+        "path": str(directory / "out"),
+        "build": with_adapter,
+        "save": {"merge_adapters": merge},
+    }
+    (path, _, logits_BTV), *_ = ranks.run(saved, **saving, **settings)
+    if merge:
+        opened_model = transformers.AutoModelForCausalLM.from_pretrained(path)
+    else:
+        assert [file.name for file in Path(path).glob("*.safetensors")] == ["adapter_model.safetensors"]
+        opened_model = peft.PeftModel.from_pretrained(llama(), path)
     with torch.no_grad():
-        return peft.PeftModel.from_pretrained(llama(), path)(TOKENS).logits  # type: ignore[no-any-return]
+        assert (opened_model(TOKENS).logits - logits_BTV).abs().max() <= 1e-5
 
 
 def loaded(strategy: str, path: str, build: Any = llama, **settings: Any) -> Any:

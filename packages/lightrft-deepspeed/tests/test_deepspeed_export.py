@@ -6,7 +6,7 @@ import exports
 import imports
 import pytest
 import torch
-from llamas import llama, with_adapter
+from llamas import llama
 from typer.testing import CliRunner
 from workers import Workers
 
@@ -72,14 +72,4 @@ def test_a_missing_rank_is_named(two: Workers, tmp_path: Path) -> None:
 def test_a_model_with_an_adapter_is_saved_as_peft_and_transformers_open_it(
     two: Workers, tmp_path: Path, merge: bool
 ) -> None:
-    pytest.importorskip("peft")
-    save = {"merge_adapters": merge}
-    (path, _, logits), _ = two.run(
-        exports.saved, strategy="deepspeed", zero_stage=3, path=str(tmp_path / "out"), build=with_adapter, save=save
-    )
-    if merge:
-        found = transformers.AutoModelForCausalLM.from_pretrained(path)(exports.TOKENS).logits
-    else:
-        assert [it.name for it in Path(path).glob("*.safetensors")] == ["adapter_model.safetensors"]
-        found = exports.opened_with_adapter(path)
-    assert close(found, logits, 1e-5)
+    exports.check_adapter_export(two, tmp_path, merge=merge, strategy="deepspeed", zero_stage=3)

@@ -8,7 +8,7 @@ import fsdp_cases
 import imports
 import pytest
 import torch
-from llamas import llama, with_adapter
+from llamas import llama
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 from workers import Workers
@@ -117,17 +117,7 @@ def test_what_torch_distributed_checkpoint_wrote_is_read_in(
 def test_a_model_with_an_adapter_is_saved_as_peft_and_transformers_open_it(
     two: Workers, tmp_path: Path, merge: bool
 ) -> None:
-    pytest.importorskip("peft")
-    save = {"merge_adapters": merge}
-    (path, _, logits), _ = two.run(
-        exports.saved, strategy="fsdp", path=str(tmp_path / "out"), build=with_adapter, save=save
-    )
-    if merge:
-        found = transformers.AutoModelForCausalLM.from_pretrained(path)(exports.TOKENS).logits
-    else:
-        assert [it.name for it in Path(path).glob("*.safetensors")] == ["adapter_model.safetensors"]
-        found = exports.opened_with_adapter(path)
-    assert close(found, logits, 1e-5)
+    exports.check_adapter_export(two, tmp_path, merge=merge, strategy="fsdp")
 
 
 def test_a_vision_language_model_built_from_its_configuration_has_the_names_of_its_checkpoint(
