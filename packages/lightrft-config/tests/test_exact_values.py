@@ -85,7 +85,7 @@ def test_an_integer_that_a_float_holds_is_kept(tmp_path, read, value):
 )
 def test_every_float_setting_is_exact(name):
     value = (INEXACT, 0.5) if name == "adam_betas" else INEXACT
-    with pytest.raises(ConfigError, match=rf"{name}: expected .*A float cannot hold this integer exactly"):
+    with pytest.raises(ConfigError, match=rf"{name}: expected .*A float cannot represent this integer exactly"):
         StrategyConfig(**{name: value})
 
 

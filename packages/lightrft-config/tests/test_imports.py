@@ -12,7 +12,7 @@ def test_importing_loads_neither_torch_nor_numpy_nor_yaml():
 def test_errors_are_also_the_standard_types():
     import lightrft.config as c
 
-    pairs = [(c.ConfigError, ValueError), (c.BackendNotInstalledError, ImportError), (c.StrategyError, RuntimeError),
+    pairs = [(c.ConfigError, ValueError), (c.ConfigFileError, OSError), (c.BackendNotInstalledError, ImportError), (c.StrategyError, RuntimeError),
              (c.CheckpointError, RuntimeError), (c.CheckpointNotFoundError, FileNotFoundError), (c.EngineError, RuntimeError),
              (c.StaleWeightsError, c.EngineError), (c.UnsupportedOperationError, NotImplementedError),
              (c.ArgumentError, ValueError), (c.ArgumentTypeError, TypeError)]  # fmt: skip

@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from lightrft.config import ConfigError, StrategyConfig
+from lightrft.config import ConfigError, ConfigFileError, StrategyConfig
 from lightrft.config.settings import Settings
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12)
@@ -156,9 +156,9 @@ def test_from_args_refuses_ill_typed_settings():
         StrategyConfig.from_args({"zero_stage": "three"})
 
 
-def test_a_near_miss_is_kept_and_warned_of():
+def test_a_near_miss_in_the_arguments_of_a_script_is_kept_and_warned_of():
     with pytest.warns(UserWarning, match="'train_batch_sise' is not a setting.*Did you mean 'train_batch_size'"):
-        config = StrategyConfig.from_args({"train_batch_sise": 64})
+        config = StrategyConfig.from_args(argparse.Namespace(train_batch_sise=64))
     assert config.get_extra_arg("train_batch_sise") == 64
 
 
@@ -178,8 +178,8 @@ def test_yaml_reads_exponents_as_numbers(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "content", "words"), [
-    ("c.yaml", "seed: [", "c.yaml: not valid YAML"), ("c.json", "{", "c.json: Expecting property name"), ("c.json", "[1]", "expected settings by name, got list"),
-    ("c.yaml", "1: 2", "expected settings by name"), ("c.yaml", "sed: 3", "Did you mean 'seed'"), ("c.json", '{"l2": NaN}', r"l2: expected a number >= 0, got float \(nan\)"),
+    ("c.yaml", "seed: [", "c.yaml: not valid YAML"), ("c.json", "{", "c.json: Expecting property name"), ("c.json", "[1]", "expected a mapping of setting names to values, got list"),
+    ("c.yaml", "1: 2", "expected a mapping of setting names"), ("c.yaml", "sed: 3", "Did you mean 'seed'"), ("c.json", '{"l2": NaN}', r"l2: expected a number >= 0, got float \(nan\)"),
     ("c.json", '{"seed": "1"}', "c.json: .*seed: expected an integer"), ("c.yaml", "self: 1", "'self' is not a setting"),
 ])  # fmt: skip
 def test_a_bad_file_is_refused(tmp_path, name, content, words):
@@ -268,16 +268,86 @@ def test_what_has_no_names_is_refused(source):
 
 
 def test_an_attribute_that_cannot_be_read_is_named():
-    with pytest.raises(ConfigError, match="reading attribute 'seed' of the Raising raised OSError: no disk"):
+    with pytest.raises(ConfigError, match="reading 'seed' of the Raising raised OSError: no disk"):
         StrategyConfig.from_args(Raising())
 
 
 @pytest.mark.parametrize(
     ("name", "meant"), [("fspd", "fsdp"), ("bf61", "bf16"), ("sed", "seed"), ("zgp", "zpg"), ("timeuot", "timeout")]
 )
-def test_a_slip_in_a_short_name_warns(name, meant):
+def test_a_slip_in_a_short_name_is_noticed(name, meant):
     with pytest.warns(UserWarning, match=f"Did you mean '{meant}'"):
+        StrategyConfig.from_args(argparse.Namespace(**{name: 1}))
+    with pytest.raises(ConfigError, match=f"'{name}' is not a setting. Did you mean '{meant}'.*extra_args"):
         StrategyConfig.from_args({name: 1})
+    assert StrategyConfig.from_args({"extra_args": {name: 1}}).get_extra_arg(name) == 1
+
+
+def test_every_near_miss_in_a_mapping_is_named():
+    with pytest.raises(ConfigError, match=r"(?s)'zero_stag' .*'max_nrom'"):
+        StrategyConfig.from_args({"zero_stag": 3, "max_nrom": 1.0, "lora_rank": 8})
+
+
+def test_a_near_miss_warns_on_rank_0_alone(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        StrategyConfig.from_args(argparse.Namespace(train_batch_sise=64))
+
+
+@pytest.mark.parametrize("call", ["from_yaml", "from_json"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, call):
+    read = getattr(StrategyConfig, call)
+    for path, reason in ((tmp_path / "none.yaml", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(
+            ConfigFileError, match=rf"StrategyConfig.{call}: cannot read {path}: {reason}.*Check"
+        ) as caught:
+            read(path)
+        assert isinstance(caught.value, (OSError, ValueError))
+    for wrong in (5, None, b"x"):
+        with pytest.raises(ConfigError, match=rf"StrategyConfig.{call}: expected the path of a file, got"):
+            read(wrong)
+    with pytest.raises(ConfigFileError, match="cannot find ~nobody-of-this-name"):
+        read("~nobody-of-this-name/config")
+
+
+@pytest.mark.parametrize("kind", ["json", "yaml"])
+def test_files_in_the_home_directory(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = StrategyConfig(seed=7)
+    getattr(config, f"to_{kind}")("~/config")
+    assert (tmp_path / "config").exists()
+    assert getattr(StrategyConfig, f"from_{kind}")("~/config") == config
+    with pytest.raises(ConfigFileError, match=rf"to_{kind}: cannot write .*No such file"):
+        getattr(config, f"to_{kind}")("~/none/config")
+
+
+def test_json_texts_are_read_as_files_are():
+    assert StrategyConfig.model_validate_json('{"seed": 7, "adam_betas": [0.5, 0.6]}').adam_betas == (0.5, 0.6)
+    for text, message in [
+        ('{"seed": "7"}', r"model_validate_json: .*seed: expected an integer.*got str \('7'\)"),
+        ('{"sed": 7}', "model_validate_json: .*'sed' is not a setting.*Did you mean 'seed'"),
+        ('{"seed": 7, "seed": 8}', "duplicate key 'seed'"),
+        ("{", "model_validate_json: Expecting"),
+        ("[1]", "model_validate_json: .*expected a mapping of settings, got list"),
+        (5, "expected a JSON text, got int"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            StrategyConfig.model_validate_json(text)
+    with pytest.raises(ConfigError, match=r"model_validate_strings: .*Parse strings with add_arguments"):
+        StrategyConfig.model_validate_strings({"seed": "7"})
+    with pytest.raises(ConfigError, match="expected names that are strings, got int"):
+        StrategyConfig.model_validate({1: 2})
+
+
+def test_the_owner_of_what_is_no_setting_is_refused():
+    with pytest.raises(ConfigError, match=r"expected the name of a setting, got str \('sed'\). Did you mean 'seed'"):
+        StrategyConfig.owner("sed")
+
+
+def test_options_are_added_to_a_parser_only():
+    with pytest.raises(ConfigError, match=r"add_arguments: expected an argparse.ArgumentParser, got NoneType|None"):
+        StrategyConfig.add_arguments(None)
 
 
 @pytest.mark.parametrize("name", ["lr", "l1", "fp16", "max_len", "learning_rate", "lora_rank"])

@@ -13,6 +13,10 @@ class ConfigError(LightRFTError, ValueError):
     """A setting is unknown, has the wrong type, is out of range, or conflicts with another setting."""
 
 
+class ConfigFileError(ConfigError, OSError):
+    """A file of settings cannot be read or written."""
+
+
 class ArgumentError(LightRFTError, ValueError):
     """An argument of a call has an invalid value."""
 

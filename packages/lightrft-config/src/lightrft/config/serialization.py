@@ -21,7 +21,7 @@ def check_serializable(value: object, name: str) -> None:
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
-                raise ConfigError(f"{name}: expected keys that are strings, got {shown(key)}")
+                raise ConfigError(f"{name}: expected string keys, got {shown(key)}. Use str(key)")
             check_serializable(item, f"{name}[{key!r}]")
     elif isinstance(value, list):
         for index, item in enumerate(value):
@@ -29,5 +29,5 @@ def check_serializable(value: object, name: str) -> None:
     elif not (value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value))):
         raise ConfigError(
             f"{name}: expected None, a bool, an int, a finite float, a string, or a list or dict of these, "
-            f"got {shown(value)}. A file cannot hold it: convert it"
+            f"got {shown(value)}. Files cannot store this type: convert it"
         )

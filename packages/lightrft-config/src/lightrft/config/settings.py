@@ -4,7 +4,7 @@ Validation, the command line, the JSON schema, ``docs/settings.md`` and the chec
 given are derived from this table. Names and defaults are LightRFT's.
 """
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -26,8 +26,7 @@ def setting(owner: Owner, default: T, *, backend: str | None = None, **constrain
         The field.
     """
     extra: dict[str, Any] = {"owner": owner} if backend is None else {"owner": owner, "backend": backend}
-    field: T = Field(default=default, json_schema_extra=extra, **constraints)
-    return field
+    return cast(T, Field(default=default, json_schema_extra=extra, **constraints))
 
 
 def _list_to_tuple(value: object) -> object:
@@ -44,7 +43,9 @@ def _exact_number(value: object) -> object:
     except OverflowError:
         exact = False
     if not exact:
-        raise ValueError("A float cannot hold this integer exactly. Write it with a decimal point to accept rounding")
+        raise ValueError(
+            "A float cannot represent this integer exactly. Write it with a decimal point to accept rounding"
+        )
     return value
 
 

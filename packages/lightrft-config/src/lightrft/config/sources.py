@@ -36,7 +36,7 @@ def read_settings(source: object) -> dict[str, Any]:
     if source is None or isinstance(source, _NAMELESS) or hasattr(type(source), "__array__"):
         raise ConfigError(
             f"StrategyConfig.from_args: expected an argparse Namespace, a mapping, a dataclass, a pydantic model or an "
-            f"object with attributes, got {shown(source)}"
+            f"object with attributes, got {shown(source)}. Pass for example parser.parse_args()"
         )
     if dataclasses.is_dataclass(source):
         return {field.name: getattr(source, field.name) for field in dataclasses.fields(source)}
@@ -48,7 +48,9 @@ def read_settings(source: object) -> dict[str, Any]:
 def _with_string_keys(source: Mapping[Any, Any]) -> dict[str, Any]:
     for key in source:
         if not isinstance(key, str):
-            raise ConfigError(f"StrategyConfig.from_args: expected names that are strings, got {shown(key)}")
+            raise ConfigError(
+                f"StrategyConfig.from_args: expected a mapping with string keys, got key {shown(key)}. Use setting names"
+            )
     return dict(source)
 
 
@@ -67,8 +69,8 @@ def _attributes(source: object) -> dict[str, object]:
             continue
         except Exception as error:
             raise ConfigError(
-                f"StrategyConfig.from_args: reading attribute {name!r} of the {type(source).__name__} raised "
-                f"{type(error).__name__}: {error}"
+                f"StrategyConfig.from_args: expected readable attributes, but reading {name!r} of the "
+                f"{type(source).__name__} raised {type(error).__name__}: {error}. Pass a dict of the settings instead"
             ) from error
     return values
 

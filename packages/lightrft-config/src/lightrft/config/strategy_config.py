@@ -2,18 +2,20 @@
 
 import argparse
 import json
+import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from pydantic import PrivateAttr, ValidationError
 
 from lightrft.config import arguments
 from lightrft.config.conflicts import conflicts
-from lightrft.config.errors import ConfigError
-from lightrft.config.names import near_miss
+from lightrft.config.errors import ConfigError, ConfigFileError
+from lightrft.config.names import near_miss, nearest
 from lightrft.config.serialization import check_serializable, without_duplicates
 from lightrft.config.settings import Owner, Settings
 from lightrft.config.sources import read_settings
@@ -66,6 +68,39 @@ class StrategyConfig(Settings):
     # Reading
 
     @classmethod
+    def model_validate_json(cls, json_data: str | bytes | bytearray, **_: object) -> Self:
+        """Return a config with the settings in a JSON text, as `from_json` does for a file.
+
+        Args:
+            json_data: The text.
+
+        Returns:
+            The config.
+
+        Raises:
+            ConfigError: The text is not valid JSON, or a setting is unknown or invalid.
+        """
+        call = "StrategyConfig.model_validate_json"
+        if not isinstance(json_data, (str, bytes, bytearray)):
+            raise ConfigError(f"{call}: expected a JSON text, got {shown(json_data)}")
+        try:
+            return cls.model_validate(json.loads(json_data, object_pairs_hook=without_duplicates))
+        except ValueError as error:  # ConfigError too
+            raise ConfigError(f"{call}: {error}") from None
+
+    @classmethod
+    def model_validate_strings(cls, obj: object, **_: object) -> Self:
+        """Refuse: settings are not converted from strings.
+
+        Raises:
+            ConfigError: Always. Parse a command line with `add_arguments`.
+        """
+        raise ConfigError(
+            f"StrategyConfig.model_validate_strings: expected values of the right types, got {shown(obj)}. Parse strings "
+            f"with add_arguments(parser), or use model_validate"
+        )
+
+    @classmethod
     def model_validate(cls, obj: object, **_: object) -> Self:
         """Return a config with the settings in ``obj``, as the constructor does.
 
@@ -79,7 +114,7 @@ class StrategyConfig(Settings):
             ConfigError: ``obj`` is neither, or a setting is invalid.
         """
         if isinstance(obj, Mapping):
-            return cls(**obj)
+            return cls(**_with_names(obj, "StrategyConfig.model_validate"))
         if isinstance(obj, cls):
             return obj
         raise ConfigError(
@@ -91,7 +126,8 @@ class StrategyConfig(Settings):
     def from_args(cls, source: object) -> Self:
         """Read settings from the arguments of a script.
 
-        Names that are not settings are kept in ``extra_args``. A name that resembles a setting causes a warning.
+        Names that are not settings are kept in ``extra_args``. A name that resembles a setting raises in a mapping, and
+        warns in other objects, which also hold what the script uses itself.
 
         Args:
             source: An argparse Namespace, a mapping, a dataclass, a pydantic model, or any object with attributes. A
@@ -101,7 +137,7 @@ class StrategyConfig(Settings):
             The config. Its `args` is ``source``.
 
         Raises:
-            ConfigError: ``source`` has no named values, or a setting is invalid.
+            ConfigError: ``source`` has no named values, a setting is invalid, or a name in a mapping is misspelled.
         """
         if isinstance(source, cls):
             return source
@@ -109,14 +145,16 @@ class StrategyConfig(Settings):
         nested = values.pop("extra_args", None)
         nested = {} if nested is None else nested
         if not isinstance(nested, Mapping):
-            raise ConfigError(f"StrategyConfig.from_args: extra_args: expected a dict, got {shown(nested)}")
+            raise ConfigError(
+                f"StrategyConfig.from_args: extra_args: expected a dict, got {shown(nested)}. Pass {{name: value}}"
+            )
         known = {name: value for name, value in values.items() if name in cls.model_fields}
         extra = {name: value for name, value in values.items() if name not in cls.model_fields}
         for name in extra.keys() & nested.keys():
             raise ConfigError(
                 f"StrategyConfig.from_args: {name!r} is given twice, by itself and in extra_args. Remove one of the two"
             )
-        _warn_of_near_misses(extra)
+        _check_extra(extra, raises=isinstance(source, Mapping))
         config = cls(**known, extra_args={**extra, **nested})
         config._source = source
         return config
@@ -135,11 +173,11 @@ class StrategyConfig(Settings):
 
         Raises:
             ConfigError: The file is not valid YAML, or a setting is unknown or invalid.
-            OSError: The file cannot be read.
+            ConfigFileError: The file cannot be read.
         """
         from lightrft.config.yaml_format import load_yaml
 
-        return cls._from_file(path, load_yaml)
+        return cls._from_file("from_yaml", path, load_yaml)
 
     @classmethod
     def from_json(cls, path: str | Path) -> Self:
@@ -153,20 +191,25 @@ class StrategyConfig(Settings):
 
         Raises:
             ConfigError: The file is not valid JSON, or a setting is unknown or invalid.
-            OSError: The file cannot be read.
+            ConfigFileError: The file cannot be read.
         """
-        return cls._from_file(path, partial(json.loads, object_pairs_hook=without_duplicates))
+        return cls._from_file("from_json", path, partial(json.loads, object_pairs_hook=without_duplicates))
 
     @classmethod
-    def _from_file(cls, path: str | Path, load: Callable[[str], object]) -> Self:
+    def _from_file(cls, call: str, path: str | Path, load: Callable[[str], object]) -> Self:
+        file = _path(call, path)
         try:
-            content = load(Path(path).read_text(encoding="utf-8"))
+            with _file_errors(call, "read", file):
+                text = file.read_text(encoding="utf-8")
+            content = load(text)
             if content is None:
                 content = {}
             if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-                raise ConfigError(f"expected settings by name, got {shown(content)}")
+                raise ConfigError(f"expected a mapping of setting names to values, got {shown(content)}")
             check_serializable(content.get("extra_args"), "extra_args")
             return cls(**content)
+        except ConfigFileError:
+            raise
         except ValueError as error:  # ConfigError, invalid JSON or UTF-8, an integer with too many digits
             raise ConfigError(f"{path}: {error}") from error
 
@@ -183,6 +226,11 @@ class StrategyConfig(Settings):
         Returns:
             ``parser``.
         """
+        if not isinstance(parser, argparse.ArgumentParser):
+            raise ConfigError(
+                f"StrategyConfig.add_arguments: expected an argparse.ArgumentParser, got {shown(parser)}. Pass the parser of "
+                f"the script"
+            )
         return arguments.add_arguments(parser)
 
     # Queries
@@ -212,8 +260,7 @@ class StrategyConfig(Settings):
     @classmethod
     def owner(cls, name: str) -> Owner:
         """Return the component that reads the setting ``name``."""
-        owner: Owner = cls._extra(name)["owner"]
-        return owner
+        return cast(Owner, cls._extra(name)["owner"])
 
     @classmethod
     def backend(cls, name: str) -> str | None:
@@ -222,6 +269,11 @@ class StrategyConfig(Settings):
 
     @classmethod
     def _extra(cls, name: str) -> dict[str, Any]:
+        if name not in cls.model_fields:
+            likely = nearest(str(name), cls.model_fields)
+            raise ConfigError(
+                f"StrategyConfig: expected the name of a setting, got {shown(name)}. Did you mean {likely!r}?"
+            )
         extra = cls.model_fields[name].json_schema_extra
         assert isinstance(extra, dict)
         return extra
@@ -287,9 +339,9 @@ class StrategyConfig(Settings):
 
         Raises:
             ConfigError: ``extra_args`` has a value that a file cannot hold.
-            OSError: The file cannot be written.
+            ConfigFileError: The file cannot be written.
         """
-        self._write(path, partial(json.dumps, indent=2, allow_nan=False))
+        self._write("to_json", path, partial(json.dumps, indent=2, allow_nan=False))
 
     def to_yaml(self, path: str | Path) -> None:
         """Write all settings to a YAML file, for `from_yaml`.
@@ -299,16 +351,18 @@ class StrategyConfig(Settings):
 
         Raises:
             ConfigError: ``extra_args`` has a value that a file cannot hold.
-            OSError: The file cannot be written.
+            ConfigFileError: The file cannot be written.
         """
         from lightrft.config.yaml_format import dump_yaml
 
-        self._write(path, dump_yaml)
+        self._write("to_yaml", path, dump_yaml)
 
-    def _write(self, path: str | Path, dump: Callable[[dict[str, object]], str]) -> None:
+    def _write(self, call: str, path: str | Path, dump: Callable[[dict[str, object]], str]) -> None:
+        file = _path(call, path)
         check_serializable(self.extra_args, f"{path}: extra_args")
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in self.to_dict().items()}
-        Path(path).write_text(dump(plain), encoding="utf-8")
+        with _file_errors(call, "write", file):
+            file.write_text(dump(plain), encoding="utf-8")
 
     @classmethod
     def json_schema(cls) -> dict[str, Any]:
@@ -317,11 +371,15 @@ class StrategyConfig(Settings):
 
     def summary(self) -> str:
         """Return a table of the settings that differ from their defaults: setting, value, default, owner."""
-        rows = [("setting", "value", "default", "owner")]
-        for name, value in self.changed().items():
-            if name != "extra_args":
-                rows.append((name, repr(value), repr(type(self).model_fields[name].default), self.owner(name)))
-        rows += [(f"extra_args[{name!r}]", repr(value), "", "trainer") for name, value in self.extra_args.items()]
+        rows = [
+            ("setting", "value", "default", "owner"),
+            *(
+                (name, repr(value), repr(type(self).model_fields[name].default), self.owner(name))
+                for name, value in self.changed().items()
+                if name != "extra_args"
+            ),
+            *((f"extra_args[{name!r}]", repr(value), "", "trainer") for name, value in self.extra_args.items()),
+        ]
         if len(rows) == 1:
             return "All settings have their default values."
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
@@ -329,11 +387,45 @@ class StrategyConfig(Settings):
         return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
-def _warn_of_near_misses(extra: Mapping[str, object]) -> None:
-    for name in extra:
-        likely = near_miss(name, Settings.model_fields)
-        if likely:
-            warnings.warn(
-                f"StrategyConfig.from_args: {name!r} is not a setting; it is kept in extra_args. Did you mean {likely!r}?",
-                stacklevel=3,
-            )
+def _check_extra(extra: Mapping[str, object], *, raises: bool) -> None:
+    """Raise for names that are probably misspelled settings, or warn."""
+    likely = {name: setting for name in extra if (setting := near_miss(name, Settings.model_fields)) is not None}
+    if likely and raises:
+        raise combined_error(
+            f"{name!r} is not a setting. Did you mean {setting!r}? If it is the script's own, pass it in extra_args"
+            for name, setting in likely.items()
+        )
+    if os.environ.get("RANK", "0") != "0":  # warned of on rank 0
+        return
+    for name, setting in likely.items():
+        warnings.warn(
+            f"StrategyConfig.from_args: {name!r} is not a setting; it is kept in extra_args. Did you mean {setting!r}?",
+            stacklevel=3,
+        )
+
+
+def _with_names(settings: Mapping[Any, Any], call: str) -> dict[str, Any]:
+    for name in settings:
+        if not isinstance(name, str):
+            raise ConfigError(f"{call}: expected names that are strings, got {shown(name)}")
+    return dict(settings)
+
+
+def _path(call: str, path: str | Path) -> Path:
+    """Return ``path`` with the home directory for ``~``."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise ConfigError(f"StrategyConfig.{call}: expected the path of a file, got {shown(path)}")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigFileError(f"StrategyConfig.{call}: cannot find {path}: {error}. Check the path") from error
+
+
+@contextmanager
+def _file_errors(call: str, verb: str, path: Path) -> Iterator[None]:
+    """Convert an `OSError` of the body to a `ConfigFileError` that names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigFileError(f"StrategyConfig.{call}: cannot {verb} {path}: {reason}. Check the path") from error

@@ -62,5 +62,4 @@ def load_yaml(text: str) -> object:
 
 def dump_yaml(settings: dict[str, object]) -> str:
     """Return ``settings`` as YAML."""
-    text: str = yaml.dump(settings, Dumper=YamlDumper, sort_keys=False, allow_unicode=True)
-    return text
+    return yaml.dump(settings, Dumper=YamlDumper, sort_keys=False, allow_unicode=True)
