@@ -11,7 +11,7 @@ ARCHITECTURE = Path(__file__).parents[3] / "docs/architecture.md"
 LIMITS = {
     "step": 7,
     "save_ckpt": 15,
-    "load_ckpt": 17,
+    "load_ckpt": 18,
     "update_engine_weights": 14,
     "gather_and_generate": 10,
 }

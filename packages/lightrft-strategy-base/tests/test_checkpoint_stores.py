@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from lightrft.config import CheckpointError
+from lightrft.config import CheckpointError, LightRFTError
 from lightrft.strategy import FakeStrategy
 from lightrft.strategy.checkpoint import format
 from lightrft.strategy.checkpoint.save_checkpoint import TagWriter
@@ -201,6 +201,62 @@ def test_rotation_leaves_other_runs_alone(tmp_path):
             for step in range(3):
                 strategy.save_ckpt(model, tmp_path, tag=f"{run}{step}", max_num=2)
     assert names(tmp_path) == ["latest", "one1", "one2", "two1", "two2"]
+
+
+def test_checkpoints_of_other_runs_of_these_models_are_named_once(tmp_path, caplog):
+    for run in ("one", "two"):
+        with FakeStrategy(bf16=False, train_batch_size=1) as strategy:
+            model, critic = (strategy.prepare_model(nn.Linear(3, 2)) for _ in range(2))
+            for step in range(2):
+                strategy.save_ckpt(model, tmp_path, tag=f"{run}{step}", max_num=1)
+                strategy.save_ckpt({"critic": critic}, tmp_path, tag=f"{run}-critic{step}", max_num=1)
+            said = [record.getMessage() for record in caplog.records]
+            if run == "one":
+                assert not said
+    assert len(said) == 1
+    assert "has 1 checkpoints of these models from other runs (one1), which max_num" in said[0]
+
+
+def test_a_run_that_goes_on_says_nothing_of_its_own_checkpoints(tmp_path, caplog):
+    for run in ("one", "two"):
+        with FakeStrategy(bf16=False, train_batch_size=1) as strategy:
+            model = strategy.prepare_model(nn.Linear(3, 2))
+            if run == "two":
+                strategy.load_ckpt(model, tmp_path)
+            strategy.save_ckpt(model, tmp_path, tag=run)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("kind", [list, tuple, set])
+def test_tags_to_keep_are_neither_removed_nor_counted(strategy, model, tmp_path, kind):
+    strategy.save_ckpt(model, tmp_path, tag="best")
+    for step in range(4):
+        strategy.save_ckpt(model, tmp_path, tag=f"s{step}", max_num=2, keep=kind(["best"]))
+    assert names(tmp_path) == ["best", "latest", "s2", "s3"]
+    strategy.save_ckpt(model, tmp_path, tag="s4", max_num=1, keep=kind(["s3"]))
+    assert names(tmp_path) == ["latest", "s3", "s4"]
+
+
+def test_a_tag_to_keep_that_is_not_there_is_named(strategy, model, tmp_path, caplog):
+    strategy.save_ckpt(model, tmp_path, tag="best")
+    strategy.save_ckpt(model, tmp_path, tag="s", keep=["bets"])
+    assert "got 'bets', which is not there (there are best, s)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("keep", "kind", "message"),
+    [
+        ("best", TypeError, r"save_ckpt: expected keep to be a list of tags, got str \('best'\)"),
+        (3, TypeError, r"expected keep to be a list of tags, got int \(3\)"),
+        ([1], TypeError, r"expected a tag in keep to be a string, got int \(1\)"),
+        (["a/b"], ValueError, r"expected a tag in keep to be a directory name, got 'a/b'"),
+    ],
+)
+def test_keep_is_a_list_of_tags(strategy, model, tmp_path, keep, kind, message):
+    with pytest.raises(LightRFTError, match=message) as caught:
+        strategy.save_ckpt(model, tmp_path, keep=keep)
+    assert isinstance(caught.value, kind)
+    assert not names(tmp_path)
 
 
 def test_rotation_goes_on_where_a_run_does(tmp_path):

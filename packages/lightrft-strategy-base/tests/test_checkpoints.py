@@ -192,7 +192,7 @@ def test_an_older_damaged_checkpoint_is_passed_over_with_a_warning(strategy, tmp
     spoil(tmp_path / "a" / "manifest.json")
     with caplog.at_level(logging.WARNING):
         assert strategy.load_ckpt(model, tmp_path)[0].name == "b"
-    assert f"cannot read {tmp_path / 'a' / 'manifest.json'}: its checksum" in caplog.text
+    assert f"cannot read {tmp_path / 'a' / 'manifest.json'}: its contents" in caplog.text
 
 
 def test_a_directory_that_cannot_be_read_is_named(strategy, tmp_path, monkeypatch):
@@ -238,9 +238,7 @@ def test_a_strangers_hidden_directory_is_not_cleaned_up(strategy, tmp_path):
 def test_tags_that_are_no_names_of_directories(strategy, tmp_path, tag):
     model, _ = in_training(strategy)
     for call in (strategy.save_ckpt, strategy.load_ckpt):
-        with pytest.raises(
-            ArgumentError, match=r"_ckpt: expected tag to be the name of a directory, got .*Use printable"
-        ):
+        with pytest.raises(ArgumentError, match=r"_ckpt: expected tag to be a directory name, got .*Use printable"):
             call(model, tmp_path, tag=tag)
     assert not list(tmp_path.iterdir())
 
@@ -398,8 +396,8 @@ def test_state_takes_the_type_of_its_parameter_as_weights_do(strategy, tmp_path,
     strategy.load_ckpt(other, tmp_path, optimizer=its)
     for mine, saved in zip(its.state.values(), optimizer.state.values(), strict=True):
         assert torch.equal(mine["exp_avg"], saved["exp_avg"].to(here))
-    other(torch.ones(3, dtype=here)).sum().backward()
-    its.step()
+    strategy.backward(other(torch.ones(3, dtype=here)).sum(), other, its)
+    assert strategy.optimizer_step(its, other, boundary=True).applied
 
 
 def test_bare_models_are_taken_with_the_optimizer_that_is_passed(strategy, tmp_path):
@@ -456,7 +454,7 @@ def test_a_type_that_files_cannot_hold_is_named(strategy, tmp_path):
     model, _ = in_training(strategy)
     model.register_buffer("wave", torch.zeros(2, dtype=torch.complex64))
     with pytest.raises(
-        CheckpointError, match=r"model/buffers/wave .*support \(float64, float32.*got torch.complex64; cast it"
+        CheckpointError, match=r"model/buffers/wave .*support \(float64, float32.*got torch.complex64. Cast it"
     ):
         strategy.save_ckpt(model, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -755,7 +753,9 @@ def test_files_of_two_saves_do_not_mix(strategy, tmp_path, name):
     rank_file = other / "rank-00000-of-00001.safetensors"
     assert rank_file.stat().st_size == (one / rank_file.name).stat().st_size
     shutil.copyfile(one / name, other / name)
-    with pytest.raises(CheckpointError, match=rf"two/{rank_file.name} .* belongs to another save, of tag '(one|two)'"):
+    with pytest.raises(
+        CheckpointError, match=rf"two/{rank_file.name} .* was written by another save \(tag '(one|two)'\)"
+    ):
         strategy.load_ckpt(model, tmp_path, tag="two")
 
 

@@ -185,7 +185,31 @@ def test_adapters_whose_configuration_is_not_known_are_refused(tmp_path):
 def test_adapters_alone_need_no_conversion(strategy, tmp_path):
     found = strategy.save_model(strategy.prepare_model(with_adapters()), None, tmp_path / "adapters")
     code, said = run(found, tmp_path / "out")
-    assert code == 1 and "a directory of adapters that PEFT opens as it is" in said
+    assert code == 1 and "a directory of PEFT adapters, which needs no conversion" in said
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_are_merged_if_asked_as_save_model_merges_them(strategy, tmp_path, settings, dtype):
+    config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=2, init_lora_weights=False, **settings)
+    model = peft.get_peft_model(llama(tied=False), config)
+    model, _, _ = strategy.prepare((model, strategy.create_optimizer(model, lr=0.01), None))
+    strategy.save_ckpt(model, tmp_path / "run")
+    code, said = run(tmp_path / "run", tmp_path / "out", "--merge-adapters", "--dtype", dtype)
+    assert code == 0, said
+    wanted = strategy.save_model(model, None, tmp_path / "wanted", merge_adapters=True, dtype=getattr(torch, dtype))
+    assert _files(tmp_path / "out") == _files(wanted)
+    ours, theirs = (load_file(it / "model.safetensors") for it in (tmp_path / "out", wanted))
+    assert ours.keys() == theirs.keys()
+    assert all(it.dtype is theirs[name].dtype and torch.equal(it, theirs[name]) for name, it in ours.items())
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_only_one_adapter_can_be_merged(strategy, tmp_path):
+    for name, model, found in (("two", with_adapters(), "default, other"), ("none", llama(), "none")):
+        strategy.save_ckpt(strategy.prepare_model(model), tmp_path / name)
+        code, said = run(tmp_path / name, tmp_path / "out", "--merge-adapters")
+        assert code == 1 and f"with {found}" in said and not (tmp_path / "out").exists()
 
 
 def _files(folder):

@@ -195,7 +195,7 @@ def test_what_torch_distributed_checkpoint_wrote(strategy, tmp_path):
     assert same_logits(model, wanted)
     data = next(tmp_path.glob("*.distcp"))
     data.write_bytes(data.read_bytes()[:-10])
-    with pytest.raises(CheckpointError, match=rf"{data.name} is too short"):
+    with pytest.raises(CheckpointError, match=rf"{data.name}, got a file that is too short"):
         strategy.load_model(model, tmp_path)
 
 
@@ -261,7 +261,7 @@ def test_a_hostile_metadata_file_changes_no_class_that_belongs_there(strategy, t
     )
     with pytest.raises(
         CheckpointError,
-        match=r"expected metadata of torch.distributed.checkpoint at .*\.metadata, which cannot be read",
+        match=r"expected metadata of torch.distributed.checkpoint at .*\.metadata, got a file that cannot be read",
     ):
         strategy.load_model(strategy.prepare_model(llama()), tmp_path)
     assert not hasattr(known, "poisoned")
@@ -276,7 +276,7 @@ def test_metadata_names_no_files_elsewhere(strategy, tmp_path):
     for info in found.storage_data.values():
         info.relative_path = f"../there/{info.relative_path}"
     metadata.write_bytes(pickle.dumps(found))
-    with pytest.raises(CheckpointError, match=r"expected .*\.metadata to name files beside it"):
+    with pytest.raises(CheckpointError, match=r"expected .*\.metadata to name files in its own directory"):
         strategy.load_model(strategy.prepare_model(llama()), tmp_path / "here")
 
 
@@ -339,11 +339,11 @@ def test_damage_to_state_dicts_is_found_before_anything_changes(strategy, tmp_pa
     else:
         torch.save({"model": {}}, first)
     expected = {
-        "no shard": f"{first}, which is missing",
-        "not in the shard": f"in {first}, as its index says, found none",
-        "cut short": f"expected a file of torch.save at {first}, which cannot be read",
-        "no index": f"expected an index of weights at {index}, which cannot be read",
-        "no state dict": f"expected {first} to hold a state dict",
+        "no shard": f"{first}, found no such file",
+        "not in the shard": f"in {first}, as listed in its index, found none",
+        "cut short": f"expected a file of torch.save at {first}, got a file that cannot be read",
+        "no index": f"expected an index of weights at {index}, got a file that cannot be read",
+        "no state dict": f"expected {first} to hold only a state dict",
     }[damage]
     model = strategy.prepare_model(other(llama))
     before = {name: it.clone() for name, it in model.state_dict().items()}
@@ -353,15 +353,15 @@ def test_damage_to_state_dicts_is_found_before_anything_changes(strategy, tmp_pa
 
 
 @pytest.mark.parametrize(("file", "contents", "expected"), [
-    ("model.safetensors", b"{}", "expected a safetensors file at {}, which cannot be read"),
-    (".metadata", b"{}", "expected metadata of torch.distributed.checkpoint at {}, which cannot be read"),
-    ("mp_rank_00_model_states.pt", b"{}", "expected a file of torch.save at {}, which cannot be read"),
-    ("mp_rank_00_model_states.pt", {"state": 1}, "expected {} to be a file of a DeepSpeed checkpoint with 'module', got a file without"),
+    ("model.safetensors", b"{}", "expected a safetensors file at {}, got a file that cannot be read"),
+    (".metadata", b"{}", "expected metadata of torch.distributed.checkpoint at {}, got a file that cannot be read"),
+    ("mp_rank_00_model_states.pt", b"{}", "expected a file of torch.save at {}, got a file that cannot be read"),
+    ("mp_rank_00_model_states.pt", {"state": 1}, "expected {} to be a file of a DeepSpeed checkpoint with the key 'module', got one without it"),
 ])  # fmt: skip
 def test_a_file_of_another_kind_is_named_with_what_was_expected(strategy, tmp_path, file, contents, expected):
     if isinstance(contents, bytes):
         (tmp_path / file).write_bytes(contents)
     else:
         torch.save(contents, tmp_path / file)
-    with pytest.raises(CheckpointError, match=rf"{expected.format(tmp_path / file)}.*load another copy"):
+    with pytest.raises(CheckpointError, match=rf"{expected.format(tmp_path / file)}.*copy the directory again"):
         strategy.load_model(strategy.prepare_model(llama()), tmp_path)

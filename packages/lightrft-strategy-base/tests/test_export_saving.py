@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from lightrft.config import ArgumentError, CheckpointError, StrategyError, UnsupportedOperationError
 from lightrft.strategy import FakeStrategy
 from lightrft.strategy.export.atomic_directory import AtomicDirectory
+from lightrft.strategy.models.weight_stream import form_for_engines
 from lightrft.strategy.storage import files
 
 BUILDS = {"tied": llama, "untied": lambda: llama(tied=False), "experts": mixture_of_experts, "vision": vision_language}
@@ -377,3 +378,70 @@ def test_what_cannot_be_merged_is_refused_by_name(strategy, tmp_path):
     with pytest.raises(UnsupportedOperationError, match=r"q_proj.*merge_and_unload"):
         strategy.save_model(model, None, tmp_path / "out", merge_adapters=True)
     assert list(tmp_path.iterdir()) == []
+
+
+PROMPT = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3, "num_layers": 2, "token_dim": 16, "num_attention_heads": 1}
+METHODS = [
+    peft.PromptTuningConfig(**PROMPT),
+    peft.PrefixTuningConfig(**{**PROMPT, "token_dim": 8}),
+    peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=2, adapter_layers=2),
+]
+COMPUTED = [
+    peft.PrefixTuningConfig(**PROMPT, prefix_projection=True, encoder_hidden_size=16),
+    peft.PromptEncoderConfig(**PROMPT, encoder_hidden_size=16),
+]
+
+
+def adapted(strategy, config):
+    """A model with other adapters than LoRA, prepared."""
+    model = peft.get_peft_model(llama(), config)
+    model, _, _ = strategy.prepare((model, strategy.create_optimizer(model, lr=1e-3), None))
+    return model.eval()
+
+
+def name_of(config):
+    return config.peft_type.value
+
+
+@pytest.mark.parametrize("config", METHODS, ids=name_of)
+def test_prompts_are_saved_alone_and_peft_opens_them(strategy, tmp_path, config):
+    model = adapted(strategy, config)
+    found = strategy.save_model(model, None, tmp_path / "out")
+    opened = peft.PeftModel.from_pretrained(llama(), found).eval()
+    with torch.no_grad():
+        assert torch.equal(opened(input_ids=TOKENS).logits, model(input_ids=TOKENS).logits)
+
+
+@pytest.mark.parametrize("config", METHODS, ids=name_of)
+def test_what_changes_no_weight_is_neither_merged_nor_streamed(strategy, tmp_path, config):
+    model = adapted(strategy, config)
+    with pytest.raises(UnsupportedOperationError, match=rf"got {name_of(config)}, which changes no weight"):
+        strategy.save_model(model, None, tmp_path / "out", merge_adapters=True)
+    prepared = strategy._models.find(model)
+    with pytest.raises(UnsupportedOperationError, match=rf"got {name_of(config)}"):
+        form_for_engines(prepared.module, prepared.meta_model)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("config", COMPUTED, ids=name_of)
+def test_prompts_that_are_computed_are_refused_by_name(strategy, tmp_path, config):
+    with pytest.raises(
+        UnsupportedOperationError, match=rf"got {name_of(config)} \(default\), whose prompt is computed"
+    ):
+        strategy.save_model(adapted(strategy, config), None, tmp_path / "out")
+
+
+# Compiled models
+
+
+@pytest.mark.parametrize("compiled", ["model", "layer"])
+def test_a_compiled_model_is_saved_under_its_own_names(strategy, tmp_path, compiled):
+    model = llama()
+    names = set(model.state_dict()) - {"lm_head.weight"}
+    if compiled == "layer":
+        model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+    else:
+        model = torch.compile(model, backend="eager")
+    model = trained(strategy, model)
+    assert tensors_in(strategy.save_model(model, None, tmp_path / "out")).keys() == names
+    assert {name for bucket in strategy.full_parameters(model) for name, _ in bucket} == names

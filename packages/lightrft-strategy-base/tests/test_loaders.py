@@ -67,7 +67,6 @@ OTHERS = [
     ({"data": EXTRA}, "samples=20", "samples=12"),
     ({"shuffle": False}, "shuffle=False, seed=None", "shuffle=True, seed=42"),
     ({"drop_last": False}, "drop_last=False", "drop_last=True"),
-    ({"batch_size": 3}, "batch_size=3", "batch_size=2"),
 ]
 
 
@@ -89,6 +88,54 @@ def test_the_position_of_another_loader_is_refused_by_name(strategy, tmp_path, s
             other.load_ckpt(model, tmp_path)
             with pytest.raises(CheckpointError, match=wanted):
                 loader(other, **settings)
+
+
+@pytest.mark.parametrize("made_first", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_a_loader_goes_on_with_another_batch_size(strategy, tmp_path, batch_size, made_first):
+    data = list(range(24))
+    [left] = begun(strategy, tmp_path, loader(strategy, data, batch_size=12))
+    with get_fake_strategy() as other:
+        if not made_first:
+            other.load_ckpt(nn.Linear(1, 1), tmp_path)
+        made = loader(other, data, batch_size=batch_size)
+        if made_first:
+            other.load_ckpt(nn.Linear(1, 1), tmp_path)
+        assert [len(batch) for batch in made] == [batch_size] * (12 // batch_size)
+        made.set_epoch(0, 12)
+        assert rest(made) == left
+
+
+def test_a_run_goes_on_with_half_the_micro_batch_size(tmp_path):
+    def trained(strategy, count, batch_size, load=False):
+        torch.manual_seed(3)
+        model = nn.Linear(1, 1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        strategy.prepare((model, optimizer, None))
+        data = strategy.setup_dataloader(torch.arange(24.0).unsqueeze(1), batch_size)
+        if load:
+            strategy.load_ckpt(model, tmp_path)
+        samples = []
+        for batch in data:
+            strategy.backward(model(batch).square().mean(), model, optimizer)
+            samples += batch.flatten().tolist()
+            if strategy.optimizer_step(optimizer, model).applied:
+                count -= 1
+                if not count:
+                    break
+        return model, optimizer, samples, data
+
+    settings = {"bf16": False, "train_batch_size": 4}
+    with get_fake_strategy(micro_train_batch_size=4, **settings) as strategy:
+        wanted, state, samples, _ = trained(strategy, 5, 4)
+    with get_fake_strategy(micro_train_batch_size=4, **settings) as strategy:
+        model, *_kept = trained(strategy, 2, 4)
+        strategy.save_ckpt(model, tmp_path)
+    with get_fake_strategy(micro_train_batch_size=2, **settings) as strategy:
+        model, optimizer, rest_of_samples, _ = trained(strategy, 3, 2, load=True)
+    assert rest_of_samples == samples[8:]
+    assert torch.allclose(model.weight, wanted.weight, rtol=1e-6)
+    assert optimizer.state[model.weight]["step"] == state.state[wanted.weight]["step"] == 5
 
 
 def test_another_seed_is_another_order(strategy, tmp_path):

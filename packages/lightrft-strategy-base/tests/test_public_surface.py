@@ -50,7 +50,7 @@ SIGNATURES = {
     "engine_generate_local": "(sampling_params, prompt_token_ids=None, multi_modal_inputs=None)",
     "gather_and_generate": "(sampling_params, all_prompt_token_ids=None, all_prompts=None, all_images=None, sleep_engine=True, images_num=None, all_videos=None, videos_num=None)",
     "update_engine_weights": "(actor)",
-    "save_ckpt": "(model, save_dir, tag=None, max_num=3, max_mem=1000, client_state=None, save_latest=True, optimizer=None, scheduler=None)",
+    "save_ckpt": "(model, save_dir, tag=None, max_num=3, max_mem=1000, client_state=None, save_latest=True, optimizer=None, scheduler=None, *, keep=())",
     "load_ckpt": "(model, load_dir, tag=None, load_module_strict=True, load_optimizer_states=True, load_lr_scheduler_states=True, load_module_only=False, optimizer=None, scheduler=None)",
     "save_model": "(model, tokenizer, output_dir, *, processor=None, dtype=None, max_shard_size='5GB', merge_adapters=False)",
     "load_model": "(model, path, *, strict=True, allow_pickle=False)",

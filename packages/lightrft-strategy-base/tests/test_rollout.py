@@ -1,6 +1,7 @@
 """The parts of rollouts that can be looked at alone: engines' promises, prompts, drawing."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from lightrft.strategy import (
     is_engine,
     registry,
 )
+from lightrft.strategy.rollout import multimodal
 from lightrft.strategy.rollout.engine import checked, engine_class
 from lightrft.strategy.rollout.multimodal import build_prompts, media_by_prompt, prompts_of_tokens
 from lightrft.strategy.rollout.sampling import draw_tokens, penalized, stream_key, uniform
@@ -90,8 +92,8 @@ def test_an_engine_without_weights_does_not_generate():
 @pytest.mark.parametrize(
     ("stream", "words"),
     [
-        ([[A]], r"lacks 1 weights of the engine's checkpoint \(b first\)"),
-        ([[A, B], [("c", torch.zeros(1))]], "unexpected weight c: not in the engine's checkpoint"),
+        ([[A]], r"without 1 of them \(b first\)"),
+        ([[A, B], [("c", torch.zeros(1))]], "got c, which is not in it"),
         ([[A, B, A]], "every weight once, got a twice"),
         ([[("a", torch.zeros(3)), B]], r"expected a of shape \(2,\).*got \(3,\)"),
     ],
@@ -133,7 +135,7 @@ def test_sleep_and_wake_are_idempotent_and_staged():
     assert engine.awake == {"weights"}
     engine.wake_up()
     assert engine.calls == ["sleep 1", "wake ['weights']", "wake ['kv_cache']"]
-    with pytest.raises(ArgumentError, match="expected parts of"):
+    with pytest.raises(ArgumentError, match="expected parts among"):
         engine.wake_up(["brain"])
 
 
@@ -146,7 +148,7 @@ def test_a_deeper_sleep_goes_deeper_and_drops_the_weights():
     engine.wake_up()
     with pytest.raises(StaleWeightsError, match="dropped the weights"):
         engine.generate(PROMPT, Sampling())
-    with pytest.raises(EngineError, match="not among its sleep levels: 1"):
+    with pytest.raises(EngineError, match=r"sleep levels that this engine supports \(1, 2\), got"):
         engine.sleep(3)
 
 
@@ -168,7 +170,7 @@ def test_a_prompt_leaves_room_for_a_token():
     engine = synced()
     engine.longest = 3
     assert engine.generate([Prompt(token_ids=(1, 2))], Sampling())
-    with pytest.raises(EngineError, match="generate: prompt 1 has 3 tokens, and a sequence may have 3"):
+    with pytest.raises(EngineError, match=r"generate: expected prompt 1 to have fewer than the 3 tokens .*, got 3"):
         engine.generate([*PROMPT, Prompt(token_ids=(1, 2, 3))], Sampling())
 
 
@@ -190,7 +192,7 @@ def test_a_shut_down_engine_says_so():
 
 def test_what_an_engine_cannot_do_it_refuses():
     engine = synced()
-    with pytest.raises(EngineError, match="takes no images"):
+    with pytest.raises(EngineError, match="expected prompts without images"):
         engine.generate([Prompt(text="x", images=(1,))], Sampling())
     with pytest.raises(EngineError, match="no stop strings"):
         engine.generate(PROMPT, Sampling(stop=("x",)))
@@ -244,7 +246,7 @@ def test_sampling_reads_what_trainers_hold():
     ("source", "words"),
     [
         ({"temprature": 1}, "did you mean 'temperature'"), (SamplingParams(bad_words=["x"]), "bad_words"),
-        ({"n": 0}, "n=0; allowed is >= 1"), ({"top_p": 0.0}, "top_p"), ({"stop": [""]}, "stop"), ({"stop": [5]}, "stop"),
+        ({"n": 0}, "expected n to be >= 1, got 0"), ({"top_p": 0.0}, "top_p"), ({"stop": [""]}, "stop"), ({"stop": [5]}, "stop"),
         ({"stop_token_ids": [-1]}, "stop_token_ids"), ({"stop_token_ids": [True]}, "stop_token_ids"),
         ({"presence_penalty": float("nan")}, "presence_penalty"), ({"frequency_penalty": float("inf")}, "frequency_penalty"), ({"min_tokens": 9, "max_tokens": 3}, "min_tokens"),
         (5, "cannot read 5"),
@@ -327,3 +329,52 @@ def test_an_object_of_attributes_that_cannot_be_made_anew_is_refused():
     with pytest.raises(ArgumentError, match="cannot read"):
         Sampling.of(Odd(1))
     assert Sampling.of(SimpleNamespace(n=2)) == Sampling(n=2)
+
+
+def test_a_generation_config_means_what_it_means_to_generate() -> None:
+    config = pytest.importorskip("transformers").GenerationConfig
+    drawn = Sampling.of(config(max_new_tokens=5, do_sample=True, temperature=0.7, top_p=0.9, num_return_sequences=3))
+    assert drawn == Sampling(max_tokens=5, temperature=0.7, top_p=0.9, top_k=50, n=3)
+    assert Sampling.of(config(max_new_tokens=5, do_sample=True, top_k=0)) == Sampling(max_tokens=5, top_k=0)
+    greedy = Sampling(max_tokens=5, temperature=0.0)
+    assert Sampling.of(config(max_new_tokens=5, temperature=0.7, top_k=20)) == greedy
+    neutral = config(max_new_tokens=5, max_length=512, num_beams=1, pad_token_id=0, use_cache=True, typical_p=1.0)
+    assert Sampling.of(neutral) == greedy
+    ended = Sampling.of(config(max_new_tokens=5, eos_token_id=[2, 3], stop_strings="x", min_new_tokens=2))
+    assert ended == Sampling(
+        max_tokens=5, temperature=0.0, stop_token_ids=(2, 3), ignore_eos=True, stop=("x",), min_tokens=2
+    )
+    for refused, words in [
+        ({"num_beams": 4}, "num_beams=4 is not supported"), ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size"),
+        ({"suppress_tokens": [1]}, "suppress_tokens"), ({"min_length": 3}, "min_length"),
+    ]:  # fmt: skip
+        with pytest.raises(ArgumentError, match=words):
+            Sampling.of(config(max_new_tokens=5, **refused))
+    with pytest.raises(ArgumentError, match="Set max_new_tokens"):
+        Sampling.of(config(max_length=50))
+
+
+def test_prompts_are_read_from_a_tokenizers_output_and_from_generators() -> None:
+    encoded = pytest.importorskip("transformers").BatchEncoding
+    wanted = [Prompt(token_ids=(1, 2, 3)), Prompt(token_ids=(4,))]
+    padded = {"input_ids": [[1, 2, 3], [0, 0, 4]], "attention_mask": [[1, 1, 1], [0, 0, 1]]}
+    tensors = encoded({name: torch.tensor(rows) for name, rows in padded.items()})
+    ragged = encoded({"input_ids": [[1, 2, 3], [4]]})
+    each = [{"input_ids": [1, 2, 3]}, encoded({"input_ids": [0, 4], "attention_mask": [0, 1]})]
+    for source in (padded, encoded(padded), tensors, ragged, each, iter([[1, 2, 3], [4]]), iter(each)):
+        again = list(source) if isinstance(source, Iterator) else source
+        assert multimodal.build_prompts(iter(again) if isinstance(source, Iterator) else source, *[None] * 5) == wanted
+        assert multimodal.prompts_of_tokens(iter(again) if isinstance(source, Iterator) else source) == wanted
+    (single,) = multimodal.prompts_of_tokens(encoded({"input_ids": [1, 2], "attention_mask": [1, 1]}))
+    assert single == Prompt(token_ids=(1, 2))
+    texts = multimodal.build_prompts(None, (text for text in "ab"), *[None] * 4)
+    assert [prompt.text for prompt in texts] == ["a", "b"]
+    for wrong, words in [
+        ({"ids": [1]}, "without input_ids: ids"),
+        ("text", "Pass it as all_prompts"),
+        ({1, 2}, "got a set"),
+    ]:
+        with pytest.raises(ArgumentError, match=words):
+            multimodal.build_prompts(wrong, *[None] * 5)
+    with pytest.raises(ArgumentError, match="expected strings as all_prompts, got a list"):
+        multimodal.build_prompts(None, [[1, 2]], *[None] * 4)

@@ -2,6 +2,9 @@
 
 import itertools
 import math
+import threading
+import warnings
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -10,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch._dynamo.utils import counters
 
 from lightrft.config import ArgumentError, ArgumentTypeError, StrategyError
 from lightrft.strategy import get_fake_strategy
@@ -17,7 +21,8 @@ from lightrft.strategy.backend.adamw import parameter_groups, spared_from_decay
 from lightrft.strategy.backend.modules import materialize
 from lightrft.strategy.backend.types import GradientShards
 from lightrft.strategy.data.loaders import ElasticSampler
-from lightrft.strategy.models.modules import meta_copy
+from lightrft.strategy.models.meta import weights_on_rank_0
+from lightrft.strategy.models.modules import check_attributes, meta_copy
 from lightrft.strategy.models.registry import inner_model
 from lightrft.strategy.models.weight_stream import buckets_of
 from lightrft.strategy.step.gradients import clip_factor, global_norm, scale
@@ -126,6 +131,165 @@ def test_an_actor_with_parameters_outside_its_model_is_refused():
     actor.model, actor.value_head, actor.is_actor = nn.Linear(2, 2), nn.Linear(2, 1), True
     with get_fake_strategy() as strategy, pytest.raises(StrategyError, match=r"inside its \.model.*value_head"):
         strategy.prepare((actor, strategy.create_optimizer(actor), None))
+
+
+class TwoHeads(nn.Module):
+    """A model on a backbone that others may share."""
+
+    def __init__(self, backbone=None):
+        super().__init__()
+        self.backbone, self.head = backbone or nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, inputs):
+        return self.head(self.backbone(inputs))
+
+
+def with_a_module_of(model):
+    return TwoHeads(model.backbone)
+
+
+def with_a_parameter_of(model):
+    other = TwoHeads()
+    other.head.weight = model.head.weight
+    return other
+
+
+def with_memory_of(model):
+    other = TwoHeads()
+    other.head.weight = nn.Parameter(model.head.weight.detach()[:])
+    return other
+
+
+def with_part_of_the_memory_of(model):
+    other = TwoHeads()
+    other.head.bias = nn.Parameter(model.backbone.bias.detach()[1:3])
+    return other
+
+
+SHARING = [with_a_module_of, with_a_parameter_of, with_memory_of, with_part_of_the_memory_of]
+
+
+@pytest.mark.parametrize("build", SHARING)
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_model_that_shares_parameters_with_a_prepared_one_is_refused(build, trains):
+    with get_fake_strategy(bf16=False) as strategy:
+        actor = TwoHeads()
+        critic = build(actor)
+        optimizer = strategy.create_optimizer(critic)
+        strategy.prepare((actor, strategy.create_optimizer(actor), None))
+        with pytest.raises(StrategyError, match=r"prepare: .*shares \d with TwoHeads \((backbone|head)\.\w+ first\)"):
+            strategy.prepare((critic, optimizer, None) if trains else critic)
+
+
+def test_a_model_that_shares_parameters_is_not_adopted():
+    with get_fake_strategy(bf16=False, train_batch_size=1) as strategy:
+        actor = TwoHeads()
+        critic = TwoHeads(actor.backbone)
+        for model in (actor, critic):
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            with nullcontext() if model is actor else pytest.raises(StrategyError, match=r"backward: .*shares 2"):
+                strategy.backward(model(torch.ones(1, 4)).sum(), model, optimizer)
+
+
+def test_models_in_one_storage_share_nothing_if_their_parameters_do_not_overlap():
+    flat = torch.randn(8)
+    first, second = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+    first.weight, second.weight = nn.Parameter(flat[:4].view(2, 2)), nn.Parameter(flat[4:].view(2, 2))
+    with get_fake_strategy(bf16=False) as strategy:
+        strategy.prepare(first, second)
+
+
+def a_file():
+    return open(__file__)
+
+
+def a_graph():
+    return torch.ones(2, requires_grad=True) * 2
+
+
+@pytest.mark.parametrize("make", [threading.Lock, a_file, a_graph, lambda: {"in a dict": [threading.Event()]}])
+def test_what_cannot_be_copied_is_named(make):
+    model = TwoHeads()
+    model.head.held = make()
+    with get_fake_strategy(bf16=False) as strategy:
+        optimizer = strategy.create_optimizer(model)
+        with pytest.raises(StrategyError, match=r"TwoHeads, whose head\.held \(\w+\) cannot: .*set after preparing"):
+            strategy.prepare((model, optimizer, None))
+        strategy.prepare(TwoHeads())  # goes on
+    if hasattr(model.head.held, "close"):
+        model.head.held.close()
+
+
+def test_constructors_that_read_values_are_explained():
+    explained = pytest.raises(StrategyError, match=r"constructors read no values of tensors.*\.item\(\).*device='cpu'")
+    with explained, weights_on_rank_0(1):
+        torch.linspace(0, 1, 3)[0].item()
+
+
+def test_plain_tensors_on_the_meta_device_are_named():
+    model = TwoHeads()
+    model.scale, model.head.scales = torch.ones(2), {"text": torch.ones(2, device="meta")}
+    with pytest.raises(StrategyError, match=r"plain attributes on the meta device: head\.scales\..*register_buffer"):
+        check_attributes(model)
+
+
+def compiled_layer(model):
+    model.backbone = torch.compile(model.backbone, backend="eager")
+    return model
+
+
+def compiled_in_place(model):
+    model.compile(backend="eager")
+    return model
+
+
+def actor_of(model):
+    actor = Wrapper()
+    actor.model = model
+    return actor
+
+
+class Wrapper(nn.Module):
+    """LightRFT's actor: it calls its model."""
+
+    is_actor = True
+
+    def forward(self, inputs):
+        return self.model(inputs)
+
+
+COMPILED = {
+    "model": lambda model: torch.compile(model, backend="eager"),
+    "layer": compiled_layer,
+    "in place": compiled_in_place,
+    "model of an actor": lambda model: actor_of(torch.compile(model, backend="eager")),
+    "actor": lambda model: torch.compile(actor_of(model), backend="eager"),
+}
+
+
+@pytest.mark.parametrize("build", COMPILED)
+def test_a_compiled_model_trains_as_it_does_uncompiled_and_stays_compiled(build):
+    weights, graphs = [], []
+    for change in (lambda model: model, COMPILED[build]):
+        torch._dynamo.reset()
+        torch.manual_seed(3)
+        model = change(TwoHeads())
+        with get_fake_strategy(bf16=True, train_batch_size=1) as strategy:
+            given_, optimizer = model, strategy.create_optimizer(model, lr=0.1)
+            model, optimizer, _ = strategy.prepare((model, optimizer, None))
+            assert model is given_
+            counters.clear()
+            for _ in range(2):
+                output = model(torch.ones(1, 4))
+                assert output.dtype is torch.bfloat16
+                strategy.backward(output.float().square().sum(), model, optimizer)
+                strategy.optimizer_step(optimizer, model)
+            graphs.append(counters["frames"]["ok"])
+            weights.append({name: it for bucket in strategy.full_parameters(model) for name, it in bucket})
+            assert type(strategy.unwrap_model(model)).__name__ == "TwoHeads"
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], it) for name, it in weights[1].items())
+    assert graphs[0] == 0 and graphs[1] > 0
 
 
 @given(st.integers(1, 60), st.integers(1, 5), st.integers(0, 60), st.booleans())
@@ -309,7 +473,7 @@ def test_a_scheduler_that_cannot_follow_updates_is_refused_before_anything_moves
         before = [parameter.detach().clone() for parameter in model.parameters()]
         schedulers = torch.optim.lr_scheduler
         for scheduler, words in [
-            ("cosine", r"a scheduler with step\(\), got .cosine"),
+            ("cosine", r"a scheduler with step\(\), got str \('cosine'"),
             (schedulers.ReduceLROnPlateau(optimizer), "steps by a metric"),
             (schedulers.ConstantLR(other), "a ConstantLR of another optimizer"),
         ]:
@@ -355,28 +519,124 @@ def test_settings_that_a_script_leaves_out_are_the_strategys():
         assert critic is not None and other is not None
 
 
-def averaged(strategy):
-    model = nn.Linear(2, 1)
+class Normalised(nn.Module):
+    """A model with buffers that training changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm1d(2), nn.Linear(2, 1)
+
+    def forward(self, x):
+        return self.head(self.norm(x))
+
+
+def trained_by_sgd(strategy, model):
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     strategy.prepare((model, optimizer, None))
-    strategy.backward(model(torch.ones(1, 2)).sum(), model, optimizer)
-    strategy.optimizer_step(optimizer, model)
-    return model
+    return model, optimizer
+
+
+def updated(strategy, model, optimizer, times=1):
+    for _ in range(times):
+        strategy.backward(model(torch.tensor([[1.0, 2.0], [3.0, 5.0]])).sum(), model, optimizer)
+        strategy.optimizer_step(optimizer, model)
+
+
+def average_of(strategy, kind=nn.Linear, *size):
+    """An average whose parameters are all zero."""
+    average = kind(*size)
+    for parameter in average.parameters():
+        nn.init.zeros_(parameter)
+    return strategy.prepare(average)
 
 
 def test_an_average_that_was_refused_did_not_move():
     with get_fake_strategy(bf16=False, train_batch_size=1) as strategy:
-        model, other = averaged(strategy), strategy.prepare(nn.Sequential(nn.Linear(2, 1)))
+        model, optimizer = trained_by_sgd(strategy, nn.Linear(2, 1))
+        other = strategy.prepare(nn.Sequential(nn.Linear(2, 1)))
+        updated(strategy, model, optimizer)
         for _ in range(2):
             with pytest.raises(ArgumentError, match="the average has no weight"):
                 strategy.moving_average(model, other)
 
 
+def test_an_average_moves_with_the_updates_after_it_was_made():
+    with get_fake_strategy(bf16=False, train_batch_size=1) as strategy:
+        model, optimizer = trained_by_sgd(strategy, nn.Linear(2, 1))
+        updated(strategy, model, optimizer, times=3)
+        average = average_of(strategy, nn.Linear, 2, 1)
+        strategy.moving_average(model, average, beta=0.5)
+        assert not average.weight.any()
+        updated(strategy, model, optimizer)
+        for _ in range(2):
+            strategy.moving_average(model, average, beta=0.5)
+        assert torch.equal(average.weight, 0.5 * model.weight)
+
+
+def test_an_average_of_two_models_moves_with_the_updates_of_both():
+    with get_fake_strategy(bf16=False, train_batch_size=1) as strategy:
+        average = average_of(strategy, nn.Linear, 2, 1)
+        first, second = (trained_by_sgd(strategy, nn.Linear(2, 1)) for _ in range(2))
+        updated(strategy, *first)
+        updated(strategy, *second)
+        strategy.moving_average(first[0], average, beta=0.5)
+        strategy.moving_average(second[0], average, beta=0.5)
+        assert torch.equal(average.weight, 0.25 * first[0].weight + 0.5 * second[0].weight)
+
+
+def test_an_average_does_not_move_because_its_model_was_loaded(tmp_path):
+    with get_fake_strategy(bf16=False, train_batch_size=1) as strategy:
+        model, optimizer = trained_by_sgd(strategy, nn.Linear(2, 1))
+        updated(strategy, model, optimizer, times=2)
+        strategy.save_ckpt(model, tmp_path)
+    with get_fake_strategy(bf16=False, train_batch_size=1) as strategy:
+        model, optimizer = trained_by_sgd(strategy, nn.Linear(2, 1))
+        average = average_of(strategy, nn.Linear, 2, 1)
+        updated(strategy, model, optimizer)
+        strategy.load_ckpt(model, tmp_path)
+        strategy.moving_average(model, average, beta=0.5)
+        assert not average.weight.any()
+        updated(strategy, model, optimizer)
+        strategy.moving_average(model, average, beta=0.5)
+        assert torch.equal(average.weight, 0.5 * model.weight)
+
+
+@pytest.mark.parametrize("when", ["made late", "behind by one"])
+def test_a_checkpoint_knows_whether_an_average_includes_the_last_update(tmp_path, when):
+    with get_fake_strategy(bf16=False, train_batch_size=1) as strategy:
+        model, optimizer = trained_by_sgd(strategy, nn.Linear(2, 1))
+        early = average_of(strategy, nn.Linear, 2, 1)
+        updated(strategy, model, optimizer, times=2)
+        late = average_of(strategy, nn.Linear, 2, 1)
+        strategy.save_ckpt({"model": model, "average": late if when == "made late" else early}, tmp_path)
+    with get_fake_strategy(bf16=False, train_batch_size=1) as strategy:
+        model, optimizer = trained_by_sgd(strategy, nn.Linear(2, 1))
+        average = average_of(strategy, nn.Linear, 2, 1)
+        strategy.load_ckpt({"model": model, "average": average}, tmp_path)
+        for _ in range(2):
+            strategy.moving_average(model, average, beta=0.5)
+        assert torch.equal(average.weight, (0.0 if when == "made late" else 0.5) * model.weight)
+
+
+def test_buffers_that_training_changes_are_not_averaged_which_is_said_once():
+    with get_fake_strategy(bf16=False, train_batch_size=1) as strategy:
+        average = average_of(strategy, Normalised)
+        model, optimizer = trained_by_sgd(strategy, Normalised())
+        updated(strategy, model, optimizer)
+        with pytest.warns(UserWarning, match=r"parameters only.*Normalised.*\(norm.running_mean first\)"):
+            strategy.moving_average(model, average)
+        assert not average.norm.running_mean.any()
+        updated(strategy, model, optimizer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            strategy.moving_average(model, average)
+
+
 def test_an_average_inherits_nothing_from_one_that_is_gone():
     with get_fake_strategy(bf16=False, train_batch_size=1) as strategy:
-        averages = strategy._averages
+        trained_by_sgd(strategy, nn.Linear(2, 1))
         for _ in range(20):  # memory is used again, and so is its address
             average = nn.Linear(2, 1)
-            assert average not in averages.seen
-            averages.seen[average] = 1
+            assert strategy._averages.updates_in(average, strategy._models.in_training) == 0
+            strategy._averages.restore(average, 1)
             del average

@@ -24,36 +24,42 @@ class Precision(StrEnum):
 
 @app.callback()
 def lightrft() -> None:
-    """Tools for the checkpoints of LightRFT."""
+    """Tools for LightRFT checkpoints."""
 
 
 @app.command()
 def convert(
     checkpoint: Annotated[
-        Path, typer.Argument(help="A checkpoint, or a directory of several, of which the newest is converted")
+        Path, typer.Argument(help="A checkpoint, or a directory of checkpoints, to convert the newest")
     ],
-    output: Annotated[Path, typer.Argument(help="Directory to write")],
+    output: Annotated[Path, typer.Argument(help="Output directory")],
     base: Annotated[
-        Path | None, typer.Option(help="Directory of the base model, whose tokenizer and configuration are copied")
+        Path | None, typer.Option(help="Directory of the base model, to copy its tokenizer and configuration")
     ] = None,
-    tag: Annotated[str | None, typer.Option(help="Tag of the checkpoint, in a directory of several")] = None,
-    model: Annotated[str | None, typer.Option(help="Name of the model, in a checkpoint of several")] = None,
-    dtype: Annotated[Precision | None, typer.Option(help="Dtype of floating tensors; default: as stored")] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest file")] = "5GB",
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read files that can run code")] = False,
+    tag: Annotated[str | None, typer.Option(help="Tag of the checkpoint, if the directory has several")] = None,
+    model: Annotated[str | None, typer.Option(help="Name of the model, if the checkpoint has several")] = None,
+    dtype: Annotated[Precision | None, typer.Option(help="Dtype of floating-point tensors. Default: as stored")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Maximum size of one safetensors file")] = "5GB",
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Allow pickle files, which can run code")
+    ] = False,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the code in the directory of the base model")
+        bool, typer.Option("--trust-remote-code", help="Allow running Python code from the base model's directory")
+    ] = False,
+    merge_adapters: Annotated[
+        bool, typer.Option("--merge-adapters", help="Write the whole model with its adapter merged in, not the adapter")
     ] = False,
 ) -> None:
-    """Convert a checkpoint of LightRFT, DeepSpeed or PyTorch to a model that from_pretrained opens.
+    """Convert a LightRFT, DeepSpeed or PyTorch checkpoint to a Hugging Face model.
 
-    Runs in one process, without an accelerator and without the code that trained the model.
+    Runs in one process, on the CPU, and needs neither the training script nor its strategy.
     """
     try:
         conversion = Conversion(
             checkpoint=checkpoint, output=output, base=base, tag=tag, model=model,
             dtype=None if dtype is None else getattr(torch, dtype), shard_bytes=bytes_of_size(max_shard_size),
             allow_pickle=allow_pickle, trust_remote_code=trust_remote_code,
+            merge_adapters=merge_adapters,
         )  # fmt: skip
         typer.echo(conversion.run())
     except LightRFTError as error:

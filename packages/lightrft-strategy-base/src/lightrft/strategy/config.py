@@ -1,4 +1,4 @@
-"""LightRFT's place for `StrategyConfig`, which lives in lightrft-config."""
+"""`StrategyConfig` under LightRFT's import path; it is defined in lightrft-config."""
 
 from lightrft.config import StrategyConfig
 

@@ -5,7 +5,14 @@ engine that runs a copy of the actor in this process.
 """
 
 from lightrft.strategy.models.weight_stream import Bucket
-from lightrft.strategy.rollout.embedded import EmbeddedEngine, EmbeddedModel, end_ids_of, weight_shapes
+from lightrft.strategy.rollout.embedded import (
+    EmbeddedEngine,
+    EmbeddedModel,
+    check_decoder_only,
+    end_ids_of,
+    end_ids_of_model,
+    weight_shapes,
+)
 from lightrft.strategy.rollout.engine import (
     PARTS,
     Completion,
@@ -33,8 +40,10 @@ __all__ = [
     "Prompt",
     "RolloutEngine",
     "Sampling",
+    "check_decoder_only",
     "draw_tokens",
     "end_ids_of",
+    "end_ids_of_model",
     "is_engine",
     "penalized",
     "stream_key",

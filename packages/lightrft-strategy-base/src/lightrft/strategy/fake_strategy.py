@@ -1,21 +1,24 @@
-"""`FakeStrategy`: the whole contract in one process, with no process group and no GPU.
+"""`FakeStrategy`: the full contract in one process, without a process group or a GPU.
 
 Not a mock: it trains, clips, accumulates, skips and generates. The other strategies must match it. Use it to test
 scripts without a cluster.
 """
 
+import os
 from typing import Any
 
+import torch.distributed as dist
 from typing_extensions import override
 
-from lightrft.config import StrategyConfig
+from lightrft.config import ArgumentTypeError, ConfigError, StrategyConfig
+from lightrft.strategy.backend.contract import Backend
 from lightrft.strategy.backend.replicated import ReplicatedBackend
 from lightrft.strategy.distributed.world import World
 from lightrft.strategy.strategy_base import StrategyBase
 
 
 class FakeBackend(ReplicatedBackend):
-    """One process. Trains bare models and optimizers too, without `prepare`."""
+    """One process. Also trains models and optimizers that were not passed to `prepare`."""
 
     capabilities = frozenset({"adoption", "uneven_modules"})
     accepts_unprepared = True
@@ -23,21 +26,72 @@ class FakeBackend(ReplicatedBackend):
     @classmethod
     @override
     def join(cls, config: StrategyConfig) -> World:
+        ranks = _launched_ranks()
+        if ranks != 1:
+            raise ConfigError(
+                f"get_strategy: expected one process for strategy 'fake', got {ranks} (torchrun, or a process group of the "
+                f"caller). Each would train by itself and overwrite the others' checkpoints. Start the script without "
+                f"torchrun, or use another strategy"
+            )
         return World.alone(config)
 
 
+class StrictFakeBackend(FakeBackend):
+    """One process. Refuses models that were not prepared, as the other strategies do."""
+
+    capabilities = frozenset({"uneven_modules"})
+    accepts_unprepared = False
+
+
 class FakeStrategy(StrategyBase):
-    """One process, plain torch."""
+    """Trains in one process with plain PyTorch, without a process group or a GPU.
+
+    It implements the full contract, and all other strategies must match its results. Models and optimizers may be used
+    without `prepare`.
+    """
 
     name = "fake"
     backend_class = FakeBackend
 
+    def __init__(self, config: object = None, *, args: object = None, strict: bool = False, **settings: Any) -> None:
+        """Create the backend.
 
-def get_fake_strategy(args: object = None, **settings: Any) -> FakeStrategy:
+        Args:
+            config: As for every strategy.
+            args: As for every strategy.
+            strict: Refuse models and optimizers that were not prepared, as the other strategies do, instead of a warning.
+                For tests of scripts.
+            **settings: As for every strategy.
+
+        Raises:
+            ConfigError: A setting is invalid, or this process is one of several.
+        """
+        if not isinstance(strict, bool):
+            raise ArgumentTypeError(
+                f"FakeStrategy: expected strict to be True or False, got {strict!r} ({type(strict).__name__})"
+            )
+        self._strict = strict
+        super().__init__(config, args=args, **settings)
+
+    @override
+    def make_backend(self, config: StrategyConfig, world: World) -> Backend:
+        return StrictFakeBackend(config, world) if self._strict else super().make_backend(config, world)
+
+
+def get_fake_strategy(args: object = None, *, strict: bool = False, **settings: Any) -> FakeStrategy:
     """Return a `FakeStrategy` with the settings of ``args``, or with the defaults.
 
     Args:
         args: As for `get_strategy`.
-        **settings: Single settings that replace those of ``args``.
+        strict: As for `FakeStrategy`.
+        **settings: Individual settings that override those of ``args``.
     """
-    return FakeStrategy(args, **settings)
+    return FakeStrategy(args, strict=strict, **settings)
+
+
+def _launched_ranks() -> int:
+    """Return the number of processes in which this script runs: the caller's process group, else torchrun's."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    text = os.environ.get("WORLD_SIZE", "1") if "RANK" in os.environ else "1"
+    return int(text) if text.isdecimal() else 1

@@ -36,7 +36,7 @@ class Target:
         return functools.reduce(getattr, path.split(".")[:-1], importlib.import_module(module))
 
     def missing(self, instance: object | None = None) -> str | None:
-        """What the installed library lacks, in words, or None. ``instance``: check this object, not the class."""
+        """Describe what is missing in the installed library, or return None. ``instance``: check it instead of the class."""
         label = self.target.replace(":", ".")
         try:
             owner = self.owner() if instance is None else instance
@@ -73,7 +73,10 @@ class Patch(Target):
         """
         lacking = self.missing(instance)
         if lacking is not None:
-            raise StrategyError(f"cannot apply a patch: {lacking}; it was written for the versions {self.versions}")
+            raise StrategyError(
+                f"cannot patch {self.target.replace(':', '.')}: {lacking}. Install a version that the patch supports: "
+                f"{self.versions}"
+            )
         owner: Any = self.owner() if instance is None else instance
         stored = vars(owner).get(self.name, _INHERITED)
         original = inspect.getattr_static(owner, self.name) if isinstance(owner, type) else getattr(owner, self.name)
@@ -106,19 +109,20 @@ def require(
     """Check that the installed library has all ``targets``.
 
     Args:
-        user: Who needs them, for the message, such as "engine 'vllm'".
+        user: The component that needs them, for the message, such as "engine 'vllm'".
         library: The name of the installed distribution.
         supported: The versions that work, as pip takes them, such as ">=0.30,<0.33".
         targets: What must exist. Their modules are imported.
         error: The class to raise.
 
-    Raises: ``error``, which names library, version, what is missing and the remedy.
+    Raises: ``error``, with the library, its version, what is missing and the remedy.
     """
     lacking = [lack for target in targets if (lack := target.missing()) is not None]
     if lacking:
         raise error(
-            f"{user} expected {library}{supported}, got {library} {version(library)}, which it cannot drive: "
-            f"{'; '.join(lacking)}. Install a supported version: pip install '{library}{supported}'"
+            f"{user} expected {library}{supported}, got {library} {version(library)}, where {'; '.join(lacking)}. "
+            f"Install a supported version: pip install --force-reinstall '{library}{supported}'; if {version(library)} is in "
+            f"this range, use an earlier version of it"
         )
 
 

@@ -8,6 +8,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
 from lightrft.config import BackendNotInstalledError, ConfigError, nearest
+from lightrft.config.validation import shown
 
 Base = TypeVar("Base")
 STRATEGIES, ENGINES = "lightrft.strategies", "lightrft.engines"
@@ -45,9 +46,7 @@ def load(group: str, name: str, base: type[Base]) -> type[Base]:
 def _load(group: str, name: str) -> Any:
     word = _WORDS[group]
     if not isinstance(name, str):
-        raise ConfigError(
-            f"{word}: expected a registered name or module:attribute, got {name!r} ({type(name).__name__})"
-        )
+        raise ConfigError(f"{word}: expected a registered name or 'module:attribute', got {shown(name)}. Pass a string")
     points = registered(group)
     if name in points:
         return _import(points[name], group)
@@ -58,7 +57,7 @@ def _load(group: str, name: str) -> Any:
         raise BackendNotInstalledError(f"{word} {name!r} is not installed; install it with: pip install {package!r}")
     likely = nearest(name, [*points, *(known for known_group, known in _PACKAGES if known_group == group)])
     hint = f"did you mean {likely!r}? " if likely else ""
-    raise ConfigError(f"there is no {word} {name!r}; {hint}registered are: {', '.join(sorted(points)) or 'none'}")
+    raise ConfigError(f"there is no {word} {name!r}; {hint}registered names: {', '.join(sorted(points)) or 'none'}")
 
 
 def _import(point: EntryPoint, group: str) -> Any:
@@ -66,11 +65,11 @@ def _import(point: EntryPoint, group: str) -> Any:
         return point.load()
     except ImportError as error:
         package = _PACKAGES.get((group, point.name))
-        remedy = f"; install it with: pip install {package!r}" if package else ""
+        remedy = f"pip install {package!r}" if package else "install its package and the dependencies of that package"
         raise BackendNotInstalledError(
-            f"{_WORDS[group]} {point.name!r} ({point.value}) cannot be imported: {error}{remedy}"
+            f"{_WORDS[group]} {point.name!r} ({point.value}) cannot be imported: {error}. To repair it: {remedy}"
         ) from error
     except AttributeError as error:
         raise BackendNotInstalledError(
-            f"{_WORDS[group]} {point.name!r}: {point.value} does not exist: {error}"
+            f"{_WORDS[group]} {point.name!r}: {point.value} does not exist: {error}. Correct the name, or reinstall its package"
         ) from error

@@ -5,9 +5,11 @@ A thin facade: every public method checks its call and delegates to a part. What
 `lightrft.strategy.checkpoint`, and rollouts in `lightrft.strategy.rollout`.
 """
 
+import atexit
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from os import PathLike
 from pathlib import Path
@@ -22,8 +24,34 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Sampler
 
-from lightrft.config import ArgumentError, ArgumentTypeError, ConfigError, StrategyConfig, StrategyError
+from lightrft.config import (
+    ArgumentError,
+    ArgumentTypeError,
+    ConfigError,
+    LightRFTError,
+    StrategyConfig,
+    StrategyError,
+)
+from lightrft.config.validation import shown
 from lightrft.strategy import supported_settings
+from lightrft.strategy.arguments import (
+    COUNT,
+    DTYPE,
+    FLAG,
+    FUNCTION,
+    INDEX,
+    LIST,
+    MODULE,
+    NUMBER,
+    OPTIMIZER,
+    PATH,
+    SEED,
+    SIZE,
+    Kind,
+    check_processor,
+    device_of,
+    refusal,
+)
 from lightrft.strategy.backend.contract import Backend
 from lightrft.strategy.backend.replicated import ReplicatedBackend
 from lightrft.strategy.backend.types import TrainedModel, WrapOptions
@@ -49,6 +77,7 @@ from lightrft.strategy.step import update
 from lightrft.strategy.step.moving_average import MovingAverages
 from lightrft.strategy.step.schedules import cosine_schedule
 from lightrft.strategy.step.update import StepResult
+from lightrft.strategy.storage.files import user_path
 from lightrft.strategy.telemetry import log, memory
 
 T = TypeVar("T")
@@ -71,6 +100,17 @@ _MOVED = {
     "capabilities": "capabilities",
 }  # fmt: skip
 """The strategy hooks of version 0.1, and the hook of `lightrft.strategy.backend.Backend` that replaces each."""
+
+
+_OPEN: "weakref.WeakSet[StrategyBase]" = weakref.WeakSet()
+"""The strategies that are not closed."""
+
+
+@atexit.register
+def _end_process_groups_of_open_strategies() -> None:
+    """Run as the interpreter ends, for scripts that do not close a strategy. Leaves the engine, which ends by itself."""
+    for strategy in list(_OPEN):
+        strategy._end_process_groups()
 
 
 class StrategyBase:
@@ -124,6 +164,7 @@ class StrategyBase:
         self.config = supported_settings.validate(chosen, self.name, self.supported_settings)
         self._open = False
         self.setup_distributed()
+        supported_settings.warn_of_unknown_names(self.config)
 
     def make_backend(self, config: StrategyConfig, world: World) -> Backend:
         """Create the backend; a subclass may choose among several. `close` restores environment variables set here."""
@@ -147,7 +188,8 @@ class StrategyBase:
             self._begin()
         if timeout is not None and not (isinstance(timeout, timedelta) and timeout > timedelta(0)):
             raise ArgumentTypeError(
-                f"setup_distributed: expected timeout to be a datetime.timedelta above 0, got {timeout!r}"
+                f"setup_distributed: expected timeout to be a datetime.timedelta above 0, got {shown(timeout)}. "
+                f"Pass for example timedelta(minutes=30)"
             )
         if timeout is not None and timeout != self.world.timeout:
             self.world.timeout = timeout
@@ -178,6 +220,7 @@ class StrategyBase:
             on_failure.pop_all()
         self._watch = Watch(operations) if world.size > 1 and world.device.type == "cuda" else None
         self._open = True
+        _OPEN.add(self)
         self.set_seed(self.config.seed)
 
     @final
@@ -192,16 +235,23 @@ class StrategyBase:
         if not self._open:
             return
         self._open = False
+        _OPEN.discard(self)
         try:
             self._checkpoint_saver.finish()
         finally:
             self._rollout.shutdown()
             self._models.clear()
-            self.backend.close()
+            self._end_process_groups()
             if self._watch is not None:
                 self._watch.close()
-            self.world.close()
-            log.set_rank(current_rank())  # of another strategy in this process
+            log.set_rank(current_rank())  # the rank of another strategy in this process
+
+    def _end_process_groups(self) -> None:
+        """Destroy the process groups of this strategy, and drop every reference to them; see `World.close`."""
+        self.backend.close()
+        self._checkpoint_saver.release_group()
+        self._rollout.release_groups()
+        self.world.close()
 
     @final
     def __enter__(self) -> Self:
@@ -233,7 +283,7 @@ class StrategyBase:
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """What the backend can do beyond the contract."""
+        """Optional features that the backend supports, such as "uneven_modules"."""
         return self.backend.capabilities
 
     @property
@@ -256,13 +306,13 @@ class StrategyBase:
         """K: the number of micro-batches of one update on one rank.
 
         Raises:
-            ConfigError: On every rank, if it is not a whole number.
+            ConfigError: On every rank, if it is not an integer.
         """
         total, micro, ranks = self.config.train_batch_size, self.config.micro_train_batch_size, self.world.size
         if total % (micro * ranks):
             raise ConfigError(
                 f"train_batch_size={total} is not a multiple of micro_train_batch_size x ranks = {micro} x {ranks} = "
-                f"{micro * ranks}; every rank must get the same whole number of micro-batches"
+                f"{micro * ranks}; every rank must get the same number of micro-batches. Change one of the two batch sizes"
             )
         return total // (micro * ranks)
 
@@ -283,7 +333,13 @@ class StrategyBase:
 
     @final
     def set_seed(self, seed: int) -> None:
-        """Seed the random number generators of Python, NumPy and torch, CUDA included. Any rank may call this."""
+        """Seed the random number generators of Python, NumPy and torch, CUDA included. Any rank may call this.
+
+        Raises:
+            ArgumentError, ArgumentTypeError: ``seed`` is not an integer of at least 0 and below 2**32.
+        """
+        _check("set_seed", seed=(seed, SEED))
+        seed = int(seed)
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
@@ -365,8 +421,16 @@ class StrategyBase:
 
         Args:
             meta_init: Allocate and load weights on rank 0 only; `prepare` distributes them.
+
+        Raises:
+            StrategyError: With ``meta_init``, on every rank, if building a model failed on some rank, for example
+                because its constructor reads values of tensors.
         """
-        with weights_on_rank_0(self.world.rank) if meta_init else nullcontext():
+        _check("init_model_context", meta_init=(meta_init, FLAG))
+        if not meta_init:
+            yield
+            return
+        with self._consensus.together("init_model_context"), weights_on_rank_0(self.world.rank):
             yield
 
     @final
@@ -381,6 +445,7 @@ class StrategyBase:
 
         Raises:
             StrategyError: The model already has an optimizer, or was prepared for inference.
+            ArgumentError, ArgumentTypeError: A setting is unknown or invalid.
         """
         with self._running("create_optimizer"):
             check_kinds("create_optimizer", model)
@@ -388,14 +453,24 @@ class StrategyBase:
             if prepared is not None and prepared.trained is not None:
                 raise StrategyError(
                     f"create_optimizer: expected a model without an optimizer, got {prepared.class_name}, which has one. Use "
-                    f"that one"
+                    f"the existing optimizer"
                 )
             if prepared is not None and not prepared.options.training:
                 raise StrategyError(
                     f"create_optimizer: expected a model to train, got {prepared.class_name}, which was prepared for "
                     f"inference. Use a copy that is not prepared"
                 )
-            optimizer = self.backend.create_optimizer(self._models.unwrap(model), **settings)
+            _check("create_optimizer", weight_decay=(settings.get("weight_decay", 0.0), NUMBER))
+            try:
+                optimizer = self.backend.create_optimizer(self._models.unwrap(model), **settings)
+            except (TypeError, ValueError, LookupError) as error:
+                if isinstance(error, LightRFTError):
+                    raise
+                given = ", ".join(f"{name}={shown(value)}" for name, value in settings.items())
+                kind = ArgumentTypeError if isinstance(error, TypeError) else ArgumentError
+                raise kind(
+                    f"create_optimizer: expected settings of torch.optim.AdamW, got {given}: {error}. Correct them"
+                ) from error
             if prepared is not None:
                 self._preparation.bind(model, optimizer)
             return optimizer
@@ -429,6 +504,7 @@ class StrategyBase:
             StrategyError: On every rank, for a model that this strategy does not support or that is already prepared.
         """
         with self._running("prepare"):
+            self._preparation.check("prepare", models)
             results = [self._preparation.prepare(model) for model in models]
             return results[0] if len(results) == 1 else tuple(results)
 
@@ -445,14 +521,21 @@ class StrategyBase:
                 the setting.
             reshard_after_forward: Whether gathered parameters are freed between forward and backward.
 
+        Returns:
+            The model, possibly wrapped.
+
         Raises:
             ConfigError: ``shard_size`` does not divide the number of ranks.
+            StrategyError: On every rank, for a model that this strategy does not support or that is already prepared.
         """
         if not isinstance(model, nn.Module):
             return model
-        if not (isinstance(shard_size, int) and (shard_size == -1 or shard_size > 0)):
+        flags = {"is_training": (is_training, FLAG), "reshard_after_forward": (reshard_after_forward, FLAG)}
+        _check("prepare_model", **flags)
+        if isinstance(shard_size, bool) or not (isinstance(shard_size, int) and (shard_size == -1 or shard_size > 0)):
             raise ConfigError(
-                f"prepare_model: expected shard_size to be a number of ranks, or -1 for the setting, got {shard_size!r}"
+                f"prepare_model: expected shard_size to be a number of ranks, or -1 for the setting, got "
+                f"{shown(shard_size)}. Pass -1, or a divisor of the number of ranks"
             )
         options = WrapOptions(training=is_training, shard_size=shard_size, reshard_after_forward=reshard_after_forward)
         with self._running("prepare_model"):
@@ -477,16 +560,19 @@ class StrategyBase:
             max_steps: Number of updates over which the schedules decay.
 
         Returns:
-            ``((actor, optimizer, scheduler), (critic, optimizer, scheduler), reward_models, initial_model)``, with None
-            for what does not exist.
+            ``((actor, optimizer, scheduler), (critic, optimizer, scheduler), reward_models, initial_model)``; entries
+            that do not apply are None.
+
+        Raises:
+            ArgumentError: ``max_steps`` is not a positive integer.
+            StrategyError: As for `create_optimizer` and `prepare`.
         """
-        config = self._config_of(args)
-        if not isinstance(max_steps, int) or max_steps < 1:
-            raise ArgumentError(
-                f"prepare_models_and_optimizers: expected max_steps to be an integer of at least 1, got {max_steps!r}"
-            )
+        config = self._config_of(args, "prepare_models_and_optimizers")
+        _check("prepare_models_and_optimizers", max_steps=(max_steps, COUNT))
         check_kinds("prepare_models_and_optimizers", actor)
-        actor.is_actor = True  # type: ignore[assignment]  # LightRFT's mark, by which its trainers know the wrapper
+        others = [critic, initial_model, None if config.remote_rm_url else reward_models]
+        self._preparation.check("prepare_models_and_optimizers", others)
+        actor.is_actor = True  # type: ignore[assignment]  # by which LightRFT's trainers recognise it
         trained_actor = self._with_optimizer(actor, config, config.actor_learning_rate, max_steps)
         trained_critic: tuple[Any, Any, Any] = (None, None, None)
         if critic is not None and config.critic_pretrain:
@@ -509,23 +595,31 @@ class StrategyBase:
 
         Returns:
             ``(model, optimizer, scheduler)``.
+
+        Raises:
+            StrategyError: As for `create_optimizer` and `prepare`.
         """
-        config = self._config_of(args)
+        config = self._config_of(args, "prepare_reward_model")
+        check_kinds("prepare_reward_model", reward_model)
+        _check("prepare_reward_model", max_steps=(max_steps, COUNT))
         return self._with_optimizer(reward_model, config, config.actor_learning_rate, max_steps)
 
     def _with_optimizer(
         self, model: nn.Module, config: StrategyConfig, rate: float, max_steps: int
     ) -> tuple[Any, Any, Any]:
         optimizer = self.create_optimizer(model, lr=rate, betas=config.adam_betas, weight_decay=config.l2)
-        scheduler = cosine_schedule(optimizer, config.lr_warmup_ratio, max_steps)
-        return self.prepare((model, optimizer, scheduler))
+        return self.prepare((model, optimizer, cosine_schedule(optimizer, config.lr_warmup_ratio, max_steps)))
 
-    def _config_of(self, args: object) -> StrategyConfig:
-        return self.config if args is None or args is self.args else self.config.overlaid(args)
+    def _config_of(self, args: object, call: str) -> StrategyConfig:
+        try:
+            return self.config if args is None or args is self.args else self.config.overlaid(args)
+        except ConfigError as error:
+            raise ConfigError(f"{call}: args: {error}") from error
 
     @final
     def unwrap_model(self, model: nn.Module) -> nn.Module:
-        """Return the original model, without the wrappers of the actor and the backend. Idempotent."""
+        """Return the original model, without the wrappers of the actor and the backend. Idempotent. Any rank may call this."""
+        _check("unwrap_model", model=(model, MODULE))
         return self._models.unwrap(model)
 
     @final
@@ -551,13 +645,20 @@ class StrategyBase:
             sampler: The caller's own sampler; checkpoints do not store its position.
             consumed_samples: Number of samples of the epoch to skip, over all ranks.
 
+        Returns:
+            A `ResumableLoader`; a plain ``DataLoader`` if ``sampler`` is given.
+
         Raises:
             ArgumentError: The dataset has no length, or a position is out of range.
             CheckpointError: A loaded checkpoint has the position of a different loader.
         """
+        _check(
+            "setup_dataloader", batch_size=(batch_size, COUNT), pin_memory=(pin_memory, FLAG), shuffle=(shuffle, FLAG),
+            collate_fn=(collate_fn, FUNCTION), drop_last=(drop_last, FLAG), consumed_samples=(consumed_samples, INDEX),
+        )  # fmt: skip
         loader = make_loader(
-            replay_buffer, batch_size, rank=self.world.rank, ranks=self.world.size, seed=self.config.seed,
-            shuffle=shuffle, drop_last=drop_last, sampler=sampler, consumed_samples=consumed_samples,
+            replay_buffer, int(batch_size), rank=self.world.rank, ranks=self.world.size, seed=self.config.seed,
+            shuffle=shuffle, drop_last=drop_last, sampler=sampler, consumed_samples=int(consumed_samples),
             collate_fn=collate_fn, pin_memory=pin_memory,
         )  # fmt: skip
         if isinstance(loader, ResumableLoader):
@@ -636,7 +737,9 @@ class StrategyBase:
     ) -> None:
         """Set ``model_ema = beta * model_ema + (1 - beta) * model``, for the parameters that ``model`` trains.
 
-        Call it after `optimizer_step`: the average changes once per applied update. All ranks must call this.
+        Call it after `optimizer_step`: the average moves once for each applied update, and not for updates before it was
+        prepared. Buffers, such as the statistics of BatchNorm, are not averaged; a warning names those that training
+        changes. All ranks must call this.
 
         Args:
             model: The model in training.
@@ -656,7 +759,8 @@ class StrategyBase:
                     f"first and its average second"
                 )
             average = self._models.require_ready(model_ema, "moving_average").module
-            self._averages.move(prepared.trained, average, beta, None if device is None else torch.device(device))
+            _check("moving_average", beta=(beta, NUMBER))
+            self._averages.move(prepared.trained, average, beta, device_of("moving_average", device))
 
     @property
     def stop_requested(self) -> bool:
@@ -686,6 +790,8 @@ class StrategyBase:
         Raises:
             StrategyError: Not in the main thread, or inside another such block.
         """
+        if not callable(save):
+            raise refusal("saving_on_sigterm", "save", save, FUNCTION, "Pass lambda: strategy.save_ckpt(...)")
         with self._stop.watching():
             yield
             if self.stop_requested:
@@ -695,8 +801,16 @@ class StrategyBase:
 
     @final
     def maybe_offload_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        """If ``adam_offload`` is set, move the optimizer's state to host memory. Idempotent."""
+        """If ``adam_offload`` is set, move the optimizer's state to host memory. Idempotent. Any rank may call this.
+
+        Args:
+            optimizer: An optimizer that `prepare` returned.
+
+        Returns:
+            ``optimizer``.
+        """
         with self._running("maybe_offload_optimizer"):
+            _check("maybe_offload_optimizer", optimizer=(optimizer, OPTIMIZER))
             prepared = self._models.owner(optimizer)
             if self.config.adam_offload and prepared is not None and prepared.trained is not None:
                 self.backend.move_optimizer(prepared.trained, torch.device("cpu"))
@@ -705,15 +819,25 @@ class StrategyBase:
 
     @final
     def maybe_load_optimizer(self, optimizer: Optimizer, device: torch.device | str | None = None) -> Optimizer:
-        """Undo `maybe_offload_optimizer`: move the state to ``device``. `optimizer_step` does so automatically."""
+        """Undo `maybe_offload_optimizer`; `optimizer_step` does so automatically. Any rank may call this.
+
+        Args:
+            optimizer: An optimizer that `prepare` returned.
+            device: The device to move the state to. Default: the device of the models.
+
+        Returns:
+            ``optimizer``.
+        """
         with self._running("maybe_load_optimizer"):
+            _check("maybe_load_optimizer", optimizer=(optimizer, OPTIMIZER))
+            device = device_of("maybe_load_optimizer", device)
             prepared = self._models.owner(optimizer)
             if prepared is not None and prepared.trained is not None and prepared.trained.optimizer_offloaded:
                 self._load_optimizer(prepared.trained, device)
             return optimizer
 
-    def _load_optimizer(self, trained: TrainedModel, device: torch.device | str | None) -> None:
-        self.backend.move_optimizer(trained, self.world.device if device is None else torch.device(device))
+    def _load_optimizer(self, trained: TrainedModel, device: torch.device | None) -> None:
+        self.backend.move_optimizer(trained, self.world.device if device is None else device)
         trained.optimizer_offloaded = False
 
     @final
@@ -723,7 +847,11 @@ class StrategyBase:
         Args:
             models: One model or a list; anything that is not a module is skipped.
             empty_cache: Free cached device memory afterwards.
+
+        Raises:
+            StrategyError: A model was not prepared.
         """
+        _check("offload_model", empty_cache=(empty_cache, FLAG))
         self._move_models("offload_model", models, torch.device("cpu"), offloaded=True)
         if empty_cache:
             self.sync_and_clear_cache()
@@ -750,7 +878,8 @@ class StrategyBase:
     def save_ckpt(
         self, model: Models, save_dir: str | PathLike[str], tag: str | None = None, max_num: int = 3,
         max_mem: float = 1000, client_state: Mapping[str, Any] | None = None, save_latest: bool = True,
-        optimizer: Optimizer | Mapping[str, Optimizer] | None = None, scheduler: Any = None,
+        optimizer: Optimizer | Mapping[str, Optimizer] | None = None, scheduler: Any = None, *,
+        keep: Collection[str] = (),
     ) -> Path:  # fmt: skip
         """Save the state of the run to ``save_dir/tag``. All ranks must call this.
 
@@ -765,13 +894,16 @@ class StrategyBase:
             tag: Name of the checkpoint. Default: ``global_stepN`` after N updates. The new checkpoint replaces an older
                 one with this name and the same models, once it is complete.
             max_num: Number of checkpoints to keep; the oldest are removed once this one is complete. Only checkpoints
-                in ``save_dir`` that hold the same models and come from this run, or a run that it continues, count.
+                in ``save_dir`` that hold the same models and come from this run, or a run that it continues, count: a
+                new run in an old directory adds to it, and warns once.
             max_mem: Total size of these checkpoints to keep, in gigabytes.
             client_state: None, bool, int, float, str, bytes, or nested lists, tuples and dicts of these. Rank 0's is
                 stored.
             save_latest: Whether `load_ckpt` without a tag may load this checkpoint.
             optimizer: The optimizer of a model that was not prepared; by name for several models.
             scheduler: Its schedule. Default: the one passed to `prepare`.
+            keep: Tags of checkpoints that are not removed and do not count, such as the best one so far. Pass them with
+                each save.
 
         Returns:
             The path of the checkpoint, the same on every rank.
@@ -781,8 +913,12 @@ class StrategyBase:
             CheckpointError: On every rank, if writing fails; older checkpoints stay.
         """
         with self._running("save_ckpt"):
+            with self._consensus.together("save_ckpt", "checking arguments"):
+                _check("save_ckpt", save_dir=(save_dir, PATH), save_latest=(save_latest, FLAG))
             items = self._run_state.items("save_ckpt", model, optimizer, scheduler)
-            return self._checkpoint_saver.save(items, save_dir, tag, max_num, max_mem, client_state, save_latest)
+            return self._checkpoint_saver.save(
+                items, save_dir, tag, max_num, max_mem, client_state, bool(save_latest), keep
+            )
 
     @final
     def load_ckpt(
@@ -792,7 +928,7 @@ class StrategyBase:
     ) -> tuple[Path, Any]:  # fmt: skip
         """Resume from a checkpoint that any strategy saved on any number of ranks. All ranks must call this.
 
-        The checkpoint is verified before any state changes. Rank r gets the random states of rank r modulo the number
+        The batch sizes may differ too: positions of loaders count samples over all ranks. The checkpoint is verified before any state changes. Rank r gets the random states of rank r modulo the number
         of ranks that saved.
 
         Args:
@@ -813,12 +949,18 @@ class StrategyBase:
             CheckpointNotFoundError: On every rank, if there is no such checkpoint; lists the available tags.
             CheckpointError: On every rank; names the damaged file or the mismatch.
         """
-        options = LoadOptions.of(
-            strict=load_module_strict, optimizer=load_optimizer_states, scheduler=load_lr_scheduler_states,
-            module_only=load_module_only,
-        )  # fmt: skip
         with self._running("load_ckpt"):
             self._checkpoint_saver.finish()
+            with self._consensus.together("load_ckpt", "checking arguments"):
+                _check(
+                    "load_ckpt", load_dir=(load_dir, PATH), load_module_strict=(load_module_strict, FLAG),
+                    load_optimizer_states=(load_optimizer_states, FLAG),
+                    load_lr_scheduler_states=(load_lr_scheduler_states, FLAG), load_module_only=(load_module_only, FLAG),
+                )  # fmt: skip
+            options = LoadOptions.of(
+                strict=load_module_strict, optimizer=load_optimizer_states, scheduler=load_lr_scheduler_states,
+                module_only=load_module_only,
+            )  # fmt: skip
             items = self._run_state.items("load_ckpt", model, optimizer, scheduler)
             return load_checkpoint(self._run_state, items, load_dir, tag, options)
 
@@ -849,8 +991,16 @@ class StrategyBase:
         """
         with self._running(save_model.CALL):
             prepared = self._models.require_ready(model, save_model.CALL)
+            with self._consensus.together(save_model.CALL, "checking arguments"):
+                _check(
+                    save_model.CALL, output_dir=(output_dir, PATH), dtype=(dtype, DTYPE),
+                    merge_adapters=(merge_adapters, FLAG),
+                )  # fmt: skip
+                check_processor(save_model.CALL, "tokenizer", tokenizer)
+                check_processor(save_model.CALL, "processor", processor)
+                target = user_path(output_dir, "output_dir")
             return save_model.save_model(
-                self.backend, self._consensus, prepared, output_dir, dtype=dtype, max_shard_size=max_shard_size,
+                self.backend, self._consensus, prepared, target, dtype=dtype, max_shard_size=max_shard_size,
                 merge_adapters=merge_adapters, processors={"tokenizer": tokenizer, "processor": processor},
             )  # fmt: skip
 
@@ -875,13 +1025,11 @@ class StrategyBase:
         """
         with self._running(load_model.CALL):
             prepared = self._models.require_ready(model, load_model.CALL)
+            with self._consensus.together(load_model.CALL, "checking arguments"):
+                _check(load_model.CALL, path=(path, PATH), strict=(strict, FLAG), allow_pickle=(allow_pickle, FLAG))
+                source = user_path(path, "path")
             return load_model.load_model(
-                self.backend,
-                self._consensus,
-                prepared,
-                Path(path).expanduser(),
-                strict=strict,
-                allow_pickle=allow_pickle,
+                self.backend, self._consensus, prepared, source, strict=strict, allow_pickle=allow_pickle
             )
 
     # Rollouts
@@ -902,7 +1050,11 @@ class StrategyBase:
 
         Yields:
             Names and full tensors, which may share the model's memory; valid until the next bucket.
+
+        Raises:
+            StrategyError: The model was not prepared, or is offloaded.
         """
+        _check("full_parameters", bucket_bytes=(bucket_bytes, SIZE), dtype=(dtype, DTYPE))
         prepared = self._models.require_ready(model, "full_parameters")
         buckets = self._rollout.parameters_of(self.backend, prepared, bucket_bytes, dtype)
         while True:
@@ -951,7 +1103,7 @@ class StrategyBase:
         Raises:
             ConfigError, BackendNotInstalledError: The engine is unknown, or not installed.
         """
-        config = self._config_of(args)
+        config = self._config_of(args, "setup_inference_engine")
         with self._running("setup_inference_engine"):
             prepared = None if actor is None else self._models.find(actor)
             if actor is not None and (prepared is None or prepared.meta_model is None):
@@ -982,7 +1134,8 @@ class StrategyBase:
         """Send all weights of ``actor`` to the engine. All ranks must call this.
 
         Without an engine, it prints a message and does nothing. For a model with PEFT adapters, it sends the base
-        model's weights with the active adapters merged in. After a failure the engine is stale and refuses to generate
+        model's weights with the active adapters merged in. The engine then ends sequences at the end-of-sequence tokens
+        that the actor's configurations name at this time. After a failure the engine is stale and refuses to generate
         until a sync succeeds.
 
         Args:
@@ -1003,9 +1156,12 @@ class StrategyBase:
         """Complete prompts on this rank's engine, and wake it first. Other ranks need not call this.
 
         Args:
-            sampling_params: A `Sampling`, a dict, or vLLM's ``SamplingParams``.
-            prompt_token_ids: Token ids of each prompt.
+            sampling_params: A `Sampling`, a dict, vLLM's ``SamplingParams`` or transformers' ``GenerationConfig``.
+            prompt_token_ids: Token ids of each prompt, or a tokenizer's output, whose padding is left out.
             multi_modal_inputs: LightRFT's ``{"prompt": ..., "multi_modal_data": ...}`` dicts, instead of token ids.
+
+        Returns:
+            The completions in the order of the prompts; the ``n`` completions of a prompt are adjacent.
 
         Raises:
             ArgumentError: Both token ids and multimodal inputs are given, or neither.
@@ -1024,8 +1180,8 @@ class StrategyBase:
         """Complete the prompts of each rank; their number may differ between ranks. All ranks must call this.
 
         Args:
-            sampling_params: A `Sampling`, a dict, or vLLM's ``SamplingParams``.
-            all_prompt_token_ids: Token ids of each prompt.
+            sampling_params: A `Sampling`, a dict, vLLM's ``SamplingParams`` or transformers' ``GenerationConfig``.
+            all_prompt_token_ids: Token ids of each prompt, or a tokenizer's output, whose padding is left out.
             all_prompts: Text of each prompt, instead of or in addition to token ids.
             all_images: Images: one list per prompt, or a flat list with ``images_num``.
             sleep_engine: Put the engine to sleep afterwards if ``enable_engine_sleep`` is set.
@@ -1040,10 +1196,25 @@ class StrategyBase:
             ArgumentError, EngineError: On every rank, if any rank fails.
         """
         with self._running("gather_and_generate"):
+            _check(
+                "gather_and_generate", all_images=(all_images, LIST), sleep_engine=(sleep_engine, FLAG),
+                images_num=(images_num, LIST), all_videos=(all_videos, LIST), videos_num=(videos_num, LIST),
+            )  # fmt: skip
             return self._rollout.gather_and_generate(
                 sampling_params, sleep_engine, all_prompt_token_ids, all_prompts, all_images, images_num, all_videos,
                 videos_num,
             )  # fmt: skip
+
+
+def _check(call: str, **arguments: tuple[object, Kind]) -> None:
+    """Raise `ArgumentTypeError` or `ArgumentError` unless every argument of ``call`` is of its kind."""
+    for name, (value, kind) in arguments.items():
+        accepted: Any = isinstance(value, kind.types) and not isinstance(value, kind.excluded)
+        if accepted and value is not None:
+            number: Any = value
+            accepted = (kind.least is None or number >= kind.least) and (kind.below is None or number < kind.below)
+        if not accepted:
+            raise refusal(call, name, value, kind)
 
 
 def _shared_settings(config: StrategyConfig) -> list[list[object]]:

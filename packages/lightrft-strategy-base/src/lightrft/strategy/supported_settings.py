@@ -5,8 +5,9 @@ optional ones, a strategy lists what it supports in `StrategyBase.supported_sett
 `EngineBase.supported_settings`.
 """
 
+import re
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from lightrft.config import ConfigError, StrategyConfig
 from lightrft.strategy.telemetry.log import is_silent
@@ -15,11 +16,15 @@ OPTIONAL = frozenset({"grad_accum_dtype", "sp_size"})
 """Settings of any strategy that only some support."""
 OPTIONAL_FOR_ENGINES = frozenset({"engine_mem_util"})
 SAME_AS_DEFAULT = {"grad_accum_dtype": "fp32"}
-"""Values that every strategy supports, since they say what it does anyway."""
+"""Values that every strategy supports, because they are what it does by default."""
+
+
+_OF_ENGINES = re.compile(r"(engine_|limit_mm_).*|pretrain$|trust_remote_code$|weight_sync_verify$")
+"""Extra arguments that engines read, and check themselves."""
 
 
 def unsupported(config: StrategyConfig, strategy: str, supported: Collection[str]) -> list[str]:
-    """Return the settings that were changed from their defaults and that ``strategy`` would have to ignore."""
+    """Return the settings that differ from their defaults and that ``strategy`` does not support."""
     return [
         name
         for name, value in config.changed().items()
@@ -30,7 +35,7 @@ def unsupported(config: StrategyConfig, strategy: str, supported: Collection[str
 
 
 def validate(config: StrategyConfig, strategy: str, supported: Collection[str]) -> StrategyConfig:
-    """Return ``config`` with what ``strategy`` does not support put back to its default, with a warning.
+    """Return ``config`` with the settings that ``strategy`` does not support reset to their defaults, with a warning.
 
     Raises:
         ConfigError: Instead of the warning, if the config was built directly; and always for ``sp_size``, which
@@ -53,12 +58,27 @@ def validate_engine(config: StrategyConfig, engine: str, supported: Collection[s
         _refuse(config, _refusal(config, f"engine {engine!r}", names), "choose another engine")
 
 
+def warn_of_unknown_names(config: StrategyConfig) -> None:
+    """Warn once of the names in the mapping that ``config`` was read from that are neither settings nor engines'."""
+    source = config.args
+    if not isinstance(source, Mapping) or is_silent():
+        return
+    names = [name for name in source if name in config.extra_args and not _OF_ENGINES.match(name)]
+    if names:
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        warnings.warn(
+            f"get_strategy: {', '.join(map(repr, names[:8]))}{more} are not settings and have no effect; they are kept in "
+            f"extra_args. Correct them, or pass the script's own values as extra_args={{...}}",
+            stacklevel=4,
+        )
+
+
 def _refusal(config: StrategyConfig, who: str, names: Iterable[str]) -> str:
     return f"{who} does not support {', '.join(f'{name}={getattr(config, name)!r}' for name in names)}"
 
 
 def _refuse(config: StrategyConfig, message: str, alternative: str) -> None:
     if not config.from_script:
-        raise ConfigError(f"{message}. Leave it out, or {alternative}")
+        raise ConfigError(f"{message}. Remove it, or {alternative}")
     if not is_silent():
         warnings.warn(f"{message}; it is ignored", stacklevel=5)

@@ -1,9 +1,13 @@
-"""Views and casts of one tensor, and this rank's part of a DTensor."""
+"""Views and casts of one tensor, this rank's part of a DTensor, and lists of tensors: grouped, or packed by size."""
 
 import sys
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
+
+K = TypeVar("K")
+T = TypeVar("T")
 
 
 def elements(tensor: torch.Tensor) -> torch.Tensor:
@@ -46,3 +50,26 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     distributed: Any = tensor
     part: torch.Tensor = distributed.to_local() if is_dtensor(tensor) else tensor
     return part
+
+
+def grouped(pairs: Iterable[tuple[K, T]]) -> dict[K, list[T]]:
+    """Return the values of each key, keys and values in order."""
+    groups: dict[K, list[T]] = {}
+    for key, value in pairs:
+        groups.setdefault(key, []).append(value)
+    return groups
+
+
+def packed(items: Iterable[T], nbytes: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """Yield ``items`` in order, in lists of at most ``limit`` bytes; a larger item comes alone."""
+    pack: list[T] = []
+    filled = 0
+    for item in items:
+        size = nbytes(item)
+        if pack and filled + size > limit:
+            yield pack
+            pack, filled = [], 0
+        pack.append(item)
+        filled += size
+    if pack:
+        yield pack

@@ -1,11 +1,20 @@
-"""What the author of a backend imports: `ReplicatedBackend` to derive from, and what its hooks take and return.
+"""The API for authors of backends: `ReplicatedBackend` to derive from, and the types that its hooks take and return.
 
 Read `lightrft.strategy.backend.contract` for the hooks, in the groups that are overridden together.
 """
 
 from lightrft.strategy.backend.adamw import adamw, parameter_groups, trainable
 from lightrft.strategy.backend.contract import Backend
-from lightrft.strategy.backend.modules import broadcast, materialize, replicate, tensors_of
+from lightrft.strategy.backend.modules import (
+    attributes_of,
+    broadcast,
+    check_gradient_hooks,
+    materialize,
+    replicate,
+    set_attributes,
+    tensors_of,
+)
+from lightrft.strategy.backend.optimizer_probe import check_on_parts
 from lightrft.strategy.backend.replicated import ReplicatedBackend, average, fill_missing
 from lightrft.strategy.backend.types import GradientShards, Shard, StateSlice, TrainedModel, WrapOptions, parameters_of
 from lightrft.strategy.distributed.world import World, all_gather_rows, local_rank
@@ -22,9 +31,12 @@ __all__ = [
     "WrapOptions",
     "adamw",
     "all_gather_rows",
+    "attributes_of",
     "average",
     "broadcast",
     "cast",
+    "check_gradient_hooks",
+    "check_on_parts",
     "elements",
     "fill_missing",
     "local_rank",
@@ -32,6 +44,7 @@ __all__ = [
     "parameter_groups",
     "parameters_of",
     "replicate",
+    "set_attributes",
     "tensors_of",
     "trainable",
 ]

@@ -6,7 +6,7 @@ checkpoints. A backend implements what differs. It is a separate object, created
 some groups of hooks. Every rank calls every hook, in the same order.
 
     Lifecycle    join, close                                      process groups, threads, caches
-    Preparing    check_model, wrap, create_optimizer, bind, ...   wrapping models, binding optimizers
+    Preparing    check_model, wrap, check_optimizer, bind, ...    wrapping models, binding optimizers
     Step         backward, reduce, gradient_shards, fused_step    one update; see `lightrft.strategy.step.update`
     Sharding     gathered, full_shape, shards, state_slices,      weights and optimizer state, sharded and full
                  reshard, sync_from_master, resume_optimizer
@@ -52,7 +52,7 @@ class Lifecycle(Protocol):
 
 
 class Preparing(Protocol):
-    """Turning the caller's model and optimizer into what trains."""
+    """Turning the caller's model and optimizer into the ones that train."""
 
     def check_model(self, module: nn.Module, options: WrapOptions) -> None:
         """Raise if this backend does not support ``module``. An error on one rank is raised on all, before `wrap`."""
@@ -70,8 +70,14 @@ class Preparing(Protocol):
     def create_optimizer(self, module: nn.Module, **settings: Any) -> Optimizer:
         """Return the optimizer of `StrategyBase.create_optimizer`."""
 
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        """Raise if this backend would not step the caller's ``optimizer`` as it steps on whole tensors.
+
+        Called before `wrap`. An error on one rank is raised on all. See `lightrft.strategy.backend.optimizer_probe`.
+        """
+
     def algorithm(self, optimizer: Optimizer) -> str:
-        """Return the name of the algorithm; optimizers with the same name can load each other's state."""
+        """Return the name of the optimizer's algorithm; optimizers with the same name can load each other's state."""
 
     def bind(self, trained: TrainedModel) -> None:
         """Set up the optimizer of ``trained``, which already holds the parameters that `wrap` produced."""
@@ -146,7 +152,7 @@ class Sharding(Protocol):
         """Copy the shards of ``module``, which were written to, to its parameters."""
 
     def resume_optimizer(self, trained: TrainedModel) -> None:
-        """Update what the optimizer keeps outside its state dict, after its state was loaded."""
+        """Update the state that the optimizer keeps outside its state dict, after a checkpoint was loaded."""
 
 
 class Offload(Protocol):

@@ -1,11 +1,13 @@
 """Replicating a module: memory for its meta tensors, and rank 0's weights on every rank."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from lightrft.config import UnsupportedOperationError
 from lightrft.strategy.distributed.world import World
 from lightrft.strategy.tensors import as_bytes
 
@@ -14,6 +16,33 @@ def tensors_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield parameters and buffers with their names; tied parameters come once."""
     yield from module.named_parameters()
     yield from module.named_buffers()
+
+
+def attributes_of(parameter: torch.Tensor) -> dict[str, Any]:
+    """Return what a caller set on ``parameter``: gradient hooks and attributes. They belong to this object alone."""
+    set_by_torch = ("_is_param", "_fsdp_orig_uid")
+    attributes = {name: value for name, value in vars(parameter).items() if name not in set_by_torch}
+    for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        if getattr(parameter, name):
+            attributes[name] = getattr(parameter, name)  # the dict itself, through which a handle removes its hook
+    return attributes
+
+
+def set_attributes(parameter: torch.Tensor, attributes: Mapping[str, Any]) -> None:
+    """Set what `attributes_of` returned on a parameter that takes the place of another."""
+    for name, value in attributes.items():
+        setattr(parameter, name, value)
+
+
+def check_gradient_hooks(module: nn.Module, backend: str) -> None:
+    """Raise `UnsupportedOperationError` for hooks that ``backend``, which shards gradients, would call with a part of one."""
+    hooked = [name for name, p in module.named_parameters() if p._post_accumulate_grad_hooks]
+    if hooked:
+        raise UnsupportedOperationError(
+            f"prepare: expected no parameter with a hook of register_post_accumulate_grad_hook, got one on "
+            f"{', '.join(hooked[:3])} of {type(module).__name__}. {backend} does not accumulate whole gradients on the parameter. Use "
+            f"register_hook, or strategy 'fake' or zero_stage=0"
+        )
 
 
 def replace_tensors(module: nn.Module, make: Callable[[torch.Tensor], torch.Tensor], kind: type[torch.Tensor]) -> None:
@@ -28,6 +57,8 @@ def replace_tensors(module: nn.Module, make: Callable[[torch.Tensor], torch.Tens
                     new = make(tensor)
                     is_parameter = isinstance(tensor, nn.Parameter) and not isinstance(new, nn.Parameter)
                     made[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
+                    if is_parameter:
+                        set_attributes(made[id(tensor)], attributes_of(tensor))
                 store[name] = made[id(tensor)]  # type: ignore[assignment]
 
 

@@ -15,7 +15,7 @@ from lightrft.strategy.backend.contract import Backend
 from lightrft.strategy.backend.modules import replicate
 from lightrft.strategy.backend.types import GradientShards, Shard, StateSlice, TrainedModel, WrapOptions
 from lightrft.strategy.distributed.world import World
-from lightrft.strategy.tensors import cast, elements
+from lightrft.strategy.tensors import cast, elements, grouped, packed
 
 BUCKET_BYTES = 64 * 2**20
 """Bytes of gradients that one collective averages."""
@@ -56,6 +56,9 @@ class ReplicatedBackend:
     def create_optimizer(self, module: nn.Module, **settings: Any) -> Optimizer:
         """Return unfused ``torch.optim.AdamW``."""
         return adamw(module, **settings)
+
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        pass
 
     def algorithm(self, optimizer: Optimizer) -> str:
         return type(optimizer).__name__
@@ -130,7 +133,7 @@ class ReplicatedBackend:
 
 
 def fill_missing(parameters: Iterable[nn.Parameter]) -> None:
-    """Zero the missing gradients of trainable parameters, and remove those of parameters that were frozen meanwhile.
+    """Zero the missing gradients of trainable parameters, and remove those of parameters that were frozen since.
 
     An unused parameter gets a zero gradient, so that its moments and weight decay are applied: ZeRO does this by
     construction, and all strategies must behave the same.
@@ -156,17 +159,8 @@ def average(gradients: Sequence[torch.Tensor], group: dist.ProcessGroup | None, 
 
 
 def _buckets(gradients: Sequence[torch.Tensor]) -> Iterable[list[torch.Tensor]]:
-    by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
-    for gradient in gradients:
-        by_dtype.setdefault(gradient.dtype, []).append(gradient)
-    for same_dtype in by_dtype.values():
-        bucket: list[torch.Tensor] = []
-        for gradient in same_dtype:
-            if bucket and sum(part.nbytes for part in bucket) + gradient.nbytes > BUCKET_BYTES:
-                yield bucket
-                bucket = []
-            bucket.append(gradient)
-        yield bucket
+    for same_dtype in grouped((gradient.dtype, gradient) for gradient in gradients).values():
+        yield from packed(same_dtype, lambda gradient: gradient.nbytes, BUCKET_BYTES)
 
 
 if TYPE_CHECKING:

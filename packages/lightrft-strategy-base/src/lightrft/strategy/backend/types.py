@@ -1,4 +1,4 @@
-"""What the hooks of a backend take and return.
+"""The types that the hooks of a backend take and return.
 
 A model's state is described by ranges of flattened tensors: FSDP2's dim-0 shards and ZeRO's partitions are both
 contiguous ranges, and so is a full tensor. Code that moves state between layouts is written once, for ranges.
@@ -7,6 +7,7 @@ contiguous ranges, and so is a full tensor. Code that moves state between layout
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -32,11 +33,11 @@ class Shard:
 
     name: str
     shape: torch.Size
-    """Shape of the whole tensor."""
+    """Shape of the full tensor."""
     offset: int
-    """Index of the first element of the range in the flattened whole tensor."""
+    """Index of the first element of the range in the flattened full tensor."""
     values: torch.Tensor
-    """A view of the model's memory: writing here writes the model. 1-D, or a whole tensor that is not contiguous."""
+    """A view of the model's memory: writing to it changes the model. 1-D, or a full tensor that is not contiguous."""
 
     @property
     def range(self) -> tuple[str, int, int]:
@@ -48,7 +49,7 @@ class Shard:
         return Shard(name=name, shape=self.shape, offset=self.offset, values=self.values)
 
     def of(self, whole: torch.Tensor) -> torch.Tensor:
-        """Return the same range of another whole tensor of this shape, shaped like ``values``."""
+        """Return the same range of another full tensor of this shape, shaped like ``values``."""
         return whole.reshape(-1)[self.offset : self.offset + self.values.numel()].view(self.values.shape)
 
 
@@ -58,7 +59,7 @@ class StateSlice:
 
     shard: Shard
     key: torch.Tensor
-    """The tensor under which the optimizer knows the range: the parameter, or a flat partition of many parameters."""
+    """The optimizer's own tensor for the range: the parameter, or a flat partition of many parameters."""
     start: int
     """Index of the range's first element in the flattened local part of ``key``, and so in each of its state tensors."""
 
@@ -88,6 +89,11 @@ def parameters_of(optimizer: Optimizer) -> Iterator[nn.Parameter]:
         yield from group["params"]
 
 
+def sizes_of_groups(optimizer: Optimizer) -> list[int]:
+    """Return the number of parameters in each group of ``optimizer``."""
+    return [len(group["params"]) for group in optimizer.param_groups]
+
+
 class TrainedModel:
     """A model in training, with its optimizer and the counters of its updates. Models share no state."""
 
@@ -114,6 +120,8 @@ class TrainedModel:
         """Parameters of the optimizer that were frozen when the model was prepared, by name."""
         self.group_names = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
         """Names of the parameters in each group of the caller's optimizer."""
+        self.group_sizes = sizes_of_groups(optimizer)
+        """Numbers of parameters in each group of the optimizer as it is stepped, which may hold flat partitions."""
         self.scheduler: LRScheduler | None = None
         self.optimizer_offloaded = False
         self.micro_batches = 0
@@ -125,6 +133,15 @@ class TrainedModel:
         self.skipped = 0
         """Updates skipped."""
         self.skipped_in_a_row = 0
+        self.averages: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+        """By moving average, the number of updates that it includes. Without an entry: those before training went on."""
+        self._resumed_updates = 0
+        self.updating = False
+        """Whether an update is being made: only then may the optimizer step."""
+        self.gradients_seen: list[tuple[torch.Tensor | None, int]] = [(None, 0)] * len(
+            self.parameters[:1] + self.parameters[-1:]
+        )
+        """The gradients of the first and the last parameter, with their versions, as the strategy left them."""
 
     @property
     def has_pending_gradient(self) -> bool:
@@ -139,3 +156,9 @@ class TrainedModel:
         """Restore the counters that `state_dict` returned."""
         self.updates, self.skipped = state["updates"], state["skipped"]
         self.skipped_in_a_row = state["skipped_in_a_row"]
+        self._resumed_updates = self.updates
+        self.averages.clear()
+
+    def updates_in(self, average: nn.Module) -> int:
+        """Return how many of the updates a moving average of this model includes."""
+        return self.averages.get(average, self._resumed_updates)

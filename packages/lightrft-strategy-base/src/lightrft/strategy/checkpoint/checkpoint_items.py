@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightrft.config import ArgumentError, CheckpointError, StrategyError
+from lightrft.config import ArgumentError, ArgumentTypeError, CheckpointError, StrategyError
+from lightrft.config.validation import shown
 from lightrft.strategy.backend.contract import Backend
 from lightrft.strategy.backend.types import Shard, TrainedModel
 from lightrft.strategy.checkpoint.format import RANKS
@@ -86,8 +87,7 @@ class RunState:
     ) -> None:  # fmt: skip
         self.strategy, self.backend, self.consensus = strategy, backend, consensus
         self._models, self._preparation = models, preparation
-        self.averages = averages.seen
-        """By moving average, the updates of its source that it has seen."""
+        self.averages = averages
         self.loaders = LoaderPositions()
         self.lineages: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
         """By model, an identifier that stays the same when a restarted run loads the model."""
@@ -105,11 +105,19 @@ class RunState:
             optimizers, schedulers = _by_name("optimizer", optimizer, names), _by_name("scheduler", scheduler, names)
             return [self._item(call, name, it, optimizers[name], schedulers[name]) for name, it in models.items()]
 
+    def updates_averaged(self, item: CheckpointItem) -> int | None:
+        """Return the number of updates that ``item`` includes if it is a moving average, else None."""
+        return None if item.trained is not None else self.averages.updates_in(item.module, self._models.in_training)
+
     def _item(self, call: str, name: str, model: object, optimizer: Optimizer | None, scheduler: Any) -> CheckpointItem:
         if not isinstance(model, nn.Module):
             raise StrategyError(
-                f"{call}: expected a model or a dict of models, got {type(model).__name__} ({model!r}) as {name}. Pass the model "
+                f"{call}: expected a model or a dict of models, got {shown(model)} as {name}. Pass the model "
                 f"that prepare returned"
+            )
+        if scheduler is not None and (isinstance(scheduler, type) or not hasattr(scheduler, "state_dict")):
+            raise ArgumentTypeError(
+                f"{call}: expected the scheduler to have state_dict and load_state_dict, got {shown(scheduler)}"
             )
         if optimizer is not None:
             check_kinds(call, model, optimizer)
@@ -118,6 +126,7 @@ class RunState:
         prepared = self._models.find(model)
         if prepared is None and self.backend.accepts_unprepared:
             module = self._models.unwrap(model)
+            self._preparation.warn_of_unprepared(module)
             return CheckpointItem(name=name, module=module, model_class=type(module), trained=None, scheduler=scheduler)
         prepared = self._models.require_ready(model, call)
         trained = prepared.trained
@@ -148,14 +157,14 @@ def _by_name(argument: str, value: Any, names: list[str] | None) -> dict[str, An
     if names is None:
         if isinstance(value, Mapping):
             raise ArgumentError(
-                f"expected {argument} to be a single one, as model is, got a mapping. Pass both in the same way"
+                f"expected one {argument} for one model, got a dict. Pass both model and {argument} as dicts, or neither"
             )
         return {SINGLE: value}
     if value is None:
         return dict.fromkeys(names)
     if not isinstance(value, Mapping) or not set(value) <= set(names):
         raise ArgumentError(
-            f"expected {argument} to be a dict with names of the models ({', '.join(names)}) as keys, got {value!r}"
+            f"expected {argument} to be a dict whose keys are model names, got {value!r}. The models are: {', '.join(names)}"
         )
     return {name: value.get(name) for name in names}
 
@@ -214,14 +223,13 @@ class LoaderPositions:
 
 
 def _check_position(loader: ResumableLoader, position: Position, index: int) -> None:
-    order = loader.order()
-    if position["ranks"] != order["ranks"]:  # then the batch size of a rank may differ too
-        order = {name: value for name, value in order.items() if name not in ("ranks", "batch_size")}
+    # The position counts samples over all ranks: the number of ranks and the batch size may differ.
+    order = {name: value for name, value in loader.order().items() if name not in ("ranks", "batch_size")}
     differing = [name for name, value in order.items() if value != position[name]]
     if differing:
         expected, got = (", ".join(f"{name}={values[name]}" for name in differing) for values in (position, order))
         raise CheckpointError(
-            f"expected loader {index} of setup_dataloader to have {expected}, as in the checkpoint, got {got}. Make the loaders "
+            f"expected loader {index} of setup_dataloader to have {expected}, as in the checkpoint, got {got}. Create the loaders "
             f"in the same order from the same data, or pass load_module_only=True to load_ckpt"
         )
 

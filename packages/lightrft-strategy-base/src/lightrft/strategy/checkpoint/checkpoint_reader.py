@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 
@@ -22,14 +22,14 @@ from lightrft.strategy.checkpoint import format
 from lightrft.strategy.checkpoint.format import CHUNK, File, Manifest, Piece
 from lightrft.strategy.checkpoint.store import read_manifest
 from lightrft.strategy.storage import files
-from lightrft.strategy.tensors import memory_of
+from lightrft.strategy.tensors import grouped, memory_of, packed
 
 THREADS = 2
-"""Reading and computing checksums release Python's lock."""
+"""Reading and computing checksums release the GIL."""
+BATCH = 32 * 2**20
+"""Bytes of a task for a thread, so that small pieces do not cost a task each."""
 _VERIFIED = 2 * 2**20
 """Bytes that are read and summed at a time: they fit the processor's cache."""
-
-T = TypeVar("T")
 
 
 class CheckpointReader:
@@ -91,9 +91,7 @@ class CheckpointReader:
                 header = os.pread(descriptor, format.header_length(os.pread(descriptor, 8, 0), file.nbytes), 0)
                 pieces, stamp = format.decode_header(header)
                 if stamp != self.manifest.stamp:
-                    raise CheckpointError(
-                        f"it belongs to another save, of tag {stamp.tag!r}, than the manifest beside it"
-                    )
+                    raise CheckpointError(f"it was written by another save (tag {stamp.tag!r}) than its manifest")
                 if files.checksum_of(header, self.manifest.checksum) != file.header:
                     raise CheckpointError("its header does not match its checksum in the manifest")
                 return pieces
@@ -103,9 +101,7 @@ class CheckpointReader:
     @cached_property
     def index(self) -> Mapping[str, Sequence[tuple[int, Piece]]]:
         """The pieces of each entry, with the index of their file, by offset."""
-        index: dict[str, list[tuple[int, Piece]]] = {}
-        for number, piece in self.pieces:
-            index.setdefault(piece.entry, []).append((number, piece))
+        index = grouped((piece.entry, (number, piece)) for number, piece in self.pieces)
         for group in index.values():
             group.sort(key=lambda entry: (entry[1].offset, entry[1].numel))
         return index
@@ -121,7 +117,7 @@ class CheckpointReader:
         return list(self.state["models"])
 
     def shapes(self, prefix: str) -> Mapping[str, torch.Size]:
-        """Return the whole shapes of the entries that begin with ``prefix``, by the rest of their names."""
+        """Return the full shapes of the entries that begin with ``prefix``, by the rest of their names."""
         if prefix not in self._shapes:
             self._shapes[prefix] = {
                 entry.removeprefix(prefix): torch.Size(pieces[0][1].shape)
@@ -159,7 +155,7 @@ class CheckpointReader:
             self._verify(batch, thread.buffer)
 
         with self._threads() as pool:
-            results = pool.map(verify, _batches(chosen, [piece.nbytes for _, piece in chosen]))
+            results = pool.map(verify, packed(chosen, lambda pair: pair[1].nbytes, BATCH))
             try:
                 yield
             except Exception:
@@ -188,25 +184,24 @@ class CheckpointReader:
         Args:
             wanted: Entry, index of the first element in it, and the tensor to fill.
         """
-        chosen = list(wanted)
         with self._threads() as pool:
-            deque(pool.map(self._fill_all, _batches(chosen, [values.nbytes for *_, values in chosen])), maxlen=0)
+            deque(pool.map(self._fill_all, packed(wanted, lambda entry: entry[2].nbytes, BATCH)), maxlen=0)
 
     def _fill_all(self, batch: Sequence[tuple[str, int, torch.Tensor]]) -> None:
         for entry, offset, values in batch:
             self._fill(entry, offset, values)
 
     def tensor(self, entry: str) -> torch.Tensor:
-        """Return a whole entry in the dtype in which it is stored."""
+        """Return an entry in full, in the dtype in which it is stored."""
         if entry not in self.index:
-            raise CheckpointError(f"expected {entry} in {self.path}, found none")
+            raise CheckpointError(f"expected {entry} in {self.path}, found none. Load another tag")
         piece = self.index[entry][0][1]
         whole = torch.empty(piece.shape, dtype=piece.dtype)
         self._fill(entry, 0, whole.view(-1))
         return whole
 
     def _fill(self, entry: str, offset: int, values: torch.Tensor) -> None:
-        if values.ndim != 1:  # a whole tensor that is not contiguous
+        if values.ndim != 1:  # a full tensor that is not contiguous
             row = torch.empty(values.numel(), dtype=values.dtype)
             self._fill(entry, offset, row)
             values.copy_(row.view(values.shape))
@@ -262,15 +257,5 @@ def fragments(
             reached += length
     if reached < end:
         raise CheckpointError(
-            f"expected elements {reached} to {end} of {entry} in the files, found none; load another tag"
+            f"expected elements {reached} to {end} of {entry} in the files, found none. Load another tag"
         )
-
-
-def _batches(items: Sequence[T], sizes: Sequence[int], batch_bytes: int = 32 * 2**20) -> Iterator[Sequence[T]]:
-    """Yield ``items`` in order, about ``batch_bytes`` at a time, so that small ones do not cost a task each."""
-    start, held = 0, 0
-    for end, size in enumerate(sizes, 1):
-        held += size
-        if held >= batch_bytes or end == len(items):
-            yield items[start:end]
-            start, held = end, 0

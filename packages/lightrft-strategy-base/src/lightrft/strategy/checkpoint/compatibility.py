@@ -80,11 +80,11 @@ def _check_tensors(
                 f"{what}: expected {name} to have shape {tuple(saved[name])}, as in {checkpoint.path}, got {tuple(shape)}. Build "
                 f"the model that was saved"
             )
-    missing, unexpected = current.keys() - saved.keys(), saved.keys() - current.keys()
+    missing, unexpected = sorted(current.keys() - saved.keys()), sorted(saved.keys() - current.keys())
     if strict and (missing or unexpected):
         raise CheckpointError(
-            f"expected the {what} to be those in {checkpoint.path}, got others: "
-            f"{_listed('not in the checkpoint', missing)}{_listed('only in the checkpoint', unexpected)}Build the model that "
+            f"expected the same {what} as in {checkpoint.path}, got other names: "
+            f"{listed('not in the checkpoint', missing)}{listed('only in the checkpoint', unexpected)}Build the model that "
             f"was saved, or pass load_module_strict=False"
         )
 
@@ -99,10 +99,10 @@ def _check_buffers(
     _check_tensors(checkpoint, f"ranks/0/buffers/{name}/", local, f"buffers of {class_name}", strict=strict)
 
 
-def _listed(what: str, names: Iterable[str]) -> str:
-    ordered = sorted(names)
-    more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
-    return f"{what}: {', '.join(ordered[:3])}{more}. " if ordered else ""
+def listed(what: str, names: Sequence[str]) -> str:
+    """Return a sentence with the first of ``names``; empty if there are none."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{what}: {', '.join(names[:3])}{more}. " if names else ""
 
 
 def _check_state(
@@ -118,7 +118,7 @@ def _check_state(
     if current is None:
         remedy = f"prepare the model with its {what}, pass {what}=..., or {remedy}"
     raise CheckpointError(
-        f"expected the {what} of {class_name} to be {saved or 'none'}, as in {checkpoint.path}, got {current or 'none'}. Make "
+        f"expected the {what} of {class_name} to be {saved or 'none'}, as in {checkpoint.path}, got {current or 'none'}. Create "
         f"it as it was, or {remedy}"
     )
 
@@ -130,7 +130,8 @@ def scheduler_state(checkpoint: CheckpointReader, item: CheckpointItem, name: st
     state = from_json(checkpoint.state["models"][name]["scheduler"]["state"])
     if not isinstance(state, dict):
         raise CheckpointError(
-            f"expected the state of the scheduler in {checkpoint.path} to be a dict, got a {type(state).__name__}"
+            f"expected the state of the scheduler in {checkpoint.path} to be a dict, got a {type(state).__name__}. Pass "
+            f"load_lr_scheduler_states=False"
         )
     return state
 
@@ -161,7 +162,7 @@ def _numbers(checkpoint: CheckpointReader, allocation: Allocation, prefix: str) 
             if not torch.equal(first, value):
                 raise CheckpointError(
                     f"expected the same {state} for {allocation.slices[0].shard.name} and {part.shard.name}, which this "
-                    f"optimizer keeps together, got {first.item()} and {value.item()}. Load it with a strategy that keeps "
-                    f"parameters apart"
+                    f"optimizer stores in one tensor, got {first.item()} and {value.item()}. Load it with a strategy whose "
+                    f"optimizer stores them separately"
                 )
             yield name, value

@@ -17,7 +17,7 @@ An entry is one tensor of the state:
     ranks/R/random/STREAM           random streams of rank R
 
 Ranks write pieces of entries: ranges of the flattened tensor. In a file, a piece is a 1-D tensor named ENTRY@OFFSET, and
-the header's metadata has the shape of the whole tensor. Reading needs no pickle and no code outside this package.
+the header's metadata has the shape of the full tensor. Reading needs no pickle and no code outside this package.
 """
 
 import json
@@ -60,7 +60,7 @@ def dtype_name(tensor: str, dtype: torch.dtype) -> str:
     if dtype not in DTYPES:
         supported = ", ".join(str(supported_dtype).removeprefix("torch.") for supported_dtype in DTYPES)
         raise CheckpointError(
-            f"expected {tensor} to have a dtype that files support ({supported}), got {dtype}; cast it"
+            f"expected {tensor} to have a dtype that files support ({supported}), got {dtype}. Cast it"
         )
     return DTYPES[dtype]
 
@@ -80,9 +80,9 @@ class Piece:
     entry: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    """Shape of the whole tensor."""
+    """Shape of the full tensor."""
     offset: int
-    """Index of the first element in the flattened whole tensor."""
+    """Index of the first element in the flattened full tensor."""
     numel: int
     checksum: str = ""
     position: int = 0
@@ -185,11 +185,12 @@ def decode_header(header: bytes) -> tuple[list[Piece], Stamp]:
     try:
         table = json.loads(header[8:])
         metadata = json.loads(table.pop("__metadata__")[_METADATA])
-        shapes = metadata["pieces"]
-        pieces = [_piece(key, value, shapes[key], len(header)) for key, value in table.items()]
+        pieces = [_piece(key, value, metadata["pieces"][key], len(header)) for key, value in table.items()]
         return pieces, Stamp(tag=metadata["tag"], nonce=metadata["nonce"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"its header is not one of a checkpoint ({type(error).__name__}: {error})") from error
+        raise CheckpointError(
+            f"its header is not that of a checkpoint file ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _piece(key: str, value: dict[str, Any], shape_and_checksum: list[Any], start: int) -> Piece:
@@ -233,6 +234,11 @@ class Manifest:
         return {name: facts["lineage"] for name, facts in self.state["models"].items()}
 
     @property
+    def classes(self) -> dict[str, str]:
+        """The class of each model, by name."""
+        return {name: facts["class"] for name, facts in self.state["models"].items()}
+
+    @property
     def ranks(self) -> int:
         """Number of ranks that wrote it."""
         return len(self.files)
@@ -260,7 +266,9 @@ class Manifest:
         body = _unsealed(text)
         version = body.get("version") if isinstance(body, dict) else None
         if version != VERSION:
-            raise CheckpointError(f"expected version {VERSION} of the format, got {version}")
+            raise CheckpointError(
+                f"expected version {VERSION} of the format, got {version}. Use the version of lightrft-strategy-base that wrote it"
+            )
         try:
             manifest = cls(
                 stamp=Stamp(tag=body["tag"], nonce=body["nonce"]), sequence=body["sequence"], latest=body["latest"],
@@ -272,7 +280,7 @@ class Manifest:
         if [file.name for file in manifest.files] != [
             file_name(rank, manifest.ranks) for rank in range(manifest.ranks)
         ]:
-            raise CheckpointError("it names files that are not those of a checkpoint")
+            raise CheckpointError("its list of files is not that of a checkpoint")
         return manifest
 
 
@@ -301,6 +309,6 @@ def _unsealed(text: str) -> Any:
     body = text[start : -len(_CLOSING)]
     if text != _sealed(body):
         raise CheckpointError(
-            "its checksum does not match its contents: it is damaged, or not a manifest of a checkpoint"
+            "its contents do not match its checksum: it is damaged, or not the manifest of a checkpoint"
         )
     return json.loads(body)

@@ -21,6 +21,7 @@ from lightrft.strategy.checkpoint.compatibility import LoadOptions
 from lightrft.strategy.checkpoint.format import RANKS
 from lightrft.strategy.checkpoint.restore_optimizer import Allocation, Numbers, StoredTypes
 from lightrft.strategy.checkpoint.store import Store, check_tag
+from lightrft.strategy.storage.files import user_path
 from lightrft.strategy.storage.safe_json import from_json
 from lightrft.strategy.tensors import elements
 
@@ -49,8 +50,9 @@ def load_checkpoint(
     Returns:
         The path of the checkpoint and the client state.
     """
-    consensus, directory = run.consensus, Path(load_dir).expanduser()
+    consensus = run.consensus
     with consensus.together(CALL, "checking arguments"):
+        directory = user_path(load_dir, "load_dir")
         if tag is not None:
             check_tag(tag)
     consensus.agree(CALL, [str(directory), tag, repr(options), [item.name for item in items]])
@@ -60,8 +62,7 @@ def load_checkpoint(
     path = Path(consensus.on_rank_0(CALL, "finding the checkpoint", lambda: str(Store(directory).find(tag))))
     opened: list[CheckpointReader] = []
     try:
-        headers = consensus.everywhere(CALL, "opening the files", lambda: _open(path, opened))
-        _check_same(path, headers)
+        _check_same(path, consensus.everywhere(CALL, "opening the files", lambda: _open(path, opened)))
         loading = CheckpointLoading(run, items, options, opened[0])
         with consensus.together(CALL, "verifying"):
             plans, client_state = loading.check()
@@ -84,7 +85,7 @@ def _open(path: Path, opened: list[CheckpointReader]) -> list[str]:
     """Open the checkpoint; return the checksums of its headers."""
     if not path.is_dir():
         raise CheckpointError(
-            f"expected {path}, which rank 0 sees, found no directory. Load from a file system that all hosts share"
+            f"expected a directory at {path}, as on rank 0, found none. Load from a file system that all hosts share"
         )
     opened.append(CheckpointReader(path))
     return [file.header for file in opened[0].manifest.files]
@@ -202,14 +203,13 @@ class CheckpointLoading:
         return shards
 
     def restore_run(self, plans: Sequence[LoadPlan]) -> None:
-        """Restore everything beside tensors: counters, schedulers, loaders, random streams."""
+        """Restore everything except tensors: counters, schedulers, loaders, random number generators."""
         run, checkpoint = self._run, self._checkpoint
         for plan in plans:
             item, facts = plan.item, checkpoint.state["models"][plan.name]
             run.lineages[item.module] = facts["lineage"]
-            run.averages.pop(item.module, None)
-            if facts["average"] is not None:
-                run.averages[item.module] = facts["average"]
+            if item.trained is None:
+                run.averages.restore(item.module, facts["average"])
             if plan.scheduler:
                 item.scheduler.load_state_dict(plan.scheduler)
             if item.trained is not None and facts["training"] is not None:

@@ -28,7 +28,7 @@ from lightrft.strategy.checkpoint.format import RANKS, Piece, dtype_name
 from lightrft.strategy.models.hf_metadata import adapter_configuration
 from lightrft.strategy.storage import files
 from lightrft.strategy.storage.safe_json import to_json
-from lightrft.strategy.tensors import elements, local_part, memory_of
+from lightrft.strategy.tensors import elements, grouped, local_part, memory_of
 
 CALL = "save_ckpt"
 IMPLEMENTATION = frozenset({"params", "foreach", "fused", "capturable", "differentiable"})
@@ -60,10 +60,12 @@ def describe(run: RunState, items: Sequence[CheckpointItem]) -> dict[str, Any]:
 
 def _describe_model(run: RunState, item: CheckpointItem) -> dict[str, Any]:
     facts: dict[str, Any] = {"class": item.model_class.__name__, **_describe_configuration(item)}
-    facts |= {"average": run.averages.get(item.module), "scheduler": None, "training": None}
+    facts |= {"average": run.updates_averaged(item), "scheduler": None, "training": None}
     if item.scheduler is not None:
-        state = to_json(item.scheduler.state_dict(), "the state of the scheduler", exact=False)
-        facts["scheduler"] = {"class": item.scheduler_class, "state": state}
+        facts["scheduler"] = {
+            "class": item.scheduler_class,
+            "state": to_json(item.scheduler.state_dict(), "the state of the scheduler", exact=False),
+        }
     if item.trained is not None:
         facts["training"] = {
             **item.trained.state_dict(),
@@ -234,10 +236,7 @@ def share_of(held: Sequence[Shard], ranges: Sequence[Sequence[Range]], rank: int
 
 def choose_writers(ranges: Sequence[Sequence[Range]]) -> dict[Range, int]:
     """Return the rank that writes each range, from the ranges of every rank. The same on all ranks."""
-    holders: dict[Range, list[int]] = {}
-    for rank, held in enumerate(ranges):
-        for range_ in held:
-            holders.setdefault(range_, []).append(rank)
+    holders = grouped((range_, rank) for rank, held in enumerate(ranges) for range_ in held)
     load = [0] * len(ranges)
     writers: dict[Range, int] = {}
     for range_, ranks in sorted(holders.items(), key=lambda pair: (len(pair[1]) > 1, -pair[0][2], pair[0])):
@@ -248,9 +247,7 @@ def choose_writers(ranges: Sequence[Sequence[Range]]) -> dict[Range, int]:
 
 
 def _check_covered(held: Sequence[Shard], ranges: Iterable[Range]) -> None:
-    by_entry: dict[int, list[tuple[int, int]]] = {}
-    for entry, offset, numel in ranges:
-        by_entry.setdefault(entry, []).append((offset, numel))
+    by_entry = grouped((entry, (offset, numel)) for entry, offset, numel in ranges)
     for shard in held:
         check_covered(shard.name, shard.shape.numel(), by_entry[_fingerprint(shard.name)])
 

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from lightrft.config import CheckpointError
+from lightrft.strategy.backend.optimizer_probe import replica
 from lightrft.strategy.backend.types import Shard, StateSlice, TrainedModel
 from lightrft.strategy.storage.safe_json import from_json
-from lightrft.strategy.tensors import elements, local_part
+from lightrft.strategy.tensors import elements, grouped, local_part
 
 Stored = Mapping[str, torch.Size]
 """Shapes of the stored tensors, by ``STATE/PARAMETER``."""
@@ -30,6 +32,8 @@ class Allocation:
     states: list[str]
     numbers_on_device: bool
     """Whether numbers are kept on the device of the key, not on the CPU."""
+    made: Mapping[str, Any]
+    """The state that the optimizer makes itself for such a key, if that is known: the form of the numbers in it."""
 
 
 def plan(optimizer: Optimizer, slices: Sequence[StateSlice], stored: Stored) -> list[Allocation]:
@@ -38,19 +42,36 @@ def plan(optimizer: Optimizer, slices: Sequence[StateSlice], stored: Stored) -> 
     Raises:
         CheckpointError: The stored state does not fit the keys.
     """
-    states_of: dict[str, list[str]] = {}
-    for name in stored:
-        state, _, parameter = name.partition("/")
-        states_of.setdefault(parameter, []).append(state)
-    by_key: dict[int, list[StateSlice]] = {}
-    for part in slices:
-        by_key.setdefault(id(part.key), []).append(part)
+    split_names = (name.partition("/") for name in stored)
+    states_of = grouped((parameter, state) for state, _, parameter in split_names)
+    by_key = grouped((id(part.key), part) for part in slices)
     group_of = {id(key): group for group in optimizer.param_groups for key in group["params"]}
     order = {key: index for index, key in enumerate(group_of)}
-    return [
-        _allocation(by_key[key], states_of, stored, _keeps_numbers_on_device(group_of.get(key, {})))
-        for key in sorted(by_key, key=lambda identity: order.get(identity, len(order)))
-    ]
+    forms: dict[tuple[int, int], Mapping[str, Any]] = {}
+    allocations = []
+    for identity in sorted(by_key, key=lambda identity: order.get(identity, len(order))):
+        group, key = group_of.get(identity, {}), by_key[identity][0].key
+        if (id(group), key.ndim) not in forms:
+            forms[id(group), key.ndim] = _state_made(optimizer, group, key)
+        allocations.append(
+            _allocation(
+                by_key[identity], states_of, stored, _keeps_numbers_on_device(group), forms[id(group), key.ndim]
+            )
+        )
+    return allocations
+
+
+def _state_made(optimizer: Optimizer, group: dict[str, Any], key: torch.Tensor) -> Mapping[str, Any]:
+    """Return the state that a step of a copy of ``optimizer`` makes for a tensor like ``key``; empty if it cannot be tried."""
+    parameter = nn.Parameter(torch.ones([2] * key.ndim, dtype=key.dtype, device=key.device))
+    parameter.grad = torch.ones_like(parameter)
+    try:
+        copied = replica(optimizer, group, [parameter])
+        copied.step()
+    except Exception:  # noqa: BLE001 - an optimizer may raise anything
+        return {}
+    made: Mapping[str, Any] = copied.state[parameter]
+    return made
 
 
 def _keeps_numbers_on_device(group: Mapping[str, Any]) -> bool:
@@ -58,17 +79,18 @@ def _keeps_numbers_on_device(group: Mapping[str, Any]) -> bool:
 
 
 def _allocation(
-    parts: list[StateSlice], states_of: Mapping[str, list[str]], stored: Stored, numbers_on_device: bool
-) -> Allocation:
+    parts: list[StateSlice], states_of: Mapping[str, list[str]], stored: Stored, numbers_on_device: bool,
+    made: Mapping[str, Any],
+) -> Allocation:  # fmt: skip
     first = parts[0].shard.name
     states = sorted(states_of.get(first, []))
     for part in parts:
         name = part.shard.name
         if sorted(states_of.get(name, [])) != states:
             raise CheckpointError(
-                f"expected the same optimizer state for {first} and {name}, which this optimizer keeps together, got "
-                f"{', '.join(states) or 'none'} for the one and {', '.join(sorted(states_of.get(name, []))) or 'none'} for the "
-                f"other. Load it with a strategy that keeps parameters apart"
+                f"expected the same optimizer state for {first} and {name}, which this optimizer stores in one tensor, got "
+                f"{', '.join(states) or 'none'} and {', '.join(sorted(states_of.get(name, []))) or 'none'}. Load it with a strategy "
+                f"whose optimizer stores them separately"
             )
         for state in states:
             shape = stored[f"{state}/{name}"]
@@ -77,7 +99,7 @@ def _allocation(
                     f"expected {state} of {name} to have the parameter's shape {tuple(part.shard.shape)}, got {tuple(shape)}, "
                     f"which cannot be sharded. Load it with a strategy that does not shard"
                 )
-    return Allocation(key=parts[0].key, slices=parts, states=states, numbers_on_device=numbers_on_device)
+    return Allocation(key=parts[0].key, slices=parts, states=states, numbers_on_device=numbers_on_device, made=made)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +137,9 @@ def allocate(
     for state in allocation.states:
         first = f"{state}/{parameter.name}"
         if first in numbers.values:
-            made[state] = _as_number(optimizer, allocation, numbers.values[first], numbers.same_optimizer)
+            made[state] = _as_number(
+                optimizer, allocation, allocation.made.get(state), numbers.values[first], numbers.same_optimizer
+            )
             continue
         dtype = types.of(state, parameter.name, allocation.key)
         if stored[first] in (torch.Size(), parameter.shape):
@@ -155,15 +179,29 @@ def is_number(name: str, shape: torch.Size, parameter: torch.Size) -> bool:
     return not shape and (name.startswith("step/") or bool(parameter))
 
 
-def _as_number(optimizer: Optimizer, allocation: Allocation, stored: torch.Tensor, same_optimizer: bool) -> Any:
-    """Return a number in the form that this optimizer keeps: torch's own keep tensors, DeepSpeed's Python numbers."""
+def _as_number(
+    optimizer: Optimizer, allocation: Allocation, made: object, stored: torch.Tensor, same_optimizer: bool
+) -> Any:
+    """Return a number in the form of ``made``, which this optimizer makes itself: a tensor, or a Python number.
+
+    If the optimizer could not be tried: torch's own keep tensors, others Python numbers, unless they stored tensors.
+    """
+    if isinstance(made, torch.Tensor) and made.numel() == 1:
+        return stored.to(made.device, made.dtype).reshape(made.shape)
+    if isinstance(made, (int, float)):
+        return _python_number(stored, whole=isinstance(made, int))
     was_python = stored.dtype in (torch.int64, torch.float64)
     from_torch = type(optimizer).__module__.startswith("torch.optim")
     if was_python if same_optimizer else not from_torch:
-        number = stored.item()
-        return int(number) if float(number).is_integer() and not same_optimizer else number
+        return _python_number(stored, whole=not same_optimizer)
     value = stored.to(torch.float32) if was_python else stored
     return value.to(allocation.key.device) if allocation.numbers_on_device else value
+
+
+def _python_number(stored: torch.Tensor, *, whole: bool) -> float:
+    """Return a Python number; with ``whole``, an int if it is a whole number."""
+    number: float = stored.item()
+    return int(number) if whole and not isinstance(number, bool) and float(number).is_integer() else number
 
 
 def check_groups(trained: TrainedModel, stored: Sequence[Mapping[str, Any]]) -> None:
@@ -173,7 +211,7 @@ def check_groups(trained: TrainedModel, stored: Sequence[Mapping[str, Any]]) -> 
     if saved != current:
         raise CheckpointError(
             f"expected parameter groups of {sorted(map(len, saved))} parameters, as in the checkpoint, got groups of "
-            f"{sorted(map(len, current))} or of other parameters. Make the optimizer as it was, or pass "
+            f"{sorted(map(len, current))} or of other parameters. Create the optimizer as it was, or pass "
             f"load_optimizer_states=False"
         )
 

@@ -9,7 +9,7 @@ import secrets
 import socket
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from lightrft.config import ArgumentTypeError, CheckpointError, ConfigError, StrategyError
+from lightrft.config.validation import shown
 from lightrft.strategy.checkpoint import format, plan
 from lightrft.strategy.checkpoint.background import BackgroundWriter
 from lightrft.strategy.checkpoint.checkpoint_items import CheckpointItem, RunState
@@ -56,6 +57,10 @@ class SaveTarget:
     max_num: int
     max_mem: float
     """GB."""
+    keep: Sequence[str] = ()
+    """Tags that are neither removed nor counted."""
+    first: bool = False
+    """Whether the strategy has not saved to `directory` before."""
     checksum: ChecksumKind = "crc32"
 
     @property
@@ -66,14 +71,16 @@ class SaveTarget:
     def check(self) -> None:
         """Raise `ArgumentTypeError`, `ArgumentError` or `ConfigError` for an invalid tag or limit."""
         check_tag(self.tag)
+        for tag in self.keep:
+            check_tag(tag, "a tag in keep")
         for name, value, types in (("max_num", self.max_num, (int,)), ("max_mem", self.max_mem, (int, float))):
             if isinstance(value, bool) or not isinstance(value, types):
                 expected = " or ".join(cls.__name__ for cls in types)
-                raise ArgumentTypeError(f"expected {name} to be {expected}, got {value!r} ({type(value).__name__})")
+                raise ArgumentTypeError(f"expected {name} to be {expected}, got {shown(value)}. Convert it")
         if self.max_num < 1:
-            raise ConfigError(f"expected max_num to be at least 1, for the new checkpoint, got {self.max_num}")
+            raise ConfigError(f"expected max_num to be at least 1, got {self.max_num}. Pass 1 to keep only the newest")
         if not self.max_mem > 0:
-            raise ConfigError(f"expected max_mem to be above 0 GB, got {self.max_mem}")
+            raise ConfigError(f"expected max_mem to be above 0 GB, got {self.max_mem}. Pass float('inf') for no limit")
 
 
 class CheckpointSaver:
@@ -86,25 +93,26 @@ class CheckpointSaver:
 
     def save(
         self, items: Sequence[CheckpointItem], save_dir: str | PathLike[str], tag: str | None, max_num: int, max_mem: float,
-        client_state: object, latest: bool,
+        client_state: object, latest: bool, keep: Collection[str] = (),
     ) -> Path:  # fmt: skip
         """Save ``items``, in the background if the settings say so; return the path of the checkpoint."""
         self.finish()
         consensus, world = self._run.consensus, self._run.backend.world
         updates = next((item.trained.updates for item in items if item.trained is not None), 0)
-        target = SaveTarget(
-            directory=Path(save_dir).expanduser().absolute(), tag=f"global_step{updates}" if tag is None else tag,
-            latest=latest, max_num=max_num, max_mem=max_mem, checksum=self._run.backend.config.ckpt_checksum,
-        )  # fmt: skip
         with consensus.together(CALL, "checking arguments"):
+            directory = files.user_path(save_dir, "save_dir")
+            target = SaveTarget(
+                directory=directory, tag=f"global_step{updates}" if tag is None else tag, latest=latest, max_num=max_num,
+                max_mem=max_mem, keep=_listed_tags(keep), first=all(path.parent != directory for path in self._saved),
+                checksum=self._run.backend.config.ckpt_checksum,
+            )  # fmt: skip
             target.check()
-        consensus.agree(CALL, [str(target.path), latest, max_num, max_mem, [item.name for item in items]])
+        consensus.agree(CALL, [str(target.path), latest, max_num, max_mem, target.keep, [item.name for item in items]])
         with consensus.together(CALL, "describing the models"):
             self._check_models(items, target.path)
             state = plan.describe(self._run, items)
             for item in items:
-                lineage = self._run.lineages.setdefault(item.module, secrets.token_hex(8))
-                state["models"][item.name]["lineage"] = lineage
+                state["models"][item.name]["lineage"] = self._run.lineages.setdefault(item.module, secrets.token_hex(8))
             state["client_state"] = to_json({} if client_state is None else client_state, f"{CALL}: client_state")
             dumps(state)  # raises for values that are not JSON
         share = plan.assign(self._run, items)
@@ -135,6 +143,10 @@ class CheckpointSaver:
         """Wait for the checkpoint that is written in the background. Raise on every rank if that failed."""
         if self._background is not None:
             self._background.finish()
+
+    def release_group(self) -> None:
+        """Drop the reference to the background writer's process group; `finish` was called before."""
+        self._background = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +208,18 @@ class CheckpointWrite:
         )  # fmt: skip
         self._tag_writer.commit(manifest)
         store.update_latest(manifest)
-        store.rotate(manifest, self.target.max_num, self.target.max_mem)
+        store.rotate(manifest, self.target.max_num, self.target.max_mem, self.target.keep)
+        if self.target.first:
+            store.warn_of_other_runs(manifest)
+
+
+def _listed_tags(keep: object) -> list[str]:
+    """Return ``keep``, tags of checkpoints, as a list."""
+    if isinstance(keep, str) or not isinstance(keep, Collection):
+        raise ArgumentTypeError(
+            f"expected keep to be a list of tags, got {shown(keep)}. Pass keep=['best'], for example"
+        )
+    return list(keep)
 
 
 def _becomes_true(condition: Callable[[], bool]) -> bool:
@@ -222,7 +245,7 @@ class TagWriter:
         self.folder = temporary_path(self.target, "writing")
 
     def begin(self, token: str, models: Mapping[str, Mapping[str, Any]]) -> None:
-        """Make `folder`, to which all ranks write, and clean up after killed processes.
+        """Create `folder`, to which all ranks write, and remove unfinished saves of killed processes.
 
         Raises:
             CheckpointError: Another process is saving the tag, or the tag exists and is not a checkpoint of such ``models``.

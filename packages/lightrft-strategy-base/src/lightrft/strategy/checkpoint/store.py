@@ -15,12 +15,13 @@ through symbolic links, or to a tag that another process is saving. A failure to
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from lightrft.config import ArgumentError, ArgumentTypeError, CheckpointError, CheckpointNotFoundError
+from lightrft.config.validation import shown
 from lightrft.strategy.checkpoint.format import LATEST, MANIFEST, Manifest
 from lightrft.strategy.storage import files, locks
 from lightrft.strategy.storage.locks import holding
@@ -40,16 +41,14 @@ def temporary_path(target: Path, state: str) -> Path:
     return target.with_name(f".{target.name}.{state}")
 
 
-def check_tag(tag: object) -> None:
+def check_tag(tag: object, what: str = "tag") -> None:
     """Raise `ArgumentTypeError` for a tag that is not a string, `ArgumentError` for one that is not a plain name."""
     if not isinstance(tag, str):
-        raise ArgumentTypeError(
-            f"expected tag to be a string, got {tag!r} ({type(tag).__name__}). Pass the name of a directory"
-        )
+        raise ArgumentTypeError(f"expected {what} to be a string, got {shown(tag)}. Pass the name of a directory")
     if not tag.isprintable() or tag != tag.strip() or tag.startswith(".") or "/" in tag or tag in ("", LATEST):
         raise ArgumentError(
-            f"expected tag to be the name of a directory, got {tag!r}. Use printable characters without '/', not "
-            f"beginning with '.', without spaces at either end, other than {LATEST!r}"
+            f"expected {what} to be a directory name, got {tag!r}. Use printable characters without '/'; it must not "
+            f"begin with '.', begin or end with a space, or be {LATEST!r}"
         )
 
 
@@ -201,15 +200,25 @@ class Store:
             else:
                 files.replace_text(file, f"{newest.tag}\n")
 
-    def rotate(self, committed: Manifest, max_num: int, max_mem: float) -> None:
+    def rotate(self, committed: Manifest, max_num: int, max_mem: float, keep: Collection[str]) -> None:
         """Remove the oldest checkpoints of the same lineages, down to ``max_num`` checkpoints and ``max_mem`` GB.
 
-        Keeps the one that was just committed and the one that is loaded without a tag.
+        Keeps the one that was just committed and the one that is loaded without a tag. The tags in ``keep`` are neither
+        removed nor counted.
         """
+        existing = self.committed()
+        missing = sorted(set(keep) - {checkpoint.tag for checkpoint in existing})
+        if missing:
+            logger.warning(
+                "save_ckpt: expected keep to be tags of checkpoints in %s, got %s, which is not there (there are %s)",
+                self.directory, ", ".join(map(repr, missing)), self._tags(),
+            )  # fmt: skip
         kept = [
             checkpoint
-            for checkpoint in self.committed()
-            if checkpoint.manifest.lineages == committed.lineages and checkpoint.is_in_place
+            for checkpoint in existing
+            if checkpoint.manifest.lineages == committed.lineages
+            and checkpoint.is_in_place
+            and checkpoint.tag not in keep
         ]
         loadable = [checkpoint.tag for checkpoint in kept if checkpoint.manifest.latest]
         protected = {committed.tag, self.named_latest(), *loadable[-1:]}
@@ -219,10 +228,24 @@ class Store:
             _remove(oldest.path)
             kept.remove(oldest)
 
+    def warn_of_other_runs(self, committed: Manifest) -> None:
+        """Warn if there are checkpoints of the same models from other runs, which `rotate` never removes."""
+        others = [
+            checkpoint.tag
+            for checkpoint in self.committed()
+            if checkpoint.manifest.lineages != committed.lineages and checkpoint.manifest.classes == committed.classes
+        ]
+        if others:
+            logger.warning(
+                "save_ckpt: %s has %d checkpoints of these models from other runs (%s), which max_num and max_mem do not "
+                "count or remove. Load one with load_ckpt to continue its run, remove them, or use a directory for each run",
+                self.directory, len(others), ", ".join(others[:4]) + (", ..." if len(others) > 4 else ""),
+            )  # fmt: skip
+
     # Cleaning up
 
     def clean(self) -> None:
-        """Finish or undo what killed processes left behind."""
+        """Complete or undo the unfinished saves and removals of killed processes."""
         tags = {temporary["tag"] for entry in self.directory.iterdir() if (temporary := _TEMPORARY.match(entry.name))}
         for tag in sorted(tags):
             target = self.directory / tag
@@ -232,7 +255,7 @@ class Store:
 
 
 def recover(target: Path) -> None:
-    """Remove what is half written or half removed of ``target``; restore what was to be replaced. The lock is held."""
+    """Remove partial files of ``target``, and restore a checkpoint that was not replaced yet. The lock is held."""
     for state in ("replaced", "removing", "writing"):
         left = temporary_path(target, state)
         with warn_on_failure(left, "cannot remove"):

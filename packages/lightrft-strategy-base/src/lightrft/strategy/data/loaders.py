@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lightrft.config import ArgumentError
+from lightrft.config import ArgumentError, ArgumentTypeError
+from lightrft.config.validation import shown
 
 
 class ElasticSampler(Sampler[int]):
@@ -57,8 +58,7 @@ class ElasticSampler(Sampler[int]):
         """Return the indices of the whole epoch, for all ranks together."""
         if not self.shuffle:
             return list(range(self.length))
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return torch.randperm(self.length, generator=generator).tolist()
+        return torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
 
     def __iter__(self) -> Iterator[int]:
         order = self.order()
@@ -79,7 +79,7 @@ class ResumableLoader(DataLoader[Any]):
     """A `DataLoader` that knows its position: the samples that it has yielded in this epoch, over all ranks.
 
     Samples that workers have only prefetched do not count. Checkpoints store the position, so that this loop continues where
-    the saved one stood::
+    the saved one stood, also with another batch size or number of ranks::
 
         for epoch in range(loader.epoch, epochs):
             loader.set_epoch(epoch)
@@ -116,7 +116,7 @@ class ResumableLoader(DataLoader[Any]):
         self._yielded = 0
 
     def order(self) -> dict[str, Any]:
-        """Return what the samples at a position depend on: JSON values, equal on all ranks."""
+        """Return what the batches at a position depend on: JSON values, equal on all ranks."""
         sampler = self._sampler
         return {
             "samples": sampler.length, "shuffle": sampler.shuffle, "seed": sampler.seed if sampler.shuffle else None,
@@ -155,10 +155,12 @@ def make_loader(
     sampler: Sampler[int] | None, consumed_samples: int, collate_fn: Callable[[list[Any]], Any] | None, pin_memory: bool,
 ) -> DataLoader[Any]:  # fmt: skip
     """Return the loader of one rank; a plain `DataLoader` if the caller passes a ``sampler``."""
-    if not hasattr(dataset, "__len__"):
+    if isinstance(dataset, type) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise ArgumentError(
             f"setup_dataloader: expected a dataset with a length, got {type(dataset).__name__}. Pass a map-style dataset"
         )
+    if not (sampler is None or hasattr(sampler, "__iter__")):
+        raise ArgumentTypeError(f"setup_dataloader: expected a sampler of indices or None, got {shown(sampler)}")
     settings: dict[str, Any] = {
         "batch_size": batch_size,
         "drop_last": drop_last,

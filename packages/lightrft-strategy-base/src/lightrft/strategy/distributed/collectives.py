@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 
 from lightrft.config import ArgumentError, ArgumentTypeError, LightRFTError
+from lightrft.config.validation import shown
 from lightrft.strategy.distributed.nested import Leaf, flatten, rebuild
 from lightrft.strategy.distributed.rank_consensus import RankConsensus, require_equal
 from lightrft.strategy.distributed.world import World
-from lightrft.strategy.tensors import as_bytes
+from lightrft.strategy.tensors import as_bytes, grouped
 
 ReduceOp = Literal["mean", "sum", "max"]
 ALIGNMENT = 16
@@ -35,7 +36,8 @@ class Collectives:
 
     def all_reduce(self, data: Any, op: ReduceOp = "mean") -> Any:
         """Reduce every leaf of ``data`` over the ranks; see `StrategyBase.all_reduce`."""
-        leaves, _ = self._agreed(f"all_reduce {op}", data, lambda leaf: _check_reducible(leaf, op), first_dim=0)
+        call = f"all_reduce {op}" if isinstance(op, str) else "all_reduce"
+        leaves, _ = self._agreed(call, data, lambda leaf: _check_reducible(leaf, op), first_dim=0)
         reduced: dict[int, torch.Tensor | float] = {}
         for group in _grouped(leaves, lambda leaf: (leaf.tensor.device, _working_dtype(leaf, op))):
             dtype = _working_dtype(leaves[group[0]], op)
@@ -87,11 +89,8 @@ class Collectives:
         group = self._group_for(buffer_N.device)
         if op == "sum" and buffer_N.dtype is torch.int64:
             return self._sum_of_integers(buffer_N, group)
-        if op != "max":
-            dist.all_reduce(buffer_N, dist.ReduceOp.SUM, group=group)
-            return buffer_N
-        if not buffer_N.is_floating_point():
-            dist.all_reduce(buffer_N, dist.ReduceOp.MAX, group=group)
+        if op != "max" or not buffer_N.is_floating_point():
+            dist.all_reduce(buffer_N, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM, group=group)
             return buffer_N
         # gloo takes the maximum by comparing, and a comparison with NaN is false: the NaN would be lost.
         is_nan_N = buffer_N.isnan()
@@ -147,10 +146,7 @@ def _canonical(leaves: Sequence[Leaf]) -> list[int]:
 
 def _grouped(leaves: Sequence[Leaf], key: Callable[[Leaf], Hashable]) -> list[list[int]]:
     """Return the indices of the leaves, grouped by ``key``; all ranks get the same groups in the same order."""
-    groups: dict[Hashable, list[int]] = {}
-    for index in _canonical(leaves):
-        groups.setdefault(key(leaves[index]), []).append(index)
-    return list(groups.values())
+    return list(grouped((key(leaves[index]), index) for index in _canonical(leaves)).values())
 
 
 def _rows(leaf: Leaf) -> int:
@@ -159,7 +155,7 @@ def _rows(leaf: Leaf) -> int:
 
 def _check_reducible(leaf: Leaf, op: str) -> None:
     if op not in get_args(ReduceOp):
-        raise ArgumentError(f"expected op to be one of {', '.join(map(repr, get_args(ReduceOp)))}, got {op!r}")
+        raise ArgumentError(f"expected op to be one of {', '.join(map(repr, get_args(ReduceOp)))}, got {shown(op)}")
     if op == "mean" and leaf.is_integer and leaf.number is None:
         raise ArgumentTypeError(
             f"expected a floating-point tensor for a mean, got {leaf.tensor.dtype} for {leaf.name}. Cast it to a float first"

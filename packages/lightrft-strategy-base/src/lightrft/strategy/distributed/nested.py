@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lightrft.config import ArgumentError, ArgumentTypeError
+from lightrft.config.validation import shown
 from lightrft.strategy.tensors import is_dtensor
 
 DTYPES = (
@@ -68,7 +69,7 @@ def _leaf(value: object, path: tuple[object, ...]) -> Leaf:
         return Leaf(path=path, tensor=torch.tensor(value, dtype=dtype), number=number)
     if not isinstance(value, torch.Tensor):
         raise ArgumentTypeError(
-            f"expected a tensor, a number, or a dict of these, got {value!r} ({type(value).__name__}) for {name}"
+            f"expected a tensor, a number, or a dict of these, got {shown(value)} for {name}. Convert it to a tensor"
         )
     if is_dtensor(value) or value.layout is not torch.strided:
         raise ArgumentTypeError(

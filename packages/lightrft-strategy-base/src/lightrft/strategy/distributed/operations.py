@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 import torch.distributed as dist
 
 from lightrft.config import StrategyError
@@ -40,6 +41,9 @@ class Operations:
     def running(self, name: str) -> Iterator[None]:
         """Run the body as the call ``name``; nested calls keep the outermost name.
 
+        Under ``torch.inference_mode``, calls other than a forward pass run under ``torch.no_grad``: weights and
+        optimizer state that they create must train later.
+
         Raises:
             StrategyError: A peer was lost; the message has that name. Other errors pass unchanged.
         """
@@ -48,7 +52,11 @@ class Operations:
             return
         self.current, self.since = name, time.monotonic()
         try:
-            yield
+            if name == "forward" or not torch.is_inference_mode_enabled():
+                yield
+            else:
+                with torch.inference_mode(False), torch.no_grad():
+                    yield
         except RuntimeError as error:
             if not is_lost_peer(error):
                 raise

@@ -107,7 +107,7 @@ class RankConsensus:
             return [message]
         if self._out_of_step is not None:
             raise StrategyError(
-                f"{call}: expected ranks that are in step, but {self._out_of_step}, and the other ranks are elsewhere. "
+                f"{call}: expected all ranks to be at the same call, but {self._out_of_step}, and the other ranks went on. "
                 f"Close the strategy"
             )
         envelopes = self._exchange_json([call, message])

@@ -22,13 +22,15 @@ class StopRequest:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Remember SIGTERM in the body. Every rank enters it, in its main thread."""
+        """Record a SIGTERM that arrives in the body. Every rank enters it, in its main thread."""
         if threading.current_thread() is not threading.main_thread():
             raise StrategyError(
-                "saving_on_sigterm: expected the main thread, which alone receives signals. Enter it there"
+                "saving_on_sigterm: expected the main thread, the only one that receives signals. Enter it there"
             )
         if self.is_watching:
-            raise StrategyError("saving_on_sigterm: expected one block at a time, got one inside another")
+            raise StrategyError(
+                "saving_on_sigterm: expected one block at a time, got one inside another. Use one block around the loop"
+            )
         self.is_watching, self._signalled, self.agreed = True, False, False
         previous = signal.signal(signal.SIGTERM, self._remember)
         try:

@@ -4,12 +4,14 @@ A `World` is either joined (with a process group: the caller's, torchrun's, or o
 process group). `close` destroys the process groups that were made for it, and never the caller's.
 """
 
+import importlib
 import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -38,7 +40,7 @@ class World:
     @classmethod
     def alone(cls, config: StrategyConfig) -> "World":
         """Return a world of one process, without a process group; sets no environment variables."""
-        return cls(rank=0, size=1, device=device_of(config), timeout=timedelta(seconds=config.timeout))
+        return cls(rank=0, size=1, device=_use_device(config), timeout=timedelta(seconds=config.timeout))
 
     @classmethod
     def join(cls, config: StrategyConfig) -> "World":
@@ -49,9 +51,7 @@ class World:
         Raises:
             ConfigError: The settings ask for a CUDA device that torch does not find.
         """
-        device, timeout = device_of(config), timedelta(seconds=config.timeout)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+        device, timeout = _use_device(config), timedelta(seconds=config.timeout)
         earlier_groups, owns = frozenset(_groups()), not dist.is_initialized()
         if owns:
             _init_process_group(device, timeout)
@@ -71,8 +71,7 @@ class World:
 
     def new_group(self, ranks: list[int]) -> dist.ProcessGroup:
         """Return a new group of ``ranks``, with the timeout. Its members must call this, and other ranks need not."""
-        group: dist.ProcessGroup = dist.new_group(ranks, timeout=self.timeout, use_local_synchronization=True)
-        return group
+        return cast(dist.ProcessGroup, dist.new_group(ranks, timeout=self.timeout, use_local_synchronization=True))
 
     def impose_timeout(self) -> None:
         """Set the timeout of every process group made since this world began, those of backends included.
@@ -94,7 +93,7 @@ class World:
                     self._environment.setdefault(name, before.get(name))
 
     def close(self) -> None:
-        """Destroy the process groups made since this world began, and restore the environment variables."""
+        """Destroy the process groups made since this world began, and restore the environment variables. Idempotent."""
         for name, value in self._environment.items():
             if value is None:
                 os.environ.pop(name, None)
@@ -105,6 +104,9 @@ class World:
             dist.destroy_process_group()
         for group in self._new_groups():
             dist.destroy_process_group(group)
+        # torch joins a group's threads when the last reference goes. A gloo thread that still holds a tensor as the
+        # interpreter ends aborts the process: "terminate called without an active exception".
+        self.control, self._earlier_groups = None, frozenset()
 
     def _new_groups(self) -> set[dist.ProcessGroup]:
         """Return the groups created since this world joined; empty if it is alone."""
@@ -153,11 +155,21 @@ def local_rank(config: StrategyConfig) -> int:
     return config.local_rank if config.local_rank >= 0 else int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def _use_device(config: StrategyConfig) -> torch.device:
+    """Return `device_of` the settings, and make it the current one, so that nothing is allocated on another GPU."""
+    device = device_of(config)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
 def _groups() -> Iterator[dist.ProcessGroup]:
     yield from distributed_c10d._world.pg_map
 
 
 def _init_process_group(device: torch.device, timeout: timedelta) -> None:
+    # Its functions have the process group of the moment of import as a default argument, and would keep it after `close`.
+    importlib.import_module("torch.distributed.nn.functional")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     device_id = device if device.type == "cuda" else None
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
@@ -168,7 +180,7 @@ def _init_process_group(device: torch.device, timeout: timedelta) -> None:
 
 
 _stores: dict[tuple[str | None, str | None], tuple[Store, int, int]] = {}
-"""The store, rank and world size of each rendezvous, by address and port. A store lives as long as the process."""
+"""The store, rank and world size of each rendezvous, by address and port. A store exists as long as the process."""
 _lifetimes = itertools.count()
 
 

@@ -1,6 +1,6 @@
 """Atomic replacement of a model's directory.
 
-The directory is written under a temporary name beside the target, and renamed. An existing target is renamed first; files
+The directory is written under a temporary name next to the target, and renamed. An existing target is renamed first; files
 in it that no export wrote are moved to the new directory:
 
     .NAME.lightrft-lock     held during an export to NAME
@@ -29,7 +29,7 @@ _EXPORTED = re.compile(
     r"^((model|adapter_model)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
     r"|(config|adapter_config|generation_config)\.json)$"
 )
-"""Files that exports write, and that must not stay beside those of a new export."""
+"""Files that exports write; a new export removes those of an older one."""
 
 
 class AtomicDirectory:

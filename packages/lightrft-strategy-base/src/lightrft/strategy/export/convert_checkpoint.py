@@ -1,7 +1,7 @@
 """`lightrft convert`, top to bottom: from a checkpoint to a Hugging Face directory, in one process, a tensor at a time.
 
 The model is built on the meta device, from its configuration, for the names and the form in which it is saved. A checkpoint
-of a model with adapters becomes a directory of its adapters, as from `save_model`.
+of a model with adapters becomes a directory of its adapters, as from `save_model`, or of the whole model with them merged in.
 """
 
 import re
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lightrft.config import CheckpointError
+from lightrft.strategy.checkpoint.compatibility import listed
 from lightrft.strategy.checkpoint.format import MANIFEST
 from lightrft.strategy.checkpoint.store import Store, checkpoints_at
 from lightrft.strategy.export import meta_models
@@ -23,11 +24,12 @@ from lightrft.strategy.export.parts import Part, WholeModel, parts_of
 from lightrft.strategy.export.save_model import kept_in_fp32
 from lightrft.strategy.export.sources.lightrft_checkpoint import CheckpointSource
 from lightrft.strategy.export.sources.open_source import has_adapters, open_source
-from lightrft.strategy.export.sources.source import Source, listed
+from lightrft.strategy.export.sources.source import Source
 from lightrft.strategy.export.tensor_files import TensorWriter, file_layouts
 from lightrft.strategy.models.forms import unchanged
 from lightrft.strategy.models.state_dict_adapter import StateDictAdapter, all_tensors
 from lightrft.strategy.storage import files
+from lightrft.strategy.tensors import cast, grouped
 
 _CONFIGURATION = "config.json"
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx)(\.index\.json)?$")
@@ -52,21 +54,25 @@ class Conversion:
     allow_pickle: bool = False
     trust_remote_code: bool = False
     """Run the code in ``base``, for models that are not part of transformers."""
+    merge_adapters: bool = False
+    """Write the whole model with its adapter merged in, instead of the adapters."""
 
     def run(self) -> Path:
         """Write the directory and return its path. If that is impossible, raise `CheckpointError` and write nothing."""
         base = None if self.base is None else _checked(self.base.expanduser())
         source = self._source()
         facts = source.facts if isinstance(source, CheckpointSource) else {}
+        if self.merge_adapters:
+            _check_one_adapter(source, facts.get("adapters", {}))
         directory = AtomicDirectory(self.output.expanduser().resolve())
         try:
             _copy_metadata([base, source.path if source.names == "saved" else None], directory.folder)
             _write_texts(facts.get("configuration", {}), directory.folder)
             model = self._model(source, facts, directory.folder)
-            for part in _parts(source, model):
-                self._write(source, part, directory)
-            if facts.get("adapters"):
-                _remove(facts["configuration"], directory.folder)  # of the base model, which is elsewhere
+            for part in _parts(source, model, merge_adapters=self.merge_adapters):
+                self._write(source, part, model, directory)
+            if facts.get("adapters") and not self.merge_adapters:
+                _remove(facts["configuration"], directory.folder)  # of the base model, which is not part of the output
             directory.publish()
         finally:
             directory.discard()
@@ -81,7 +87,8 @@ class Conversion:
         source = open_source(path / self.tag if self.tag else path, allow_pickle=self.allow_pickle)
         if has_adapters(source.path):
             raise CheckpointError(
-                f"expected a checkpoint to convert, got {source.path}, a directory of adapters that PEFT opens as it is"
+                f"expected a checkpoint to convert, got {source.path}, a directory of PEFT adapters, which needs no conversion. "
+                f"Open it with PeftModel.from_pretrained"
             )
         return source
 
@@ -96,9 +103,9 @@ class Conversion:
         model = meta_models.model_of(folder, trust_remote_code=self.trust_remote_code)
         return meta_models.with_adapters(model, facts.get("adapters", {}))
 
-    def _write(self, source: Source, part: Part, directory: AtomicDirectory) -> None:
+    def _write(self, source: Source, part: Part, model: nn.Module, directory: AtomicDirectory) -> None:
         form, folder = part.form, directory.folder / part.folder
-        stored = _stored_names(source, part.module, part.form.tensors)
+        stored = _stored_names(source, model, part.form.tensors)
         planned = form.convert(
             {name: self._planned(name, source.contents[source_name], part) for name, source_name in stored.items()}
         )
@@ -109,8 +116,9 @@ class Conversion:
         layouts = file_layouts(planned, part.stem, self.shard_bytes if part.splits else nbytes)
         with TensorWriter(folder, layouts) as writer, source.opened():
             for unit in form.units:
+                precision = torch.float32 if part.merges(unit) else None
                 for name, tensor in form.convert(
-                    {unit_name: source.read(stored[unit_name]) for unit_name in unit}
+                    {unit_name: cast(source.read(stored[unit_name]), precision) for unit_name in unit}
                 ).items():
                     writer.write(name, tensor)
             writer.finish()
@@ -122,15 +130,26 @@ class Conversion:
         return tensor.to(torch.float32 if kept is not None and kept.search(name) else self.dtype)
 
 
-# Files beside the weights
+# Files other than the weights
 
 
 def _checked(base: Path) -> Path:
     if not (base / _CONFIGURATION).is_file():
         raise CheckpointError(
-            f"expected --base to be the directory of a transformers model, got {base}, without {_CONFIGURATION}"
+            f"expected --base to be the directory of a transformers model, got {base}, "
+            f"which has no {_CONFIGURATION}. Pass the directory that training started from"
         )
     return base
+
+
+def _check_one_adapter(source: Source, adapters: Mapping[str, object]) -> None:
+    """Raise `CheckpointError` unless there is one adapter: a checkpoint does not say which of several is active."""
+    if len(adapters) != 1:
+        raise CheckpointError(
+            f"expected a checkpoint of a model with one adapter for --merge-adapters, got {source.path} with "
+            f"{', '.join(adapters) or 'none whose configuration it knows'}. Convert it without --merge-adapters, or load it "
+            f"into the model and write that with save_model(..., merge_adapters=True)"
+        )
 
 
 def _copy_metadata(models: Sequence[Path | None], folder: Path) -> None:
@@ -155,9 +174,9 @@ def _remove(names: Mapping[str, str], folder: Path) -> None:
 # Names of the weights
 
 
-def _parts(source: Source, model: nn.Module) -> Sequence[Part]:
+def _parts(source: Source, model: nn.Module, *, merge_adapters: bool) -> Sequence[Part]:
     if source.names == "in memory":
-        return parts_of(model, model, type(model))
+        return parts_of(model, model, type(model), merge_adapters=merge_adapters)
     if not (source.path / _CONFIGURATION).exists():  # from --base, and perhaps of another model
         form = StateDictAdapter.of(model)
         _stored_names(source, model, form.convert(form.tensors))
@@ -172,9 +191,7 @@ def _stored_names(source: Source, model: nn.Module, wanted: Mapping[str, torch.T
     """
     if source.contents is wanted:
         return {name: name for name in wanted}
-    aliases: dict[int, list[str]] = {}
-    for name, tensor in all_tensors(model):
-        aliases.setdefault(id(tensor), []).append(name)
+    aliases = grouped((id(tensor), name) for name, tensor in all_tensors(model))
     stored = {
         name: next((alias for alias in (name, *aliases.get(id(tensor), ())) if alias in source.contents), None)
         for name, tensor in wanted.items()

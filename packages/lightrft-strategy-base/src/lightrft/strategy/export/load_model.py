@@ -15,14 +15,15 @@ from torch import nn
 
 from lightrft.config import CheckpointError
 from lightrft.strategy.backend.contract import Backend
-from lightrft.strategy.backend.types import Shard
+from lightrft.strategy.checkpoint.compatibility import listed
 from lightrft.strategy.distributed.rank_consensus import RankConsensus
 from lightrft.strategy.export.sources.open_source import has_adapters, open_source
-from lightrft.strategy.export.sources.source import Source, listed
+from lightrft.strategy.export.sources.source import Source
 from lightrft.strategy.models import adapters, state_dict_adapter, weight_stream
 from lightrft.strategy.models.forms import unchanged
 from lightrft.strategy.models.registry import PreparedModel
 from lightrft.strategy.models.state_dict_adapter import StateDictAdapter
+from lightrft.strategy.tensors import grouped
 
 CALL = "load_model"
 
@@ -63,7 +64,7 @@ def load_model(
 
 def _form(model: PreparedModel, source: Source) -> Form:
     """Return the form in which ``source`` holds the tensors of ``model``."""
-    module, meta_model = model.module, model.meta_model or model.module
+    module, meta_model = model.module, model.names_model
     if source.names == "in memory":
         return unchanged(state_dict_adapter.saved_tensors(module))
     if not adapters.has_adapters(module):
@@ -118,9 +119,7 @@ class Target:
 
     def __init__(self, backend: Backend, module: nn.Module) -> None:
         self._names = {id(parameter): name for name, parameter in module.named_parameters()}
-        self._shards: dict[str, list[Shard]] = {}
-        for shard in backend.shards(module):
-            self._shards.setdefault(shard.name, []).append(shard)
+        self._shards = grouped((shard.name, shard) for shard in backend.shards(module))
 
     @torch.no_grad()
     def write(self, tensor: torch.Tensor, whole: torch.Tensor) -> None:

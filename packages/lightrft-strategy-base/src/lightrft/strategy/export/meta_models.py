@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -23,11 +23,10 @@ def model_of(folder: Path, *, trust_remote_code: bool) -> nn.Module:
             f"expected a configuration that transformers can read, got an error: {error}. Pass the base model with --base"
         ) from error
     with torch.device("meta"):
-        built = _built(transformers, config, trust_remote_code)
+        model = _built(transformers, config, trust_remote_code)
     if (folder / "generation_config.json").exists():
-        built.generation_config = None  # the file is kept
-    model: nn.Module = built
-    return model
+        model.generation_config = None  # the file is kept
+    return cast(nn.Module, model)
 
 
 def _built(transformers: Any, config: Any, trust_remote_code: bool) -> Any:
@@ -57,12 +56,11 @@ def with_adapters(model: nn.Module, configurations: Mapping[str, Mapping[str, An
         wrapped: Any = peft.get_peft_model(model, config, adapter_name=first)
         for name, other in others:
             wrapped.add_adapter(name, other)
-    adapted: nn.Module = wrapped
-    return adapted
+    return cast(nn.Module, wrapped)
 
 
 def _not_installed(package: str) -> BackendNotInstalledError:
     return BackendNotInstalledError(
-        f"expected {package} to be installed, which knows the names of such a model; install it with: "
+        f"expected {package}, which defines the tensor names of this model, got none. Install it: "
         f"pip install 'lightrft-strategy-base[{package}]'"
     )

@@ -1,4 +1,4 @@
-"""The parts of a model that are written: the whole model, or each of its adapters, in separate folders."""
+"""The parts of a model that are written: the full model, or each of its adapters, in separate folders."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -74,13 +74,13 @@ class Adapter(Part):
 def parts_of(
     module: nn.Module, meta_model: nn.Module, model_class: type[nn.Module], *, merge_adapters: bool = False
 ) -> Sequence[Part]:
-    """Return the parts of ``module``: its adapters, or the whole model if it has none or they are merged.
+    """Return the parts of ``module``: its adapters, or the full model if it has none or they are merged.
 
     Args:
         module: The model.
         meta_model: The model, or its copy on the meta device from before wrapping.
         model_class: Class of the model before wrapping.
-        merge_adapters: Merge the adapters into the whole model.
+        merge_adapters: Merge the adapters into the base model.
     """
     if not adapters.has_adapters(module):
         return [WholeModel(form=StateDictAdapter.of(module), module=module, model_class=model_class)]

@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from lightrft.config import ArgumentError
+from lightrft.config.validation import shown
 from lightrft.strategy.backend.contract import Backend
 from lightrft.strategy.distributed.rank_consensus import RankConsensus
 from lightrft.strategy.export.atomic_directory import AtomicDirectory
@@ -33,22 +33,21 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def save_model(
-    backend: Backend, consensus: RankConsensus, model: PreparedModel, output_dir: str | PathLike[str], *,
+    backend: Backend, consensus: RankConsensus, model: PreparedModel, output_dir: Path, *,
     dtype: torch.dtype | None, max_shard_size: int | str, merge_adapters: bool, processors: Mapping[str, Any],
 ) -> Path:  # fmt: skip
     """Write ``model`` to ``output_dir``; see `StrategyBase.save_model`. All ranks must call this, and fail together."""
-    options = SaveOptions(
-        dtype=dtype or (torch.bfloat16 if backend.config.bf16 else None), shard_bytes=bytes_of_size(max_shard_size),
-        bucket_bytes=backend.config.weight_sync_bucket_bytes, merge_adapters=merge_adapters, processors=processors,
-    )  # fmt: skip
-    target = Path(output_dir).expanduser().resolve()
+    target = output_dir.resolve()
     with ExitStack() as stack:
         output: Output | None = None
         with consensus.together(CALL, "planning"):
+            options = SaveOptions(
+                dtype=dtype or (torch.bfloat16 if backend.config.bf16 else None), merge_adapters=merge_adapters,
+                shard_bytes=bytes_of_size(max_shard_size), bucket_bytes=backend.config.weight_sync_bucket_bytes,
+                processors=processors,
+            )  # fmt: skip
             backend.reshard(model.module)
-            parts = parts_of(
-                model.module, model.meta_model or model.module, model.model_class, merge_adapters=options.merge_adapters
-            )
+            parts = parts_of(model.module, model.names_model, model.model_class, merge_adapters=options.merge_adapters)
             plans = [TensorPlan(backend, model.module, part, options) for part in parts]
             if backend.world.rank == 0:
                 output = stack.enter_context(Output(target, plans, options))
@@ -65,7 +64,8 @@ def bytes_of_size(size: int | str) -> int:
     number = float(match[1]) * _UNITS.get(match[2].upper(), math.nan) if match else math.nan
     if not number >= 1:
         raise ArgumentError(
-            f"expected max_shard_size to be a number of bytes or text such as '5GB', got max_shard_size={size!r}"
+            f"expected max_shard_size to be a number of bytes or text such as '5GB', got max_shard_size={shown(size)}. "
+            f"Pass a positive size"
         )
     return int(number)
 
@@ -94,7 +94,7 @@ class TensorPlan:
         self.contents = part.form.convert({name: self._empty(name, it) for name, it in part.form.tensors.items()})
 
     def _empty(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the whole tensor as it will be written, on the meta device."""
+        """Return the full tensor as it will be written, on the meta device."""
         dtype = tensor.dtype
         if self._options.dtype is not None and tensor.is_floating_point():
             dtype = torch.float32 if self._is_kept_in_fp32(name) else self._options.dtype

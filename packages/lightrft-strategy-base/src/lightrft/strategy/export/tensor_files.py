@@ -6,7 +6,7 @@ tensor is copied at a time, and none that is contiguous in host memory.
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -16,7 +16,7 @@ import torch
 from lightrft.config import CheckpointError
 from lightrft.strategy.checkpoint.format import dtype_name
 from lightrft.strategy.storage import files
-from lightrft.strategy.tensors import memory_of
+from lightrft.strategy.tensors import memory_of, packed
 
 Contents = Mapping[str, torch.Tensor]
 """Names, shapes and dtypes of what is written, as tensors on the meta device."""
@@ -42,22 +42,9 @@ class FileLayout:
     slots: Mapping[str, Slot]
 
 
-def split(contents: Contents, limit: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield ``contents`` in order, in parts of at most ``limit`` bytes; a larger tensor comes alone."""
-    part: dict[str, torch.Tensor] = {}
-    filled = 0
-    for name, tensor in contents.items():
-        if part and filled + tensor.nbytes > limit:
-            yield part
-            part, filled = {}, 0
-        part[name] = tensor
-        filled += tensor.nbytes
-    yield part
-
-
 def file_layouts(contents: Contents, stem: str, limit: int) -> list[FileLayout]:
     """Return the files of ``contents``: ``stem.safetensors``, or numbered files above ``limit`` bytes."""
-    parts = list(split(contents, limit))
+    parts = list(map(dict, packed(contents.items(), lambda item: item[1].nbytes, limit))) or [{}]
     if len(parts) == 1:
         return [_layout(f"{stem}.safetensors", parts[0])]
     return [
@@ -111,12 +98,12 @@ class TensorWriter:
         self._headers = {layout.name: layout.header for layout in self._layouts}
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write a whole tensor, on any device, in the planned dtype."""
+        """Write a full tensor, on any device, in the planned dtype."""
         slot = self._slots.get(name)
         if slot is None or name in self._written or tensor.shape != slot.shape:
             planned = "no such tensor" if slot is None else f"one of shape {tuple(slot.shape)}, once"
             raise CheckpointError(
-                f"expected {planned}, got {name} of shape {tuple(tensor.shape)}. This is a bug: report it"
+                f"expected {planned}, got {name} of shape {tuple(tensor.shape)}. This is a bug: please report it"
             )
         with files.explain_os_errors(self._folder / slot.file, "cannot write"):
             file = self._file(slot.file)
@@ -143,7 +130,7 @@ class TensorWriter:
         missing = [name for name in self._slots if name not in self._written]
         if missing:
             raise CheckpointError(
-                f"expected {len(missing)} more tensors, such as {', '.join(missing[:3])}, got none. This is a bug: report it"
+                f"expected {len(missing)} more tensors, such as {', '.join(missing[:3])}, got none. This is a bug: please report it"
             )
         if len(self._layouts) > 1:
             stem = self._layouts[0].name.rpartition("-of-")[0].rpartition("-")[0]

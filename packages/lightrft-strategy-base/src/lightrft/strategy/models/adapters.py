@@ -8,7 +8,7 @@ model. Its layers also merge, a copy of one layer at a time, so that merging nev
 import copy
 import sys
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -44,23 +44,48 @@ def adapter_form(module: nn.Module, meta_model: nn.Module, adapter: str) -> Name
         module: The model in training.
         meta_model: Its copy on the meta device.
         adapter: The adapter's name.
+
+    Raises:
+        UnsupportedOperationError: PEFT saves something else than the adapter's tensors.
     """
     names, tensors = _adapter_names(meta_model, adapter), dict(state_dict_adapter.all_tensors(module))
     return NamedForm(tensors={name: tensors[name] for name in names}, names=names)
 
 
-def _adapter_names(meta_model: nn.Module, adapter: str) -> dict[str, str]:
+def _adapter_names(meta_model: Any, adapter: str) -> dict[str, str]:
     from peft import get_peft_model_state_dict
 
+    config = meta_model.peft_config[adapter]
+    if config.is_prompt_learning:
+        _check_prompt_is_saved_as_it_is(meta_model, adapter)
     parameters = meta_model.state_dict(keep_vars=True)
     state = {name: torch.empty_like(tensor, device="meta") for name, tensor in parameters.items()}
     # With its default, "auto", PEFT looks for the base model's configuration, on the network too.
     embeddings = _trains_embeddings(meta_model)
-    adapter_state = get_peft_model_state_dict(
-        meta_model, state_dict=state, adapter_name=adapter, save_embedding_layers=embeddings
-    )
-    in_memory = {id(tensor): name for name, tensor in state.items()}
+    for_training, config.inference_mode = (
+        config.inference_mode,
+        True,
+    )  # else PEFT computes the prompt, which has no name
+    try:
+        adapter_state = get_peft_model_state_dict(
+            meta_model, state_dict=state, adapter_name=adapter, save_embedding_layers=embeddings
+        )
+    finally:
+        config.inference_mode = for_training
+    in_memory = {id(tensor): name for tensors in (parameters, state) for name, tensor in tensors.items()}
     return {in_memory[id(tensor)]: name for name, tensor in adapter_state.items()}
+
+
+def _check_prompt_is_saved_as_it_is(meta_model: Any, adapter: str) -> None:
+    """Raise `UnsupportedOperationError` for prompts that PEFT computes from other parameters before it saves them."""
+    method = meta_model.peft_config[adapter].peft_type.value
+    computed = [name for name, _ in meta_model.prompt_encoder[adapter].named_parameters() if name != "embedding.weight"]
+    if computed or method not in ("PROMPT_TUNING", "PREFIX_TUNING"):
+        raise UnsupportedOperationError(
+            f"expected an adapter whose tensors are saved as they are, got {method} ({adapter}), whose prompt is computed "
+            f"from {', '.join(computed[:3]) or 'other tensors'}. Save it with save_ckpt, or use PROMPT_TUNING, "
+            f"PREFIX_TUNING without prefix_projection, or LORA"
+        )
 
 
 def _trains_embeddings(model: Any) -> bool:
@@ -84,8 +109,7 @@ def base_form(module: nn.Module, meta_model: nn.Module) -> StateDictAdapter:
 
 
 def _base_model(meta_model: Any) -> nn.Module:
-    base: nn.Module = meta_model.get_base_model()
-    return base
+    return cast(nn.Module, meta_model.get_base_model())
 
 
 def _form(module: nn.Module, base: nn.Module, names: Mapping[str, str], changed: Collection[str]) -> StateDictAdapter:
@@ -158,12 +182,14 @@ class MergedForm:
 
     def __init__(self, module: nn.Module, meta_model: nn.Module) -> None:
         _check_same_adapters(module, meta_model)
+        _check_method_merges(meta_model)
         self._meta_model, base = meta_model, _base_model(meta_model)
         tensors = dict(state_dict_adapter.all_tensors(module))
         self._adapters = _adapters(meta_model)
         """Names of the adapters' tensors, by the name of the weight into which they are merged."""
         self._base = _form(module, base, _base_names(meta_model, base, merged=True), changed=self._adapters.keys())
         self.tensors = {name: tensors[name] for unit in self.units for name in unit}
+        _check_all_merge(meta_model, self.tensors.keys())
 
     @property
     def units(self) -> list[Unit]:
@@ -196,7 +222,10 @@ class MergedForm:
             values = tensors[name].clone()
             memo[id(empty)] = nn.Parameter(values, requires_grad=False) if isinstance(empty, nn.Parameter) else values
         copied = copy.deepcopy(layer, memo)
-        copied.merge()
+        try:
+            copied.merge()
+        except NotImplementedError as error:
+            raise _cannot_merge(f"{type(layer).__name__} at {path}") from error
         merged: torch.Tensor = copied.base_layer.weight.detach()
         if merged.is_meta:
             raise _cannot_merge(f"{type(layer).__name__} at {path}")
@@ -210,6 +239,28 @@ def _check_same_adapters(module: Any, meta_model: Any) -> None:
             f"expected the adapters of {type(module).__name__} that were active when it was prepared "
             f"({', '.join(prepared)}), got {', '.join(active)}. Call set_adapter before prepare"
         )
+
+
+def _check_method_merges(meta_model: Any) -> None:
+    """Raise `UnsupportedOperationError` for PEFT methods that add inputs or layers instead of changing weights."""
+    from peft.tuners.tuners_utils import BaseTuner
+
+    if not isinstance(meta_model.base_model, BaseTuner):
+        methods = ", ".join(meta_model.peft_config[adapter].peft_type.value for adapter in meta_model.active_adapters)
+        raise UnsupportedOperationError(
+            f"expected adapters that can be merged into a weight, got {methods}, which changes no weight of the base model. "
+            f"Save the adapter alone, with merge_adapters=False. To sync to an engine, use another method, such as LORA"
+        )
+
+
+def _check_all_merge(meta_model: Any, merged: Collection[str]) -> None:
+    """Raise `UnsupportedOperationError` for active adapters with tensors that are not among the ``merged`` ones."""
+    tensors = dict(state_dict_adapter.all_tensors(meta_model))
+    known = {id(tensors[name]) for name in merged}
+    for adapter in meta_model.active_adapters:
+        for name in _adapter_names(meta_model, adapter):
+            if id(tensors[name]) not in known:
+                raise _cannot_merge(f"{meta_model.peft_config[adapter].peft_type.value} with {name}")
 
 
 def _adapters(meta_model: nn.Module) -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"""The files beside the weights in a Hugging Face directory: configuration, tokenizer, processor, custom code.
+"""The files other than the weights in a Hugging Face directory: configuration, tokenizer, processor, custom code.
 
 Each object writes itself; this module chooses which, and changes none of them.
 """

@@ -6,18 +6,20 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
+from lightrft.config import LightRFTError, StrategyError
 from lightrft.strategy.models.transformers_patches import META_LOADING, check, loading_on_meta
 
 
 @contextmanager
 def weights_on_rank_0(rank: int) -> Iterator[None]:
-    """Build models in the body: on rank 0 as usual, elsewhere on the meta device, without reading any weights.
+    """Build models in the body: on rank 0 as usual, on other ranks on the meta device, without reading any weights.
 
     Args:
         rank: The rank of this process.
 
     Raises:
-        StrategyError: The installed transformers lacks what is patched on ranks other than 0; raised on every rank.
+        StrategyError: The installed transformers lacks what is patched on ranks other than 0; raised on every rank. Or
+            a constructor reads the values of tensors.
     """
     uses_transformers = "transformers" in sys.modules
     if uses_transformers:
@@ -25,5 +27,20 @@ def weights_on_rank_0(rank: int) -> Iterator[None]:
     if rank == 0:
         yield
         return
-    with torch.device("meta"), loading_on_meta() if uses_transformers else nullcontext():
+    with _explaining(), torch.device("meta"), loading_on_meta() if uses_transformers else nullcontext():
         yield
+
+
+@contextmanager
+def _explaining() -> Iterator[None]:
+    """Explain what torch raises for code that reads values of tensors on the meta device."""
+    try:
+        yield
+    except (NotImplementedError, RuntimeError) as error:
+        if isinstance(error, LightRFTError) or "meta" not in str(error):
+            raise
+        raise StrategyError(
+            f"init_model_context(meta_init=True): expected models whose constructors read no values of tensors, which have "
+            f"none on ranks other than 0, got an error: {error}. Make such tensors with device='cpu', or build the model "
+            f"without meta_init"
+        ) from error

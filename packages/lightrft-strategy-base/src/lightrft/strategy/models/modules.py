@@ -1,17 +1,21 @@
 """Functions on the caller's modules: actor wrappers, copies without weights, the context of a forward pass."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from lightrft.config import StrategyError
+from lightrft.config import StrategyError, UnsupportedOperationError
 from lightrft.strategy.backend.modules import tensors_of
 from lightrft.strategy.distributed.world import World
 from lightrft.strategy.models.registry import inner_model
+
+_REGISTERED = frozenset({"_parameters", "_buffers", "_modules", "_compiled_call_impl"})
+"""Attributes in which torch keeps what a module consists of, and which it copies in its own way."""
 
 
 def check_actor(model: nn.Module) -> None:
@@ -24,6 +28,27 @@ def check_actor(model: nn.Module) -> None:
         raise StrategyError(
             f"prepare: expected every trainable parameter of the actor {type(model).__name__} inside its .model, got others, "
             f"which would never be updated: {', '.join(outside[:3])}. Move them into .model, or freeze them"
+        )
+
+
+def check_gradients(module: nn.Module) -> None:
+    """Raise `UnsupportedOperationError` for parameters whose gradients no strategy can average and clip."""
+    imaginary = [
+        name for name, parameter in module.named_parameters() if parameter.requires_grad and parameter.is_complex()
+    ]
+    if imaginary:
+        raise UnsupportedOperationError(
+            f"prepare: expected real parameters, got complex ones that train in {type(module).__name__}: "
+            f"{', '.join(imaginary[:3])}. Store real and imaginary parts as real parameters, see torch.view_as_complex"
+        )
+    sparse = [
+        name for name, part in module.named_modules()
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)) and part.sparse and part.weight.requires_grad
+    ]  # fmt: skip
+    if sparse:
+        raise UnsupportedOperationError(
+            f"prepare: expected dense gradients, got embeddings with sparse=True in {type(module).__name__}: "
+            f"{', '.join(sparse[:3])}. Use sparse=False"
         )
 
 
@@ -40,6 +65,29 @@ def schema_of(module: nn.Module) -> list[list[object]]:
     ]
 
 
+def check_attributes(module: nn.Module) -> None:
+    """Raise `StrategyError` for tensors on the meta device that are plain attributes: they get no values from rank 0."""
+    missing = [
+        f"{path}.{name}".removeprefix(".")
+        for path, part in module.named_modules()
+        for name, value in vars(part).items()
+        if name not in _REGISTERED and any(isinstance(it, torch.Tensor) and it.is_meta for it in _items(value))
+    ]
+    if missing:
+        raise StrategyError(
+            f"prepare: expected a {type(module).__name__} whose tensors are parameters or buffers, which get rank 0's values, "
+            f"got plain attributes on the meta device: {', '.join(missing[:3])}. Register them with register_buffer "
+            f"(persistent=False keeps them out of checkpoints), make them with device='cpu', or build the model without "
+            f"meta_init"
+        )
+
+
+def _items(value: object) -> Iterable[object]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, (list, tuple)) else (value,)
+
+
 def raise_precision(module: nn.Module) -> None:
     """Convert trainable parameters of fewer than 32 bits to fp32, in place: updates accumulate in them."""
     for parameter in module.parameters():
@@ -48,12 +96,42 @@ def raise_precision(module: nn.Module) -> None:
 
 
 def meta_copy(module: nn.Module) -> nn.Module:
-    """Return a copy of ``module`` whose parameters and buffers are on the meta device, tied ones still tied."""
+    """Return a copy of ``module`` whose parameters and buffers are on the meta device, tied ones still tied.
+
+    Raises:
+        StrategyError: The model holds something that cannot be copied.
+    """
     memo: dict[int, torch.Tensor] = {}
     for _, tensor in tensors_of(module):
         empty = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(module, memo)
+    try:
+        return copy.deepcopy(module, dict(memo))
+    except Exception as error:  # what the attributes of the model raise
+        held = _not_copyable(module, memo)
+        what = f"{held[0]} ({type(held[1]).__name__})" if held else "something"
+        raise StrategyError(
+            f"prepare: expected a model in training that can be copied (copy.deepcopy, without its weights), got "
+            f"{type(module).__name__}, whose {what} cannot: {error}. Locks, open files, process groups and tensors with a "
+            f"graph belong outside of the model, or are set after preparing; detach tensors"
+        ) from error
+
+
+def _not_copyable(module: nn.Module, memo: Mapping[int, torch.Tensor]) -> tuple[str, object] | None:
+    """Return the path and the value of the first attribute in ``module`` that cannot be copied."""
+    for path, part in module.named_modules():
+        for name, value in vars(part).items():
+            if name not in _REGISTERED and not _can_be_copied(value, memo):
+                return f"{path}.{name}".removeprefix("."), value
+    return None
+
+
+def _can_be_copied(value: object, memo: Mapping[int, torch.Tensor]) -> bool:
+    try:
+        copy.deepcopy(value, dict(memo))
+    except Exception:  # noqa: BLE001 - whatever an attribute of the caller raises
+        return False
+    return True
 
 
 def with_buffers_of(meta_model: nn.Module, module: nn.Module) -> nn.Module:
@@ -77,8 +155,10 @@ def check_materialized(module: nn.Module, world: World) -> None:
         )
 
 
-def around_forward(module: nn.Module, context: Callable[[], AbstractContextManager[object]]) -> Callable[[], None]:
-    """Enter ``context()`` around every forward pass of ``module``, its hooks included.
+def around_forward(
+    module: nn.Module, context: Callable[[], AbstractContextManager[object]], check_zero_grad: Callable[[], None]
+) -> Callable[[], None]:
+    """Enter ``context()`` around every forward pass of ``module``, its hooks included, and check each ``zero_grad``.
 
     Replaces the class of this instance by a subclass with another ``__call__``, as FSDP2 does. Forward hooks of torch do
     not suffice: errors of a hook that gathers parameters must pass through the context too.
@@ -92,10 +172,47 @@ def around_forward(module: nn.Module, context: Callable[[], AbstractContextManag
         with context():
             return original.__call__(self, *args, **kwargs)
 
-    body = {"__call__": __call__, "__module__": original.__module__, "__qualname__": original.__qualname__}
+    def zero_grad(self: nn.Module, set_to_none: bool = True) -> None:
+        check_zero_grad()
+        original.zero_grad(self, set_to_none)
+
+    body = {
+        "__call__": __call__,
+        "zero_grad": zero_grad,
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+    }
     module.__class__ = type(original.__name__, (original,), body)
 
     def undo() -> None:
         module.__class__ = original
 
     return undo
+
+
+def refuse_save_pretrained(module: nn.Module, class_name: str) -> Callable[[], None]:
+    """Make ``save_pretrained`` of ``module`` and its submodules raise: they are sharded, and it would write the shards.
+
+    Args:
+        module: A prepared model.
+        class_name: Name of its class before wrapping.
+
+    Returns:
+        A function that undoes this.
+    """
+    savers = [part for part in module.modules() if hasattr(type(part), "save_pretrained")]
+    for part in savers:
+        vars(part)["save_pretrained"] = partial(_refuse_save_pretrained, class_name)
+
+    def undo() -> None:
+        for part in savers:
+            vars(part).pop("save_pretrained", None)
+
+    return undo
+
+
+def _refuse_save_pretrained(class_name: str, *_: object, **__: object) -> None:
+    raise StrategyError(
+        f"save_pretrained: expected a model with all of its weights, got a prepared {class_name}, of which each rank holds a "
+        f"part. Call strategy.save_model(model, tokenizer, directory) on every rank"
+    )

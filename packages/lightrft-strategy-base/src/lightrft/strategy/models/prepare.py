@@ -5,29 +5,38 @@ If wrapping replaces parameters, the caller's optimizer is rebound to the new on
 the optimizer afterwards works on every backend too.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from lightrft.config import ArgumentError, StrategyError
+from lightrft.config.validation import shown
 from lightrft.strategy.backend.contract import Backend
-from lightrft.strategy.backend.types import TrainedModel, WrapOptions
+from lightrft.strategy.backend.types import TrainedModel, WrapOptions, sizes_of_groups
 from lightrft.strategy.distributed.operations import Operations
 from lightrft.strategy.distributed.rank_consensus import RankConsensus
 from lightrft.strategy.models import state_dict_adapter
+from lightrft.strategy.models.compiled import compile_in_place, replace_inner
 from lightrft.strategy.models.modules import (
     around_forward,
     check_actor,
+    check_attributes,
+    check_gradients,
     check_materialized,
     meta_copy,
     raise_precision,
+    refuse_save_pretrained,
     schema_of,
 )
-from lightrft.strategy.models.optimizers import check_belongs, check_kinds, check_steps, rebind
+from lightrft.strategy.models.optimizers import check_belongs, check_kinds, check_steps, check_zero_grad, guard, rebind
 from lightrft.strategy.models.registry import ModelRegistry, PreparedModel, inner_model
+from lightrft.strategy.models.sharing import ParameterMemory
+from lightrft.strategy.telemetry.log import logger
+from lightrft.strategy.tensors import is_dtensor
 
 
 class Preparation:
@@ -39,6 +48,7 @@ class Preparation:
     ) -> None:  # fmt: skip
         self._backend, self._models, self._accumulation_steps = backend, models, accumulation_steps
         self._operations, self._consensus = operations, consensus
+        self._warned_of_unprepared = False
 
     def prepare(self, argument: Any) -> Any:
         """Prepare one argument of `StrategyBase.prepare`, and return it in the same structure."""
@@ -51,10 +61,15 @@ class Preparation:
         if isinstance(argument, (list, tuple)):
             items = [self.prepare(item) for item in argument]
             return type(argument)(*items) if hasattr(argument, "_fields") else type(argument)(items)
-        raise ArgumentError(
-            f"prepare: expected a model, (model, optimizer, scheduler), a list of models, or None, got {argument!r} "
-            f"({type(argument).__name__})"
-        )
+        raise _refusal("prepare", argument)
+
+    def check(self, call: str, arguments: Iterable[Any]) -> None:
+        """Raise `ArgumentError`, before anything is prepared, unless `prepare` takes each of ``arguments``."""
+        for argument in arguments:
+            if isinstance(argument, (list, tuple)) and not _is_training_triple(argument):
+                self.check(call, argument)
+            elif not (argument is None or isinstance(argument, nn.Module) or _is_training_triple(argument)):
+                raise _refusal(call, argument)
 
     def triple(self, model: nn.Module | None, optimizer: Any, scheduler: Any) -> tuple[Any, Any, Any]:
         """Prepare ``(model, optimizer, scheduler)`` for training; the optimizer and the scheduler stay the caller's."""
@@ -65,7 +80,14 @@ class Preparation:
         check_kinds("prepare", model, optimizer)
         inner = self._models.unwrap(model)
         self._check_free(optimizer, inner)
+        if self._models.find(model) is None:
+            with self._consensus.together("prepare"):
+                self._models.check_unshared(inner, "prepare")
+            compile_in_place(model, inner)
         check_belongs(optimizer, inner, "prepare")
+        check_steps(optimizer, "prepare")
+        with self._consensus.together("prepare", "trying the optimizer"):
+            self._backend.check_optimizer(optimizer)
         names = {id(parameter): name for name, parameter in inner.named_parameters()}
         wrapped = self.model(model, WrapOptions(training=True))
         rebind(optimizer, names, inner)
@@ -84,29 +106,39 @@ class Preparation:
                 )
             return model
         inner = inner_model(model)
+        compile_in_place(model, inner)
         with self._consensus.together("prepare"):
+            self._models.check_unshared(inner, "prepare")
             if options.training:
                 check_actor(model)
+                check_gradients(inner)
             check_materialized(inner, self._backend.world)
+            check_attributes(inner)
             self._backend.check_model(inner, options)
-        if options.training:
+            meta_model = meta_copy(inner) if options.training else None
+        model_class, memory = type(inner), ParameterMemory(inner)
+        if meta_model is not None:
             raise_precision(inner)
+            raise_precision(meta_model)
         else:
             inner.eval().requires_grad_(False)
+            for trained in self._models.in_training:  # a moving average moves with later updates only
+                trained.averages[inner] = trained.updates
         self._consensus.agree_on_all("prepare", schema_of(inner))
         state_dict_adapter.remember_conversions(inner)
-        model_class, meta_model = type(inner), meta_copy(inner) if options.training else None
         with self._backend.world.remembering_environment():
             wrapped = self._backend.wrap(inner, options)
         self._backend.world.impose_timeout()
         prepared = PreparedModel(
-            module=inner, model_class=model_class, wrapped=wrapped, options=options, meta_model=meta_model
+            module=inner,
+            model_class=model_class,
+            wrapped=wrapped,
+            options=options,
+            meta_model=meta_model,
+            memory=memory,
         )
         self._add(prepared)
-        if inner is model:
-            return wrapped
-        model.model = wrapped
-        return model
+        return replace_inner(model, inner, wrapped)
 
     def bind(self, model: nn.Module, optimizer: Optimizer) -> TrainedModel:
         """Put a wrapped ``model`` in training with ``optimizer``, which holds its current parameters."""
@@ -119,6 +151,8 @@ class Preparation:
         with self._backend.world.remembering_environment():
             self._backend.bind(trained)
         self._backend.world.impose_timeout()
+        trained.group_sizes = sizes_of_groups(optimizer)
+        prepared.undo.callback(guard(trained))
         return trained
 
     def adopt_if_bare(self, model: nn.Module, optimizer: Optimizer) -> None:
@@ -130,15 +164,28 @@ class Preparation:
         if not bare or self._models.owner(optimizer) is not None:
             return
         inner = inner_model(model)
+        if prepared is None:
+            self._models.check_unshared(inner, "backward")
+            compile_in_place(model, inner)
         check_belongs(optimizer, inner, "backward")
+        self.warn_of_unprepared(inner)
         if prepared is None:
             self._models.add(
                 PreparedModel(
                     module=inner, model_class=type(inner), wrapped=inner, options=WrapOptions(training=True),
-                    meta_model=meta_copy(inner),
+                    meta_model=meta_copy(inner), memory=ParameterMemory(inner),
                 )
             )  # fmt: skip
         self.bind(model, optimizer)
+
+    def warn_of_unprepared(self, model: nn.Module) -> None:
+        """Say once that other backends refuse a model that was not prepared."""
+        if not self._warned_of_unprepared:
+            self._warned_of_unprepared = True
+            logger.warning(
+                "%s is used without prepare, which this strategy accepts and the others refuse. Call "
+                "prepare((model, optimizer, scheduler)), and use what it returns", type(model).__name__,
+            )  # fmt: skip
 
     def _check_free(self, optimizer: Optimizer, module: nn.Module) -> None:
         for prepared in (self._models.owner(optimizer), self._models.find(module)):
@@ -150,19 +197,35 @@ class Preparation:
                 )
 
     def _add(self, prepared: PreparedModel) -> None:
-        prepared.undo_forward = around_forward(prepared.wrapped, lambda: self._forward(prepared))
+        undo = around_forward(
+            prepared.wrapped,
+            lambda: self._forward(prepared),
+            lambda: check_zero_grad(prepared.trained, "zero_grad of the model"),
+        )
+        prepared.undo.callback(undo)
+        if any(self._is_sharded(parameter) for parameter in prepared.module.parameters()):
+            prepared.undo.callback(refuse_save_pretrained(prepared.module, prepared.class_name))
         self._models.add(prepared)
+
+    def _is_sharded(self, parameter: nn.Parameter) -> bool:
+        return is_dtensor(parameter) or self._backend.full_shape(parameter) != parameter.shape
 
     @contextmanager
     def _forward(self, prepared: PreparedModel) -> Iterator[None]:
         """Run one forward pass of a prepared model."""
-        if prepared.offloaded:
-            raise StrategyError(
-                f"forward: expected a model on the device, got {prepared.class_name}, which was offloaded. Call "
-                f"reload_model first"
-            )
+        self._models.require_ready(prepared.module, "forward")
         with self._operations.running("forward"), self._backend.forward_context(prepared.module, prepared.options):
             yield
+
+
+def _refusal(call: str, argument: object) -> ArgumentError:
+    remedy = ""
+    if isinstance(argument, (Optimizer, LRScheduler)):
+        remedy = ". Pass the model, its optimizer and its scheduler as one tuple: prepare((model, optimizer, None))"
+    got = type(argument).__name__ if remedy else shown(argument)
+    return ArgumentError(
+        f"{call}: expected a model, (model, optimizer, scheduler), a list of models, or None, got {got}{remedy}"
+    )
 
 
 def _is_training_triple(argument: object) -> bool:

@@ -1,29 +1,34 @@
 """The models that a strategy has prepared, looked up by the model or by its wrapper."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 
 from torch import nn
 from torch.optim import Optimizer
 
 from lightrft.config import StrategyError
 from lightrft.strategy.backend.types import TrainedModel, WrapOptions
+from lightrft.strategy.models.compiled import uncompiled
+from lightrft.strategy.models.sharing import ParameterMemory
 
 
 def is_actor(model: object) -> bool:
-    """Return whether ``model`` is an actor by LightRFT's mark: a true attribute ``is_actor``."""
+    """Return whether ``model`` is an actor, which LightRFT marks with a true attribute ``is_actor``."""
     return bool(getattr(model, "is_actor", False))
 
 
 def inner_model(model: nn.Module) -> nn.Module:
     """Return the model that an actor wraps as ``.model``, or ``model`` itself if it is not a wrapper.
 
-    A Hugging Face model has a ``.model`` too, its backbone, but is not a wrapper.
+    A Hugging Face model has a ``.model`` too, its backbone, but is not a wrapper. The wrapper that ``torch.compile``
+    returns is one.
     """
+    model = uncompiled(model)
     if not is_actor(model) or hasattr(type(model), "from_pretrained"):
         return model
     inner = getattr(model, "model", None)
-    return inner if isinstance(inner, nn.Module) else model
+    return uncompiled(inner) if isinstance(inner, nn.Module) else model
 
 
 @dataclass(kw_only=True)
@@ -39,12 +44,19 @@ class PreparedModel:
     options: WrapOptions
     meta_model: nn.Module | None
     """A copy on the meta device, made before wrapping; None for models that do not train."""
-    undo_forward: Callable[[], None] = lambda: None
-    """Removes the context around the forward pass of ``wrapped``."""
+    memory: ParameterMemory
+    """Its parameters before wrapping, which may replace them."""
+    undo: ExitStack = field(default_factory=ExitStack)
+    """Removes what preparing attached to the model, such as the context around its forward pass."""
     trained: TrainedModel | None = None
     """Its optimizer and counters; None if it does not train."""
     offloaded: bool = False
     """Whether it is in host memory, until `reload_model`."""
+
+    @property
+    def names_model(self) -> nn.Module:
+        """The model with its names and layers from before wrapping, perhaps on the meta device."""
+        return self.module if self.meta_model is None else self.meta_model
 
     @property
     def class_name(self) -> str:
@@ -95,13 +107,30 @@ class ModelRegistry:
             )
         return prepared
 
+    def check_unshared(self, module: nn.Module, call: str) -> None:
+        """Raise `StrategyError` if ``module``, which is not prepared, shares parameters with a prepared model."""
+        for prepared in self:
+            current = {id(parameter) for parameter in prepared.module.parameters()}
+            shared = [
+                name
+                for name, parameter in module.named_parameters()
+                if id(parameter) in current or prepared.memory.overlaps(parameter)
+            ]
+            if shared:
+                raise StrategyError(
+                    f"{call}: expected a model that shares no parameters with a prepared model, got {type(module).__name__}, "
+                    f"which shares {len(shared)} with {prepared.class_name} ({shared[0]} first). A parameter has the "
+                    f"gradients, the optimizer and the shards of one model. Give each model its own parameters "
+                    f"(copy.deepcopy, before preparing), or train both as one model with one optimizer"
+                )
+
     def is_trained(self, model: object, optimizer: object) -> bool:
         """Return whether ``model`` is in training with ``optimizer``."""
         prepared = self._by_id.get(id(model))
         return prepared is not None and prepared.trained is not None and prepared.trained.optimizer is optimizer
 
     def require_trained(self, model: nn.Module, optimizer: Optimizer, call: str) -> TrainedModel:
-        """Return ``model`` in training with ``optimizer``. Raise `StrategyError` that says which of the two is wrong."""
+        """Return ``model`` in training with ``optimizer``. Raise `StrategyError` that names the wrong one."""
         prepared = self.find(model)
         if prepared is None or prepared.trained is None:
             raise StrategyError(f"{call}: expected a model in training, {_why_not_trained(model, prepared)}")
@@ -123,14 +152,19 @@ class ModelRegistry:
         )
 
     @property
+    def in_training(self) -> list[TrainedModel]:
+        """The models that have an optimizer."""
+        return [prepared.trained for prepared in self if prepared.trained is not None]
+
+    @property
     def has_pending_gradient(self) -> bool:
         """Whether some model has accumulated micro-batches that no update has used yet."""
-        return any(prepared.trained is not None and prepared.trained.has_pending_gradient for prepared in self)
+        return any(trained.has_pending_gradient for trained in self.in_training)
 
     def clear(self) -> None:
-        """Forget all models and remove the contexts around their forward passes."""
+        """Remove all models, and what preparing attached to them."""
         for prepared in self:
-            prepared.undo_forward()
+            prepared.undo.close()
         self._by_id.clear()
 
 
@@ -140,4 +174,4 @@ def _why_not_trained(model: nn.Module, prepared: PreparedModel | None) -> str:
         return f"got {name}, which this strategy has not prepared. Call prepare((model, optimizer, scheduler)), and use what it returns"
     if not prepared.options.training:
         return f"got {name}, which was prepared for inference. Prepare it as (model, optimizer, scheduler) to train it"
-    return f"got {name}, which has no optimizer yet. Make one with create_optimizer(model)"
+    return f"got {name}, which has no optimizer yet. Create one with create_optimizer(model)"

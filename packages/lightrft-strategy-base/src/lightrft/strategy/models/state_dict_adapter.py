@@ -21,6 +21,7 @@ from lightrft.strategy.models.transformers_patches import (
     check,
     is_transformers_model,
 )
+from lightrft.strategy.tensors import grouped
 
 Unit = Sequence[str]
 """Names, in memory, of tensors that convert together."""
@@ -100,10 +101,7 @@ def tied_aliases(module: nn.Module) -> set[str]:
 def units(module: nn.Module, names: Iterable[str]) -> list[Unit]:
     """Return ``names``, in order, grouped into those that convert together."""
     converters = _reversed_converters(module)
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(_converted_key(name, converters), []).append(name)
-    return list(groups.values())
+    return list(grouped((_converted_key(name, converters), name) for name in names).values())
 
 
 def convert(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -52,7 +52,7 @@ def _load_onto_meta(
 def _read_nothing(
     original: Callable[..., torch.Tensor], tensor: Any, device: object = None, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """``tensor`` is a tensor, or a slice of a safetensors file that is not read yet and tells its shape."""
+    """``tensor`` is a tensor, or a slice of a safetensors file that is not read yet but has a shape."""
     if isinstance(tensor, torch.Tensor) or dtype is None:
         return original(tensor, device, dtype).to("meta")
     return torch.empty(tensor.get_shape(), dtype=dtype, device="meta")

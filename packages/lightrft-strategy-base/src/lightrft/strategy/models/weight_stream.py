@@ -12,7 +12,7 @@ from torch import nn
 from lightrft.strategy.backend.contract import Backend
 from lightrft.strategy.models.adapters import MergedForm, has_adapters
 from lightrft.strategy.models.state_dict_adapter import StateDictAdapter, Unit
-from lightrft.strategy.tensors import cast
+from lightrft.strategy.tensors import cast, packed
 
 Bucket = list[tuple[str, torch.Tensor]]
 """Names in a checkpoint, and full tensors."""
@@ -39,7 +39,7 @@ class Form(Protocol):
 def form_for_engines(module: nn.Module, meta_model: nn.Module | None) -> Form:
     """Return the form in which an engine receives ``module``: its base model, with adapters merged in."""
     if has_adapters(module):
-        return MergedForm(module, meta_model or module)
+        return MergedForm(module, module if meta_model is None else meta_model)
     return StateDictAdapter.of(module)
 
 
@@ -51,17 +51,8 @@ def buckets_of(sizes: Mapping[str, int], units: Sequence[Unit], limit: int) -> I
         units: Names, grouped into those that stay together.
         limit: Size of a bucket in bytes.
     """
-    bucket: list[str] = []
-    filled = 0
-    for unit in units:
-        size = sum(sizes[name] for name in unit)
-        if bucket and filled + size > limit:
-            yield bucket
-            bucket, filled = [], 0
-        bucket += unit
-        filled += size
-    if bucket:
-        yield bucket
+    for bucket in packed(units, lambda unit: sum(sizes[name] for name in unit), limit):
+        yield [name for unit in bucket for name in unit]
 
 
 def full_parameters(backend: Backend, form: Form, bucket_bytes: int, dtype: torch.dtype | None) -> Iterator[Bucket]:

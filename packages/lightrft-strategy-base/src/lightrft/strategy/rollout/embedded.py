@@ -21,6 +21,21 @@ def end_ids_of(*sources: Any) -> frozenset[int]:
     return frozenset(token for ids in named if ids is not None for token in ([ids] if isinstance(ids, int) else ids))
 
 
+def end_ids_of_model(module: nn.Module) -> frozenset[int]:
+    """The end-of-sequence token ids in the generation configuration and the configuration of a model, as they are now."""
+    return end_ids_of(getattr(module, "generation_config", None), getattr(module, "config", None))
+
+
+def check_decoder_only(config: object, engine: str) -> None:
+    """Raise `EngineError` if ``config`` is that of an encoder-decoder, which the engine named ``engine`` cannot prompt."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise EngineError(
+            f"setup_inference_engine: engine {engine!r} expected a decoder-only model, got an encoder-decoder "
+            f"({getattr(config, 'model_type', type(config).__name__)}). Engines continue a prompt; generate with "
+            f"model.generate, or use a causal language model"
+        )
+
+
 def weight_shapes(module: nn.Module) -> dict[str, torch.Size]:
     """Names and shapes, as in a checkpoint, of the weights that a sync of ``module`` delivers."""
     tensors = state_dict_adapter.saved_tensors(module)
@@ -37,15 +52,11 @@ class EmbeddedModel:
                 f"setup_inference_engine: engine {engine!r} expected an actor, whose architecture it runs in this "
                 f"process, got none. Pass a prepared one: setup_inference_engine(args, {engine!r}, actor=actor)"
             )
+        check_decoder_only(getattr(request.meta_model, "config", None), engine)
         self.module = request.meta_model.eval().requires_grad_(False)
         self._device = request.device
         self._dtype = torch.bfloat16 if request.config.bf16 else torch.float32
         self.expected: Mapping[str, torch.Size] = weight_shapes(self.module)
-
-    @property
-    def end_ids(self) -> frozenset[int]:
-        """The end-of-sequence token ids in the model's configuration."""
-        return end_ids_of(getattr(self.module, "generation_config", None), getattr(self.module, "config", None))
 
     def load(self, buckets: Iterable[Bucket]) -> None:
         """Copy the weight stream in place. Allocates memory first if there is none."""
@@ -88,6 +99,7 @@ class EmbeddedEngine(EngineBase):
         """Use the actor of ``request``, for the engine named ``engine``; ``has_weights``: see `EngineBase`."""
         super().__init__(has_weights=has_weights)
         self._model = EmbeddedModel(request, engine)
+        self.end_ids = end_ids_of_model(self._model.module)
         self._device = request.device
         self._stream = (request.config.seed, request.rank)
         self._calls = 0

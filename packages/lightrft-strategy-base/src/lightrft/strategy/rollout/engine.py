@@ -30,7 +30,7 @@ PARTS: frozenset[Part] = frozenset({"weights", "kv_cache"})
 class Prompt:
     """One prompt: token ids, or text, or both, with its images and videos.
 
-    If both are given, engines use the ids; empty ids beside a text count as None.
+    If both are given, engines use the ids; empty ids with a text count as None.
 
     Raises:
         ArgumentError: Neither token ids nor text is given.
@@ -45,7 +45,7 @@ class Prompt:
 
     def __post_init__(self) -> None:
         if self.token_ids is None and self.text is None:
-            raise ArgumentError("Prompt: expected token_ids or text, got neither")
+            raise ArgumentError("Prompt: expected token_ids or text, got neither. Pass at least one of them")
         if not self.token_ids and self.text is not None:
             object.__setattr__(self, "token_ids", None)
 
@@ -166,9 +166,12 @@ class EngineBase(ABC):
     """Whether only the first of the ranks that share an engine holds it; otherwise all of them make the same calls."""
     capabilities: EngineCapabilities = EngineCapabilities()
     vocabulary: int | None = None
-    """Size of the vocabulary, which token ids must be below; None: the engine checks it itself."""
+    """Size of the vocabulary; larger token ids are refused. None: the engine checks them itself."""
     longest: int | None = None
-    """Tokens of the longest sequence, prompt included; a completion ends there with "length". None: no limit."""
+    """Maximum tokens of a sequence, prompt included; a completion ends there with "length". None: no limit."""
+    end_ids: frozenset[int] = frozenset()
+    """Token ids that end a sequence, those of a tokenizer aside. A strategy sets them to those of the actor whenever it
+    passes one: when the engine is built, and with every sync."""
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
@@ -196,7 +199,7 @@ class EngineBase(ABC):
         """Make the engine. All ranks of ``request.group`` call this.
 
         Raises:
-            EngineError: Something that the engine needs is missing.
+            EngineError: A requirement of the engine is missing.
         """
 
     # Hooks
@@ -274,7 +277,10 @@ class EngineBase(ABC):
         except LightRFTError:
             raise
         except Exception as error:
-            raise EngineError(f"{self._name}.generate failed: {type(error).__name__}: {error}") from error
+            raise EngineError(
+                f"{self._name}.generate failed: {type(error).__name__}: {error}. See the cause above; if the engine has "
+                f"ended, call setup_inference_engine again"
+            ) from error
 
     @final
     @_one_at_a_time
@@ -323,7 +329,10 @@ class EngineBase(ABC):
         self._require_open("sleep")
         if level not in self.capabilities.sleep_levels:
             levels = ", ".join(map(str, sorted(self.capabilities.sleep_levels)))
-            raise EngineError(f"{self._name}: sleep(level={level}) is not among its sleep levels: {levels}")
+            raise EngineError(
+                f"{self._name}.sleep: expected one of the sleep levels that this engine supports ({levels or 'none'}), got "
+                f"{level}. Pass a supported level, or use enable_engine_sleep=False"
+            )
         if not self._awake and not (level == 2 and self._stale is None):
             return
         before = self._stale
@@ -349,7 +358,7 @@ class EngineBase(ABC):
         wanted = PARTS if parts is None else frozenset(parts)
         if not wanted <= PARTS:
             raise ArgumentError(
-                f"{self._name}.wake_up: expected parts of {sorted(PARTS)}, got {sorted(wanted - PARTS)}"
+                f"{self._name}.wake_up: expected parts among {sorted(PARTS)}, got {sorted(wanted - PARTS)}. Pass None for all"
             )
         missing = wanted - self._awake
         if missing:
@@ -373,31 +382,41 @@ class EngineBase(ABC):
     def _require_open(self, call: str) -> None:
         if self._closed:
             raise EngineError(
-                f"{self._name}.{call}: expected a running engine, but it was shut down. Set up another one"
+                f"{self._name}.{call}: expected a running engine, but it was shut down. Call "
+                f"setup_inference_engine again"
             )
 
     def _check(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
         for index, prompt in enumerate(prompts):
             if not prompt.token_ids and not prompt.text:
-                raise EngineError(f"{self._name}.generate: expected at least one token, but prompt {index} is empty")
+                raise EngineError(
+                    f"{self._name}.generate: expected at least one token in each prompt, got none in prompt {index}. Start it "
+                    f"with a beginning-of-sequence token, for example"
+                )
         if not self.capabilities.multimodal and any(prompt.images or prompt.videos for prompt in prompts):
-            raise EngineError(f"{self._name}.generate: this engine takes no images and no videos. Use one that does")
+            raise EngineError(
+                f"{self._name}.generate: expected prompts without images and videos, which this engine does not support, got "
+                f"some. Use a multimodal engine"
+            )
         if sampling.stop and not self.capabilities.stop_strings:
-            raise EngineError(f"{self._name}.generate: this engine takes no stop strings here. Use stop_token_ids")
+            raise EngineError(
+                f"{self._name}.generate: expected no stop strings, which this engine does not support here, got "
+                f"{list(sampling.stop)}. Use stop_token_ids"
+            )
         self._check_room([prompt.token_ids or () for prompt in prompts])
         if self.vocabulary is not None:
             largest = max(sampling.stop_token_ids, default=0)
             if largest >= self.vocabulary:
                 raise EngineError(
-                    f"{self._name}.generate: {largest} is among stop_token_ids, and the model's vocabulary has {self.vocabulary} "
-                    f"tokens, from 0"
+                    f"{self._name}.generate: expected stop_token_ids below {self.vocabulary}, the size of the model's vocabulary, "
+                    f"got {largest}. Remove it"
                 )
             for index, prompt in enumerate(prompts):
                 largest = max(prompt.token_ids or (0,))
                 if largest >= self.vocabulary:
                     raise EngineError(
-                        f"{self._name}.generate: prompt {index} has token {largest}, and the model's vocabulary has "
-                        f"{self.vocabulary} tokens, from 0. Make prompts with the model's tokenizer"
+                        f"{self._name}.generate: expected token ids below {self.vocabulary}, the size of the model's "
+                        f"vocabulary, got {largest} in prompt {index}. Use the model's tokenizer"
                     )
 
     def _check_room(self, prompts: Sequence[Sequence[int]]) -> None:
@@ -409,7 +428,9 @@ class EngineBase(ABC):
 
 def too_long(prompt: str, tokens: int, longest: int) -> str:
     """Return the message for a prompt that leaves no room for a token."""
-    return f"{prompt} has {tokens} tokens, and a sequence may have {longest}, prompt included. Shorten it"
+    return (
+        f"expected {prompt} to have fewer than the {longest} tokens of the longest sequence, got {tokens}. Shorten it"
+    )
 
 
 def engine_class(name: str) -> type[EngineBase]:
@@ -435,20 +456,25 @@ def checked(buckets: Iterable[Bucket], expected: Mapping[str, torch.Size] | None
     missing = [weight for weight in expected or () if weight not in seen]
     if missing:
         raise EngineError(
-            f"{name}.update_weights: the weight stream lacks {len(missing)} weights of the engine's checkpoint ({missing[0]} "
-            f"first)"
+            f"{name}.update_weights: expected all weights of the engine's checkpoint, got a stream without {len(missing)} of "
+            f"them ({missing[0]} first). Sync the model that the engine was built for"
         )
 
 
 def _check_bucket(bucket: Bucket, seen: set[str], expected: Mapping[str, torch.Size] | None, name: str) -> None:
     for weight, tensor in bucket:
         if weight in seen:
-            raise EngineError(f"{name}.update_weights: expected every weight once, got {weight} twice")
+            raise EngineError(
+                f"{name}.update_weights: expected every weight once, got {weight} twice. Send each weight in one bucket"
+            )
         if expected is not None and weight not in expected:
-            raise EngineError(f"{name}.update_weights: unexpected weight {weight}: not in the engine's checkpoint")
+            raise EngineError(
+                f"{name}.update_weights: expected weights of the engine's checkpoint, got {weight}, which is not in it. Sync "
+                f"the model that the engine was built for"
+            )
         if expected is not None and tensor.shape != expected[weight]:
             raise EngineError(
                 f"{name}.update_weights: expected {weight} of shape {tuple(expected[weight])}, as in the engine's "
-                f"checkpoint, got {tuple(tensor.shape)}"
+                f"checkpoint, got {tuple(tensor.shape)}. Sync the model that the engine was built for"
             )
         seen.add(weight)

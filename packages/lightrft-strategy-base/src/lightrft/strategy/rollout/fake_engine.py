@@ -41,7 +41,7 @@ class FakeEngine(EmbeddedEngine):
             raise EngineError(
                 "FakeEngine: generate expected token ids, got text alone. It has no tokenizer; pass token ids"
             )
-        ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else self._model.end_ids)
+        ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else self.end_ids)
         key = stream_key(seed, prompt.token_ids, sample)
         output: list[int] = []
         logprobs: list[float] = []

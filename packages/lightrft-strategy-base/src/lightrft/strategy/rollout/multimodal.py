@@ -5,7 +5,7 @@ images, the placeholders of images are removed; the same holds for videos.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -29,17 +29,28 @@ def build_prompts(
     Raises:
         ArgumentError: The lists do not match.
     """
+    token_ids, texts = _token_lists(token_ids, "gather_and_generate"), _plain(texts)
+    images, videos = (list(media) if isinstance(media, Iterator) else media for media in (images, videos))
+    images_num, videos_num = _plain(images_num), _plain(videos_num)
     if isinstance(texts, str):
         raise ArgumentError(
             f"gather_and_generate: expected a list of texts as all_prompts, got one text, {texts[:40]!r}. Pass [text]"
         )
     if token_ids is None and texts is None:
-        raise ArgumentError("gather_and_generate: expected all_prompt_token_ids, all_prompts, or both, got neither")
+        raise ArgumentError(
+            "gather_and_generate: expected all_prompt_token_ids or all_prompts, got neither. Pass at least one"
+        )
+    wrong = [text for text in texts or () if not isinstance(text, str)]
+    if wrong:
+        raise ArgumentError(
+            f"gather_and_generate: expected strings as all_prompts, got a {type(wrong[0]).__name__}. Pass token ids as "
+            f"all_prompt_token_ids"
+        )
     count = len(token_ids if token_ids is not None else texts or ())
     if token_ids is not None and texts is not None and len(texts) != count:
         raise ArgumentError(
             f"gather_and_generate: expected the same prompts as token ids and as text, got {count} as token ids and "
-            f"{len(texts)} as text"
+            f"{len(texts)} as text. Pass both lists in the same order"
         )
     image_lists = media_by_prompt(images, images_num, count, "image")
     video_lists = media_by_prompt(videos, videos_num, count, "video")
@@ -76,12 +87,15 @@ def media_by_prompt(
     """
     if media is None:
         if counts is not None and any(counts):
-            raise ArgumentError(f"gather_and_generate: expected {sum(counts)} {modality}s by {modality}s_num, got none")
+            raise ArgumentError(
+                f"gather_and_generate: expected {sum(counts)} {modality}s, the sum of {modality}s_num, got none. Pass them as "
+                f"all_{modality}s"
+            )
         return [()] * prompts
     if counts is not None and len(counts) != prompts:
         raise ArgumentError(
-            f"gather_and_generate: expected {modality}s_num to have a count for each of {prompts} prompts, got {len(counts)} "
-            f"counts"
+            f"gather_and_generate: expected {modality}s_num to have a count for each of {prompts} prompts, got {len(counts)}. "
+            f"Use 0 for a prompt without {modality}s"
         )
     nested = len(media) == prompts and all(item is None or isinstance(item, (list, tuple)) for item in media)
     if nested and (counts is None or [len(item or ()) for item in media] == list(counts)):
@@ -95,7 +109,8 @@ def media_by_prompt(
         return [_present([item]) for item in media]
     if sum(counts) != len(media):
         raise ArgumentError(
-            f"gather_and_generate: expected {sum(counts)} {modality}s by {modality}s_num, got {len(media)}"
+            f"gather_and_generate: expected {sum(counts)} {modality}s, the sum of {modality}s_num, got {len(media)}. Correct "
+            f"{modality}s_num"
         )
     ends = [sum(counts[: index + 1]) for index in range(prompts)]
     return [_present(media[end - number : end]) for end, number in zip(ends, counts, strict=True)]
@@ -113,7 +128,8 @@ def prompts_of_inputs(inputs: Sequence[dict[str, Any]]) -> list[Prompt]:
     for item in inputs:
         if not isinstance(item, Mapping) or not isinstance(item.get("prompt"), str):
             raise ArgumentError(
-                f"engine_generate_local: expected {{'prompt': text, 'multi_modal_data': ...}}, got {item!r}"
+                f"engine_generate_local: expected dicts {{'prompt': text, 'multi_modal_data': ...}}, got {item!r}. Pass one for "
+                f"each prompt"
             )
         media = item.get("multi_modal_data") or {}
         images, videos = _listed(media.get("image")), _listed(media.get("video"))
@@ -125,8 +141,8 @@ def prompts_of_inputs(inputs: Sequence[dict[str, Any]]) -> list[Prompt]:
 
 
 def prompts_of_tokens(token_ids: Sequence[Any]) -> list[Prompt]:
-    """Return prompts from lists, arrays or tensors of token ids, or from a single one."""
-    lists = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
+    """Return prompts from lists, arrays or tensors of token ids, a tokenizer's output, or a single prompt."""
+    lists = _token_lists(token_ids, "engine_generate_local")
     if len(lists) and all(isinstance(token, Integral) for token in lists):
         lists = [lists]
     return [Prompt(token_ids=_ints(tokens)) for tokens in lists]
@@ -136,15 +152,53 @@ def one_kind_of_prompts(token_ids: Sequence[Any] | None, inputs: Sequence[dict[s
     """Return prompts from token ids or from LightRFT's dicts. Raise `ArgumentError` for neither or both."""
     if (token_ids is None) == (inputs is None):
         got = "neither" if token_ids is None else "both"
-        raise ArgumentError(f"engine_generate_local: expected prompt_token_ids or multi_modal_inputs, got {got}")
-    return prompts_of_tokens(token_ids) if token_ids is not None else prompts_of_inputs(inputs or [])
+        raise ArgumentError(
+            f"engine_generate_local: expected either prompt_token_ids or multi_modal_inputs, got {got}. Pass exactly one"
+        )
+    return prompts_of_tokens(token_ids) if token_ids is not None else prompts_of_inputs(_plain(inputs) or [])
+
+
+def _plain(items: Any) -> Any:
+    """Return a list of what an iterator, an array or a tensor has; anything else unchanged."""
+    if isinstance(items, Iterator):
+        return list(items)
+    return items.tolist() if hasattr(items, "tolist") else items
+
+
+def _token_lists(token_ids: Any, call: str) -> Any:
+    """Return token ids by prompt. From a tokenizer's output, takes those that its attention mask does not exclude."""
+    if isinstance(token_ids, Mapping):
+        if "input_ids" not in token_ids:
+            raise ArgumentError(
+                f"{call}: expected token ids of prompts or a tokenizer's output, got a {type(token_ids).__name__} without "
+                f"input_ids: {', '.join(map(str, list(token_ids)[:5]))}"
+            )
+        return _unpadded(token_ids["input_ids"], token_ids.get("attention_mask"))
+    if isinstance(token_ids, (str, bytes)):
+        raise ArgumentError(
+            f"{call}: expected token ids of prompts, got a text, {token_ids[:40]!r}. Pass it as all_prompts"
+        )
+    plain = _plain(token_ids)
+    if plain is not None and not isinstance(plain, Sequence):
+        raise ArgumentError(f"{call}: expected a list of token ids for each prompt, got a {type(token_ids).__name__}")
+    return plain
+
+
+def _unpadded(input_ids: Any, mask: Any) -> Any:
+    """Return ``input_ids``, of one prompt or of several, without the positions where ``mask`` is 0."""
+    ids, kept = _plain(input_ids), _plain(mask)
+    if kept is None:
+        return ids
+    if all(isinstance(token, Integral) for token in ids):
+        return [token for token, keep in zip(ids, kept, strict=True) if keep]
+    return [_unpadded(*row) for row in zip(ids, kept, strict=True)]
 
 
 def _ints(tokens: Any) -> tuple[int, ...]:
     """Return the token ids in a list, an array or a tensor of integers."""
-    plain = tokens.tolist() if hasattr(tokens, "tolist") else tokens
+    plain = _token_lists(tokens, "generate") if isinstance(tokens, Mapping) else _plain(tokens)
     if isinstance(plain, (str, bytes)) or not isinstance(plain, Sequence):
-        raise ArgumentError(f"generate: expected a list of integers for each prompt, got {tokens!r}")
+        raise ArgumentError(f"generate: expected a list of integers for each prompt, got {str(tokens)[:60]!r}")
     invalid = [token for token in plain if isinstance(token, bool) or not isinstance(token, Integral) or token < 0]
     if invalid:
         raise ArgumentError(f"generate: expected token ids that are integers from 0, got {invalid[0]!r}")

@@ -4,16 +4,18 @@ A rollout step wakes the weights, syncs, wakes the KV cache, generates and sleep
 every engine and every backend.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from lightrft.config import ArgumentError, ConfigError, EngineError, LightRFTError, StrategyConfig
+from lightrft.config.validation import shown
 from lightrft.strategy.backend.contract import Backend
 from lightrft.strategy.distributed.rank_consensus import RankConsensus
 from lightrft.strategy.distributed.world import World
@@ -24,6 +26,7 @@ from lightrft.strategy.models.registry import PreparedModel
 from lightrft.strategy.models.state_dict_adapter import StateDictAdapter
 from lightrft.strategy.models.weight_stream import Bucket
 from lightrft.strategy.rollout import multimodal
+from lightrft.strategy.rollout.embedded import end_ids_of_model
 from lightrft.strategy.rollout.engine import Completion, EngineBase, EngineRequest, Prompt, RolloutEngine, engine_class
 from lightrft.strategy.rollout.sampling import Sampling
 from lightrft.strategy.supported_settings import validate_engine
@@ -45,8 +48,7 @@ class Rollout:
         self._world, self._consensus, self._config = world, consensus, config
         self.engine: RolloutEngine | None = None
         self._status = EngineStatus.ABSENT  # of an engine that another rank holds
-        self._sleeps = config.enable_engine_sleep
-        self.bucket_bytes, self.bf16 = config.weight_sync_bucket_bytes, config.bf16
+        self._engine_config = config
         self.mp_group, self.dp_group = self._make_groups()
 
     def _make_groups(self) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
@@ -54,8 +56,8 @@ class Rollout:
         size, share = self._world.size, self._config.engine_tp_size
         if size % share:
             raise ConfigError(
-                f"engine_tp_size={share}: expected a divisor of the number of ranks, got {size} ranks. Each engine takes "
-                f"{share} of them"
+                f"engine_tp_size={share}: expected a divisor of the number of ranks, got {size} ranks. Choose a "
+                f"divisor of {size}"
             )
         if self._world.control is None:
             return None, None
@@ -88,12 +90,11 @@ class Rollout:
         """
         if config.engine_tp_size != self._config.engine_tp_size:
             raise ConfigError(
-                f"setup_inference_engine: expected engine_tp_size={self._config.engine_tp_size}, as when the strategy was "
-                f"made and grouped its ranks, got {config.engine_tp_size}. Pass it to get_strategy"
+                f"setup_inference_engine: expected engine_tp_size={self._config.engine_tp_size}, as the strategy was "
+                f"created with, got {config.engine_tp_size}. Pass engine_tp_size to get_strategy"
             )
         self.shutdown()
-        self._sleeps = config.enable_engine_sleep
-        self.bucket_bytes, self.bf16 = config.weight_sync_bucket_bytes, config.bf16
+        self._engine_config = config
         try:
             with self._consensus.together("setup_inference_engine"):
                 cls = engine_class(engine_type)
@@ -104,7 +105,14 @@ class Rollout:
             self.shutdown()  # another rank failed
             raise
         self._status = EngineStatus.AWAKE
+        if actor is not None:
+            self._end_like(actor)
         return self.engine
+
+    def _end_like(self, actor: PreparedModel) -> None:
+        """Let sequences end at the token ids that the configuration of ``actor`` names now."""
+        if isinstance(self.engine, EngineBase):
+            self.engine.end_ids = end_ids_of_model(actor.module)
 
     def _build(self, cls: type[EngineBase], config: StrategyConfig, meta_model: nn.Module | None) -> EngineBase:
         request = EngineRequest(
@@ -112,7 +120,7 @@ class Rollout:
             device=self._world.device,
             rank=self._world.rank,
             group=self.mp_group if config.engine_tp_size > 1 else None,
-            model_path=config.get_extra_arg("pretrain"),
+            model_path=_model_path(config.get_extra_arg("pretrain")),
             meta_model=meta_model,
         )
         try:
@@ -121,7 +129,8 @@ class Rollout:
             raise
         except Exception as error:
             raise EngineError(
-                f"setup_inference_engine: {cls.__name__} could not be built: {type(error).__name__}: {error}"
+                f"setup_inference_engine: {cls.__name__} could not be built: {type(error).__name__}: {error}. "
+                f"See the cause above, and check the engine's settings"
             ) from error
 
     def shutdown(self) -> None:
@@ -131,9 +140,13 @@ class Rollout:
         if engine is not None:
             engine.shutdown()
 
+    def release_groups(self) -> None:
+        """Drop the references to the process groups; `shutdown` was called before."""
+        self.mp_group = self.dp_group = None
+
     def sleep(self) -> None:
         """Put the engine to sleep, if ``enable_engine_sleep`` is set. Idempotent."""
-        if self._sleeps and self.status is not EngineStatus.ABSENT:
+        if self._engine_config.enable_engine_sleep and self.status is not EngineStatus.ABSENT:
             with self._together_if_shared("maybe_sleep_inference_engine"):
                 if self.engine is not None:
                     self.engine.sleep()
@@ -171,7 +184,7 @@ class Rollout:
         yield from weight_stream.full_parameters(backend, StateDictAdapter.of(model.module), limit, stream_dtype)
 
     def sync(self, backend: Backend, actor: PreparedModel) -> None:
-        """Send all weights of ``actor`` to the engine. All ranks must call this.
+        """Send all weights of ``actor``, and its end-of-sequence token ids, to the engine. All ranks must call this.
 
         Compares names and shapes first, then streams. A sync that fails on one rank is revoked on all.
         """
@@ -182,11 +195,13 @@ class Rollout:
             backend.reshard(actor.module)
             form = weight_stream.form_for_engines(actor.module, actor.meta_model)
             self._check_coverage(weight_stream.full_shapes(backend, form))
-        dtype = torch.bfloat16 if self.bf16 or backend.config.bf16 else None
+        dtype = torch.bfloat16 if self._engine_config.bf16 or backend.config.bf16 else None
         before = 0 if self.engine is None else self.engine.weight_version
         try:
             with self._together("update_engine_weights"):
-                self._send(weight_stream.full_parameters(backend, form, self.bucket_bytes, dtype))
+                bucket_bytes = self._engine_config.weight_sync_bucket_bytes
+                self._send(weight_stream.full_parameters(backend, form, bucket_bytes, dtype))
+            self._end_like(actor)
         except BaseException:
             if self.engine is not None and self.engine.weight_version != before:
                 self.engine.revoke_weights("the last weight sync failed on another rank")
@@ -215,15 +230,13 @@ class Rollout:
             )
 
     def _send(self, stream: Iterator[Bucket]) -> None:
-        if self.engine is None:
-            for _ in stream:  # a rank that holds no engine still takes part in the gathers
-                pass
-            return
-        self.engine.wake_up(["weights"])
+        if self.engine is not None:
+            self.engine.wake_up(["weights"])
         try:
-            self.engine.update_weights(stream)
+            if self.engine is not None:
+                self.engine.update_weights(stream)
         finally:
-            for _ in stream:  # after a failure here, the other ranks still gather with this one
+            for _ in stream:  # without an engine, or after a failure here, this rank still takes part in the gathers
                 pass
 
     # Generation
@@ -247,7 +260,7 @@ class Rollout:
     def _require_engine(self, call: str) -> None:
         if self.status is EngineStatus.ABSENT:
             raise EngineError(
-                f"{call}: there is no engine. Call setup_inference_engine(args, engine_type, actor=actor) first"
+                f"{call}: expected an engine, got none. Call setup_inference_engine(args, engine_type, actor=actor) first"
             )
 
     def gather_and_generate(self, sampling: object, sleep: bool, *prompts_and_media: Any) -> list[Completion]:
@@ -296,17 +309,26 @@ class Rollout:
             leader = dist.get_global_rank(self.mp_group, 0) if self.mp_group is not None else 0
             dist.broadcast_object_list(outcome, src=leader, group=self.mp_group)
         if outcome[0] is None:
-            raise EngineError("gather_and_generate: the rank that holds this rank's engine failed. See the error there")
+            raise EngineError(
+                "gather_and_generate: expected completions from the rank that holds this rank's engine, but it failed. See its error"
+            )
         return outcome[0]
+
+
+def _model_path(pretrain: object) -> str | None:
+    """Return the path or name of a model, with the home directory for ``~``."""
+    if pretrain is None:
+        return None
+    if not isinstance(pretrain, (str, os.PathLike)):
+        raise ConfigError(
+            f"setup_inference_engine: expected pretrain to be a path or the name of a model, got {shown(pretrain)}"
+        )
+    return os.path.expanduser(os.fspath(pretrain))
 
 
 def _model_for_engine(actor: PreparedModel) -> nn.Module | None:
     """Return a copy of ``actor`` on the meta device, with its buffers and without adapters, for engines to build from."""
     if actor.meta_model is None:
         return None
-    model = with_buffers_of(actor.meta_model, actor.module)
-    if not has_adapters(actor.module):
-        return model
-    peft_model: Any = model
-    base_model: nn.Module = peft_model.unload()
-    return base_model
+    model: Any = with_buffers_of(actor.meta_model, actor.module)
+    return cast(nn.Module, model.unload() if has_adapters(actor.module) else model)

@@ -8,6 +8,7 @@ Shapes in names: B is the batch, V the vocabulary.
 
 import dataclasses
 import hashlib
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -21,8 +22,21 @@ _ALIASES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "sam
 """SGLang's names, and vLLM's for the same settings."""
 _NEUTRAL = {"logprobs": (None, True, False, 0), "detokenize": (True, False), "no_stop_trim": (None, True, False)}
 """Settings of engines that change what is returned, not what is drawn, with the values that change nothing here."""
-
-
+_OF_GENERATION_CONFIG = {
+    "max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "num_return_sequences": "n", "stop_strings": "stop",
+    "eos_token_id": "stop_token_ids", "repetition_penalty": "repetition_penalty",
+}  # fmt: skip
+"""transformers' names, and ours."""
+_OF_DRAWING = ("temperature", "top_k", "top_p", "min_p")
+"""Fields of a ``GenerationConfig`` that act with ``do_sample`` only."""
+_WITHOUT_EFFECT = (
+    "use_cache", "cache_", "max_cache_len", "output_", "return_dict_in_generate", "pad_token_id", "bos_token_id",
+    "decoder_start_token_id", "transformers_version", "compile_config", "disable_compile", "low_memory",
+    "prefill_chunk_size", "continuous_batching_config", "renormalize_logits", "remove_invalid_values", "length_penalty",
+    "early_stopping", "is_assistant", "num_assistant_", "assistant_", "target_lookbehind", "speculation_type", "_",
+)  # fmt: skip
+"""Beginnings of the names of fields that change no token without beams and assistants."""
+_NEUTRAL_AT_1 = ("num_beams", "num_beam_groups", "typical_p", "encoder_repetition_penalty", "guidance_scale")
 _INTEGER, _REAL, _FLAG = (Integral, "an integer"), (Real, "a number"), (bool, "True or False")
 _TYPES: dict[str, tuple[Any, str]] = {
     **dict.fromkeys(("n", "top_k", "max_tokens", "min_tokens"), _INTEGER),
@@ -72,7 +86,9 @@ class Sampling:
         for name, (expected, words) in _TYPES.items():
             value = getattr(self, name)
             if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
-                raise ArgumentError(f"Sampling: {name}={value!r} ({type(value).__name__}); allowed is {words}")
+                raise ArgumentError(
+                    f"Sampling: expected {name} to be {words}, got {value!r} ({type(value).__name__}). Convert it"
+                )
         ranges = [
             ("n", self.n >= 1, ">= 1"),
             ("temperature", 0 <= self.temperature <= 2, ">= 0 and <= 2"),
@@ -93,14 +109,17 @@ class Sampling:
         ]
         for name, holds, allowed in ranges:
             if not holds:
-                raise ArgumentError(f"Sampling: {name}={getattr(self, name)!r}; allowed is {allowed}")
+                raise ArgumentError(
+                    f"Sampling: expected {name} to be {allowed}, got {getattr(self, name)!r}. Change it"
+                )
 
     @classmethod
     def of(cls, source: object) -> Self:
         """Read sampling settings.
 
         Args:
-            source: A `Sampling`, a dict with vLLM's or SGLang's names, vLLM's ``SamplingParams``, or None.
+            source: A `Sampling`, a dict with vLLM's or SGLang's names, vLLM's ``SamplingParams``, transformers'
+                ``GenerationConfig``, or None.
 
         Raises:
             ArgumentError: A setting is unknown and not at its default, or ``source`` cannot be read.
@@ -109,7 +128,10 @@ class Sampling:
             return source
         if source is None:
             return cls()
-        given = _from_mapping(source) if isinstance(source, Mapping) else _from_object(source)
+        if _is_generation_config(source):
+            given = _from_generation_config(source)
+        else:
+            given = _from_mapping(source) if isinstance(source, Mapping) else _from_object(source)
         known = {field.name for field in dataclasses.fields(cls)}
         for name, value in given.items():
             if name not in known and value not in _NEUTRAL.get(name, ()):
@@ -126,6 +148,39 @@ class Sampling:
 
 def _from_mapping(source: Mapping[Any, Any]) -> dict[str, Any]:
     return {_ALIASES.get(str(name), str(name)): value for name, value in source.items()}
+
+
+def _is_generation_config(source: object) -> bool:
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(source, transformers.GenerationConfig)
+
+
+def _from_generation_config(config: object) -> dict[str, Any]:
+    """Return the settings with which transformers' ``generate`` would draw the same distribution.
+
+    Without ``do_sample``, ``generate`` is greedy; with it, it draws from the 50 most likely tokens by default. End tokens
+    in the configuration replace those of the model.
+    """
+    given = {name: value for name, value in vars(config).items() if value is not None}
+    if "max_new_tokens" not in given:
+        raise ArgumentError(
+            "Sampling: expected a GenerationConfig with max_new_tokens, got one without: max_length counts the prompt too. "
+            "Set max_new_tokens"
+        )
+    given.pop("max_length", None)  # max_new_tokens overrides it
+    if "min_new_tokens" in given:
+        given.pop("min_length", None)
+    settings = {ours: given.pop(theirs) for theirs, ours in _OF_GENERATION_CONFIG.items() if theirs in given}
+    if "stop_token_ids" in settings:
+        settings["ignore_eos"] = True
+    drawing = {name: given.pop(name) for name in _OF_DRAWING if name in given}
+    sampled = given.pop("do_sample", False)
+    others = {
+        name: value
+        for name, value in given.items()
+        if value and not name.startswith(_WITHOUT_EFFECT) and not (name in _NEUTRAL_AT_1 and value == 1)
+    }
+    return {**others, **settings, **({"top_k": 50, **drawing} if sampled else {"temperature": 0.0})}
 
 
 def _from_object(source: object) -> dict[str, Any]:

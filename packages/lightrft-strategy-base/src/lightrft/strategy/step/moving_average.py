@@ -1,5 +1,10 @@
-"""Exponential moving averages of a trained model's weights, kept in a second model."""
+"""Exponential moving averages of a trained model's weights, kept in a second model.
 
+`TrainedModel.averages` counts which updates each average includes, so that an average moves once for each update that was
+applied after it was prepared.
+"""
+
+import warnings
 from collections.abc import Iterable
 from weakref import WeakKeyDictionary
 
@@ -11,6 +16,7 @@ from lightrft.strategy.backend.adamw import trainable
 from lightrft.strategy.backend.contract import Backend
 from lightrft.strategy.backend.types import Shard, TrainedModel
 from lightrft.strategy.distributed.rank_consensus import RankConsensus
+from lightrft.strategy.telemetry.log import is_silent
 
 
 class MovingAverages:
@@ -18,8 +24,32 @@ class MovingAverages:
 
     def __init__(self, backend: Backend, consensus: RankConsensus) -> None:
         self._backend, self._consensus = backend, consensus
-        self.seen: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-        """By average, the number of updates of its source that it includes; checkpoints save and restore it."""
+        self._sources: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+        """By average, the model from which it last moved."""
+        self._loaded: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+        """By average that was loaded and has not moved since, the number of updates of its source that it includes."""
+
+    def updates_in(self, average: nn.Module, trained: Iterable[TrainedModel]) -> int | None:
+        """Return the number of updates of its source that ``average`` includes, for a checkpoint; None without a source.
+
+        Args:
+            average: Unwrapped.
+            trained: All models in training. The source of an average that never moved is the first whose parameters it has.
+        """
+        if average in self._loaded:
+            return self._loaded[average]
+        names = {name for name, _ in average.named_parameters()}
+        moved_from = self._sources.get(average)
+        for source in trained:
+            if source.model is moved_from or (moved_from is None and trainable(source.model).keys() <= names):
+                return source.updates_in(average)
+        return None
+
+    def restore(self, average: nn.Module, updates: int | None) -> None:
+        """Set the number of updates that a loaded ``average`` includes: what `updates_in` returned when it was saved."""
+        self._loaded.pop(average, None)
+        if updates is not None:
+            self._loaded[average] = updates
 
     @torch.no_grad()
     def move(self, source: TrainedModel, average: nn.Module, beta: float, device: torch.device | None) -> None:
@@ -35,8 +65,8 @@ class MovingAverages:
             ArgumentError: ``beta`` is out of range, or ``average`` lacks a parameter of ``source``.
         """
         if not 0 <= beta < 1:
-            raise ArgumentError(f"moving_average: expected beta >= 0 and < 1, got {beta!r}")
-        if self.seen.get(average, 0) == source.updates:
+            raise ArgumentError(f"moving_average: expected beta >= 0 and < 1, got {beta!r}. Use for example 0.992")
+        if self._loaded.get(average, source.updates_in(average)) == source.updates:
             return
         self._backend.reshard(source.model)
         self._backend.reshard(average)
@@ -48,7 +78,11 @@ class MovingAverages:
                 f"moving_average: expected an average with the parameters of {source.class_name}, but the average has no "
                 f"{unknown[0]}. Make it as a copy of the model that it averages"
             )
-        self.seen[average] = source.updates
+        if average not in self._sources:
+            _warn_of_buffers(source, average)
+        self._sources[average] = source.model
+        self._loaded.pop(average, None)
+        source.averages[average] = source.updates
         sources = {shard.name: shard for shard in self._backend.shards(source.model)}
         if self._same_layout(sources, targets, weights):
             for name in weights.keys() & targets.keys():
@@ -67,6 +101,21 @@ class MovingAverages:
             for name in names
         )
         return all(self._consensus.exchange("moving_average", alike))
+
+
+def _warn_of_buffers(source: TrainedModel, average: nn.Module) -> None:
+    """Warn if training changes persistent buffers of ``source``, which averages do not include."""
+    persistent, buffers = source.model.state_dict(keep_vars=True), dict(average.named_buffers())
+    for name, buffer in source.model.named_buffers():
+        copy = buffers.get(name)
+        if name in persistent and copy is not None and not torch.equal(copy.to(buffer.device), buffer):
+            if not is_silent():
+                warnings.warn(
+                    f"moving_average: averages include parameters only; buffers of {source.class_name} that training "
+                    f"changes ({name} first) stay as they are in the average. Copy them before you use the average",
+                    stacklevel=5,
+                )
+            return
 
 
 def _move_towards(target: Shard, weight: torch.Tensor, beta: float, device: torch.device | None) -> None:

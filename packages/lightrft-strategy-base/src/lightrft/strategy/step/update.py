@@ -14,6 +14,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightrft.config import ArgumentError, ArgumentTypeError, StrategyError
+from lightrft.config.validation import shown
 from lightrft.strategy.backend.contract import Backend
 from lightrft.strategy.backend.replicated import fill_missing
 from lightrft.strategy.backend.types import TrainedModel
@@ -38,10 +39,14 @@ BETWEEN_UPDATES = StepResult(applied=False, skipped=False, grad_norm=None)
 def backward(backend: Backend, trained: TrainedModel, loss: torch.Tensor, *, retain_graph: bool) -> None:
     """Add the gradient of ``loss``, a scalar with a graph, to the gradient of the update in progress."""
     _check_loss(backend, trained, loss)
-    # The mean over K micro-batches; `_normalisation` corrects it if an update has another number of them.
+    if not isinstance(retain_graph, bool):
+        raise ArgumentTypeError(f"backward: expected retain_graph to be True or False, got {shown(retain_graph)}")
+    _check_untouched(trained, "backward")
+    # The mean over K micro-batches; `optimizer_step` corrects it if an update has another number of them.
     share = loss if trained.accumulation_steps == 1 else loss / trained.accumulation_steps
     backend.backward(trained, share, retain_graph=retain_graph)
     trained.backwards += 1
+    trained.gradients_seen = _gradients(trained)
 
 
 def optimizer_step(
@@ -62,8 +67,11 @@ def optimizer_step(
         StrategyError: There was no backward since the last update, or too many updates in a row were not finite.
     """
     _check_scheduler(trained, scheduler)
+    _check_untouched(trained, "optimizer_step")
     if not (boundary is None or isinstance(boundary, bool)):
-        raise ArgumentTypeError(f"optimizer_step: expected boundary to be True, False or None, got {boundary!r}")
+        raise ArgumentTypeError(
+            f"optimizer_step: expected boundary to be True, False or None, got {shown(boundary)}. Pass a bool"
+        )
     trained.micro_batches += 1
     if boundary is not None:
         agree({"boundary": boundary, "micro-batches": trained.micro_batches})
@@ -76,11 +84,16 @@ def optimizer_step(
             f"Call strategy.backward(loss, model, optimizer) for each micro-batch"
         )
     _check_frozen(trained)
-    factor = _normalisation(trained)
-    if backend.fused_step is not None:
-        norm = backend.fused_step(trained, factor)
-    else:
-        norm = reduce_clip_and_step(backend, trained, factor)
+    factor = trained.accumulation_steps / trained.micro_batches  # for the mean over the actual number of micro-batches
+    trained.updating = True
+    try:
+        if backend.fused_step is not None:
+            norm = backend.fused_step(trained, factor)
+        else:
+            norm = reduce_clip_and_step(backend, trained, factor)
+    finally:
+        trained.updating = False
+    trained.gradients_seen = _gradients(trained)
     trained.micro_batches = trained.backwards = 0
     if not math.isfinite(norm):
         return _skip(trained, norm, backend.config.max_skipped_updates)
@@ -88,11 +101,6 @@ def optimizer_step(
     trained.skipped_in_a_row = 0
     _schedule(trained, scheduler)
     return StepResult(applied=True, skipped=False, grad_norm=norm)
-
-
-def _normalisation(trained: TrainedModel) -> float:
-    """Return the factor that makes the accumulated gradient the mean over the actual number of micro-batches."""
-    return trained.accumulation_steps / trained.micro_batches
 
 
 def reduce_clip_and_step(backend: Backend, trained: TrainedModel, factor: float) -> float:
@@ -146,7 +154,7 @@ def _skip(trained: TrainedModel, norm: float, max_skipped_updates: int) -> StepR
 def _check_loss(backend: Backend, trained: TrainedModel, loss: object) -> None:
     """Raise unless ``loss`` is a scalar tensor with a graph that leads to the parameters of ``trained``."""
     if not isinstance(loss, torch.Tensor):
-        raise ArgumentError(f"backward: expected the loss to be a scalar tensor, got {loss!r} ({type(loss).__name__})")
+        raise ArgumentError(f"backward: expected the loss to be a scalar tensor, got {shown(loss)}")
     if loss.numel() != 1 or loss.ndim > 1:
         raise ArgumentError(
             f"backward: expected the loss to be a scalar, got shape {tuple(loss.shape)}. Reduce it, for example with .mean()"
@@ -154,7 +162,7 @@ def _check_loss(backend: Backend, trained: TrainedModel, loss: object) -> None:
     if not loss.requires_grad:
         raise StrategyError(
             "backward: expected a loss with a graph, got requires_grad=False. The loss was detached, computed under "
-            "torch.no_grad, or depends on no trainable parameter"
+            "torch.no_grad, or depends on no trainable parameter. Compute it from the model's outputs, with gradients enabled"
         )
     if not depends_on(loss, backend.graph_leaves(trained), backend.transparent):
         raise StrategyError(
@@ -169,7 +177,7 @@ def _check_scheduler(trained: TrainedModel, scheduler: LRScheduler | None) -> No
         return
     name = type(scheduler).__name__
     if not callable(getattr(scheduler, "step", None)):
-        raise ArgumentTypeError(f"optimizer_step: expected a scheduler with step(), got {scheduler!r} ({name})")
+        raise ArgumentTypeError(f"optimizer_step: expected a scheduler with step(), got {shown(scheduler)}")
     if isinstance(scheduler, ReduceLROnPlateau):
         raise ArgumentError(
             f"optimizer_step: expected a scheduler that steps by updates, got {name}, which steps by a metric. Step it "
@@ -180,6 +188,31 @@ def _check_scheduler(trained: TrainedModel, scheduler: LRScheduler | None) -> No
             f"optimizer_step: expected the scheduler of this model's optimizer ({trained.class_name}), got a {name} of "
             f"another optimizer"
         )
+
+
+def _gradients(trained: TrainedModel) -> list[tuple[torch.Tensor | None, int]]:
+    """Return the gradients of the first and the last parameter with their versions: enough to notice what a script does."""
+    gradients = [parameter.grad for parameter in trained.parameters[:1] + trained.parameters[-1:]]
+    local = [
+        getattr(gradient, "_local_tensor", gradient) for gradient in gradients
+    ]  # a DTensor has no version of its own
+    return [(gradient, 0 if part is None else part._version) for gradient, part in zip(gradients, local, strict=True)]
+
+
+def _check_untouched(trained: TrainedModel, call: str) -> None:
+    """Raise `StrategyError` for what a script did to the optimizer or the gradients since the last call."""
+    if [len(group["params"]) for group in trained.optimizer.param_groups] != trained.group_sizes:
+        raise StrategyError(
+            f"{call}: expected the parameter groups with which {trained.class_name} was prepared, got others. Give the optimizer "
+            f"all parameters before prepare, those that train later with a learning rate of 0 until then"
+        )
+    for (now, version), (left, left_version) in zip(_gradients(trained), trained.gradients_seen, strict=True):
+        if now is not left or version != left_version:
+            raise StrategyError(
+                f"{call}: expected gradients of {trained.class_name} that strategy.backward made, got some that were cleared, made "
+                f"or changed by hand, or by a backward that failed. Leave out zero_grad, loss.backward and clip_grad_norm_: strategy.backward adds up the "
+                f"gradients of an update, and optimizer_step clips and clears them"
+            )
 
 
 def _check_frozen(trained: TrainedModel) -> None:

@@ -1,6 +1,6 @@
 """Durable files: written, synchronised with the disk, renamed into place; and checksums of what is written.
 
-An error of the operating system becomes a `CheckpointError` that names the path and says what to do.
+An `OSError` becomes a `CheckpointError` with the path and the remedy.
 """
 
 import errno
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, Protocol
 
-from lightrft.config import CheckpointError
+from lightrft.config import ArgumentError, CheckpointError
 
 try:
     from isal.isal_zlib import crc32
@@ -35,9 +35,17 @@ _REMEDIES = {
 }
 
 
+def user_path(path: str | os.PathLike[str], name: str) -> Path:
+    """Return the argument ``name`` as an absolute path, in which ``~`` is the home directory. Raise `ArgumentError`."""
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError as error:
+        raise ArgumentError(f"expected {name} in a home directory that exists, got {str(path)!r}: {error}") from error
+
+
 @contextmanager
 def explain_os_errors(path: Path, failure: str) -> Iterator[None]:
-    """Convert an `OSError` of the body to a `CheckpointError` that says what failed, where, and what to do.
+    """Convert an `OSError` of the body to a `CheckpointError` with what failed, the path and the remedy.
 
     Args:
         path: The path to name if the `OSError` names none.
@@ -133,13 +141,13 @@ class Crc32:
 
 
 def new_checksum(kind: str) -> Checksum:
-    """Return a checksum of ``kind`` to which nothing was added yet."""
+    """Return a new checksum; ``kind`` is "crc32" or "sha256"."""
     if kind == "crc32":
         return Crc32()
     if kind == "sha256":
         return hashlib.sha256()
     raise CheckpointError(
-        f"expected a checksum of kind crc32 or sha256, got {kind!r}; a later version wrote the checkpoint: upgrade "
+        f"expected the checksum crc32 or sha256, got {kind!r}. A later version wrote the checkpoint: upgrade "
         f"lightrft-strategy-base"
     )
 

@@ -35,7 +35,7 @@ def to_json(value: Any, name: str, *, exact: bool = True) -> Any:
 def _encode(value: Any, path: str, depth: int, exact: bool) -> Any:
     if depth > _MAX_DEPTH:
         raise ArgumentTypeError(
-            f"{path[:200]}: expected at most {_MAX_DEPTH} levels of nesting, got more, or a value that contains itself"
+            f"{path[:200]}: expected at most {_MAX_DEPTH} levels of nesting, got more, or a cycle. Flatten it"
         )
 
     def encode(item: Any, path: str) -> Any:
@@ -107,7 +107,7 @@ def _unmark(mark: str, content: Any) -> Any:
     decoder = decoders.get(mark.removeprefix(_MARK))
     if decoder is None:
         raise CheckpointError(
-            f"expected a stored value of a known type, got {mark!r}; a later version wrote it: upgrade lightrft-strategy-base"
+            f"expected a stored value of a known type, got {mark!r}. A later version wrote it: upgrade lightrft-strategy-base"
         )
     return decoder()
 

@@ -1,15 +1,15 @@
 """Checkpoints of torch.distributed.checkpoint (DCP), which LightRFT's own FSDP strategy wrote.
 
-Their metadata is a pickle. It is read with plain records instead of the few classes that DCP uses, and without any other
-class, so that it cannot run code. Each tensor is assembled from its pieces, without a process group.
+Their metadata is a pickle. Unpickling replaces the few classes that DCP uses with plain records and refuses all other
+classes, so that it cannot run code. Each tensor is assembled from its chunks, without a process group.
 """
 
 import io
 import pickle
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from typing_extensions import override
@@ -75,13 +75,16 @@ class DcpSource:
     """The tensors of a checkpoint, under the names of the state dict that was saved."""
 
     names: Literal["saved", "in memory"] = "in memory"
+    opened = nullcontext
+    """No file is kept open."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with reading(path / METADATA, _EXPECTED), (path / METADATA).open("rb") as file:
             metadata: Any = _Unpickler(file).load()
-            entries: Mapping[str, Any] = metadata.state_dict_metadata
-            self._tensors = {name: entry for name, entry in entries.items() if isinstance(entry, _TensorEntry)}
+            self._tensors: dict[str, _TensorEntry] = {
+                name: entry for name, entry in metadata.state_dict_metadata.items() if isinstance(entry, _TensorEntry)
+            }
             self.contents: Mapping[str, torch.Tensor] = {
                 name: empty(entry.size, entry.properties.dtype) for name, entry in self._tensors.items()
             }
@@ -92,18 +95,18 @@ class DcpSource:
         """Raise `CheckpointError` if a file is missing or too short."""
         for info in self._stored.values():
             if Path(info.relative_path).name != info.relative_path:
-                raise CheckpointError(f"expected {self.path / METADATA} to name files beside it, got others; {REMEDY}")
+                raise CheckpointError(
+                    f"expected {self.path / METADATA} to name files in its own directory, got other paths; {REMEDY}"
+                )
             file = self.path / info.relative_path
             if not file.is_file() or file.stat().st_size < info.offset + info.length:
-                raise CheckpointError(f"{file} is {'too short' if file.exists() else 'missing'}; {REMEDY}")
-
-    @contextmanager
-    def opened(self) -> Iterator[None]:
-        """Do nothing: no file is kept open."""
-        yield
+                problem = "a file that is too short" if file.exists() else "no such file"
+                raise CheckpointError(
+                    f"expected at least {info.offset + info.length} bytes in {file}, got {problem}; {REMEDY}"
+                )
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a whole tensor, assembled from its pieces."""
+        """Return a full tensor, assembled from its chunks."""
         entry = self._tensors[name]
         filled = 0
         with reading(self.path / METADATA, _EXPECTED):
@@ -113,21 +116,25 @@ class DcpSource:
                 whole[region] = self._piece(name, chunk.offsets)
                 filled += chunk.sizes.numel()
         if filled < whole.numel():
-            raise CheckpointError(f"expected all of {name} in {self.path}, found a part; {REMEDY}")
+            raise CheckpointError(f"expected all elements of {name} in {self.path}, found only some; {REMEDY}")
         return whole
 
     def _piece(self, name: str, offsets: torch.Size) -> torch.Tensor:
         info = self._stored.get((name, offsets))
         if info is None:
-            raise CheckpointError(f"expected {self.path / METADATA} to say where all of {name} is; {REMEDY}")
+            raise CheckpointError(
+                f"expected {self.path / METADATA} to locate every chunk of {name}, one is missing; {REMEDY}"
+            )
         path = self.path / info.relative_path
         with reading(path, "data of torch.distributed.checkpoint"):
             if getattr(info, "transform_descriptors", None):
-                raise CheckpointError(f"expected {path} without compression or transformation. Save it again without")
+                raise CheckpointError(
+                    f"expected plain tensors in {path}, got transformed ones (compressed, for example). Save the checkpoint "
+                    f"without transforms"
+                )
             with path.open("rb") as file:
                 file.seek(info.offset)
-                piece: torch.Tensor = load_safely(io.BytesIO(file.read(info.length)))
-        return piece
+                return cast(torch.Tensor, load_safely(io.BytesIO(file.read(info.length))))
 
 
 class _Unpickler(pickle.Unpickler):
@@ -136,5 +143,5 @@ class _Unpickler(pickle.Unpickler):
     @override
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _KNOWN:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not a class of such metadata")
+            raise pickle.UnpicklingError(f"it contains {module}.{name}, which is not part of such metadata")
         return _KNOWN[module, name]

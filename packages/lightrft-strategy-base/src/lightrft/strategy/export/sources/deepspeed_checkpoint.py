@@ -6,8 +6,8 @@ classes of DeepSpeed, which are read as empty objects.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,8 @@ class DeepspeedSource:
     """The parameters, in fp32 if DeepSpeed had master weights, and the buffers of a model."""
 
     names: Literal["saved", "in memory"] = "in memory"
+    opened = nullcontext
+    """The files stay mapped as long as this object exists."""
 
     def __init__(self, path: Path, *, allow_pickle: bool) -> None:
         self.path = path
@@ -40,13 +42,8 @@ class DeepspeedSource:
             self._tensors = _tensors(path, states, [state["optimizer_state_dict"] for state in optimizer_states])
         self.contents: Mapping[str, torch.Tensor] = {name: tensor for name, (tensor, _) in self._tensors.items()}
 
-    @contextmanager
-    def opened(self) -> Iterator[None]:
-        """Do nothing: the files stay mapped as long as this object exists."""
-        yield
-
     def read(self, name: str) -> torch.Tensor:
-        """Return a whole tensor, assembled from the parts of the ranks."""
+        """Return a full tensor, assembled from the parts of the ranks."""
         whole, read = self._tensors[name]
         return read().view(whole.shape)
 
@@ -60,7 +57,7 @@ def _loaded(path: Path, key: str, allow_pickle: bool) -> Mapping[str, Any]:
     """Return the contents of a DeepSpeed file. Raise `CheckpointError` if it has no ``key``."""
     contents = load_torch_file(path, allow_pickle=allow_pickle)
     if not isinstance(contents, Mapping) or key not in contents:
-        raise CheckpointError(f"expected {path} to be {_EXPECTED} with {key!r}, got a file without; {REMEDY}")
+        raise CheckpointError(f"expected {path} to be {_EXPECTED} with the key {key!r}, got one without it; {REMEDY}")
     return contents
 
 
@@ -71,14 +68,14 @@ def _by_rank(directory: Path, pattern: re.Pattern[str]) -> list[Path]:
         match = pattern.match(path.name)
         if match and int(match["part"]):
             raise CheckpointError(
-                f"expected a model that was not split by tensor parallelism, got {path}. Merge the parts with DeepSpeed first"
+                f"expected a model without tensor parallelism, got {path}, one of several parts. Merge the parts with DeepSpeed first"
             )
         if match:
             paths[int(match["rank"] or 0)] = path
     missing = [rank for rank in range(max(paths, default=0)) if rank not in paths]
     if missing:
         raise CheckpointError(
-            f"expected the file of rank {missing[0]} beside {paths[max(paths)]}, found none; {REMEDY}"
+            f"expected the file of rank {missing[0]} next to {paths[max(paths)]}, found none; {REMEDY}"
         )
     return [paths[rank] for rank in sorted(paths)]
 
@@ -162,7 +159,5 @@ def _take(flat: Iterable[torch.Tensor], begin: int, size: int) -> torch.Tensor:
             size -= part.numel()
         begin = max(0, begin - tensor.numel())
     if size or not parts:
-        raise CheckpointError(
-            f"expected {size} more elements in the partitions of the ranks, found their end; {REMEDY}"
-        )
+        raise CheckpointError(f"expected {size} more elements in the partitions of the ranks, got none; {REMEDY}")
     return torch.cat(parts) if len(parts) > 1 else parts[0]

@@ -48,7 +48,7 @@ class CheckpointSource:
             yield
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a whole tensor, assembled from the pieces of the ranks."""
+        """Return a full tensor, assembled from the pieces of the ranks."""
         assert self._checkpoint is not None
         return self._checkpoint.tensor(self._entries[name])
 
@@ -59,6 +59,6 @@ def _chosen(checkpoint: CheckpointReader, model: str | None) -> str:
         return saved[0]
     if model not in saved:
         raise ArgumentError(
-            f"expected --model to name one of the models in {checkpoint.path} ({', '.join(saved)}), got {model}"
+            f"expected --model to name one of the models in {checkpoint.path}, got {model}. Pass one of: {', '.join(saved)}"
         )
     return str(model)

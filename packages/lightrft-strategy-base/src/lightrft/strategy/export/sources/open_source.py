@@ -13,7 +13,10 @@ ADAPTERS = "adapter_config.json"
 def open_source(path: Path, *, allow_pickle: bool = False) -> Source:
     """Return the weights at ``path``. Raise `CheckpointNotFoundError` if there are none in a known format."""
     if not path.is_dir():
-        raise CheckpointNotFoundError(f"expected a directory of weights at {path}, found none. Check the path")
+        raise CheckpointNotFoundError(
+            f"expected a local directory of weights at {path}, found none. Check the path; nothing is downloaded: for a "
+            f"model on the Hub, pass what huggingface_hub.snapshot_download returns"
+        )
     if has_adapters(path):
         return safetensors_files.SafetensorsSource(path, "adapter_model")
     if safetensors_files.is_here(path, "model"):
@@ -33,7 +36,7 @@ def has_adapters(path: Path) -> bool:
 
 
 def _open_below(path: Path, allow_pickle: bool) -> Source:
-    """Open the newest checkpoint in a directory of several that DeepSpeed wrote."""
+    """Open the newest of several checkpoints that DeepSpeed wrote to subdirectories of ``path``."""
     if (path / MANIFEST).exists():
         raise CheckpointError(
             f"expected a directory of weights, got {path}, a checkpoint of a training run. Load it with load_ckpt, or convert "
@@ -47,6 +50,6 @@ def _open_below(path: Path, allow_pickle: bool) -> Source:
     directories = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
     raise CheckpointNotFoundError(
         f"expected weights in {path}, found none: no model.safetensors (or its index), adapter_model.safetensors, files of "
-        f"torch.distributed.checkpoint or of DeepSpeed, or {torch_files.WEIGHTS} (or its index). Directories in it: "
-        f"{', '.join(directories) or 'none'}"
+        f"torch.distributed.checkpoint or of DeepSpeed, or {torch_files.WEIGHTS} (or its index). Pass a directory that has "
+        f"one of these. Directories in it: {', '.join(directories) or 'none'}"
     )

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import safe_open
@@ -47,13 +47,12 @@ class SafetensorsSource:
         return contents
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a whole tensor."""
+        """Return a full tensor."""
         file = self._files.get(name, self._single)
         with reading(self.path / file, _EXPECTED):
             if file not in self._open:
                 self._open[file] = safe_open(self.path / file, framework="pt")
-            tensor: torch.Tensor = self._open[file].get_tensor(name)
-            return tensor
+            return cast(torch.Tensor, self._open[file].get_tensor(name))
 
 
 def is_here(path: Path, stem: str) -> bool:

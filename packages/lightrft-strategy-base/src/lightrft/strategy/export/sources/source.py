@@ -1,4 +1,4 @@
-"""What every source of weights offers: its contents at once, and its tensors one at a time."""
+"""The interface of all weight formats: the names and shapes at once, and the tensors one at a time."""
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -10,7 +10,7 @@ import torch
 
 from lightrft.config import CheckpointError
 
-REMEDY = "load another copy, or write it again"
+REMEDY = "copy the directory again, or save it again"
 
 
 class Source(Protocol):
@@ -18,7 +18,7 @@ class Source(Protocol):
 
     path: Path
     names: Literal["saved", "in memory"]
-    """Whether names and form are those of `save_pretrained`, or those of a state dict."""
+    """Whether names and layouts are those that `save_pretrained` writes, or those of a state dict."""
 
     @property
     def contents(self) -> Mapping[str, torch.Tensor]:
@@ -36,12 +36,6 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(tuple(shape), dtype=dtype, device="meta")
 
 
-def listed(what: str, names: Sequence[str]) -> str:
-    """Return a sentence with the first of ``names``; empty if there are none."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{what}: {', '.join(names[:3])}{more}. " if names else ""
-
-
 @contextmanager
 def reading(path: Path, expected: str) -> Iterator[None]:
     """Convert any error of the body to a `CheckpointError` that names ``path`` and what was ``expected`` there."""
@@ -50,10 +44,10 @@ def reading(path: Path, expected: str) -> Iterator[None]:
     except CheckpointError:
         raise
     except FileNotFoundError as error:
-        raise CheckpointError(f"expected {expected} at {path}, which is missing; {REMEDY}") from error
+        raise CheckpointError(f"expected {expected} at {path}, found no such file; {REMEDY}") from error
     except Exception as error:
         raise CheckpointError(
-            f"expected {expected} at {path}, which cannot be read as one: {error} ({type(error).__name__}); {REMEDY}"
+            f"expected {expected} at {path}, got a file that cannot be read: {error} ({type(error).__name__}); {REMEDY}"
         ) from error
 
 
@@ -65,7 +59,7 @@ def weight_map(path: Path, file: str) -> dict[str, str]:
     with reading(index, "an index of weights"):
         file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         if not all(isinstance(file_name, str) and Path(file_name).name == file_name for file_name in file_of.values()):
-            raise CheckpointError(f"expected {index} to name files beside it, got others; {REMEDY}")
+            raise CheckpointError(f"expected {index} to name files in its own directory, got other paths; {REMEDY}")
         return dict(file_of)
 
 
@@ -74,5 +68,5 @@ def check_indexed(path: Path, file_of: Mapping[str, str], present: Collection[st
     missing = [name for name in file_of if name not in present]
     if missing:
         raise CheckpointError(
-            f"expected {', '.join(missing[:3])} in {path / file_of[missing[0]]}, as its index says, found none; {REMEDY}"
+            f"expected {', '.join(missing[:3])} in {path / file_of[missing[0]]}, as listed in its index, found none; {REMEDY}"
         )

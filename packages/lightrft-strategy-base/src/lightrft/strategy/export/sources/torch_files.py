@@ -2,8 +2,8 @@
 
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -19,6 +19,8 @@ class TorchFileSource:
     """A state dict in one file, or in several with an index: the old format of Hugging Face models."""
 
     names: Literal["saved", "in memory"] = "saved"
+    opened = nullcontext
+    """The files stay mapped as long as this object exists."""
 
     def __init__(self, path: Path, *, allow_pickle: bool) -> None:
         self.path = path
@@ -31,13 +33,8 @@ class TorchFileSource:
             name: empty(tensor.shape, tensor.dtype) for name, tensor in self._tensors.items()
         }
 
-    @contextmanager
-    def opened(self) -> Iterator[None]:
-        """Do nothing: the files stay mapped as long as this object exists."""
-        yield
-
     def read(self, name: str) -> torch.Tensor:
-        """Return a whole tensor."""
+        """Return a full tensor."""
         return self._tensors[name]
 
 
@@ -50,7 +47,7 @@ def _state_dict(path: Path, allow_pickle: bool) -> Mapping[str, torch.Tensor]:
     state = load_torch_file(path, allow_pickle=allow_pickle)
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CheckpointError(
-            f"expected {path} to hold a state dict, tensors by name, and nothing else. Save one with torch.save"
+            f"expected {path} to hold only a state dict (tensors by name), got other values. Save model.state_dict() alone"
         )
     return state
 
@@ -62,8 +59,8 @@ def load_torch_file(path: Path, *, allow_pickle: bool) -> Any:
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
         if foreign and not allow_pickle:
             raise CheckpointError(
-                f"expected {path} to hold tensors and plain values, got {', '.join(sorted(foreign)[:3])}, with which the file "
-                f"can run code. If you trust it, pass allow_pickle=True (--allow-pickle)"
+                f"expected {path} to hold tensors and plain values, got {', '.join(sorted(foreign)[:3])}, which can run "
+                f"code. If you trust the file, pass allow_pickle=True (--allow-pickle)"
             )
         if foreign:
             return torch.load(path, map_location="cpu", weights_only=False, mmap=True)
@@ -75,11 +72,11 @@ def load_safely(file: Path | BinaryIO, *, mmap: bool = False) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:  # whose message recommends to run code from the file
-        raise ValueError("it holds more than tensors and plain values, or is damaged") from error
+        raise ValueError("it is damaged, or contains more than tensors and plain values") from error
 
 
 class _Inert:
-    """Stands for a class that a file names and that is not needed here."""
+    """Placeholder for a class that a file names and that is not needed here."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 

@@ -1,0 +1,102 @@
+"""What FakeStrategy refuses, and what it accepts and the other strategies refuse."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lightrft.config import ArgumentTypeError, ConfigError, StrategyError
+from lightrft.strategy import FakeStrategy, get_fake_strategy, get_strategy
+
+
+def bare():
+    model = nn.Linear(2, 1)
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def updated(strategy, model, optimizer):
+    strategy.backward(model(torch.ones(1, 2)).sum(), model, optimizer)
+    return strategy.optimizer_step(optimizer, model)
+
+
+@pytest.mark.parametrize("make", [FakeStrategy, get_fake_strategy, lambda: get_strategy({"strategy": "fake"})])
+def test_one_of_several_processes_is_refused(monkeypatch, make):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        ConfigError, match=r"expected one process for strategy 'fake', got 2 .*Start .*without torchrun"
+    ):
+        make()
+
+
+def test_torchrun_with_one_process_is_accepted(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    FakeStrategy().close()
+
+
+def test_a_process_group_of_several_ranks_is_refused(monkeypatch):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+    with pytest.raises(ConfigError, match="expected one process for strategy 'fake', got 3"):
+        FakeStrategy()
+
+
+def test_under_torchrun_every_rank_is_told(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from lightrft.strategy import get_strategy\n"
+        "try:\n    get_strategy({'strategy': 'fake'})\n"
+        "except ValueError as error:\n    print('refused:', error, flush=True)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert result.stdout.count("refused: get_strategy: expected one process") == 2, result.stdout + result.stderr
+
+
+def test_a_model_that_was_not_prepared_is_named_once(caplog, tmp_path):
+    with FakeStrategy(bf16=False, train_batch_size=1) as strategy:
+        for _ in range(2):
+            assert updated(strategy, *bare()).applied
+        strategy.save_ckpt(nn.Linear(1, 1), tmp_path)
+    assert [record.getMessage() for record in caplog.records] == [
+        "Linear is used without prepare, which this strategy accepts and the others refuse. Call "
+        "prepare((model, optimizer, scheduler)), and use what it returns"
+    ]
+
+
+def test_a_prepared_model_is_used_without_a_word(caplog, tmp_path):
+    with FakeStrategy(bf16=False, train_batch_size=1) as strategy:
+        model, optimizer = bare()
+        strategy.prepare((model, optimizer, None))
+        updated(strategy, model, optimizer)
+        strategy.save_ckpt(model, tmp_path)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("make", [FakeStrategy, get_fake_strategy])
+def test_a_strict_strategy_refuses_models_that_were_not_prepared(make, tmp_path):
+    with make(strict=True, bf16=False, train_batch_size=1) as strategy:
+        assert "adoption" not in strategy.capabilities
+        model, optimizer = bare()
+        with pytest.raises(
+            StrategyError, match=r"backward: expected a model in training, .*not prepared. Call prepare"
+        ):
+            updated(strategy, model, optimizer)
+        with pytest.raises(StrategyError, match="save_ckpt: expected a model that this strategy has prepared"):
+            strategy.save_ckpt(model, tmp_path)
+        with pytest.raises(StrategyError, match="save_ckpt: expected a model in training"):
+            strategy.save_ckpt(model, tmp_path, optimizer=optimizer)
+        strategy.prepare((model, optimizer, None))
+        assert updated(strategy, model, optimizer).applied
+
+
+def test_strict_is_true_or_false():
+    with pytest.raises(ArgumentTypeError, match=r"FakeStrategy: expected strict to be True or False, got 'no' \(str\)"):
+        FakeStrategy(strict="no")
