@@ -144,3 +144,46 @@ def prepared_twice(**settings: object) -> None:
     for _ in range(2):
         with ds_cases.strategy(Program(), **settings) as made:
             made.prepare(model)
+
+
+def with_optimizer(name: str, **settings: object) -> None:
+    with ds_cases.strategy(Program(), persist=True, **settings) as made:
+        model = mixed()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.ndim == 2]
+        made.prepare((model, getattr(torch.optim, name)(trained, lr=0.0), None))
+
+
+def written_by_hand(
+    bf16: bool, how: str, **settings: object
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Weights before and after an update with rate 0, after one was halved between two updates."""
+    with ds_cases.strategy(Program(), persist=how == "gathered", bf16=bf16, **settings) as made:
+        from deepspeed.runtime.zero import GatheredParameters
+
+        model: nn.Module = mixed()
+        model, optimizer, _ = made.prepare((model, made.create_optimizer(model, lr=RATE), None))
+        made.backward(loss_of(model, tokens(0)), model, optimizer)
+        made.optimizer_step(optimizer, model)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        before = training.whole(made, model)
+        if how == "gathered":
+            with GatheredParameters([model.out.weight], modifier_rank=0), torch.no_grad():
+                if made.get_rank() == 0:
+                    model.out.weight[:3] *= 0.5
+        else:
+            with torch.no_grad():
+                model.out.weight[:3] *= 0.5
+        made.backward(loss_of(model, tokens(1)), model, optimizer)
+        made.optimizer_step(optimizer, model)
+        return before, training.whole(made, model)
+
+
+def written_to_sharded(**settings: object) -> None:
+    with ds_cases.strategy(Program(), persist=False, **settings) as made:
+        model: nn.Module = mixed()
+        model, optimizer, _ = made.prepare((model, made.create_optimizer(model, lr=RATE), None))
+        with torch.no_grad():
+            model.out.weight.mul_(0.5)
+        made.backward(loss_of(model, tokens(1)), model, optimizer)
+        made.optimizer_step(optimizer, model)

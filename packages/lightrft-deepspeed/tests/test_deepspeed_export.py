@@ -4,9 +4,11 @@ from pathlib import Path
 
 import exports
 import imports
+import preparing
 import pytest
 import torch
 from llamas import llama
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 from workers import Workers
 
@@ -73,3 +75,29 @@ def test_a_model_with_an_adapter_is_saved_as_peft_and_transformers_open_it(
     two: Workers, tmp_path: Path, merge: bool
 ) -> None:
     exports.check_adapter_export(two, tmp_path, merge=merge, strategy="deepspeed", zero_stage=3)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_shared_parameters_and_a_models_own_saving_are_refused(two: Workers, tmp_path: Path, stage: int) -> None:
+    for said in two.run(preparing.refusals, strategy="deepspeed", path=str(tmp_path / "out"), zero_stage=stage):
+        assert "Critic, which shares 20 with LlamaForCausalLM (backbone.embed_tokens.weight first)" in said["critic"]
+        assert "LlamaForCausalLM, which shares 1 with LlamaForCausalLM" in said["reference"]
+        if stage == 3:
+            for saving in ("save_pretrained", "save_pretrained of a part"):
+                assert (
+                    "got a prepared LlamaForCausalLM, of which each rank holds a part. Call strategy.save_model"
+                    in said[saving]
+                )
+            assert "whose parameters ZeRO-3 keeps in parts. Save with strategy.save_model" in said["state_dict"]
+        else:
+            assert said.keys() == {"critic", "reference"}  # each rank has the whole model
+    assert len(list(tmp_path.iterdir())) == (0 if stage == 3 else 2)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_compiled_model_trains_and_is_saved_as_it_is_uncompiled(two: Workers, tmp_path: Path, stage: int) -> None:
+    settings = {"strategy": "deepspeed", "zero_stage": stage}
+    for plain, found, graphs in two.run(preparing.compiled, path=str(tmp_path / "out"), **settings):
+        assert found.keys() == plain.keys() and graphs > 0
+        assert all(close(found[name], it, 1e-6) for name, it in plain.items())
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == plain.keys()

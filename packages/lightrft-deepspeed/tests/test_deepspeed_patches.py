@@ -17,7 +17,7 @@ def test_a_target_that_vanished_is_an_error_as_the_backend_is_made(one: Workers)
     for name, message in messages.items():
         lack = re.escape(name.replace(":", "."))
         assert re.search(
-            rf"^strategy 'deepspeed' expected deepspeed>=0\.19\.8, got deepspeed [\d.+\w]+, which it cannot drive: {lack} does "
+            rf"^strategy 'deepspeed' expected deepspeed>=0\.19\.8, got deepspeed [\d.+\w]+, where {lack} does "
             rf"not exist\. Install a supported version: pip install",
             message,
         )

@@ -129,3 +129,24 @@ def test_parameters_without_elements_are_refused_by_zero_3_alone(two: Workers) -
 def test_a_model_that_a_closed_strategy_sharded_is_refused(one: Workers) -> None:
     with pytest.raises(WorkersError, match="sharded already, by a strategy that was closed"):
         one.run(cases.prepared_twice, zero_stage=3)
+
+
+@pytest.mark.parametrize("name", ["Adafactor", "Muon"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_optimizer_of_whole_matrices_is_refused(two: Workers, stage: int, name: str) -> None:
+    with pytest.raises(WorkersError, match=rf"StrategyError: prepare: .*got {name}.*ZeRO flattens"):
+        two.run(cases.with_optimizer, name=name, zero_stage=stage)
+
+
+@BF16
+@pytest.mark.parametrize(("stage", "how"), [(0, "directly"), (1, "directly"), (2, "directly"), (3, "gathered")])
+def test_weights_that_a_script_writes_hold(two: Workers, stage: int, how: str, bf16: bool) -> None:
+    for before, after in two.run(cases.written_by_hand, zero_stage=stage, how=how, bf16=bf16):
+        rows = before["out.weight"][:3]
+        before["out.weight"][:3] = (rows.bfloat16() if bf16 and stage else rows) * 0.5
+        assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_write_to_sharded_weights_is_refused(two: Workers) -> None:
+    with pytest.raises(WorkersError, match=r"StrategyError: optimizer_step: .*load_model"):
+        two.run(cases.written_to_sharded, zero_stage=3)

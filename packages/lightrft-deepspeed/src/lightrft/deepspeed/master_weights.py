@@ -4,6 +4,8 @@ DeepSpeed rounds a model to bfloat16 first and makes the fp32 master weights fro
 to 0.4 % away from its checkpoint:
 https://github.com/deepspeedai/DeepSpeed/blob/v0.19.8/deepspeed/runtime/zero/stage_1_and_2.py#L577. Each rank keeps the
 fp32 values of the ranges that it will own, and puts them back. Until then they take their memory twice.
+
+And master weights that take over what a script writes to the parameters, which DeepSpeed would undo in the next step.
 """
 
 from collections.abc import Iterable, Sequence
@@ -35,6 +37,27 @@ def owned_ranges(sizes: Sequence[int], ranks: int, rank: int) -> list[range]:
     return ranges
 
 
+class Writes:
+    """Notices what a script writes to parameters, by their version counters; writes through ``.data`` move none."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters, self._versions = parameters, [parameter._version for parameter in parameters]
+
+    def take(self) -> list[nn.Parameter]:
+        """Return the parameters written to since the last call."""
+        versions = [parameter._version for parameter in self._parameters]
+        if versions == self._versions:
+            return []
+        changes = zip(self._parameters, versions, self._versions, strict=True)
+        self._versions = versions
+        return [parameter for parameter, now, before in changes if now != before]
+
+
+def take_over(written: torch.Tensor, master: torch.Tensor) -> None:
+    """Copy ``written`` to ``master``, except where it is the rounded master weight already."""
+    master.copy_(torch.where(written == master.to(written.dtype), master, written.to(master.dtype)))
+
+
 class Fp32Weights:
     """This rank's ranges of the trainable parameters, in fp32."""
 
@@ -46,8 +69,7 @@ class Fp32Weights:
             ranges = owned_ranges([parameter.numel() for parameter in flat], ranks, rank)
             for parameter, owned in zip(flat, ranges, strict=True):
                 if owned:
-                    values = parameter.detach().reshape(-1)[owned.start : owned.stop].clone()
-                    self._weights[parameter] = owned, values
+                    self._weights[parameter] = owned, parameter.detach().reshape(-1)[owned.start : owned.stop].clone()
 
     def restore(self) -> None:
         """Copy the values to the master weights that DeepSpeed made of the parameters.

@@ -1,7 +1,7 @@
 """Sharding a model over the ranks as ZeRO-3 does, one parameter at a time.
 
-DeepSpeed shards a model that is built under ``zero.Init``, or one that is whole on every rank. Here rank 0 may be the
-only one with weights, and no rank ever holds more of them than it did, plus one whole parameter.
+DeepSpeed shards a model that is built under ``zero.Init``, or one that is complete on every rank. Here rank 0 may be the
+only one with weights, and no rank ever holds more of them than it did, plus one full parameter.
 """
 
 from collections.abc import Callable
@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.zero import GatheredParameters, Init
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.utils import is_zero_param
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from lightrft.config import StrategyError
 from lightrft.strategy.backend import World, broadcast
 
 
 def shard_module(module: nn.Module, world: World, group: ProcessGroup, secondary: ProcessGroup | None) -> None:
-    """Move ``module`` to the device with rank 0's values, parameters sharded, buffers whole. All ranks must call this.
+    """Move ``module`` to the device with rank 0's values, parameters sharded, buffers replicated. All ranks must call this.
 
     Args:
         module: The model. Parameters on the meta device are replaced.
@@ -64,9 +67,21 @@ def _replace(module: nn.Module, store_of: Callable[[nn.Module], dict[str, Any]],
 
 
 def owned_range(parameter: Any, rank: int) -> range:
-    """Return which elements of the flattened whole parameter ``rank`` holds; the last ranks may hold fewer, or none."""
+    """Return which elements of the flattened full parameter ``rank`` holds; the last ranks may hold fewer, or none."""
     size = parameter.ds_tensor.ds_numel
     return range(min(rank * size, parameter.ds_numel), min((rank + 1) * size, parameter.ds_numel))
+
+
+def note_updates(parameter: Any, updated: set[nn.Parameter]) -> None:
+    """Add to ``updated``, on every rank, what ``GatheredParameters(..., modifier_rank=...)`` writes to its shards."""
+    partition = parameter.partition
+
+    def noting(param_list: Any = None, *args: Any, has_been_updated: bool = False, **kwargs: Any) -> None:
+        partition(param_list, *args, has_been_updated=has_been_updated, **kwargs)
+        if has_been_updated:
+            updated.update([parameter] if param_list is None else param_list)
+
+    parameter.partition = noting
 
 
 def gather_in_forward(module: nn.Module) -> Callable[[], None]:
@@ -87,3 +102,29 @@ def gather_in_forward(module: nn.Module) -> Callable[[], None]:
             handle.remove()
 
     return stop
+
+
+def refuse_state_dict(module: nn.Module) -> Callable[[], None]:
+    """Make ``state_dict`` of ``module`` and its submodules raise where parameters are not gathered, and so are empty.
+
+    With ``keep_vars`` it returns the parameters themselves, and is allowed. Returns what undoes this, also twice.
+    """
+    handles = [part.register_state_dict_pre_hook(_refuse_empty) for part in module.modules()]
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return undo
+
+
+def _refuse_empty(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    if not keep_vars and any(map(_is_empty, module._parameters.values())):
+        raise StrategyError(
+            f"state_dict: expected a model with all of its weights, got a prepared {type(module).__name__}, whose parameters "
+            f"ZeRO-3 keeps in parts. Save with strategy.save_model or save_ckpt, or read strategy.full_parameters"
+        )
+
+
+def _is_empty(parameter: Any) -> bool:
+    return is_zero_param(parameter) and parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE

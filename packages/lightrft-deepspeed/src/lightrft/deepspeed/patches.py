@@ -29,7 +29,7 @@ WORLD_GROUP = Patch(
     why="DeepSpeed keeps its copy of the world group, which is destroyed with the strategy's process groups",
     upstream=f"{_SOURCE}/deepspeed/utils/groups.py#L723-L735",
     versions="0.19.8",
-    until="DeepSpeed makes the group anew for each default process group",
+    until="DeepSpeed creates a new group for each default process group",
 )
 SECONDARY_GROUP = Patch(
     target="deepspeed.utils.groups:_ZERO_PARAM_INTRA_PARALLEL_GROUP",
@@ -37,7 +37,7 @@ SECONDARY_GROUP = Patch(
     why="the group of a ZeRO++ secondary partition may be made once only, and outlives the strategy's process groups",
     upstream=f"{_SOURCE}/deepspeed/utils/groups.py#L925-L952",
     versions="0.19.8",
-    until="DeepSpeed makes the group anew for each default process group",
+    until="DeepSpeed creates a new group for each default process group",
 )
 COMM_BACKEND = Patch(
     target="deepspeed.comm.comm:cdb",

@@ -1,4 +1,4 @@
-"""`Zero1Backend` and `Zero2Backend`: whole parameters; master weights and optimizer state in partitions."""
+"""`Zero1Backend` and `Zero2Backend`: full parameters; master weights and optimizer state in partitions."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -10,21 +10,24 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightrft.config import StrategyConfig
 from lightrft.deepspeed.cpu_adam import cpu_adam
 from lightrft.deepspeed.ds_config import computes_in_bf16
 from lightrft.deepspeed.gradient_order import GradientOrder
 from lightrft.deepspeed.input_casting import cast_inputs
-from lightrft.deepspeed.master_weights import Fp32Weights
+from lightrft.deepspeed.master_weights import Fp32Weights, Writes, take_over
 from lightrft.deepspeed.patches import before_reduction
-from lightrft.deepspeed.zero_backend import ZeroBackend
-from lightrft.deepspeed.zero_checks import check_can_be_partitioned, check_still_trained
+from lightrft.deepspeed.zero_backend import ConfigMaker, ZeroBackend
+from lightrft.deepspeed.zero_checks import check_can_be_partitioned, check_on_flat_parts, check_still_trained
 from lightrft.deepspeed.zero_engine import ZeroEngine
 from lightrft.strategy.backend import (
     Shard,
     StateSlice,
     TrainedModel,
+    World,
     WrapOptions,
     cast,
+    check_gradient_hooks,
     elements,
     parameter_groups,
     parameters_of,
@@ -37,21 +40,38 @@ class Zero1Backend(ZeroBackend):
     A parameter in an optimizer has ``_hp_mapping``: the fragment of its master weight that this rank owns, or None.
     """
 
+    def __init__(
+        self, config: StrategyConfig, world: World, *, train_config: ConfigMaker, eval_config: ConfigMaker
+    ) -> None:
+        super().__init__(config, world, train_config=train_config, eval_config=eval_config)
+        self._writes: dict[nn.Module, Writes] = {}
+        self._undo.callback(self._writes.clear)
+
     # Preparing
+
+    @override
+    def check_model(self, module: nn.Module, options: WrapOptions) -> None:
+        super().check_model(module, options)
+        if options.training:
+            check_gradient_hooks(module, f"ZeRO-{self.config.zero_stage}")
 
     @override
     def create_optimizer(self, module: nn.Module, **settings: Any) -> Optimizer:
         """Return AdamW, with ``adam_offload`` DeepSpeed's on the CPU."""
         if not self.config.adam_offload:
             return super().create_optimizer(module, **settings)
-        weight_decay = settings.pop("weight_decay", 0.0)
-        return cpu_adam(parameter_groups(module, weight_decay), **settings)
+        return cpu_adam(parameter_groups(module, settings.pop("weight_decay", 0.0)), **settings)
+
+    @override
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        check_can_be_partitioned(optimizer)
+        check_on_flat_parts(optimizer, self.world, self.full_shape)
 
     @override
     def bind(self, trained: TrainedModel) -> None:
         """Make the engine that trains the model. Its optimizer holds flat partitions from now on."""
-        check_can_be_partitioned(trained.optimizer)
         super().bind(trained)
+        self._writes[trained.model] = Writes(trained.parameters)
         if computes_in_bf16(self.config):
             self._undo.callback(cast_inputs(trained.model, torch.bfloat16).remove)
 
@@ -81,6 +101,7 @@ class Zero1Backend(ZeroBackend):
     def fused_step(self, trained: TrainedModel, factor: float) -> float:
         """Reduce, scale by ``factor``, clip and step; return the norm before clipping."""
         check_still_trained(trained)
+        self.reshard(trained.model)
         self.engines[trained.model].fill_missing()
         return self._step(trained, factor)
 
@@ -97,6 +118,18 @@ class Zero1Backend(ZeroBackend):
         return norm
 
     # Sharding
+
+    @override
+    def reshard(self, module: nn.Module) -> None:
+        """Give the master weights what a script has written to the parameters."""
+        if module in self._writes:
+            for parameter in self._writes[module].take():
+                self._take_over(module, parameter)
+
+    def _take_over(self, module: nn.Module, parameter: nn.Parameter) -> None:
+        shard = self._shard("", parameter)
+        if shard is not None:
+            take_over(shard.of(parameter.detach()), shard.values)
 
     @contextmanager
     @override
@@ -164,6 +197,7 @@ class Zero2Backend(Zero1Backend):
     @override
     def fused_step(self, trained: TrainedModel, factor: float) -> float:
         check_still_trained(trained)
+        self.reshard(trained.model)
         return self._step(trained, factor)
 
 

@@ -1,7 +1,7 @@
 """`Zero3Backend`: parameters, gradients, master weights and optimizer state are sharded, parameter by parameter."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -11,14 +11,21 @@ from deepspeed.utils import groups, safe_get_full_fp32_param
 from torch import nn
 from typing_extensions import override
 
-from lightrft.config import StrategyConfig, UnsupportedOperationError
+from lightrft.config import StrategyConfig, StrategyError, UnsupportedOperationError
 from lightrft.deepspeed.detach import detach
 from lightrft.deepspeed.ds_config import computes_in_bf16
-from lightrft.deepspeed.parameter_sharding import gather_in_forward, owned_range, shard_module
+from lightrft.deepspeed.master_weights import take_over
+from lightrft.deepspeed.parameter_sharding import (
+    gather_in_forward,
+    note_updates,
+    owned_range,
+    refuse_state_dict,
+    shard_module,
+)
 from lightrft.deepspeed.patches import GRADIENT_NORM
 from lightrft.deepspeed.zero1_backend import Zero1Backend
 from lightrft.deepspeed.zero_backend import ConfigMaker
-from lightrft.deepspeed.zero_checks import check_nothing_is_empty, check_still_trained
+from lightrft.deepspeed.zero_checks import check_not_written, check_nothing_is_empty, check_still_trained
 from lightrft.deepspeed.zero_engine import ZeroEngine
 from lightrft.strategy.backend import Shard, StateSlice, TrainedModel, World, WrapOptions, cast
 
@@ -40,8 +47,11 @@ class Zero3Backend(Zero1Backend):
     ) -> None:
         super().__init__(config, world, train_config=train_config, eval_config=eval_config)
         self._stop_gathering: dict[nn.Module, Callable[[], None]] = {}
-        """For models in training that wait for their optimizer: what stops gathering them whole in each forward pass."""
+        """For models in training without an optimizer yet: how to stop gathering all parameters in each forward pass."""
         self._undo.callback(self._stop_gathering.clear)
+        self._updated: dict[nn.Module, set[nn.Parameter]] = {}
+        """By model in training, the parameters that `GatheredParameters` has written since their master weights were read."""
+        self._undo.callback(self._updated.clear)
 
     # Preparing
 
@@ -55,12 +65,20 @@ class Zero3Backend(Zero1Backend):
         secondary = groups._get_zero_param_intra_parallel_group() if options.training else None
         self._undo.callback(detach, module)
         shard_module(module, self.world, groups._get_data_parallel_group(), secondary)
+        self._undo.callback(refuse_state_dict(module))
         if options.training:
             self._stop_gathering[module] = gather_in_forward(module)
             self._undo.callback(self._stop_gathering[module])
         else:
             self._add_engine(module, ZeroEngine(module, self.eval_config()))
         return module
+
+    @override
+    def bind(self, trained: TrainedModel) -> None:
+        super().bind(trained)
+        self._updated[trained.model] = updated = set[nn.Parameter]()
+        for parameter in trained.parameters:
+            note_updates(parameter, updated)
 
     @override
     def _make_engine(self, trained: TrainedModel) -> ZeroEngine:
@@ -77,6 +95,17 @@ class Zero3Backend(Zero1Backend):
                 _master(engine, parameter).copy_(values)
         return engine
 
+    @contextmanager
+    @override
+    def forward_context(self, module: nn.Module, options: WrapOptions) -> Iterator[None]:
+        """Turn inference_mode into no_grad: DeepSpeed would give parameters data that cannot train any more."""
+        with ExitStack() as contexts:
+            if torch.is_inference_mode_enabled():
+                contexts.enter_context(torch.inference_mode(False))
+                contexts.enter_context(torch.no_grad())
+            contexts.enter_context(super().forward_context(module, options))
+            yield
+
     # Step
 
     @override
@@ -86,11 +115,21 @@ class Zero3Backend(Zero1Backend):
                 f"backward: expected retain_graph=False at zero_stage 3, got True for {trained.class_name}. The backward pass "
                 f"frees the parameters in the graph, so it cannot be repeated. Add the losses and call backward once"
             )
-        super().backward(trained, loss, retain_graph=retain_graph)
+        try:
+            super().backward(trained, loss, retain_graph=retain_graph)
+        except RuntimeError as error:
+            if "returned an invalid gradient" not in str(error) or "got [0]" not in str(error):
+                raise
+            raise StrategyError(
+                f"backward: expected a loss from the forward pass of {trained.class_name}, got one that uses its parameters "
+                f"directly, which are empty outside it at zero_stage 3. Compute penalties over parameters in the model's forward"
+            ) from error
 
     @override
     def fused_step(self, trained: TrainedModel, factor: float) -> float:
         check_still_trained(trained)
+        self._take_over_updates(trained.model)
+        check_not_written(trained, self._writes[trained.model].take())
         engine = self.engines[trained.model]
         norm = engine.update(factor)
         # DeepSpeed would take the last update's gradient again for a parameter that gets none, or add to it:
@@ -105,10 +144,19 @@ class Zero3Backend(Zero1Backend):
 
     @override
     def reshard(self, module: nn.Module) -> None:
-        """Free gathered parameters, including the small ones that DeepSpeed keeps."""
+        """Free gathered parameters, including the small ones that DeepSpeed keeps; take over what a script has written."""
+        self._take_over_updates(module)
         engine = self.engines.get(module)
         if engine is not None:
             engine.optimizer.empty_partition_cache()
+
+    def _take_over_updates(self, module: nn.Module) -> None:
+        updated = self._updated.get(module, set())
+        if updated:
+            self._writes[module].take()
+        while updated:
+            parameter: Any = updated.pop()
+            take_over(parameter.ds_tensor, _master(self.engines[module], parameter))
 
     @contextmanager
     @override

@@ -1,10 +1,17 @@
 """What DeepSpeed would do silently to a model or an optimizer, refused beforehand."""
 
+from collections.abc import Callable, Sequence
+
+import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from torch import nn
 from torch.optim import Adagrad, Optimizer
 
 from lightrft.config import StrategyError, UnsupportedOperationError
-from lightrft.strategy.backend import TrainedModel
+from lightrft.strategy.backend import TrainedModel, World, check_on_parts
+
+_MOST_PARTS = 4
+"""Parts on which an optimizer is tried, at most; more ranks change nothing."""
 
 
 def check_groups(optimizer: Optimizer) -> None:
@@ -35,6 +42,28 @@ def check_can_be_partitioned(optimizer: Optimizer) -> None:
         )
 
 
+def check_on_flat_parts(optimizer: Optimizer, world: World, shape_of: Callable[[torch.Tensor], torch.Size]) -> None:
+    """Raise `StrategyError` for an optimizer that needs whole parameters: ZeRO flattens a group and gives each rank a range.
+
+    Not tried: DeepSpeed's own, whose operators a copy would share.
+    """
+    if isinstance(optimizer, (DeepSpeedCPUAdam, FusedAdam)):
+        return
+    ranks = min(world.size, _MOST_PARTS)
+
+    def deal(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+        return [[part] for part in torch.cat([tensor.reshape(-1) for tensor in tensors]).chunk(ranks)]
+
+    check_on_parts(
+        optimizer,
+        deal,
+        lambda parameter: len(shape_of(parameter)),
+        device=world.device,
+        refusal="ZeRO flattens the parameters of a group and steps a range of them on each rank. Use an optimizer that treats "
+        "each element alone, for example AdamW, or zero_stage=0, or for Muon strategy 'fsdp'",
+    )
+
+
 def check_nothing_is_empty(module: nn.Module) -> None:
     """Raise `UnsupportedOperationError` for parameters without elements: ZeRO-3 hangs when it gathers them."""
     empty = [name for name, parameter in module.named_parameters() if parameter.numel() == 0]
@@ -42,6 +71,16 @@ def check_nothing_is_empty(module: nn.Module) -> None:
         raise UnsupportedOperationError(
             f"prepare: expected parameters with elements, got none in {', '.join(empty[:3])} of {type(module).__name__}, "
             f"which ZeRO-3 cannot gather. Leave them out of the model, or use zero_stage=2"
+        )
+
+
+def check_not_written(trained: TrainedModel, written: Sequence[nn.Parameter]) -> None:
+    """Raise `StrategyError` for parameters that a script wrote to, which are sharded: the write has no effect."""
+    if written:
+        raise StrategyError(
+            f"optimizer_step: expected the weights of {trained.class_name} to be written by load_model or load_ckpt, got "
+            f"{len(written)} parameters that were written to directly since the last update. They are sharded at zero_stage 3, "
+            f"so the write has no effect. Use load_model, or deepspeed.zero.GatheredParameters with modifier_rank"
         )
 
 

@@ -19,7 +19,7 @@ from lightrft.strategy.patching import Patch
 class ZeroEngine(DeepSpeedEngine):  # type: ignore[misc]  # DeepSpeed has no types
     """A DeepSpeed engine of a module that has rank 0's weights already.
 
-    The module is called directly, not through the engine: what a backward pass needs from the engine hangs on the
+    The module is called directly, not through the engine: the hooks that a backward pass needs are on the
     parameters and the submodules. The engine's own ``forward`` also hooks the outputs that it finds in tuples, lists and
     dicts; outputs in other containers would go without.
     """
@@ -97,7 +97,7 @@ class ZeroEngine(DeepSpeedEngine):  # type: ignore[misc]  # DeepSpeed has no typ
                 self.optimizer.custom_loss_scaler = False
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """Yield what DeepSpeed's optimizer holds beside the caller's: master weights, gradients, buffers."""
+        """Yield what DeepSpeed's optimizer holds in addition to the caller's: master weights, gradients, buffers."""
         yield from _tensors_in(vars(self.optimizer))
 
     def remove(self) -> None:
