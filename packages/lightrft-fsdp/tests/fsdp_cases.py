@@ -150,3 +150,42 @@ def saved(path: str) -> dict[str, torch.Tensor]:
         model, _ = prepared(made)
         made.save_model(model, None, path, dtype=torch.float32)
         return training.whole(made, model)
+
+
+class Matrices(nn.Module):
+    """Matrices alone, whose rows do not divide among the ranks."""
+
+    _no_split_modules = ["Linear"]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(17, 6)
+        self.up, self.head = nn.Linear(6, 13, bias=False), nn.Linear(13, 17, bias=False)
+
+    def forward(self, tokens_BT: torch.Tensor, detour: bool = False) -> torch.Tensor:
+        logits_BTV: torch.Tensor = self.head(torch.tanh(self.up(self.embed(tokens_BT))))
+        return logits_BTV
+
+
+def matrices() -> Matrices:
+    """A `Matrices`, the same each time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return Matrices()
+
+
+def with_optimizer(name: str, updates: int = 3) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Weights after training with an optimizer of torch, and those of plain torch."""
+    program = Program(updates=updates)
+    with strategy(program) as made:
+        model, reference = matrices(), matrices()
+        model, optimizer, _ = made.prepare((model, getattr(torch.optim, name)(model.parameters(), lr=1e-2), None))
+        training.run(program, made, model, optimizer)
+        found = training.whole(made, model)
+        stepped = getattr(torch.optim, name)(reference.parameters(), lr=1e-2)
+        for update in range(updates):
+            for rank in range(made.world_size):
+                (program.loss(reference, update, 0, rank) / made.world_size).backward()
+            stepped.step()
+            stepped.zero_grad()
+    return found, {name: parameter.detach() for name, parameter in reference.named_parameters()}

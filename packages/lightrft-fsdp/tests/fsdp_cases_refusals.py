@@ -78,6 +78,11 @@ def _scalar_parameter(made: FSDPV2Strategy) -> None:
     made.prepare(model)
 
 
+def _optimizer_of_whole_matrices(made: FSDPV2Strategy) -> None:
+    model = layered()
+    made.prepare((model, torch.optim.Adafactor(model.parameters(), lr=0.0), None))
+
+
 def _step_without_backward(made: FSDPV2Strategy) -> None:
     model, optimizer = fsdp_cases.prepared(made)
     made.optimizer_step(optimizer, model)
@@ -96,5 +101,6 @@ MISTAKES: dict[str, Callable[[], None]] = {
     "optimizer of another model": _with_strategy(_optimizer_of_another_model),
     "loss without a graph": _with_strategy(_loss_without_a_graph),
     "model that was not prepared": _with_strategy(_model_that_was_not_prepared),
+    "optimizer of whole matrices": _with_strategy(_optimizer_of_whole_matrices),
     "step without backward": _with_strategy(_step_without_backward),
 }

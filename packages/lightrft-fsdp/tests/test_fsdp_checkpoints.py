@@ -26,7 +26,7 @@ def test_what_fails_on_one_rank_before_it_is_written_every_rank_hears_of(
 
 def test_an_argument_that_is_wrong_on_one_rank_every_rank_hears_of(two: Workers, tmp_path: Path) -> None:
     first, second = two.run(cases.named_on_one_rank, path=str(tmp_path))
-    assert second.startswith("save_ckpt: expected a model or a dict of models, got NoneType (None) as model")
+    assert second.startswith("save_ckpt: expected a model or a dict of models, got None as model")
     assert second in first
 
 

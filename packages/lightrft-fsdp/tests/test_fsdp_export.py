@@ -6,6 +6,7 @@ from pathlib import Path
 import exports
 import fsdp_cases
 import imports
+import preparing
 import pytest
 import torch
 from llamas import llama
@@ -128,3 +129,22 @@ def test_a_vision_language_model_built_from_its_configuration_has_the_names_of_i
     names, path = two.run(exports.names, strategy="fsdp", path=str(tmp_path / "out"))[0]
     assert names == wanted
     assert set(load_file(Path(path) / "model.safetensors")) == wanted
+
+
+def test_shared_parameters_and_a_models_own_saving_are_refused(two: Workers, tmp_path: Path) -> None:
+    for said in two.run(preparing.refusals, strategy="fsdp", path=str(tmp_path / "out")):
+        assert "Critic, which shares 20 with LlamaForCausalLM (backbone.embed_tokens.weight first)" in said["critic"]
+        assert "LlamaForCausalLM, which shares 1 with LlamaForCausalLM" in said["reference"]
+        for saving in ("save_pretrained", "save_pretrained of a part"):
+            assert (
+                "got a prepared LlamaForCausalLM, of which each rank holds a part. Call strategy.save_model"
+                in said[saving]
+            )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_compiled_model_trains_and_is_saved_as_it_is_uncompiled(two: Workers, tmp_path: Path) -> None:
+    for plain, found, graphs in two.run(preparing.compiled, strategy="fsdp", path=str(tmp_path / "out")):
+        assert found.keys() == plain.keys() and graphs > 0
+        assert all(close(found[name], it, 1e-6) for name, it in plain.items())
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == plain.keys()

@@ -6,8 +6,8 @@ import torch
 from workers import Workers
 
 WORDS = {
-    "unknown strategy": ("ConfigError", "there is no strategy 'fdsp'", "did you mean 'fsdp'?", "registered are: "),
-    "batch that does not divide": ("ConfigError", "train_batch_size=3", "1 x 2 = 2", "the same whole number"),
+    "unknown strategy": ("ConfigError", "there is no strategy 'fdsp'", "did you mean 'fsdp'?", "registered names: "),
+    "batch that does not divide": ("ConfigError", "train_batch_size=3", "1 x 2 = 2", "the same number"),
     "sequence parallelism": ("ConfigError", "sp_size=2", "not supported yet", "Use sp_size=1"),
     "no CUDA": ("ConfigError", "device='cuda'", "no CUDA device", "Use device='cpu' or 'auto'"),
     "unknown engine": ("ConfigError", "there is no engine 'transformer'", "did you mean 'transformers'?"),
@@ -18,6 +18,7 @@ WORDS = {
     "optimizer of another model": ("StrategyError", "got that of another model (Layered)", "that prepare returned"),
     "loss without a graph": ("StrategyError", "backward: expected a loss with a graph", "detached"),
     "model that was not prepared": ("StrategyError", "which this strategy has not prepared", "Call prepare("),
+    "optimizer of whole matrices": ("StrategyError", "prepare: expected an optimizer", "Adafactor", "torch.optim.Muon"),
     "step without backward": ("StrategyError", "optimizer_step: expected a backward", "Call strategy.backward("),
 }
 

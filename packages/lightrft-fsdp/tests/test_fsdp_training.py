@@ -2,6 +2,7 @@
 
 import fsdp_cases as cases
 import pytest
+import torch
 from fsdp_models import layered
 from programs import Observed, Program, furthest, reference, relative
 from workers import Workers
@@ -99,3 +100,8 @@ def test_a_forward_that_failed_half_way_changes_nothing(two: Workers) -> None:
         two.run(cases.stumbled, program=program), two.run(cases.train, program=program), strict=True
     ):
         assert furthest(Observed(parameters=found), wanted) == 0
+
+
+def test_muon_orthogonalizes_whole_matrices(two: Workers) -> None:
+    for found, wanted in two.run(cases.with_optimizer, name="Muon"):
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)

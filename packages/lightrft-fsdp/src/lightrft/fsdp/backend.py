@@ -1,7 +1,7 @@
 """`FSDPBackend`: parameters, gradients and optimizer state sharded by PyTorch's FSDP2."""
 
 import gc
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
@@ -11,13 +11,27 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import Shard as Sharded
+from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightrft.config import ConfigError, StrategyConfig, UnsupportedOperationError
-from lightrft.fsdp import sharding
+from lightrft.config import ConfigError, StrategyConfig, StrategyError, UnsupportedOperationError
+from lightrft.fsdp import patches, sharding
+from lightrft.fsdp.gathered_parameter import gather_for_parts, keep_changes
 from lightrft.fsdp.wrapping import layers_to_shard
-from lightrft.strategy.backend import GradientShards, ReplicatedBackend, Shard, TrainedModel, World, WrapOptions
+from lightrft.strategy.backend import (
+    GradientShards,
+    ReplicatedBackend,
+    Shard,
+    TrainedModel,
+    World,
+    WrapOptions,
+    attributes_of,
+    check_gradient_hooks,
+    check_on_parts,
+    set_attributes,
+)
 
 _REDUCE_DTYPES = {None: torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -25,7 +39,7 @@ _REDUCE_DTYPES = {None: torch.float32, "fp32": torch.float32, "bf16": torch.bflo
 class FSDPBackend(ReplicatedBackend):
     """FSDP2 over all ranks or, with ``fsdp_shard_size``, over groups of ranks that replicate each other (HSDP).
 
-    Gradients are reduced in each backward pass, so no rank ever holds a whole gradient. With ``bf16``, parameters are
+    Gradients are reduced in each backward pass, so no rank ever holds a full gradient. With ``bf16``, parameters are
     gathered and used in bf16, gradients are reduced in fp32, and the shards are fp32 master weights. FSDP2 gathers a layer
     as one buffer: if a model in training has parameters of several dtypes, frozen ones are fp32 too.
     """
@@ -37,9 +51,13 @@ class FSDPBackend(ReplicatedBackend):
         super().__init__(config, world)
         self._wrapped: WeakSet[nn.Module] = WeakSet()
         self._meshes: dict[int, DeviceMesh] = {}
+        sharding.clear_mesh_caches()  # a script may have used the parameters of a closed strategy
+        self._undo: list[Callable[[], None]] = [patches.MUON.apply()]
 
     @override
     def close(self) -> None:
+        while self._undo:
+            self._undo.pop()()
         for module in self._wrapped:
             sharding.release_groups(module)
         self._wrapped.clear()
@@ -52,6 +70,8 @@ class FSDPBackend(ReplicatedBackend):
     @override
     def check_model(self, module: nn.Module, options: WrapOptions) -> None:
         _check_shardable(module)
+        if options.training:
+            check_gradient_hooks(module, "FSDP2")
         layers_to_shard(module, mixed_modalities=self.config.mixed_mm_data)
 
     @override
@@ -61,6 +81,7 @@ class FSDPBackend(ReplicatedBackend):
         if options.training:
             _make_uniform(module)
         whole = dict(module.named_parameters()) if self.world.rank == 0 else {}
+        attributes = {name: attributes_of(parameter) for name, parameter in module.named_parameters()}
         shard: dict[str, Any] = {
             "mesh": self._mesh(options.shard_size if options.shard_size != -1 else self.config.fsdp_shard_size),
             "mp_policy": self._precision(options),
@@ -73,8 +94,30 @@ class FSDPBackend(ReplicatedBackend):
         if any(parameter.is_meta for parameter in module.parameters()):
             module.to_empty(device="cpu" if self.config.fsdp_cpu_offload and options.training else self.world.device)
         sharding.load_from_rank_0(module, whole, self.world)
+        for name, parameter in module.named_parameters():
+            set_attributes(parameter, attributes[name])
+        keep_changes(module)
+        self._undo.extend(gather_for_parts(module))
         self._wrapped.add(module)
         return module
+
+    @override
+    def check_optimizer(self, optimizer: Optimizer) -> None:
+        """Try the optimizer on DTensors, which it steps here; Muon gets whole matrices, see `lightrft.fsdp.patches`."""
+        mesh = self._mesh(self.config.fsdp_shard_size)
+        placements = [*[Replicate()] * (mesh.ndim - 1), Sharded(0)]
+
+        def deal(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+            return [[distribute_tensor(tensor, mesh, placements, src_data_rank=None) for tensor in tensors]]
+
+        check_on_parts(
+            optimizer,
+            deal,
+            lambda parameter: parameter.ndim,
+            device=self.world.device,
+            refusal="FSDP2 gives it the rows of this rank, as DTensors. Use an optimizer that treats each element alone, for "
+            "example AdamW, or torch.optim.Muon, or strategy 'deepspeed' with zero_stage=0",
+        )
 
     def _mesh(self, shard_size: int) -> DeviceMesh:
         """Return the mesh on which ``shard_size`` ranks share a copy of the parameters; -1 means all."""
@@ -117,6 +160,11 @@ class FSDPBackend(ReplicatedBackend):
 
     @override
     def backward(self, trained: TrainedModel, loss: torch.Tensor, *, retain_graph: bool) -> None:
+        if isinstance(loss, DTensor):
+            raise StrategyError(
+                f"backward: expected a loss from the forward pass of {trained.class_name}, got one that uses its parameters directly "
+                f"(a DTensor), which FSDP2 has sharded. Compute penalties over parameters in the model's forward"
+            )
         try:
             loss.backward(retain_graph=retain_graph)
         except BaseException:
@@ -125,7 +173,8 @@ class FSDPBackend(ReplicatedBackend):
 
     @override
     def reduce(self, trained: TrainedModel) -> None:
-        """Do nothing: each backward pass has reduced its gradients."""
+        """Reshard the model: each backward pass has reduced its gradients, but an evaluation may have followed it."""
+        self.reshard(trained.model)
 
     @override
     def gradient_shards(self, trained: TrainedModel) -> Sequence[GradientShards]:
@@ -190,6 +239,6 @@ def _make_uniform(module: nn.Module) -> None:
 
 
 def _reset(module: nn.Module) -> None:
-    """Forget a forward or backward pass that failed half-way."""
+    """Reset the state after a forward or backward pass that failed."""
     if isinstance(module, FSDPModule) and hasattr(module, "reset_iter_state"):  # torch 2.11 has none
         module.reset_iter_state()

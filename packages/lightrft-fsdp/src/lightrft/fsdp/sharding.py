@@ -1,19 +1,18 @@
-"""Conversion between whole tensors and FSDP2's shards: rank 0's weights to every shard, and shards to whole tensors.
+"""Conversion between full tensors and FSDP2's shards: rank 0's weights to every shard, and shards to full tensors.
 
 FSDP2 splits dim 0 into chunks of ceil(rows / ranks), so each shard is a contiguous range of the flattened tensor, and the
 ranks along a mesh's shard dimension hold the ranges in order.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from lightrft.fsdp.gathered_parameter import parameter_groups
 from lightrft.strategy.backend import World, all_gather_rows, broadcast, cast
 
 
@@ -40,35 +39,22 @@ def release_groups(module: nn.Module) -> None:
 
     FSDP2 and the meshes of its parameters hold them for as long as the model lives, and have no call that ends that.
     """
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            for info in _mesh_infos(part):
-                for name in vars(info).keys() & {"shard_process_group", "replicate_process_group"}:
-                    setattr(info, name, None)
-                for mesh in (info.mesh, info.mesh._get_root_mesh()):
-                    getattr(mesh, "_pg_registry", {}).clear()  # newer than torch 2.11
+    for group in parameter_groups(module):
+        for info in filter(None, (group.mesh_info, group.post_forward_mesh_info)):
+            for name in vars(info).keys() & {"shard_process_group", "replicate_process_group"}:
+                setattr(info, name, None)
+            for mesh in (info.mesh, info.mesh._get_root_mesh()):
+                getattr(mesh, "_pg_registry", {}).clear()  # newer than torch 2.11
 
 
 def gathered_parameters(module: nn.Module) -> set[int]:
     """Return the ids of the parameters that FSDP2 gathers for a forward pass: the leaves of the graph of a loss."""
-    parts = (part for part in module.modules() if isinstance(part, FSDPModule))
-    parameters = (parameter for part in parts for group in _parameter_groups(part) for parameter in group.fsdp_params)
+    parameters = (parameter for group in parameter_groups(module) for parameter in group.fsdp_params)
     return {id(parameter._unsharded_param) for parameter in parameters if hasattr(parameter, "_unsharded_param")}
 
 
-def _mesh_infos(part: FSDPModule) -> Iterator[Any]:
-    for group in _parameter_groups(part):
-        yield from filter(None, (group.mesh_info, group.post_forward_mesh_info))
-
-
-def _parameter_groups(part: FSDPModule) -> Iterator[Any]:
-    state: Any = part._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # torch 2.11 has one at most
-    yield from (group for group in groups if group is not None)
-
-
 def offset_of(tensor: DTensor) -> int:
-    """Return the index of the first element of this rank's shard in the flattened whole tensor."""
+    """Return the index of the first element of this rank's shard in the flattened full tensor."""
     _, starts = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return starts[0] * tensor.shape[1:].numel()
 
@@ -85,7 +71,7 @@ def load_from_rank_0(module: nn.Module, whole: Mapping[str, torch.Tensor], world
 
     Args:
         module: The sharded module.
-        whole: On rank 0, the whole tensors by name; not read on other ranks.
+        whole: On rank 0, the full tensors by name; not read on other ranks.
         world: The ranks.
     """
     for name, parameter in module.named_parameters():
@@ -108,7 +94,7 @@ def _empty(parameter: nn.Parameter, world: World) -> torch.Tensor:
 
 
 def gather(tensors: Sequence[torch.Tensor], dtype: torch.dtype | None, device: torch.device) -> list[torch.Tensor]:
-    """Return whole tensors on ``device``, floating ones in ``dtype``; one collective for each shard group and type."""
+    """Return full tensors on ``device``, floating ones in ``dtype``; one collective for each shard group and type."""
     whole: dict[int, torch.Tensor] = {}
     frames: dict[tuple[int, torch.dtype], list[int]] = {}
     for index, tensor in enumerate(tensors):
@@ -121,6 +107,15 @@ def gather(tensors: Sequence[torch.Tensor], dtype: torch.dtype | None, device: t
         sharded = [tensor for index in indices if isinstance(tensor := tensors[index], DTensor)]
         whole.update(zip(indices, _gather_frame(sharded, sent, device), strict=True))
     return [whole[index] for index in range(len(tensors))]
+
+
+def shard_like(whole: torch.Tensor, like: DTensor) -> DTensor:
+    """Return ``whole``, which all ranks have, as a DTensor with the shards of ``like``."""
+    part, start = like.to_local(), offset_of(like)
+    values = whole.reshape(-1)[start : start + part.numel()].view(part.shape).to(part.device)
+    return DTensor.from_local(
+        values, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
 
 
 def _gather_frame(shards: Sequence[DTensor], dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:

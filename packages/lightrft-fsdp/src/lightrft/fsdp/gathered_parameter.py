@@ -1,0 +1,175 @@
+"""What FSDP2 loses of a parameter when it gathers and reshards it: `requires_grad` and gradient hooks.
+
+FSDP2 keeps two objects for each parameter, the shard and the gathered parameter, and shows one at a time as the attribute
+of the module. It copies ``requires_grad`` from the shard to the gathered parameter and never back, and it copies no hooks:
+a change made while a module is gathered, after an evaluation for example, is lost. So are values written to a gathered
+parameter; these are refused.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from typing_extensions import override
+
+from lightrft.config import StrategyError
+from lightrft.strategy.backend import attributes_of, set_attributes
+
+
+class GatheredParameter(FSDPParam):
+    """An `FSDPParam` whose two parameters share ``requires_grad`` and gradient hooks, whichever of them is changed."""
+
+    _requires_grad: bool
+    """The value when both were equal last."""
+    _version: int
+    """The version counter of the gathered parameter when it was gathered. Gathering keeps it, and writing raises it."""
+
+    @override
+    def init_all_gather_outputs(self, *arguments: Any, **more: Any) -> None:
+        with torch.inference_mode(False):  # kept, and used in training later
+            super().init_all_gather_outputs(*arguments, **more)
+
+    @override
+    def init_unsharded_param(self) -> None:
+        first = not hasattr(self, "_unsharded_param")
+        with torch.inference_mode(False):
+            super().init_unsharded_param()  # type: ignore[no-untyped-call]
+        if first:
+            self._requires_grad = self.sharded_param.requires_grad
+            set_attributes(self._unsharded_param, attributes_of(self.sharded_param))
+
+    @override
+    def to_unsharded(self) -> None:
+        self.synchronize()
+        self.check_hooks()
+        super().to_unsharded()
+        self._version = self._unsharded_param._version
+
+    @override
+    def to_sharded(self) -> None:
+        self.synchronize()
+        self.check_unwritten()
+        super().to_sharded()
+
+    def synchronize(self) -> None:
+        """Give both parameters what was set on one of them since the last call."""
+        shard, gathered = self.sharded_param, self._unsharded_param
+        if shard.requires_grad is gathered.requires_grad:
+            self._requires_grad = shard.requires_grad
+        else:
+            self._requires_grad = not self._requires_grad
+            for parameter in (shard, gathered):
+                parameter.requires_grad_(self._requires_grad)
+        if shard._backward_hooks is not gathered._backward_hooks:
+            hooks = _merged(shard._backward_hooks, gathered._backward_hooks)
+            shard._backward_hooks = gathered._backward_hooks = hooks
+
+    def check_hooks(self) -> None:
+        """Raise `StrategyError` for a hook that was registered after preparing, and that would never be called."""
+        for parameter in (self.sharded_param, self._unsharded_param):
+            if parameter._post_accumulate_grad_hooks:
+                raise StrategyError(
+                    f"forward: expected no parameter with a hook of register_post_accumulate_grad_hook, got one on "
+                    f"{self._param_fqn}. FSDP2 does not accumulate whole gradients on the parameter. Use register_hook"
+                )
+
+    def check_unwritten(self) -> None:
+        """Raise `StrategyError` if a script has written to the gathered parameter: the next gathering would undo it."""
+        if self._unsharded_param._version != self._version:
+            self._version = self._unsharded_param._version
+            raise StrategyError(
+                f"expected no values to be written to {self._param_fqn} since the last forward pass, for which FSDP2 gathered "
+                f"it, got some, which are lost. Write weights with strategy.load_model, or write to the shards: after "
+                f"optimizer_step and before the next forward pass, the parameters of the model are DTensors"
+            )
+
+
+class GatheredGroup(FSDPParamGroup):
+    """An `FSDPParamGroup` of `GatheredParameter`."""
+
+    @override
+    def pre_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.is_unsharded:  # so nothing is gathered now
+            for parameter in self.fsdp_params:
+                parameter.synchronize()  # type: ignore[attr-defined]
+                parameter.check_hooks()  # type: ignore[attr-defined]
+                parameter.check_unwritten()  # type: ignore[attr-defined]
+        return super().pre_forward(module, args, kwargs)
+
+    @override
+    def _init_mp_dtypes(self) -> None:
+        super()._init_mp_dtypes()
+        if self._orig_dtype is None:  # all are frozen, now; they may not be later
+            dtypes = {(parameter.orig_dtype, parameter.reduce_dtype) for parameter in self.fsdp_params}
+            if len(dtypes) == 1:
+                ((self._orig_dtype, self._reduce_dtype),) = dtypes
+
+
+def parameter_groups(module: nn.Module) -> Iterator[Any]:
+    """Yield FSDP2's groups of parameters of ``module``: one for each part that is sharded."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            yield from _groups_of(part)
+
+
+def _groups_of(part: FSDPModule) -> Iterator[Any]:
+    state: Any = part._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # torch 2.11 has one at most
+    yield from (group for group in groups if group is not None)
+
+
+def keep_changes(module: nn.Module) -> None:
+    """Make the parameters of ``module``, sharded by FSDP2 just now, keep ``requires_grad`` and hooks."""
+    for group in parameter_groups(module):
+        group.__class__ = GatheredGroup
+        for parameter in group.fsdp_params:
+            parameter.__class__ = GatheredParameter
+
+
+def gather_for_parts(module: nn.Module) -> list[Callable[[], None]]:
+    """Gather the root's parameters for parts that are called outside the forward pass of ``module``, without gradients.
+
+    ``generate`` of a PEFT model, for example, calls the model inside it. With gradients this raises `StrategyError`: FSDP2
+    reduces what was used in a forward pass of the root.
+
+    Returns:
+        Functions that undo this.
+    """
+    assert isinstance(module, FSDPModule)
+    state: Any = module._get_fsdp_state()
+    state._lazy_init()  # or a part that is called first would be taken for the root
+    groups = list(_groups_of(module))
+    class_name = type(module).__name__.removeprefix("FSDP")
+    names = {part: name for name, part in module.named_modules() if part is not module}
+
+    def before(part: nn.Module, _: object) -> None:
+        if all(group.is_unsharded for group in groups):
+            return
+        if torch.is_grad_enabled():
+            raise StrategyError(
+                f"forward: expected {names[part]} to be called in the forward pass of {class_name}, got a call outside "
+                f"it, for which FSDP2 does not gather its parameters. Call the model that prepare returned, and compute in "
+                f"its forward what needs its parts"
+            )
+        module.unshard()
+
+    owners = {info.module for group in groups for info in _owners(group)} & names.keys()
+    return [owner.register_forward_pre_hook(before, prepend=True).remove for owner in owners]
+
+
+def _owners(group: Any) -> Iterator[Any]:
+    return (parameter._module_info for parameter in group.fsdp_params)
+
+
+def _merged(first: Any, second: Any) -> Any:
+    """Return one of two dicts of hooks, either of which may be None, with the hooks of both."""
+    if first is None or second is None:
+        return second if first is None else first
+    hooks: OrderedDict[int, Any] = first
+    hooks.update(second)
+    return hooks
