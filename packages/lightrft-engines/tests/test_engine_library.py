@@ -23,7 +23,7 @@ def test_a_missing_target_is_named_with_version_and_remedy():
         "engine 'sample' expected torch>=1,<3",
         f"got torch {torch.__version__}",
         "torch.no_such_function does not exist",
-        "pip install 'torch>=1,<3'",
+        "pip install --force-reinstall 'torch>=1,<3'",
     ):
         assert words in str(raised.value)
 

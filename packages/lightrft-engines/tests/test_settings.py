@@ -29,10 +29,10 @@ def test_the_engine_decides_what_is_not_set():
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
-        ("engine_kv_cache_bytes", "1GB", "an integer, 1 or more"),
-        ("engine_max_sequences", 0, "an integer, 1 or more"),
-        ("engine_max_model_len", 12.5, "an integer, 1 or more"),
-        ("limit_mm_image_per_prompt", True, "an integer, -1 or more"),
+        ("engine_kv_cache_bytes", "1GB", "an integer >= 1"),
+        ("engine_max_sequences", 0, "an integer >= 1"),
+        ("engine_max_model_len", 12.5, "an integer >= 1"),
+        ("limit_mm_image_per_prompt", True, "an integer >= -1"),
         ("engine_eager", "false", "True or False"),
         ("trust_remote_code", "no", "True or False"),
         ("engine_arguments", [1], "a mapping"),

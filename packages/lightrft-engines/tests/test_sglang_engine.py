@@ -161,7 +161,7 @@ def test_text_without_a_tokenizer_is_refused(made):
 def test_an_empty_prompt_is_an_error_and_the_engine_goes_on(smollm2_path):
     with rollout(model=smollm2(smollm2_path), pretrain=smollm2_path) as (made, *_):
         pid = server_of(made)._pid
-        with pytest.raises(EngineError, match=r"prompt .*is empty"):
+        with pytest.raises(EngineError, match=r"empty prompt|none in prompt"):
             made.gather_and_generate(GREEDY, all_prompts=[""])
         assert len(made.gather_and_generate(GREEDY, PROMPTS)) == 3
         assert server_of(made)._pid == pid
@@ -292,7 +292,7 @@ def test_a_killed_process_is_an_error_and_the_next_sync_starts_a_new_server(runn
     killer = threading.Timer(1.0, os.kill, (pid, signal.SIGKILL))
     killer.start()
     begun = time.monotonic()
-    with pytest.raises(EngineError, match="asked to generate") as caught:
+    with pytest.raises(EngineError, match="to generate") as caught:
         generate_without_end(made)
     killer.join()
     assert "died" in str(caught.value)

@@ -1,5 +1,6 @@
 """Temporary directories of engines are removed, also those of killed processes, and no others."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ def test_it_is_removed_with_its_object_and_not_when_a_fork_ends(tmp_path, monkey
         directory.remove()
         os._exit(0)
     os.waitpid(child, 0)
-    assert [path.name for path in tmp_path.iterdir()] == [Path(directory.path).name]
+    assert [path.name for path in tmp_path.glob("lightrft-*")] == [Path(directory.path).name]
     del directory
     assert not list(tmp_path.iterdir())
 
@@ -41,6 +42,16 @@ def test_the_next_one_removes_what_a_killed_process_left_and_nothing_in_use(tmp_
         TemporaryDirectory("other")
         assert left.exists()
         new = TemporaryDirectory("sample")
-        assert set(tmp_path.iterdir()) == {used, Path(new.path)}
+        assert set(tmp_path.glob("lightrft-*")) == {used, Path(new.path)}
         living.communicate("\n")
     assert not used.exists()
+
+
+def test_without_locks_the_next_one_removes_nothing(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("fcntl.flock", refuse)
+    used, new = TemporaryDirectory("sample"), TemporaryDirectory("sample")
+    assert set(tmp_path.glob("lightrft-*")) == {Path(used.path), Path(new.path)}

@@ -100,13 +100,14 @@ def test_without_a_seed_calls_differ_and_runs_repeat() -> None:
 
 
 def test_it_stops_at_end_and_stop_tokens_but_not_before_the_minimum() -> None:
-    with rollout() as (strategy, _):
+    with rollout() as (strategy, actor):
         (unstopped,) = tokens(completed(strategy, [[1, 5, 9]], **GREEDY))
         stop = unstopped[2]
         first = unstopped.index(stop) + 1
         (stopped,) = completed(strategy, [[1, 5, 9]], **GREEDY, stop_token_ids=[stop])
         (later,) = completed(strategy, [[1, 5, 9]], **GREEDY, stop_token_ids=[stop], min_tokens=5)
-        strategy.inference_engine._model.module.generation_config.eos_token_id = stop
+        actor.generation_config.eos_token_id = stop
+        strategy.update_engine_weights(actor)
         (ended,) = completed(strategy, [[1, 5, 9]], **{**GREEDY, "ignore_eos": False})
         (ignored,) = completed(strategy, [[1, 5, 9]], **GREEDY)
     assert (stopped.output_token_ids, stopped.finish_reason) == (unstopped[:first], "stop")
@@ -114,6 +115,85 @@ def test_it_stops_at_end_and_stop_tokens_but_not_before_the_minimum() -> None:
     assert stop not in later.output_token_ids[:4]
     assert len(later.output_token_ids) >= 5
     assert (ignored.output_token_ids, ignored.finish_reason) == (unstopped, "length")
+
+
+def test_end_tokens_set_after_preparing_mean_the_same_in_engine_and_export(tmp_path: Path) -> None:
+    with FakeStrategy({"bf16": False}) as strategy:
+        actor, _, _ = strategy.prepare((model := llama(), strategy.create_optimizer(model, lr=0.1), None))
+        actor.generation_config.eos_token_id, actor.config.eos_token_id = [1, 3], 5
+        strategy.setup_inference_engine(strategy.config, "transformers", actor=actor)
+        assert strategy.inference_engine.end_ids == {1, 3, 5}
+        actor.generation_config.eos_token_id, actor.config.eos_token_id = 7, None
+        assert strategy.inference_engine.end_ids == {1, 3, 5}, "as the weights: those of the last sync"
+        strategy.update_engine_weights(actor)
+        ended = completed(strategy, RAGGED, n=8, max_tokens=20, seed=1)
+        assert {completion.output_token_ids[-1] for completion in ended if completion.finish_reason == "stop"} == {7}
+        strategy.save_model(actor, None, tmp_path)
+    with FakeStrategy({"bf16": False, "pretrain": str(tmp_path)}) as strategy:
+        strategy.setup_inference_engine(engine_type="transformers")
+        assert strategy.inference_engine.end_ids == {7}
+        assert tokens(completed(strategy, RAGGED, n=8, max_tokens=20, seed=1)) == tokens(ended)
+
+
+TINY = {
+    "vocab_size": 17, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
+MAMBA_LAYER = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
+MODELS: dict[str, dict[str, Any]] = {
+    "mamba": {"state_size": 8},
+    "mamba2": {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 8},
+    "recurrent_gemma": {"lru_width": 32, "attention_window_size": 8, "num_hidden_layers": 3},
+    "rwkv": {"attention_hidden_size": 32},
+    "bamba": {**MAMBA_LAYER, "mamba_n_groups": 1, "attn_layer_indices": [1]},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "bart": {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48},
+    "bert": {"is_decoder": False, "pad_token_id": 0},
+    "mistral": {"sliding_window": 4},
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2},
+    "mixtral": {"num_local_experts": 4, "output_router_logits": True},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True},
+}
+"""Models that remember in other ways than by keys and values alone, place tokens in other ways, look ahead, or report more."""
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_tokens_are_those_of_whole_forward_passes(kind: str) -> None:
+    torch.manual_seed(3)
+    config = transformers.CONFIG_MAPPING[kind](**{**TINY, **MODELS[kind]})
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        parameter.data.add_(0.2 * torch.randn_like(parameter))
+    sampling = {"n": 2, "temperature": 1.0, "max_tokens": 8, "seed": 3, "stop_token_ids": [2, 7]}
+    with rollout(model) as (strategy, actor):
+        completions = completed(strategy, RAGGED, **sampling)
+        again = completed(strategy, RAGGED, **sampling)
+        assert actor.config.to_dict().get("output_router_logits", False) == MODELS[kind].get(
+            "output_router_logits", False
+        )
+        strategy.setup_inference_engine(engine_type="fake", actor=actor)
+        wanted = completed(strategy, RAGGED, **sampling)
+    assert tokens(completions) == tokens(wanted)
+    assert tokens(again) == tokens(wanted), "no state is left from the call before"
+    for completion, other in zip(completions, wanted, strict=True):
+        assert completion.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["transformers", "fake"])
+def test_encoder_decoders_are_refused_when_the_engine_is_set_up(engine: str, tmp_path: Path) -> None:
+    config = transformers.T5Config(vocab_size=17, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    model = transformers.T5ForConditionalGeneration(config)
+    model.save_pretrained(tmp_path)
+    with FakeStrategy({"bf16": False}) as strategy:
+        actor, _, _ = strategy.prepare((model, strategy.create_optimizer(model, lr=0.1), None))
+        with pytest.raises(EngineError, match=r"decoder-only model, got an encoder-decoder \(t5\)"):
+            strategy.setup_inference_engine(strategy.config, engine, actor=actor)
+    if engine == "transformers":
+        with (
+            FakeStrategy({"bf16": False, "pretrain": str(tmp_path)}) as strategy,
+            pytest.raises(EngineError, match="t5"),
+        ):
+            strategy.setup_inference_engine(engine_type=engine)
 
 
 def test_it_generates_from_the_weights_of_the_last_sync_in_the_memory_it_has() -> None:
@@ -205,7 +285,7 @@ def test_unsupported_requests_are_explained(tmp_path: Path) -> None:
             EngineError, match=r"expected token ids, got text and has no tokenizer for it\. Pass token ids"
         ):
             strategy.gather_and_generate(GREEDY, all_prompts=["text"])
-        with pytest.raises(EngineError, match="takes no images"):
+        with pytest.raises(EngineError, match="expected prompts without images"):
             strategy.gather_and_generate(GREEDY, all_prompts=["<image>"], all_images=[["picture"]])
         with pytest.raises(EngineError, match="stop"):
             completed(strategy, [[1]], **GREEDY, stop=["end"])

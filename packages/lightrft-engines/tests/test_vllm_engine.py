@@ -95,7 +95,7 @@ def test_a_process_can_have_one_engine(made):
 
 def test_sleeping_on_a_cpu_is_refused(made):
     assert made.inference_engine.capabilities.sleep_levels == frozenset()
-    with pytest.raises(EngineError, match=r"sleep\(level=1\) is not among"):
+    with pytest.raises(EngineError, match=r"sleep levels that this engine supports \(none\), got 1"):
         made.inference_engine.sleep(1)
 
 
@@ -235,7 +235,7 @@ def test_a_failed_stream_makes_it_stale_until_the_next_sync_makes_a_new_engine(r
         raise OSError("the stream died")
 
     stream, error = (dying(), OSError) if dies == "before its end" else (buckets[:-1], EngineError)
-    with pytest.raises(error, match=r"the stream died|lacks"):
+    with pytest.raises(error, match=r"the stream died|a stream without"):
         engine.update_weights(stream)
     with pytest.raises(StaleWeightsError):
         made.gather_and_generate(GREEDY, PROMPTS)

@@ -1,7 +1,7 @@
-"""The model that an engine with model code of its own is built from: a directory, and the weights of each sync.
+"""The model that an engine with its own model code is built from: a directory, and the weights of each sync.
 
 With `pretrain`, the directory is that model's. With an actor alone, the actor's configuration is written to a temporary
-directory that lives as long as the engine.
+directory that exists as long as the engine.
 """
 
 import copy
@@ -19,7 +19,7 @@ from lightrft.config import ConfigError, EngineError
 from lightrft.engines.expected_weights import delivered_shapes, expected_shapes, stored_shapes
 from lightrft.engines.settings import EngineSettings
 from lightrft.engines.temporary_directory import TemporaryDirectory
-from lightrft.strategy.engine import EngineRequest, end_ids_of, weight_shapes
+from lightrft.strategy.engine import EngineRequest, check_decoder_only, end_ids_of, end_ids_of_model, weight_shapes
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
@@ -42,7 +42,9 @@ class ModelSource:
     longest: int | None
     """The longest sequence in tokens, prompt included; None if the model's configuration sets no limit."""
     end_ids: frozenset[int]
-    """End-of-sequence token ids in the configurations of model and tokenizer."""
+    """End-of-sequence token ids in the model's configurations."""
+    tokenizer_end_ids: frozenset[int] = frozenset()
+    """Those of the tokenizer."""
     _temporary: TemporaryDirectory | None = None
 
     @classmethod
@@ -54,10 +56,11 @@ class ModelSource:
             engine: The engine's name, for messages.
 
         Raises:
-            EngineError: There is neither a model nor an actor, or the actor is not a transformers model.
+            EngineError: There is neither a model nor an actor, the actor is not a transformers model, or the model is an
+                encoder-decoder.
         """
         if request.model_path is not None:
-            return cls._of_model(str(request.model_path), request)
+            return cls._of_model(str(request.model_path), request, engine)
         if request.meta_model is None:
             raise EngineError(
                 f"setup_inference_engine: engine {engine!r} expected a model or an actor, got neither. Pass a model "
@@ -66,10 +69,11 @@ class ModelSource:
         return cls._of_actor(request.meta_model, engine, EngineSettings.of(request.config))
 
     @classmethod
-    def _of_model(cls, path: str, request: EngineRequest) -> Self:
+    def _of_model(cls, path: str, request: EngineRequest, engine: str) -> Self:
         settings = EngineSettings.of(request.config)
         trusted = settings.trust_remote_code
         config, directory = _open_config(path, trusted=trusted)
+        check_decoder_only(config, engine)
         tokenizer = tokenizer_at(directory, trusted=trusted)
         return cls(
             path=path,
@@ -79,7 +83,8 @@ class ModelSource:
             expected=_expected(directory, config, request.meta_model),
             vocabulary=vocabulary_of(config),
             longest=longest_sequence(config, settings, directory),
-            end_ids=end_ids_of(config, _generation_config(directory), tokenizer),
+            end_ids=end_ids_of(config, _generation_config(directory)),
+            tokenizer_end_ids=end_ids_of(tokenizer),
         )
 
     @classmethod
@@ -91,6 +96,7 @@ class ModelSource:
                 f"setup_inference_engine: engine {engine!r} expected a transformers model as actor, got a "
                 f"{type(meta_model).__name__}. Use engine 'fake', which takes any module"
             )
+        check_decoder_only(meta_model.config, engine)
         longest = longest_sequence(meta_model.config, settings)
         temporary = TemporaryDirectory(engine)
         config = copy.deepcopy(meta_model.config)
@@ -104,7 +110,7 @@ class ModelSource:
             expected=weight_shapes(meta_model),
             vocabulary=vocabulary_of(meta_model.config),
             longest=longest,
-            end_ids=end_ids_of(getattr(meta_model, "generation_config", None), meta_model.config),
+            end_ids=end_ids_of_model(meta_model),
             _temporary=temporary,
         )
 
@@ -187,7 +193,9 @@ def longest_sequence(config: "PretrainedConfig", settings: EngineSettings, direc
     limits = [limit for limit in (positions and int(positions * factor), _tokenizer_limit(directory)) if limit]
     wanted = settings.max_model_len
     if wanted is not None and limits and wanted > min(limits):
-        raise ConfigError(f"engine_max_model_len: expected at most the model's {min(limits)} tokens, got {wanted}")
+        raise ConfigError(
+            f"engine_max_model_len: expected at most the model's {min(limits)} tokens, got {wanted}. Lower it"
+        )
     return wanted or min(limits, default=None)
 
 

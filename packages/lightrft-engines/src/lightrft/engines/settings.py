@@ -42,7 +42,7 @@ class EngineSettings:
         _warn_of_unknown_names(config)
         verify = config.get_extra_arg("weight_sync_verify", None)
         if verify not in (None, False, "", "none", "checksum"):
-            raise ConfigError(f"weight_sync_verify: expected 'checksum' or 'none', got {verify!r}")
+            raise ConfigError(f"weight_sync_verify: expected 'checksum' or 'none', got {verify!r}. Pass one of the two")
         limits = {media: _integer(config, f"limit_mm_{media}_per_prompt", minimum=-1) for media in ("image", "video")}
         return cls(
             kv_cache_bytes=_integer(config, "engine_kv_cache_bytes"),
@@ -70,19 +70,21 @@ def _integer(config: StrategyConfig, name: str, minimum: int = 1) -> int | None:
         return None
     plain = int(given) if isinstance(given, str) and given.isdecimal() else given
     if isinstance(plain, bool) or not isinstance(plain, Integral) or plain < minimum:
-        raise ConfigError(f"{name}: expected an integer, {minimum} or more, got {given!r}")
+        raise ConfigError(f"{name}: expected an integer >= {minimum}, got {given!r}. Change or remove it")
     return int(plain)
 
 
 def _flag(config: StrategyConfig, name: str) -> bool | None:
     given = config.get_extra_arg(name, None)
     if given not in (None, True, False):
-        raise ConfigError(f"{name}: expected True or False, got {given!r}")
+        raise ConfigError(f"{name}: expected True or False, got {given!r}. Pass a bool")
     return None if given is None else bool(given)
 
 
 def _mapping(config: StrategyConfig, name: str) -> Mapping[str, Any]:
     given = config.get_extra_arg(name, None)
     if given is not None and not isinstance(given, Mapping):
-        raise ConfigError(f"{name}: expected a mapping of the engine's own argument names to values, got {given!r}")
+        raise ConfigError(
+            f"{name}: expected a mapping of the engine's own argument names to values, got {given!r}. Pass a dict"
+        )
     return dict(given or {})

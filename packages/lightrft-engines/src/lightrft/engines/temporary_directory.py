@@ -1,12 +1,14 @@
 """Temporary directories of an engine."""
 
 import contextlib
-import fcntl
 import os
+import secrets
 import shutil
 import tempfile
 import weakref
 from pathlib import Path
+
+from lightrft.strategy.storage.locks import Lock, holding
 
 
 class TemporaryDirectory:
@@ -18,35 +20,25 @@ class TemporaryDirectory:
 
     def __init__(self, engine: str) -> None:
         """Make a directory whose name contains ``engine``."""
-        prefix = f"lightrft-engine-{engine}-"
-        for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
-            _remove_if_unlocked(left)
-        new = tempfile.mkdtemp(prefix="lightrft-new-")
-        lock = _locked(new)
-        self.path = str(Path(new).with_name(Path(new).name.replace("lightrft-new-", prefix)))
-        os.rename(new, self.path)
+        folder, prefix = Path(tempfile.gettempdir()), f"lightrft-engine-{engine}-"
+        path = folder / f"{prefix}{secrets.token_hex(4)}"
+        lock = Lock(folder, path.name)
+        lock.acquire()
+        path.mkdir(mode=0o700)
+        with holding(folder, path.name) as lockless:  # a file system without locks: all directories may be in use
+            for left in () if lockless else folder.glob(f"{prefix}*"):
+                _remove_if_unlocked(left)
+        self.path = str(path)
         self.remove = weakref.finalize(self, _remove, self.path, lock, os.getpid())
 
 
-def _locked(path: str) -> int:
-    """Lock a directory, if the file system has locks. Returns the descriptor that holds the lock while it is open."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    with contextlib.suppress(OSError):
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return descriptor
-
-
 def _remove_if_unlocked(path: Path) -> None:
-    with contextlib.suppress(OSError):  # it belongs to another user, is in use, or was removed meanwhile
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with contextlib.suppress(OSError), holding(path.parent, path.name) as acquired:  # it may belong to another user
+        if acquired:
             shutil.rmtree(path)
-        finally:
-            os.close(descriptor)
 
 
-def _remove(path: str, lock: int, owner: int) -> None:
+def _remove(path: str, lock: Lock, owner: int) -> None:
     if os.getpid() == owner:
         shutil.rmtree(path, ignore_errors=True)
-        os.close(lock)
+        lock.release()

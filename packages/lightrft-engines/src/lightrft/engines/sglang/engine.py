@@ -44,7 +44,7 @@ class SGLangEngine(EngineBase):
     def __init__(self, request: EngineRequest, source: ModelSource) -> None:
         super().__init__(has_weights=source.loads_weights)
         self._source, self._device = source, request.device
-        self.vocabulary = source.vocabulary
+        self.vocabulary, self.end_ids = source.vocabulary, source.end_ids
         self._arguments = server_arguments(
             request.config, source, device=request.device.type, index=request.device.index or 0,
             seed=request.config.seed + request.rank,
@@ -86,7 +86,9 @@ class SGLangEngine(EngineBase):
 
     @override
     def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
-        arguments = requests.sampling_arguments(sampling, self._source.end_ids, tokenizer=self._source.has_tokenizer)
+        arguments = requests.sampling_arguments(
+            sampling, self.end_ids | self._source.tokenizer_end_ids, tokenizer=self._source.has_tokenizer
+        )
         answers = self._call(
             "generate", [requests.request(prompt) for prompt in prompts], sampling.n, arguments,
             requests.seeds(prompts, sampling), requests.alters_logits(sampling),
@@ -106,7 +108,8 @@ class SGLangEngine(EngineBase):
     @override
     def _load(self, buckets: Iterator[Bucket]) -> None:
         if not self._server.alive:
-            self._restart()
+            self._start()
+            self._release(PARTS - self.awake)
         self._call("begin")
         try:
             with contextlib.closing(_Blocks(self)) as blocks:
@@ -130,10 +133,6 @@ class SGLangEngine(EngineBase):
         self._server = ServerProcess(self._arguments, self._timeout)
         self.longest = self._server.longest
         self._released = frozenset()
-
-    def _restart(self) -> None:
-        self._start()
-        self._release(PARTS - self.awake)
 
     # Memory
 

@@ -37,6 +37,8 @@ def receive(source: socket.socket, size: int) -> bytes:
     while len(data) < size:
         part = source.recv(size - len(data))
         if not part:
-            raise ConnectionError("the launcher of SGLang's servers closed the connection; see its output")
+            raise ConnectionError(
+                "the launcher of SGLang's servers closed the connection. See its output for the cause"
+            )
         data += part
     return data

@@ -1,6 +1,6 @@
 """The SGLang library: the versions that the adapter supports, and its import."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from lightrft.engines.engine_library import EngineLibrary
 from lightrft.engines.sglang import patches
@@ -22,5 +22,4 @@ def load() -> "type[Engine]":
     with SGLANG.importing():
         from sglang.srt.entrypoints.engine import Engine
     SGLANG.require(patches.TARGETS)
-    engine_class: type[Engine] = Engine
-    return engine_class
+    return cast("type[Engine]", Engine)

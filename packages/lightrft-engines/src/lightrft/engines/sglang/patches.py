@@ -152,7 +152,12 @@ def model_mismatch(config: Mapping[str, Any], layers: Iterable[object], longest:
     slides = config.get("use_sliding_window", True) and "sliding_attention" in (
         config.get("layer_types") or ["sliding_attention"]
     )
-    if window and slides and window < longest and not any(_slides(layer) for layer in layers):
+    if (
+        window
+        and slides
+        and window < longest
+        and all(getattr(layer, "sliding_window_size", None) in (None, -1) for layer in layers)
+    ):
         return (
             f"attends to all tokens, but its configuration says the last {window}; with engine_max_model_len={window} "
             f"the two are the same"
@@ -161,10 +166,6 @@ def model_mismatch(config: Mapping[str, Any], layers: Iterable[object], longest:
     if "dynamic" in (rotary.get("rope_type"), rotary.get("type")):
         return "scales rotary positions by a fixed factor, but its configuration says dynamic scaling"
     return None
-
-
-def _slides(layer: object) -> bool:
-    return getattr(layer, "sliding_window_size", None) not in (None, -1)
 
 
 MODEL_CHECK = Patch(
@@ -223,8 +224,9 @@ PENALIZED_PROMPTS = Patch(
 
 def repetition_first(result: None, orchestrator: Any, *args: Any, **kwargs: Any) -> None:
     """Put the repetition penalty before the additive ones."""
-    penalizers = orchestrator.penalizers.items()
-    orchestrator.penalizers = dict(sorted(penalizers, key=lambda entry: not entry[0].is_multiplicative))
+    orchestrator.penalizers = dict(
+        sorted(orchestrator.penalizers.items(), key=lambda entry: not entry[0].is_multiplicative)
+    )
 
 
 REPETITION_FIRST = Patch(

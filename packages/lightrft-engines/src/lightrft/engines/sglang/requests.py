@@ -83,7 +83,7 @@ def sampling_arguments(sampling: Sampling, end_ids: Collection[int], *, tokenize
 
     Args:
         sampling: How tokens are drawn.
-        end_ids: Token ids that end a sequence, also if SGLang has no tokenizer that names them.
+        end_ids: Token ids that end a sequence, unless ``ignore_eos`` is set.
         tokenizer: Whether SGLang has a tokenizer.
 
     Raises:
@@ -107,7 +107,7 @@ def sampling_arguments(sampling: Sampling, end_ids: Collection[int], *, tokenize
         "frequency_penalty": sampling.frequency_penalty,
         "stop": list(sampling.stop),
         "stop_token_ids": sorted(ends),
-        "ignore_eos": sampling.ignore_eos,
+        "ignore_eos": True,  # of what SGLang reads from the model's files, which a sync may have changed
         "skip_special_tokens": sampling.skip_special_tokens,
         "no_stop_trim": sampling.include_stop_str_in_output,
     }
@@ -125,7 +125,7 @@ def alters_logits(sampling: Sampling) -> bool:
 
 
 def scored_tokens(drawn: Sequence[int], scored: Sequence[tuple[float, int]], last: int) -> list[tuple[float, int]]:
-    """Correct the ids beside the log-probabilities of a prompt's tokens.
+    """Correct the ids next to the log-probabilities of a prompt's tokens.
 
     SGLang takes the ``last`` id of the vocabulary for a placeholder and reports it as 0; the log-probability is right.
 

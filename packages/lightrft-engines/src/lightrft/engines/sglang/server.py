@@ -95,8 +95,7 @@ class Server:
         parallel = self._engine.server_args
         complete = parallel.ep_size == parallel.pp_size == 1  # then each process uses a part of every weight
         plan = to_json({"entries": entries, "size": size, "checksum": checksum, "complete": complete})
-        ranks = parallel.tp_size
-        blocks = [_DeviceBlock(handle) for handle in handles] if handles is not None else [self._block] * ranks
+        blocks = [self._block] * parallel.tp_size if handles is None else [_DeviceBlock(handle) for handle in handles]
         request = UpdateWeightsFromTensorReqInput(
             serialized_named_tensors=[
                 MultiprocessingSerializer.serialize([("plan", plan), ("bucket", block)]) for block in blocks
@@ -116,8 +115,7 @@ class Server:
 
     def _flush(self) -> None:
         """Drop the caches. SGLang answers before its scheduler has finished a request, so this waits for it."""
-        flushing = self._engine.tokenizer_manager.flush_cache(timeout_s=PATIENCE)
-        flushed = self._engine.loop.run_until_complete(flushing)
+        flushed = self._engine.loop.run_until_complete(self._engine.tokenizer_manager.flush_cache(timeout_s=PATIENCE))
         _require("flush_cache", (flushed.success, f"requests are still running after {PATIENCE:g} s"))
 
     # Prompts
@@ -173,7 +171,8 @@ class Server:
             check_placeholders(request, *patterns)
         if not tokens:  # SGLang would end
             raise EngineError(
-                "generate: engine 'sglang' expected at least one token in each prompt, but a prompt is empty"
+                "generate: engine 'sglang' expected at least one token in each prompt, got an empty prompt. Start it with a "
+                "beginning-of-sequence token, for example"
             )
         if len(tokens) >= self._longest:
             raise EngineError(too_long("a prompt", len(tokens), self._longest))
@@ -276,7 +275,7 @@ def _answer(request: TokenizedRequest, output: dict[str, Any]) -> Answer:
 def _require(call: str, result: tuple[bool, str]) -> None:
     success, message = result[:2]
     if not success:
-        raise EngineError(f"SGLang's {call} failed: {message}")
+        raise EngineError(f"SGLang's {call} failed: {message}. See the server's output for the cause")
 
 
 # The process

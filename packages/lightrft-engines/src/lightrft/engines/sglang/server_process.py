@@ -83,7 +83,7 @@ class ServerProcess:
         """
         if not self.end.alive:
             raise ServerDied(
-                f"SGLang's server is not running; it was asked to {name}. Sync weights, which starts a new one"
+                f"expected SGLang's server to be running, to {name}, but it has ended. Sync weights, which starts a new one"
             )
         try:
             self._connection.send((name, arguments))

@@ -12,6 +12,8 @@ from typing import Any, TypedDict
 
 import torch
 
+from lightrft.strategy.tensors import packed
+
 ALIGNMENT = 64
 """Tensors start at multiples of this many bytes, so that each can be viewed in its own dtype."""
 PIECE = 32 << 20
@@ -33,16 +35,7 @@ class Entry(TypedDict):
 
 def pieces(bucket: Sequence[tuple[str, torch.Tensor]], limit: int) -> Iterator[Sequence[tuple[str, torch.Tensor]]]:
     """Split a bucket into parts of at most ``limit`` bytes; a larger tensor is a separate part."""
-    piece: list[tuple[str, torch.Tensor]] = []
-    size = 0
-    for name, tensor in bucket:
-        if piece and size + tensor.nbytes > limit:
-            yield piece
-            piece, size = [], 0
-        piece.append((name, tensor))
-        size += tensor.nbytes
-    if piece:
-        yield piece
+    return packed(bucket, lambda named: named[1].nbytes, limit)
 
 
 def layout(bucket: Sequence[tuple[str, torch.Tensor]]) -> tuple[list[Entry], int]:

@@ -15,8 +15,7 @@ class WatchedTensor(torch.Tensor):
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             result = function(*args, **(kwargs or {}))
-        is_metadata = isinstance(result, (bool, int, str, torch.Size, torch.dtype, torch.device))
-        if not is_metadata:
+        if not isinstance(result, (bool, int, str, torch.Size, torch.dtype, torch.device)):  # metadata
             for tensor in _watched_tensors((*args, *(kwargs or {}).values())):
                 tensor.used = True
         return result

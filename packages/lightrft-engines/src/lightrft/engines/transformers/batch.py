@@ -1,18 +1,19 @@
-"""Decodes a batch of sequences with a key-value cache.
+"""Draws tokens for a batch of sequences until each has ended.
 
-Shapes: B sequences, T positions so far (prompts are padded on the left), V vocabulary.
+Shapes: B sequences, V vocabulary.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from lightrft.engines.transformers.decoders import decoder_of
 from lightrft.strategy.engine import Sampling, draw_tokens, penalized, uniform
 
 COMPACT_BELOW = 0.75
-"""When less than this fraction of the rows is unfinished, the finished rows are dropped from the cache."""
+"""When less than this fraction of the rows is unfinished, the finished rows leave the batch."""
 
 
 @dataclass(kw_only=True)
@@ -67,7 +68,8 @@ class Batch:
             for prompt, prompt_keys in zip(prompts, keys, strict=True)
             for key in prompt_keys
         ]
-        cache, mask_BT, logits_BV = self._prefill(prompts, samples=len(keys[0]))
+        decoder = decoder_of(self._model, self._device)
+        logits_BV = decoder.start(prompts, samples=len(keys[0]))
         live = rows
         while True:
             self._extend(live, logits_BV)
@@ -75,40 +77,9 @@ class Batch:
             if not unfinished:
                 return rows
             if len(unfinished) < COMPACT_BELOW * len(live):
-                indices_B = torch.tensor(unfinished, device=self._device)
-                cache.batch_select_indices(indices_B)
-                mask_BT, live = mask_BT[indices_B], [live[index] for index in unfinished]
-            mask_BT = torch.nn.functional.pad(mask_BT, (0, 1), value=1)
-            last_B1 = torch.tensor([[row.output[-1]] for row in live], device=self._device)
-            logits_BV = self._forward(last_B1, mask_BT, mask_BT.sum(dim=1, keepdim=True) - 1, cache)
-
-    def _prefill(
-        self, prompts: Sequence[Sequence[int]], samples: int
-    ) -> tuple[DynamicCache, torch.Tensor, torch.Tensor]:
-        """Run each prompt once, then repeat cache, mask and logits for each sample."""
-        width = max(map(len, prompts))
-        tokens_BT = torch.tensor(
-            [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=self._device
-        )
-        mask_BT = torch.tensor(
-            [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self._device
-        )
-        cache = DynamicCache(config=self._model.config)
-        logits_BV = self._forward(tokens_BT, mask_BT, (mask_BT.cumsum(dim=1) - 1).clamp(min=0), cache)
-        if samples > 1:
-            cache.batch_repeat_interleave(samples)
-        return cache, mask_BT.repeat_interleave(samples, dim=0), logits_BV.repeat_interleave(samples, dim=0)
-
-    def _forward(
-        self, tokens_BT: torch.Tensor, mask_BT: torch.Tensor, positions_BT: torch.Tensor, cache: DynamicCache
-    ) -> torch.Tensor:
-        """Logits (B, V), fp32, after the last position of ``tokens_BT``."""
-        output = self._model(
-            input_ids=tokens_BT, attention_mask=mask_BT, position_ids=positions_BT, past_key_values=cache,
-            use_cache=True, logits_to_keep=1,
-        )  # fmt: skip
-        logits_BV: torch.Tensor = output.logits[:, -1].float()
-        return logits_BV
+                decoder.keep(unfinished)
+                live = [live[index] for index in unfinished]
+            logits_BV = decoder.extend([row.output[-1] for row in live])
 
     def _extend(self, live: Sequence[Row], logits_BV: torch.Tensor) -> None:
         """Draw the next token of every unfinished row."""

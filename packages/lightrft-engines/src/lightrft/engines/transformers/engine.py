@@ -1,8 +1,7 @@
 """The embedded engine: generates with transformers in this process. It needs no server and runs on any device.
 
-Each rank has a copy of the actor and completes its own prompts, in batches padded on the left; a prompt with several
-samples is read once. With a seed, a completion depends only on the seed, its prompt and its sample number, not on the
-batch or the rank.
+Each rank has a copy of the actor and completes its own prompts, in batches; a prompt with several samples is read once.
+With a seed, a completion depends only on the seed, its prompt and its sample number, not on the batch or the rank.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from typing_extensions import override
 
 from lightrft.config import ConfigError, EngineError
@@ -25,6 +24,7 @@ from lightrft.strategy.engine import (
     EngineRequest,
     Prompt,
     Sampling,
+    check_decoder_only,
     end_ids_of,
     stream_key,
 )
@@ -52,8 +52,8 @@ class TransformersEngine(EmbeddedEngine):
                 f"setup_inference_engine: engine 'transformers' expected a transformers model as actor, got a "
                 f"{type(self._model.module).__name__}. Use engine 'fake', which takes any module"
             )
-        trusted = settings.trust_remote_code
-        self._tokenizer = None if directory is None else tokenizer_at(directory, trusted=trusted)
+        _report_no_routers(self._model.module.config)
+        self._tokenizer = None if directory is None else tokenizer_at(directory, trusted=settings.trust_remote_code)
         self.vocabulary = vocabulary_of(self._model.module.config)
         self.longest = longest_sequence(self._model.module.config, settings, directory)
         self._limit = settings.max_sequences or MAX_SEQUENCES
@@ -73,7 +73,7 @@ class TransformersEngine(EmbeddedEngine):
         seed = self._call_seed(sampling)
         tokens = [self._tokens(prompt) for prompt in prompts]
         self._check_room(tokens)
-        eos = frozenset() if sampling.ignore_eos else self._model.end_ids | end_ids_of(self._tokenizer)
+        eos = frozenset() if sampling.ignore_eos else self.end_ids | end_ids_of(self._tokenizer)
         ends = eos | frozenset(sampling.stop_token_ids)
         batch = Batch(self._model.module, sampling, ends, self._device, longest=self.longest)
         rows: dict[int, list[Row]] = {}
@@ -115,6 +115,13 @@ class TransformersEngine(EmbeddedEngine):
         )
 
 
+def _report_no_routers(config: PretrainedConfig) -> None:
+    """Turn off ``output_router_logits`` in the engine's copy: the loss that it asks for takes no cache, and has no use here."""
+    for part in (config, config.get_text_config()):
+        if getattr(part, "output_router_logits", False):
+            part.output_router_logits = False
+
+
 def _with_model(request: EngineRequest) -> EngineRequest:
     """``request`` with the model at its path, weights included, in place of the actor on the meta device."""
     if request.model_path is None:
@@ -123,9 +130,11 @@ def _with_model(request: EngineRequest) -> EngineRequest:
             "directory as `pretrain`, or setup_inference_engine(..., actor=actor)"
         )
     dtype = torch.bfloat16 if request.config.bf16 else torch.float32
+    trusted = EngineSettings.of(request.config).trust_remote_code
     with opening(request.model_path):
+        config = AutoConfig.from_pretrained(request.model_path, local_files_only=True, trust_remote_code=trusted)
+        check_decoder_only(config, "transformers")
         model = AutoModelForCausalLM.from_pretrained(
-            request.model_path, dtype=dtype, local_files_only=True,
-            trust_remote_code=EngineSettings.of(request.config).trust_remote_code,
-        )  # fmt: skip
+            request.model_path, config=config, dtype=dtype, local_files_only=True, trust_remote_code=trusted
+        )
     return replace(request, group=None, meta_model=model.to(request.device))

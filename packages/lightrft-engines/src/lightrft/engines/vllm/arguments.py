@@ -31,7 +31,7 @@ def llm_arguments(config: StrategyConfig, source: ModelSource, *, on_cpu: bool, 
         )
     if settings.verifies and config.engine_tp_size > 1:
         raise ConfigError(
-            f"weight_sync_verify='checksum': expected engine_tp_size=1, because it reads a whole model back from vLLM, got "
+            f"weight_sync_verify='checksum': expected engine_tp_size=1, because it reads the full model back from vLLM, got "
             f"engine_tp_size={config.engine_tp_size}"
         )
     return {

@@ -56,7 +56,7 @@ class VLLMEngine(EngineBase):
         self._broken = self._in_flight = self._in_step = False
         self._deliver_interrupt: Callable[[], None] = lambda: None
         self._undo: Callable[[], None] = lambda: None
-        self.vocabulary = source.vocabulary
+        self.vocabulary, self.end_ids = source.vocabulary, source.end_ids
         self.capabilities = EngineCapabilities(
             multimodal=True,
             stop_strings=source.has_tokenizer,
@@ -148,7 +148,9 @@ class VLLMEngine(EngineBase):
     @override
     def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
         tokenizer = self._llm.get_tokenizer() if self._source.has_tokenizer else None
-        arguments = sampling_arguments(sampling, self._source.end_ids, tokenizer=tokenizer is not None)
+        arguments = sampling_arguments(
+            sampling, self.end_ids | self._source.tokenizer_end_ids, tokenizer=tokenizer is not None
+        )
         requests = [request(prompt) for prompt in prompts]
         with self._undisturbed(), self._broken_by_failed_step():
             self._abort_in_flight()

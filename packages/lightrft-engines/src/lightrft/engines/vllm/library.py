@@ -1,6 +1,7 @@
 """The vLLM library: the versions that the adapter supports, and its import."""
 
 from types import ModuleType
+from typing import cast
 
 from lightrft.config import EngineError
 from lightrft.engines.engine_library import EngineLibrary
@@ -24,5 +25,4 @@ def load() -> ModuleType:
         import vllm
     require("engine 'vllm'", "torch", torch_patches.SUPPORTED, torch_patches.TARGETS, EngineError)
     VLLM.require(patches.TARGETS)
-    module: ModuleType = vllm
-    return module
+    return cast(ModuleType, vllm)

@@ -31,7 +31,7 @@ def sampling_arguments(sampling: Sampling, end_ids: Collection[int], *, tokenize
 
     Args:
         sampling: How tokens are drawn.
-        end_ids: Token ids that end a sequence, also if vLLM has no tokenizer that names them.
+        end_ids: Token ids that end a sequence, unless ``ignore_eos`` is set.
         tokenizer: Whether vLLM has a tokenizer.
     """
     ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(end_ids))
@@ -48,7 +48,7 @@ def sampling_arguments(sampling: Sampling, end_ids: Collection[int], *, tokenize
         "frequency_penalty": sampling.frequency_penalty,
         "stop": list(sampling.stop),
         "stop_token_ids": sorted(ends),
-        "ignore_eos": sampling.ignore_eos,
+        "ignore_eos": True,  # of what vLLM reads from the model's files, which a sync may have changed
         "skip_special_tokens": sampling.skip_special_tokens,
         "include_stop_str_in_output": sampling.include_stop_str_in_output,
         "logprobs": 0,  # of the drawn token only

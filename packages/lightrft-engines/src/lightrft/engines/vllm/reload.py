@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 def reload(llm: "LLM", tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-    """Load a whole weight stream into vLLM as one session.
+    """Load a full weight stream into vLLM as one session.
 
     Args:
         llm: A ``vllm.LLM`` in this process.
-        tensors: Names and whole weights; all of them.
+        tensors: Names and full weights; all of them.
 
     Raises:
         EngineError: vLLM did not read the stream to its end, left a weight without values, or kept a cache.
@@ -27,7 +27,8 @@ def reload(llm: "LLM", tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
     llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
     if next(tensors, None) is not None:
         raise EngineError(
-            "update_weights: vLLM did not read the weight stream to its end. Sync again, or set up a new engine"
+            "update_weights: expected vLLM to read the whole weight stream, but it stopped early. Sync again, or set up "
+            "a new engine"
         )
     (unfilled,) = llm.apply_model(_process_tied_weights)
     if unfilled:
@@ -41,7 +42,10 @@ def reload(llm: "LLM", tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
 def reset_caches(llm: "LLM") -> None:
     """Have vLLM drop everything that it computed from earlier prompts. Raises `EngineError` if it does not."""
     if not llm.reset_prefix_cache():
-        raise EngineError("vLLM did not reset its prefix cache, which belongs to older weights. Set up a new engine")
+        raise EngineError(
+            "update_weights: expected vLLM to reset its prefix cache, which was computed with older weights, but it did not. "
+            "Set up a new engine"
+        )
     llm.llm_engine.reset_mm_cache()
     llm.llm_engine.reset_encoder_cache()
 
