@@ -8,6 +8,7 @@ from typing import Any
 from typing_extensions import override
 
 from lightrft.conformance.saboteurs.catalogue import strategy_around
+from lightrft.conformance.saboteurs.plain import PlainStrategy
 from lightrft.strategy import FakeStrategy
 from lightrft.strategy.backend import TrainedModel
 from lightrft.strategy.fake_strategy import FakeBackend
@@ -72,6 +73,28 @@ class ReturnsAnOddNorm(FakeBackend):
     def fused_step(self, trained: TrainedModel, factor: float) -> Any:
         reduce_clip_and_step(self, trained, factor)
         return OddNumber(1.0)
+
+
+class ReturnsNoStepResult(FakeStrategy):
+    def optimizer_step(self, *arguments: Any, **options: Any) -> Any:  # type: ignore[misc]
+        super().optimizer_step(*arguments, **options)
+
+
+class ReturnsNoStepResultOnRank1(PlainStrategy):
+    def optimizer_step(self, *arguments: Any, **options: Any) -> Any:  # type: ignore[misc]
+        result = super().optimizer_step(*arguments, **options)
+        return result if self.world.rank == 0 else None
+
+
+class FlattensParameters(FakeStrategy):
+    def full_parameters(self, *arguments: Any, **options: Any) -> Any:  # type: ignore[misc]
+        for bucket in super().full_parameters(*arguments, **options):
+            yield [(name, tensor.flatten()) for name, tensor in bucket]
+
+
+class LacksAPackage(FakeStrategy):
+    def optimizer_step(self, *arguments: Any, **options: Any) -> Any:  # type: ignore[misc]
+        import a_package_that_nobody_has  # type: ignore[import-not-found]  # noqa: F401
 
 
 @strategy_around

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from lightrft.conformance.certification import Certification, Request
+from lightrft.conformance.certification import Certification, Request, certify
+from lightrft.conformance.cli import app
 from lightrft.conformance.contract import CONTRACT
+from lightrft.conformance.driver import worker_group
 from lightrft.conformance.driver.worker_group import WorkerGroup
 from lightrft.conformance.judge import ClauseResult, Unjudgeable
 
@@ -44,6 +46,8 @@ def test_bad_manners_are_no_defect(group: WorkerGroup, name: str) -> None:
         ("ClosesEveryFile", "connection"),
         ("RaisesNoUnicode", "not a character: \\udcff"),
         ("RaisesWithoutWords", "no message: str() raised RuntimeError"),
+        ("ReturnsNoStepResult", "a call returned something of the wrong type"),
+        ("FlattensParameters", "expected the shape"),
     ],
 )
 def test_what_ends_a_program_is_a_failure_with_a_sentence(group: WorkerGroup, name: str, words: str) -> None:
@@ -57,10 +61,38 @@ def test_a_step_that_never_ends_is_a_hang_and_the_stack_says_where(
     group: WorkerGroup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     send = WorkerGroup.run
-    monkeypatch.setattr(WorkerGroup, "run", lambda self, command, seconds: send(self, command, min(seconds, 3.0)))
+    monkeypatch.setattr(
+        WorkerGroup, "run", lambda self, command, seconds, *more: send(self, command, min(seconds, 3.0), *more)
+    )
     result = judged(group, "odd_strategies:Hangs")
     assert result.verdict == "hang"
     assert "odd_strategies.py" in result.message and "in reduce" in result.message
+
+
+def test_an_error_on_one_rank_is_the_verdict_before_the_others_miss_the_deadline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(worker_group, "GRACE_SECONDS", 1.0)
+    with WorkerGroup(2, environment=HERE) as group:
+        certification = Certification(Request(strategy="odd_strategies:ReturnsNoStepResultOnRank1", world=2))
+        certification.open(group)
+        result = certification.judge(CONTRACT["OPT-1"])
+    assert result.verdict == "fail"
+    assert "rank 1: step raised AttributeError" in result.message and "while rank 0 waited" in result.message
+    assert result.examples == 1
+
+
+def test_a_missing_package_is_no_verdict_and_says_how_to_install_it(group: WorkerGroup) -> None:
+    result = judged(group, "odd_strategies:LacksAPackage")
+    assert result.verdict == "error"
+    assert "pip install 'a_package_that_nobody_has'" in result.message
+
+
+def test_a_strategy_of_one_process_is_not_judged_on_two_ranks() -> None:
+    report = certify(Request(strategy="fake", world=2, clauses=("LIFE-2",)))
+    assert report.exit_code == 2
+    assert "expected one process for strategy 'fake'" in report.unjudged and "\n" not in report.unjudged
+    assert not report.results
 
 
 @pytest.mark.parametrize(
@@ -118,6 +150,48 @@ def test_a_setting_without_a_value_is_exit_code_2() -> None:
     assert done.returncode == 2
     assert "NAME=VALUE" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("run", "'strategies'"),
+        ("runs", "'runs'"),
+        ("run fake --profile long", "smoke, ci, certify, nightly, got 'long'"),
+        ("run fake --device tpu", "cpu or cuda, got 'tpu'"),
+        ("run fake --world-size 0", "--world-size"),
+        ("run fake --seed one", "--seed"),
+        ("run fake --set bf16", "NAME=VALUE"),
+        ("run fake --expected missing.toml", "missing.toml"),
+        ("run fake --report missing/report.json", "missing/report.json"),
+        ("run-engine", "'engine'"),
+        ("certificate missing.json", "missing.json"),
+        (f"certificate {__file__}", "expected a report"),
+        ("saboteurs --profile long", "got 'long'"),
+        ("saboteurs --only Nobody", "Nobody"),
+    ],
+)
+def test_an_invalid_command_line_is_one_line_and_exit_code_2(
+    line: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        app(line.split())
+    printed = capsys.readouterr()
+    assert ended.value.code == 2
+    assert printed.err.count("\n") == 1 and words in printed.err
+    assert not printed.out
+
+
+def test_several_strategies_give_a_list_of_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = tmp_path / "report.json"
+    with pytest.raises(SystemExit) as ended:
+        app(["run", "fake", "nobody:Nothing", "--profile=smoke", "--clause=LIFE-2", f"--report={report}"])
+    assert ended.value.code == 2
+    with pytest.raises(SystemExit) as ended:
+        app(["certificate", str(report)])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert "# Certificate: fake" in printed and "# Not certified: nobody:Nothing" in printed
 
 
 def test_a_file_of_expected_failures_that_cannot_be_read_is_exit_code_2(tmp_path: Path) -> None:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lightrft.conformance.certification import Report, Request, certify
-from lightrft.conformance.clause import Program, Target
+from lightrft.conformance.clause import Program, Target, difference
 from lightrft.conformance.contract import CONTRACT
 from lightrft.conformance.contract.program_parts import FP32, geometry, micro_batch, trained
 from lightrft.conformance.expectations import Expectations
@@ -66,6 +67,18 @@ def result(verdict: Verdict, **more: Any) -> ClauseResult:
 def test_the_exit_code_is_that_of_the_worst_must(verdict: Verdict, level: str, code: int) -> None:
     report = Report(request=Request(strategy="fake"), identity={}, results=[result(verdict, level=level)])
     assert report.exit_code == code
+
+
+def test_a_clause_asked_for_by_name_that_judges_nothing_is_exit_code_2() -> None:
+    report = certify(Request(strategy="fake", clauses=("LIFE-2", "COLL-1")))
+    assert {it.id: it.verdict for it in report.results} == {"LIFE-2": "pass", "COLL-1": "skip"}
+    assert (report.exit_code, report.unjudged) == (2, "COLL-1 needs world size 2")
+
+
+def test_a_clause_that_is_not_about_engines_is_not_judged_on_one() -> None:
+    report = certify(Request(strategy="fake", engine="fake", clauses=("LIFE-2",)))
+    assert report.exit_code == 2
+    assert "LIFE-2: not about engines" in report.unjudged
 
 
 def test_a_certificate_has_all_that_is_needed_to_repeat_it() -> None:
@@ -138,3 +151,18 @@ def test_a_pinned_example_that_fails_is_not_printed_as_one_to_add() -> None:
     target = "lightrft.conformance.saboteurs.updates:SumOverMicroBatches"
     (failed,) = certify(Request(strategy=target, profile="smoke", clauses=("OPT-2",))).results
     assert failed.verdict == "fail" and failed.pinned and not failed.pinned_example
+
+
+def test_a_difference_names_what_differs_and_shows_the_numbers_in_full() -> None:
+    expected = {"head.bias": torch.tensor([0.5, 0.1, 2.0]), "rates": [0.1, 0.2]}
+    got = {"head.bias": torch.tensor([0.5, 0.1 + 1e-7, 2.0]), "rates": [0.1, 0.2]}
+    numbers = "expected 0.10000000149011612, got 0.10000009834766388"
+    assert difference(expected, got) == f"head.bias: 1 of 3 elements differ, most at [1]: {numbers}"
+    assert difference(expected, {**expected, "rates": [0.1, 0.3]}) == "rates[1]: expected 0.2, got 0.3"
+    assert "expected the names ['head.bias', 'rates']" in str(difference(expected, {"rates": [0.1, 0.2]}))
+    assert "torch.float32(3,), got torch.float64(1,)" in str(
+        difference(expected, {**expected, "head.bias": torch.zeros(1, dtype=torch.float64)})
+    )
+    assert difference(torch.tensor([0.0, torch.nan]), torch.tensor([0.0, torch.nan])) is None
+    assert "the bits differ" in str(difference(torch.tensor([0.0]), torch.tensor([-0.0])))
+    assert difference(expected, expected) is None

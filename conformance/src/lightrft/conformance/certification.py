@@ -3,7 +3,7 @@
 import json
 import os
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -14,17 +14,17 @@ from typing import Any
 
 import torch
 
-from lightrft.conformance.clause import Clause, Operation, Target
+from lightrft.conformance.clause import Clause, Operation, Settings, Target, is_error
 from lightrft.conformance.contract import CONTRACT
 from lightrft.conformance.contract.program_parts import FP32
 from lightrft.conformance.contract.rollout_checks import rollout
 from lightrft.conformance.driver.fork_server import PRELOADED
 from lightrft.conformance.driver.worker_group import WorkerGroup
 from lightrft.conformance.expectations import Expectations
-from lightrft.conformance.judge import ClauseResult, Judge, Unjudgeable
+from lightrft.conformance.judge import ClauseResult, Judge, NotInstalled, Unjudgeable, missing_package
 from lightrft.conformance.profiles import PROFILES, Profile
 from lightrft.conformance.provenance import environment, version_of
-from lightrft.conformance.values import decode
+from lightrft.conformance.values import Record, decode
 
 CONTRACT_VERSION = "1"
 
@@ -37,7 +37,7 @@ class Request:
     world: int = 1
     device: str = "cpu"
     profile: str = "ci"
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Settings = field(default_factory=dict)
     clauses: Sequence[str] = ()
     seed: int = 0
     expectations: Path | None = None
@@ -60,10 +60,10 @@ class Report:
     """The results of a run."""
 
     request: Request
-    identity: dict[str, Any]
+    identity: Record
     results: list[ClauseResult]
     unjudged: str = ""
-    """Why the strategy could not be judged; empty if it was."""
+    """Why the strategy, or a clause that was asked for by name, could not be judged; empty if it was."""
 
     @property
     def exit_code(self) -> int:
@@ -73,7 +73,7 @@ class Report:
         failed = [result for result in self.results if result.level == "MUST" and result.verdict in ("fail", "hang")]
         return 1 if failed else 0
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Record:
         """The report as plain data."""
         request = self.request
         return {
@@ -105,7 +105,7 @@ def setting(text: str) -> tuple[str, Any]:
 
 MODEL_LIBRARY_ENGINES = ("transformers", "vllm", "sglang")
 """Engines that only run models of transformers."""
-ENGINE_CLAUSES = ("ENG-", "SYNC-", "GEN-")
+ENGINE_CLAUSES = ("ENG-", "SYNC-", "GEN-", "LIFE-5", "ALL-1")
 
 
 def selected(ids: Sequence[str], *, engine: bool = False) -> Iterator[Clause]:
@@ -121,7 +121,7 @@ class Certification:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.profile: Profile = PROFILES[request.profile]
-        self.identity: dict[str, Any] = {}
+        self.identity: Record = {}
         self.results: list[ClauseResult] = []
         """The results of the clauses judged so far."""
         self.expectations = Expectations.read(request.expectations, request.strategy, request.settings)
@@ -168,16 +168,23 @@ class Certification:
             database=".lightrft-conformance",
         )
 
-    def _ask(self, group: WorkerGroup) -> dict[str, Any]:
+    def _ask(self, group: WorkerGroup) -> Record:
         """The class, origin and capabilities of the strategy."""
         question = {"do": "identity", "name": self.request.strategy, "engine": self.request.engine}
-        identity: dict[str, Any] = self._answer(group, [question])
+        identity: Record = self._answer(group, [question])
+        if self.request.world > 1 and not identity["grouped"]:
+            raise Unjudgeable(
+                f"{self.request.strategy} is one process: on {self.request.world} ranks it forms no process group. Certify "
+                f"it with --world-size 1"
+            )
         return identity
 
     def _ask_engine(self, group: WorkerGroup, target: Target) -> frozenset[int]:
         """The sleep levels that the engine claims to support; all levels if it fails to answer."""
         try:
             return frozenset(self._answer(group, [*rollout(target), {"do": "sleep_levels"}]))
+        except NotInstalled:
+            raise
         except Unjudgeable:
             return target.sleep_levels
 
@@ -196,7 +203,10 @@ class Certification:
             if "broken" in report.answer:
                 raise Unjudgeable(f"rank {rank}: the suite failed: {report.answer['broken']}")
             observed = report.answer["observations"][-1]
-            if "error" in observed:
+            if is_error(observed):
+                package = missing_package(observed)
+                if package:
+                    raise NotInstalled(f"{self.request.engine or self.request.strategy} {package}")
                 raise Unjudgeable(f"rank {rank}: it cannot be created: {observed['error'][0]}: {observed['message']}")
         return decode(reports[0].answer["observations"][-1])
 
@@ -241,17 +251,12 @@ def certify(
         pool: Judges several clauses at a time; see `processes`.
 
     Returns:
-        The report, also if the strategy could not be judged.
+        The report, also if the strategy, or a clause that was asked for by name, could not be judged.
     """
-    unknown = [clause_id for clause_id in request.clauses if clause_id not in CONTRACT.ids]
-    if unknown:
-        return Report(
-            request=request,
-            identity={},
-            results=[],
-            unjudged=f"unknown clauses: {', '.join(unknown)}; `lightrft-conformance clauses` lists them",
-        )
-    identity: dict[str, Any] = {}
+    impossible = _impossible(request)
+    if impossible:
+        return Report(request=request, identity={}, results=[], unjudged=impossible)
+    identity: Record = {}
     results: list[ClauseResult] = []
     try:
         expectations = Expectations.read(request.expectations, request.strategy, request.settings)
@@ -269,10 +274,29 @@ def certify(
         unjudged = str(error)
     except Exception as error:  # noqa: BLE001 - of the suite or the machine: no verdict on the strategy
         unjudged = f"the suite failed: {error!r}, {traceback.format_exc(limit=-2)}"
+    unjudged = unjudged or _judged_nothing(request, results)
     return Report(request=request, identity=identity, results=in_order(results), unjudged=unjudged)
 
 
-Judged = tuple[dict[str, Any], ClauseResult]
+def _impossible(request: Request) -> str:
+    """Why clauses that were asked for by name cannot be judged in this run; or nothing."""
+    unknown = [clause_id for clause_id in request.clauses if clause_id not in CONTRACT.ids]
+    if unknown:
+        return f"unknown clauses: {', '.join(unknown)}; `lightrft-conformance clauses` lists them"
+    possible = {clause.id for clause in selected(request.clauses, engine=bool(request.engine))}
+    others = [clause_id for clause_id in request.clauses if clause_id not in possible]
+    return (
+        f"{', '.join(others)}: not about engines; `lightrft-conformance run` judges it on a strategy" if others else ""
+    )
+
+
+def _judged_nothing(request: Request, results: Sequence[ClauseResult]) -> str:
+    """The clauses that were asked for by name and did not apply, with the reasons; or nothing."""
+    skipped = [f"{result.id} {result.message}" for result in results if result.verdict == "skip"]
+    return "; ".join(skipped) if request.clauses else ""
+
+
+Judged = tuple[Record, ClauseResult]
 """The identity of the strategy, and the result of a clause."""
 
 

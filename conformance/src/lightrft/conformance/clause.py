@@ -4,16 +4,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeGuard
 
 import torch
 from hypothesis import strategies as st
 
 from lightrft.conformance.reference import Family, Reference
+from lightrft.conformance.values import Record as Record
 from lightrft.conformance.values import decode
 
 Level = Literal["MUST", "SHOULD"]
-Operation = dict[str, Any]
+Operation = Record
+"""One operation of a program: its name under "do", and its arguments."""
+Settings = Mapping[str, Any]
+"""Settings by name."""
 
 
 class Violation(AssertionError):
@@ -28,7 +32,7 @@ class Target:
     """A registered name, or ``module:attribute``."""
     world: int
     device: str = "cpu"
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Settings = field(default_factory=dict)
     """Settings of this certification, such as ``zero_stage``."""
     capabilities: frozenset[str] = frozenset()
     """What the strategy claims to support beyond the contract."""
@@ -47,14 +51,14 @@ class Program:
     """Operations to run on every rank, in order, as plain data."""
 
     operations: tuple[Operation, ...]
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    seconds: float = 60.0
+    settings: Settings = field(default_factory=dict)
+    seconds: float = 30.0
     """The deadline of the whole group, in seconds."""
     seed: int = 0
     afterwards: "Program | None" = None
     """A program to run afterwards, in new processes."""
 
-    def command(self, target: Target) -> dict[str, Any]:
+    def command(self, target: Target) -> Record:
         """The program as it is sent to a worker."""
         return {
             "program": {
@@ -112,14 +116,11 @@ class Execution:
     def at(self, rank: int, index: int) -> Any:
         """The observation of one operation on one rank. Raises `Violation` if this or an earlier operation failed."""
         seen = self.observations[rank]
-        if index >= len(seen):
-            last = len(seen) - 1
-            failed = self.program.operations[last]["do"]
-            raise UnexpectedError(f"rank {rank}: {failed} (operation {last}) raised {show_error(seen[last])}")
-        operation = self.program.operations[index]
-        if is_error(seen[index]) and not operation.get("may_fail"):
+        last = min(index, len(seen) - 1)
+        operation = self.program.operations[last]
+        if last < index or (is_error(seen[last]) and not operation.get("may_fail")):
             raise UnexpectedError(
-                f"rank {rank}: {operation['do']} (operation {index}) raised {show_error(seen[index])}"
+                f"rank {rank}: {operation['do']} (operation {last}) raised {show_error(seen[last])}", seen[last]
             )
         return seen[index]
 
@@ -134,6 +135,11 @@ class Execution:
 
 class UnexpectedError(Violation):
     """The code under test raised an error that the program does not expect."""
+
+    def __init__(self, message: str, observed: Record) -> None:
+        super().__init__(message)
+        self.observed = observed
+        """The record of the error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,42 +192,46 @@ class Clause(ABC):
         missing = [word for word in words if word.lower() not in observed["message"].lower()]
         self.require(not missing, f"{where}: expected {', '.join(missing)} in the message, got {observed['message']!r}")
 
+    def require_same(self, expected: object, got: object, message: str) -> None:
+        """Require two observations to be the `same`; ``message`` precedes a description of what differs."""
+        mismatch = difference(expected, got)
+        self.require(mismatch is None, f"{message}: {mismatch}")
+
     def require_alike(self, execution: Execution, do: str) -> None:
         """Require all ranks to observe the same."""
         for index, _, seen in execution.each(do):
             for rank, other in enumerate(seen):
-                self.require(
-                    same(other, seen[0]),
-                    f"{do} (operation {index}): expected the same on all ranks, got {show(seen[0])} on rank 0 and {show(other)} on rank {rank}",
+                self.require_same(
+                    seen[0], other, f"{do} (operation {index}): expected rank {rank} to agree with rank 0"
                 )
 
 
-def is_error(observed: Any) -> bool:
+def is_error(observed: object) -> TypeGuard[Record]:
     """Whether ``observed`` is the error of an operation."""
     return isinstance(observed, dict) and "error" in observed and "message" in observed
 
 
-def show_error(observed: Any) -> str:
+def show_error(observed: object) -> str:
     """An observed error as one line."""
     return f"{observed['error'][0].rpartition('.')[2]}: {observed['message']}" if is_error(observed) else show(observed)
 
 
-def show(value: Any, limit: int = 200) -> str:
+def show(value: object, limit: int = 200) -> str:
     """A value as text of at most ``limit`` characters."""
     text = value if isinstance(value, str) else repr(_brief(value))
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def _brief(value: Any) -> Any:
+def _brief(value: object) -> object:
     if isinstance(value, torch.Tensor):
         dtype, shape = str(value.dtype).removeprefix("torch."), "x".join(map(str, value.shape))
-        return f"{dtype}[{shape}]: " + " ".join(f"{number:.6g}" for number in value.flatten()[:4].tolist())
+        return f"{dtype}[{shape}]: " + " ".join(map(str, value.flatten()[:4].tolist()))
     if isinstance(value, dict):
         return {key: _brief(item) for key, item in value.items()}
     return [_brief(item) for item in value] if isinstance(value, list) else value
 
 
-def same(left: Any, right: Any) -> bool:
+def same(left: object, right: object) -> bool:
     """Equality of nested values: tensors bit for bit, with dtype and shape; NaN equals NaN."""
     if isinstance(left, torch.Tensor) or isinstance(right, torch.Tensor):
         if not (isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor)):
@@ -237,7 +247,42 @@ def same(left: Any, right: Any) -> bool:
     return bool(left == right) and type(left) is type(right)
 
 
-def decoded(answers: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+def difference(expected: object, got: object, name: str = "") -> str | None:
+    """Describe the first difference of nested values: its name, and both values in full. None if they are the `same`."""
+    if same(expected, got):
+        return None
+    label = f"{name}: " if name else ""
+    if isinstance(expected, dict) and isinstance(got, dict):
+        for key in expected.keys() & got.keys() if list(expected) != list(got) else expected:
+            if not same(expected[key], got[key]):
+                return difference(expected[key], got[key], f"{name} {key}".lstrip())
+        return f"{label}expected the names {list(expected)}, got {list(got)}"
+    if isinstance(expected, list) and isinstance(got, list) and len(expected) == len(got):
+        index = next(i for i, pair in enumerate(zip(expected, got, strict=True)) if not same(*pair))
+        return difference(expected[index], got[index], f"{name}[{index}]")
+    if isinstance(expected, torch.Tensor) and isinstance(got, torch.Tensor):
+        return label + _difference_of_tensors(expected, got)
+    return f"{label}expected {show(expected)}, got {show(got)}"
+
+
+def _difference_of_tensors(expected: torch.Tensor, got: torch.Tensor) -> str:
+    if expected.dtype != got.dtype or expected.shape != got.shape:
+        forms = [f"{tensor.dtype}{tuple(tensor.shape)}" for tensor in (expected, got)]
+        return f"expected {forms[0]}, got {forms[1]}"
+    one, other = expected.flatten().double(), got.flatten().double()
+    differing = torch.nonzero((one != other) & ~(one.isnan() & other.isnan())).flatten()
+    if not differing.numel():
+        return f"the bits differ: expected {show(expected)}, got {show(got)}"
+    gaps = (one - other).abs()[differing]
+    worst = int(differing[gaps.nan_to_num(torch.inf).argmax()])
+    at = [int(index) for index in torch.unravel_index(torch.tensor(worst), expected.shape)]
+    values = expected.flatten()[worst].item(), got.flatten()[worst].item()
+    return (
+        f"{differing.numel()} of {one.numel()} elements differ, most at {at}: expected {values[0]!r}, got {values[1]!r}"
+    )
+
+
+def decoded(answers: Sequence[Record]) -> list[list[Any]]:
     """The observations of all ranks, decoded."""
     return [[decode(observation) for observation in answer["observations"]] for answer in answers]
 

@@ -1,14 +1,19 @@
-"""The command line: `run`, `run-engine`, `certificate`, `clauses`, `saboteurs`."""
+"""Certify LightRFT strategies and rollout engines against the contract."""
 
 import json
 import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from typer.core import TyperGroup
+from typing_extensions import override
 
 from lightrft.conformance.certification import Report, Request, certify, processes, selected, setting
 from lightrft.conformance.contract import CONTRACT
@@ -18,7 +23,25 @@ from lightrft.conformance.rendering import certificate, failure
 from lightrft.conformance.saboteurs.corpus import corpus
 from lightrft.conformance.saboteurs.runner import Outcome, run_corpus
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+
+class Commands(TyperGroup):
+    """The commands. An invalid command line is one line on stderr, and exit code 2."""
+
+    @override
+    def main(self, *args: Any, **more: Any) -> Any:
+        try:
+            sys.exit(super().main(*args, **{**more, "standalone_mode": False}) or 0)
+        except typer.Abort:
+            sys.exit(130)
+        except Exception as error:
+            if not isinstance(error, INVALID_USAGE):
+                raise
+            print(" ".join(f"lightrft-conformance: {error.format_message()}".split()), file=sys.stderr)
+            sys.exit(2)
+
+
+INVALID_USAGE: Any = typer.BadParameter.__base__  # typer has its own copy of click, or depends on it
+app = typer.Typer(add_completion=False, invoke_without_command=True, help=__doc__, cls=Commands)
 CORES = len(os.sched_getaffinity(0))
 MARKS = {
     "pass": "green",
@@ -30,22 +53,53 @@ MARKS = {
 }
 
 
+def _device(name: str) -> str:
+    if name not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"expected cpu or cuda, got {name!r}")
+    return name
+
+
+def _profile(name: str) -> str:
+    if name not in PROFILES:
+        raise typer.BadParameter(f"expected one of {', '.join(PROFILES)}, got {name!r}")
+    return name
+
+
+def _writable(path: Path | None) -> Path | None:
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise typer.BadParameter(f"expected a file in an existing directory, got {path}")
+    return path
+
+
 World = Annotated[int, typer.Option("--world-size", min=1, help="Number of ranks")]
-Device = Annotated[str, typer.Option(help="cpu or cuda")]
-ProfileOption = Annotated[str, typer.Option("--profile", help=", ".join(PROFILES))]
-Clauses = Annotated[list[str] | None, typer.Option("--clause", help="Judge only this clause; may be repeated")]
+Device = Annotated[str, typer.Option(help="Device of the models: cpu or cuda", callback=_device)]
+ProfileOption = Annotated[
+    str, typer.Option("--profile", help=f"How many programs to run: {', '.join(PROFILES)}", callback=_profile)
+]
+Clauses = Annotated[list[str] | None, typer.Option("--clause", help="Run only this clause; may be repeated")]
 Seed = Annotated[int, typer.Option(help="Seed for drawing programs")]
-Settings = Annotated[list[str] | None, typer.Option("--set", help="A setting, NAME=VALUE; may be repeated")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="Setting of the strategy, NAME=VALUE; may be repeated")
+]
 Expected = Annotated[
     Path | None, typer.Option("--expected", help="TOML file of expected failures", exists=True, dir_okay=False)
 ]
-ReportFile = Annotated[Path | None, typer.Option("--report", help="Write a JSON report to this file")]
+ReportFile = Annotated[
+    Path | None, typer.Option("--report", help="Write a JSON report to this file", callback=_writable)
+]
 """The options that `run` and `run-engine` share."""
+
+
+@app.callback()
+def main(context: typer.Context) -> None:
+    """Certify strategies and engines."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command()
 def run(
-    strategy: Annotated[str, typer.Argument(help="A registered name, or module:attribute")],
+    strategies: Annotated[list[str], typer.Argument(help="Registered names, such as fsdp, or module:attribute")],
     world: World = 1,
     device: Device = "cpu",
     profile: ProfileOption = "ci",
@@ -56,17 +110,22 @@ def run(
     report: ReportFile = None,
     jobs: Annotated[
         int | None,
-        typer.Option(min=1, help="Clauses to judge at a time; by default one per core for certify and nightly, else 1"),
+        typer.Option(min=1, help="Clauses to run in parallel. Default: one per core for certify and nightly, else 1"),
     ] = None,
 ) -> None:
-    """Certify a strategy. Exit code 0: every MUST holds; 1: at least one does not; 2: the suite could not run it."""
-    request = _request(world, device, profile, clauses, seed, settings, expectations, strategy=strategy)
-    _run(request, report, jobs or _jobs(profile, world, device))
+    """Certify strategies, one after another. The report of several is a list of their reports.
+
+    Exit codes: 0, every MUST holds; 1, at least one fails; 2, a strategy, or a clause that was asked for, could not be
+    judged.
+    """
+    request = _request(world, device, profile, clauses, seed, settings, expectations, strategy=strategies[0])
+    requests = [replace(request, strategy=strategy) for strategy in strategies]
+    _run(requests, report, jobs or _jobs(profile, world, device))
 
 
 @app.command()
 def run_engine(
-    engine: Annotated[str, typer.Argument(help="A registered name, or module:attribute")],
+    engine: Annotated[str, typer.Argument(help="Registered name, such as vllm, or module:attribute")],
     strategy: Annotated[str, typer.Option(help="The strategy that uses the engine")] = "fake",
     world: World = 1,
     device: Device = "cpu",
@@ -77,20 +136,16 @@ def run_engine(
     expectations: Expected = None,
     report: ReportFile = None,
 ) -> None:
-    """Certify a rollout engine with the clauses about engines. Exit codes as for run."""
-    _run(
-        _request(world, device, profile, clauses, seed, settings, expectations, strategy=strategy, engine=engine),
-        report,
-    )
+    """Certify a rollout engine with the clauses for engines. Exit codes as for run."""
+    request = _request(world, device, profile, clauses, seed, settings, expectations, strategy=strategy, engine=engine)
+    _run([request], report)
 
 
 def _request(
     world: int, device: str, profile: str, clauses: list[str] | None, seed: int, settings: list[str] | None,
     expectations: Path | None, *, strategy: str, engine: str = "",
 ) -> Request:  # fmt: skip
-    """What the shared options ask for. Raises typer.BadParameter for an unknown profile or an invalid setting."""
-    if profile not in PROFILES:
-        raise typer.BadParameter(f"--profile: expected one of {', '.join(PROFILES)}, got {profile!r}")
+    """Build the request. Raises typer.BadParameter for an invalid setting."""
     try:
         parsed = dict(map(setting, settings or []))
     except ValueError as error:
@@ -107,17 +162,21 @@ def _jobs(profile: str, world: int, device: str) -> int:
     return max(1, CORES // world) if draws_many else 1
 
 
-def _run(request: Request, report: Path | None, jobs: int = 1) -> None:
+def _run(requests: Sequence[Request], report: Path | None, jobs: int = 1) -> None:
     console = Console(soft_wrap=True)
-    begun = monotonic()
-    outcome = _with_progress(console, request, jobs)
-    _conclude(console, outcome, monotonic() - begun)
-    raise typer.Exit(outcome.exit_code if report is None or _written(console, outcome, report) else 2)
+    outcomes = []
+    for request in requests:
+        begun = monotonic()
+        outcomes.append(_with_progress(console, request, jobs))
+        _conclude(console, outcomes[-1], monotonic() - begun)
+    exit_code = max(outcome.exit_code for outcome in outcomes)
+    raise typer.Exit(exit_code if report is None or _written(console, outcomes, report) else 2)
 
 
-def _written(console: Console, outcome: Report, path: Path) -> bool:
+def _written(console: Console, outcomes: Sequence[Report], path: Path) -> bool:
+    reports = [outcome.to_json() for outcome in outcomes]
     try:
-        path.write_text(json.dumps(outcome.to_json(), indent=1), encoding="utf-8")
+        path.write_text(json.dumps(reports[0] if len(reports) == 1 else reports, indent=1), encoding="utf-8")
     except OSError as error:
         console.print(f"cannot write the report to {path}: {error.strerror}", style="bold magenta", markup=False)
         return False
@@ -150,7 +209,10 @@ def _show(console: Console, request: Request, result: ClauseResult) -> None:
 
 def _conclude(console: Console, outcome: Report, seconds: float) -> None:
     if outcome.unjudged:
-        console.print(f"could not be judged: {outcome.unjudged}", style="bold magenta", markup=False, highlight=False)
+        name = outcome.request.engine or outcome.request.strategy
+        console.print(
+            f"{name} could not be judged: {outcome.unjudged}", style="bold magenta", markup=False, highlight=False
+        )
         return
     counts = {verdict: sum(result.verdict == verdict for result in outcome.results) for verdict in MARKS}
     words = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
@@ -164,22 +226,27 @@ def _conclude(console: Console, outcome: Report, seconds: float) -> None:
 def certificate_(
     file: Annotated[Path, typer.Argument(help="A JSON report from run or run-engine", exists=True, dir_okay=False)],
 ) -> None:
-    """Print the certificate of a report, in Markdown."""
+    """Print the certificate of a report, in Markdown, or those of a list of reports."""
     try:
-        print(certificate(json.loads(file.read_text(encoding="utf-8"))), end="")
-    except (ValueError, KeyError, TypeError) as error:
+        reports = json.loads(file.read_text(encoding="utf-8"))
+        print("\n".join(map(certificate, reports if isinstance(reports, list) else [reports])), end="")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise typer.BadParameter(f"expected a report of lightrft-conformance, got {file}: {error!r}") from error
 
 
 @app.command()
 def saboteurs(
-    profile: Annotated[str, typer.Option(help=", ".join(PROFILES))] = "ci",
-    seed: Annotated[int, typer.Option(help="Seed for drawing programs")] = 0,
+    profile: ProfileOption = "ci",
+    seed: Seed = 0,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, starting at --seed")] = 1,
     only: Annotated[list[str] | None, typer.Option(help="Run only this saboteur; may be repeated")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Number of processes; by default one per core")] = CORES,
+    jobs: Annotated[int, typer.Option(min=1, help="Number of processes. Default: one per core")] = CORES,
 ) -> None:
-    """Test the suite: its own clause must kill each saboteur, and no clause may accuse a control. Exit code 0 or 1."""
+    """Test the suite itself.
+
+    A saboteur is a strategy or engine with one deliberate defect, which the clause for that defect must detect (kill). A
+    control is unusual but correct, and no clause may fail on it. Exit codes: 0, all as expected; 1, otherwise.
+    """
     console = Console(soft_wrap=True)
     unknown = set(only or ()) - {entry.name for entry in corpus()}
     if unknown:
@@ -199,7 +266,7 @@ def saboteurs(
     console.print(
         f"{len(set(defects) - wrong)} of {len(defects)} saboteurs killed, {len(set(controls) & wrong)} of {len(controls)} "
         f"controls accused, profile {profile}, {seeds} seed(s); {sum(outcome.conclusive for outcome in outcomes)} killed by "
-        f"pinned examples, the same with every seed; MUST clauses without a saboteur: {', '.join(uncovered) or 'none'}",
+        f"pinned examples, with any seed; MUST clauses without a saboteur: {', '.join(uncovered) or 'none'}",
         highlight=False,
     )
     raise typer.Exit(1 if wrong or uncovered else 0)
@@ -224,7 +291,7 @@ def clauses() -> None:
     console = Console(soft_wrap=True)
     for clause in CONTRACT:
         conditions = (
-            f"w{clause.smallest_world}"
+            f"world {clause.smallest_world}"
             + (", cuda" if clause.needs_cuda else "")
             + (f", {clause.capability}" if clause.capability else "")
         )

@@ -58,7 +58,7 @@ class EchoEngine(EngineBase):
 
 
 class FrailEngine(EchoEngine):
-    """Its second sync fails half-way on rank 1, and succeeds on the other ranks."""
+    """Its second sync fails on rank 1, after part of it, and succeeds on the other ranks."""
 
     _rank = 0
     _failed = False

@@ -10,7 +10,6 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from lightrft.conformance.judge import ClauseResult
 
@@ -22,7 +21,7 @@ class Expectations:
     reasons: Mapping[str, str]
 
     @classmethod
-    def read(cls, path: Path | None, strategy: str, settings: Mapping[str, Any]) -> "Expectations":
+    def read(cls, path: Path | None, strategy: str, settings: Mapping[str, object]) -> "Expectations":
         """Read the expected failures of ``strategy`` with ``settings``."""
         if path is None:
             return cls(reasons={})

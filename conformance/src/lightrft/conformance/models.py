@@ -3,8 +3,7 @@
 Everything is reproducible: a model follows from its kind and seed, a batch from its number and the rank.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -122,6 +121,26 @@ class Scaled(Regressor):
         return super().forward(inputs * self.scale.to(inputs.dtype))
 
 
+class Tracked(Regressor):
+    """A regressor with buffers that training changes, a 1-D weight that is neither bias nor norm, and a scalar weight.
+
+    The buffers affect only what a batch norm computes in evaluation mode.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first_norm = nn.BatchNorm1d(WIDTH)
+        self.second_norm = nn.BatchNorm1d(WIDTH)
+        self.gains = nn.Parameter(torch.linspace(0.5, 1.5, WIDTH))
+        self.temperature = nn.Parameter(torch.ones(1))
+        for norm in (self.first_norm, self.second_norm):
+            nn.init.normal_(norm.running_mean)  # type: ignore[arg-type]
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = inputs + self.first_norm(inputs) + self.second_norm(inputs)
+        return self.temperature * super().forward(self.gains * hidden)
+
+
 class Deep(nn.Module):
     """Eight matrices of 16 MiB each, for measuring memory; (batch, WIDTH) to (batch, OUTPUTS)."""
 
@@ -136,6 +155,46 @@ class Deep(nn.Module):
         for layer in self.layers:
             hidden = layer(hidden)
         return hidden[:, :OUTPUTS]
+
+
+class Matrices(nn.Module):
+    """A regressor of matrices alone, which Muon trains."""
+
+    _no_split_modules = ["Linear"]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(2)])
+        self.head = nn.Linear(WIDTH, OUTPUTS, bias=False)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            inputs = inputs + torch.tanh(layer(inputs))
+        result: torch.Tensor = self.head(inputs)
+        return result
+
+
+class TrustRatio(torch.optim.Optimizer):
+    """Each tensor moves by its own norm times the learning rate, against its gradient, as in LARS."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    ratio = parameter.norm() / (parameter.grad.norm() + 1e-8)
+                    parameter.sub_(parameter.grad * (group["lr"] * ratio))
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "Adafactor": torch.optim.Adafactor,
+    "Muon": torch.optim.Muon,
+    "TrustRatio": TrustRatio,
+}
+"""Optimizers that need whole matrices."""
 
 
 class Mixer(nn.Module):
@@ -183,7 +242,7 @@ class Actor(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         return self.model(*args, **kwargs)
 
 
@@ -209,7 +268,9 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "checkpointed": Checkpointed,
     "shifted": Shifted,
     "scaled": Scaled,
+    "tracked": Tracked,
     "deep": Deep,
+    "matrices": Matrices,
     "language": LanguageModel,
     "llama": llama,
 }
@@ -237,6 +298,12 @@ def is_language(model: nn.Module) -> bool:
     return isinstance(inner, LanguageModel) or hasattr(inner, "get_input_embeddings")
 
 
+def every_other_row(gradient: torch.Tensor) -> torch.Tensor:
+    """Return ``gradient`` with its odd rows set to zero, as a script does that trains some rows of an embedding."""
+    rows = torch.arange(gradient.shape[0], device=gradient.device) % 2 == 0
+    return gradient * rows.view(-1, *[1] * (gradient.ndim - 1))
+
+
 def batch(number: int, rank: int, rows: int, language: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets of one micro-batch on one rank."""
     generator = torch.Generator().manual_seed(1_000_003 * number + rank)
@@ -249,7 +316,7 @@ def batch(number: int, rank: int, rows: int, language: bool) -> tuple[torch.Tens
     return inputs, targets
 
 
-def logits_of(model: nn.Module, inputs: torch.Tensor, **more: Any) -> torch.Tensor:
+def logits_of(model: nn.Module, inputs: torch.Tensor, **more: object) -> torch.Tensor:
     """The outputs of ``model`` as a tensor, also if it returns them in an object."""
     outputs = model(inputs, **more)
     logits: torch.Tensor = outputs if isinstance(outputs, torch.Tensor) else outputs.logits

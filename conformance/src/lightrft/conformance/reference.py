@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lightrft.conformance import models
+from lightrft.conformance.values import Record
 
 Family = Literal["once", "each"]
 FP32_MAX = torch.finfo(torch.float32).max
@@ -31,7 +32,8 @@ class ReferenceModel:
     accumulation_steps: int
     max_norm: float | None
     family: Family
-    optimizer: torch.optim.Optimizer | None = None
+    optimizer: torch.optim.Optimizer = field(init=False)
+    """Created by `train_with`."""
     decay: float | None = None
     pending: list[list[torch.Tensor]] = field(default_factory=list)
     """The accumulated gradient of each rank; with the family "each", one for all ranks."""
@@ -39,6 +41,18 @@ class ReferenceModel:
     updates: int = 0
     scheduled: int = 0
     rate: float = 0.0
+    buffers: list[dict[str, torch.Tensor]] = field(init=False)
+    """The buffers of each rank."""
+
+    def __post_init__(self) -> None:
+        named = dict(self.module.named_buffers())
+        self.buffers = [{name: buffer.clone() for name, buffer in named.items()} for _ in range(self.world)]
+
+    def on(self, rank: int) -> nn.Module:
+        """The module with the buffers of ``rank``, which forward may change."""
+        for name, buffer in self.module.named_buffers():
+            buffer.data = self.buffers[rank][name]
+        return self.module
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -58,7 +72,7 @@ class ReferenceModel:
         losses, gradients = [], []
         for rank in range(self.world):
             inputs, targets = models.batch(batch, rank, rows, models.is_language(self.module))
-            loss = weight * models.loss_of(self.module, inputs, targets)
+            loss = weight * models.loss_of(self.on(rank), inputs, targets)
             if poison is not None and rank == poisoned_rank:
                 loss = loss * models.POISONS[poison]
             losses.append(loss.item())
@@ -72,7 +86,7 @@ class ReferenceModel:
         new = gradients if self.family == "once" else [_mean(gradients)]
         self.pending = [_sum(old, more) for old, more in zip(self.pending, new, strict=True)] if self.pending else new
 
-    def step(self, boundary: bool | None, scheduled: bool) -> dict[str, Any]:
+    def step(self, boundary: bool | None, scheduled: bool) -> Record:
         """End a micro-batch and make an update if it is the last one."""
         self.micro_batches += 1
         if not (self.micro_batches >= self.accumulation_steps if boundary is None else boundary):
@@ -90,7 +104,6 @@ class ReferenceModel:
         return {"applied": True, "skipped": False, "grad_norm": norm}
 
     def _apply(self, gradient: list[torch.Tensor], norm: float) -> None:
-        assert self.optimizer is not None
         factor = min(1.0, self.max_norm / (norm + 1e-6)) if self.max_norm else 1.0
         for parameter, part in zip(self.parameters, gradient, strict=True):
             parameter.grad = part if factor == 1.0 else part * factor
@@ -103,22 +116,19 @@ class ReferenceModel:
         self.decay = decay
         self._set_rate()
 
-    def set_rate(self, lr: float) -> None:
-        """Set the learning rate."""
-        assert self.optimizer is not None
-        for group in self.optimizer.param_groups:
+    def set_rate(self, lr: float, decayed: bool = False) -> None:
+        """Set the learning rate of all parameters, or of those that have a weight decay."""
+        for group in self.optimizer.param_groups[: 1 if decayed else None]:
             group["lr"] = lr
 
     def set_decay(self, weight_decay: float) -> None:
         """Set the weight decay of the parameters that have one."""
-        assert self.optimizer is not None
         self.optimizer.param_groups[0]["weight_decay"] = weight_decay
 
-    def set_betas(self, betas: Sequence[float]) -> None:
-        """Set Adam's betas."""
-        assert self.optimizer is not None
+    def set_adam(self, **values: Any) -> None:
+        """Set Adam's betas or eps."""
         for group in self.optimizer.param_groups:
-            group["betas"] = tuple(betas)
+            group.update(values)
 
     def _set_rate(self) -> None:
         if self.decay is not None:
@@ -195,11 +205,12 @@ class Reference:
     def __init__(self, world: int, family: Family = "once") -> None:
         self.world, self.family = world, family
         self.models: dict[str, ReferenceModel] = {}
-        self.averaged: dict[str, int] = {}
+        self.averaged: dict[tuple[str, str], int] = {}
+        """By average and model, the updates of the model that the average includes."""
         self.engine, self.sleeping, self.version = "absent", False, 0
         self.synced: nn.Module | None = None
 
-    def run(self, settings: dict[str, Any], operations: Sequence[dict[str, Any]]) -> list[Any]:
+    def run(self, settings: Record, operations: Sequence[Record]) -> list[Any]:
         """The prediction for each operation, or None if there is none."""
         accumulation_steps = settings.get("train_batch_size", 128) // (
             settings.get("micro_train_batch_size", 1) * self.world
@@ -227,7 +238,7 @@ class Reference:
         model: str,
         kind: str = "regressor",
         seed: int = 0,
-        **_: Any,
+        **_: object,
     ) -> None:
         self.models[model] = ReferenceModel(
             kind=kind,
@@ -237,11 +248,26 @@ class Reference:
             max_norm=max_norm,
             family=self.family,
         )
+        self.averaged |= {(model, source): trained.updates for source, trained in self.models.items()}
 
     def _optimizer(
         self, model: str, lr: float = 1e-3, weight_decay: float = 0.0, by_hand: bool = False, **more: Any
     ) -> None:
         self.models[model].train_with(lr, weight_decay, all_decay=by_hand, **more)
+
+    def _own_optimizer(self, model: str, algorithm: str, lr: float) -> None:
+        trained = self.models[model]
+        trained.optimizer = models.OPTIMIZERS[algorithm](trained.module.parameters(), lr=lr)
+
+    def _add_group(self, model: str, part: str, lr: float) -> None:
+        trained = self.models[model]
+        module = trained.module.get_submodule(part).requires_grad_(True)
+        trained.optimizer.add_param_group({"params": list(module.parameters()), "lr": lr})
+
+    def _write_weights(self, model: str, part: str, factor: float) -> None:
+        with torch.no_grad():
+            for parameter in self.models[model].module.get_submodule(part).parameters():
+                parameter.mul_(factor)
 
     def _schedule(self, model: str, decay: float = 0.5) -> None:
         self.models[model].schedule(decay)
@@ -254,49 +280,67 @@ class Reference:
         weight: float = 1.0,
         poison: str | None = None,
         poisoned_rank: int = 0,
-        **_: Any,
+        **_: object,
     ) -> list[float]:
         return self.models[model].backward(batch, rows, weight, poison, poisoned_rank)
 
-    def _step(self, model: str, boundary: bool | None = None, scheduled: bool = False, **_: Any) -> dict[str, Any]:
+    def _step(self, model: str, boundary: bool | None = None, scheduled: bool = False, **_: object) -> Record:
         return self.models[model].step(boundary, scheduled)
 
     def _weights(self, model: str) -> dict[str, torch.Tensor]:
         return self.models[model].weights()
 
-    def _set_rate(self, model: str, lr: float) -> None:
-        self.models[model].set_rate(lr)
+    def _buffers(self, model: str) -> list[dict[str, torch.Tensor]]:
+        return [{name: buffer.clone() for name, buffer in rank.items()} for rank in self.models[model].buffers]
+
+    def _prepare_inference(self, model: str, **_: object) -> None:
+        self.models[model].module.eval()
+
+    def _set_mode(self, model: str, part: str, training: bool) -> None:
+        self.models[model].module.get_submodule(part).train(training)
+
+    def _freeze(self, model: str, part: str, thaw: bool = False) -> None:
+        self.models[model].module.get_submodule(part).requires_grad_(thaw)
+
+    def _hook(self, model: str, parameter: str) -> None:
+        self.models[model].module.get_parameter(parameter).register_hook(models.every_other_row)
+
+    def _set_rate(self, model: str, lr: float, decayed: bool = False) -> None:
+        self.models[model].set_rate(lr, decayed)
 
     def _set_decay(self, model: str, weight_decay: float) -> None:
         self.models[model].set_decay(weight_decay)
 
     def _set_betas(self, model: str, betas: Sequence[float]) -> None:
-        self.models[model].set_betas(betas)
+        self.models[model].set_adam(betas=tuple(betas))
+
+    def _set_eps(self, model: str, eps: float) -> None:
+        self.models[model].set_adam(eps=eps)
 
     def _backward_twice(self, model: str, batch: int) -> None:
         self.models[model].backward(batch, 2, 1.5, None, 0)
 
     def _forward(self, model: str, batch: int, rows: int = 2, **more: Any) -> list[torch.Tensor]:
-        module = self.models[model].module
-        language = models.is_language(module)
+        source = self.models[model]
+        language = models.is_language(source.module)
         with torch.no_grad():
             return [
-                models.logits_of(module, models.batch(batch, rank, rows, language)[0], **more)
+                models.logits_of(source.on(rank), models.batch(batch, rank, rows, language)[0], **more)
                 for rank in range(self.world)
             ]
 
     def _average(self, model: str, into: str, beta: float) -> None:
         source, target = self.models[model], self.models[into]
-        if self.averaged.get(into, 0) == source.updates:
+        if self.averaged.get((into, model), 0) == source.updates:
             return
-        self.averaged[into] = source.updates
+        self.averaged[into, model] = source.updates
         for averaged, trained in zip(target.module.parameters(), source.module.parameters(), strict=True):
             if trained.requires_grad:
                 averaged.data.mul_(beta).add_(trained.data, alpha=1 - beta)
 
     # The engine: absent, awake or asleep, with the weights of the last sync
 
-    def _engine(self, actor: str | None = None, **_: Any) -> str:
+    def _engine(self, actor: str | None = None, **_: object) -> str:
         self.engine = "awake"
         if actor is not None:
             self._sync(actor)
@@ -307,7 +351,7 @@ class Reference:
         self.version += 1
         return self.version
 
-    def _sleep(self, **_: Any) -> str:
+    def _sleep(self, **_: object) -> str:
         if self.sleeping and self.engine == "awake":
             self.engine = "asleep"
         return self.engine
@@ -319,7 +363,7 @@ class Reference:
     def _status(self) -> str:
         return self.engine
 
-    def _generate(self, stay_awake: bool = False, **_: Any) -> nn.Module | None:
+    def _generate(self, stay_awake: bool = False, **_: object) -> nn.Module | None:
         """The model that generates the completions."""
         self._wake()
         if not stay_awake:

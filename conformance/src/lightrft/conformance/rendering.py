@@ -2,11 +2,11 @@
 
 import json
 from collections import Counter
-from typing import Any
 
 from lightrft.conformance.certification import Request
 from lightrft.conformance.clause import Clause
 from lightrft.conformance.judge import ClauseResult
+from lightrft.conformance.values import Record
 
 LONGEST = 60
 """The most operations of a program to show."""
@@ -47,7 +47,7 @@ def _side_by_side(seen: list[str]) -> list[str]:
     return [f"        rank {rank}: {text}" for rank, text in enumerate(seen)]
 
 
-def certificate(report: dict[str, Any]) -> str:
+def certificate(report: Record) -> str:
     """Render a report as a Markdown certificate."""
     strategy, environment = report["strategy"], report["environment"]
     counts = Counter((clause["level"], clause["verdict"]) for clause in report["clauses"])
@@ -84,12 +84,12 @@ def certificate(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _title(strategy: dict[str, Any]) -> str:
+def _title(strategy: Record) -> str:
     engine = strategy.get("engine")
     return str(strategy["name"]) if engine is None else f"{engine['class'].rpartition('.')[2]} for {strategy['name']}"
 
 
-def _origin(origin: dict[str, Any]) -> str:
+def _origin(origin: Record) -> str:
     """The distribution and its version, or the source file of code without a distribution."""
     if not origin.get("distribution"):
         return f"none; {origin.get('source') or 'unknown source'}"
@@ -97,13 +97,13 @@ def _origin(origin: dict[str, Any]) -> str:
     return f"{origin['distribution']} {origin['version']}" + (f" (with {needs})" if needs else "")
 
 
-def _engine_rows(engine: dict[str, Any] | None) -> list[str]:
+def _engine_rows(engine: Record | None) -> list[str]:
     if engine is None:
         return []
     return [f"| engine | `{engine['class']}` |", f"| distribution of the engine | {_origin(engine)} |"]
 
 
-def _verdict(report: dict[str, Any]) -> str:
+def _verdict(report: Record) -> str:
     if report["unjudged"]:
         return f"Could not be judged: {report['unjudged'].splitlines()[0]}"
     if report["exit_code"] == 0:

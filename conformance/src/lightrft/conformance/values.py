@@ -6,14 +6,16 @@ from typing import Any
 
 import torch
 
+Record = dict[str, Any]
+"""Plain data with named parts: what describes a tensor, how to sample, what an operation returned."""
 
-def encode(value: Any) -> Any:
+
+def encode(value: object) -> Any:
     """Encode numbers, strings, lists, dicts with any keys, and tensors as JSON."""
     if isinstance(value, torch.Tensor):
-        contiguous = value.detach().cpu().contiguous()
-        body = base64.b64encode(contiguous.reshape(-1).view(torch.uint8).numpy().tobytes()).decode()
-        name = str(contiguous.dtype).removeprefix("torch.")
-        return {"tensor": name, "shape": list(contiguous.shape), "bytes": body, "device": value.device.type}
+        body = base64.b64encode(_bytes_of(value)).decode()
+        name = str(value.dtype).removeprefix("torch.")
+        return {"tensor": name, "shape": list(value.shape), "bytes": body, "device": value.device.type}
     if isinstance(value, dict):
         return {"dict": [[encode(key), encode(item)] for key, item in value.items()]}
     if isinstance(value, (list, tuple)):
@@ -25,6 +27,15 @@ def encode(value: Any) -> Any:
     raise TypeError(
         f"expected numbers, text, tensors, or lists and dicts of them, got {type(value).__name__} ({value!r})"
     )
+
+
+def _bytes_of(tensor: torch.Tensor) -> bytes:
+    """The elements of a tensor, in order."""
+    row = tensor.detach().cpu().contiguous().reshape(-1)
+    if len(row) == 1:  # contiguous with any stride, but a view in another dtype needs a stride of 1
+        row = row.as_strided((1,), (1,))
+    content: bytes = row.view(torch.uint8).numpy().tobytes()
+    return content
 
 
 def decode(value: Any) -> Any:
@@ -43,7 +54,7 @@ def decode(value: Any) -> Any:
     return value
 
 
-def error_record(error: BaseException) -> dict[str, Any]:
+def error_record(error: BaseException) -> Record:
     """An exception as data: the names of its class and its base classes, and its message."""
     types = [f"{cls.__module__}.{cls.__qualname__}".removeprefix("builtins.") for cls in type(error).__mro__[:-1]]
     return {"error": types, "message": _message(error)}
@@ -57,18 +68,32 @@ def _message(error: BaseException) -> str:
         return f"no message: str() raised {type(other).__name__}"
 
 
-def digest(value: Any) -> str:
+LARGEST_SHOWN = 4096
+"""Elements of the largest tensor that an observation of a state contains."""
+
+
+def plain(value: object) -> object:
+    """``value`` for the observation of a state: a tensor as this rank's part of it, or its digest if it is large."""
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if not isinstance(value, torch.Tensor):
+        return value if value is None or isinstance(value, (bool, int, float, str)) else digest(value)
+    local = getattr(value, "_local_tensor", value).detach().cpu().clone()
+    return local if local.numel() <= LARGEST_SHOWN else digest(local)
+
+
+def digest(value: object) -> str:
     """A digest of nested tensors and plain values, bit for bit."""
     hasher = hashlib.blake2b(digest_size=12)
     _feed(hasher, value)
     return hasher.hexdigest()
 
 
-def _feed(hasher: Any, value: Any) -> None:
+def _feed(hasher: hashlib.blake2b, value: object) -> None:
     if isinstance(value, torch.Tensor):
-        local = getattr(value, "_local_tensor", value).detach().cpu().contiguous()
+        local = getattr(value, "_local_tensor", value)
         hasher.update(f"{local.dtype}{tuple(local.shape)}".encode())
-        hasher.update(local.reshape(-1).view(torch.uint8).numpy().tobytes())
+        hasher.update(_bytes_of(local))
     elif isinstance(value, dict):
         for key, item in value.items():
             hasher.update(repr(key).encode())
@@ -104,7 +129,7 @@ def materialize(description: Any, rank: int, device: torch.device | str = "cpu")
     return description
 
 
-def _tensor(description: dict[str, Any], rank: int) -> torch.Tensor:
+def _tensor(description: Record, rank: int) -> torch.Tensor:
     dtype = getattr(torch, description["tensor"])
     if "fill" in description:
         return torch.full(description["shape"], description["fill"], dtype=dtype)

@@ -6,7 +6,7 @@ from typing import ClassVar
 from typing_extensions import override
 
 from lightrft.conformance.clause import Clause, Execution, Operation, Program, Target
-from lightrft.conformance.contract.program_parts import FP32, geometry, trained
+from lightrft.conformance.contract.program_parts import program, trained
 
 BUCKET = 16 << 20
 """Bytes of a bucket, and of each of the eight tensors of the model."""
@@ -25,9 +25,15 @@ class BoundedMemory(Clause):
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
         measure: Operation = {"do": self.measured, "model": "a"}
-        settings = {**FP32, "weight_sync_bucket_bytes": BUCKET, **geometry(target)}
         return [
-            Program(operations=(*trained(kind="deep"), *self.before, measure, *self.after), settings=settings),
+            program(
+                target,
+                *trained(kind="deep"),
+                *self.before,
+                measure,
+                *self.after,
+                weight_sync_bucket_bytes=BUCKET,
+            )
         ]
 
     @override

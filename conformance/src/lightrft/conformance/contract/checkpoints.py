@@ -2,14 +2,27 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any, ClassVar
 
 from hypothesis import strategies as st
 from typing_extensions import override
 
-from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Target, is_error, same, show
+from lightrft.conformance.clause import (
+    CONTRACT,
+    Clause,
+    Execution,
+    Operation,
+    Program,
+    Record,
+    Settings,
+    Target,
+    is_error,
+    show,
+)
 from lightrft.conformance.contract import tolerances
-from lightrft.conformance.contract.program_parts import BF16, FP32, SEEDS, geometry, trained, updates
+from lightrft.conformance.contract.data import interleaved
+from lightrft.conformance.contract.program_parts import BF16, FP32, SEEDS, program, trained, updates
 
 EMPTY: Operation = {"do": "empty_disk"}
 DONE: Operation = {"do": "empty_disk", "keep": False}
@@ -18,12 +31,12 @@ PRINT: Operation = {"do": "fingerprint"}
 LOOK: Operation = {"do": "weights", "model": "a"}
 
 
-def saved(tag: str | None = "t", **more: Any) -> Operation:
+def saved(tag: str | None = "t", **more: object) -> Operation:
     """save_ckpt of model a."""
     return {"do": "save", "model": "a", "tag": tag, **more}
 
 
-def loaded(tag: str | None = "t", **more: Any) -> Operation:
+def loaded(tag: str | None = "t", **more: object) -> Operation:
     """load_ckpt of model a."""
     return {"do": "load", "model": "a", "tag": tag, **more}
 
@@ -31,14 +44,11 @@ def loaded(tag: str | None = "t", **more: Any) -> Operation:
 class OnDisk(Clause):
     """A clause whose programs start and end with an empty disk."""
 
-    settings: ClassVar[dict[str, Any]] = dict(FP32)
-
     def program(self, target: Target, *operations: Operation, accumulation_steps: int = 1, **settings: Any) -> Program:
         """A program of ``operations``, with updates of ``accumulation_steps`` micro-batches."""
-        merged = {**self.settings, **geometry(target, accumulation_steps), **settings}
-        return Program(operations=(EMPTY, *operations, DONE), settings=merged)
+        return program(target, EMPTY, *operations, DONE, accumulation_steps=accumulation_steps, **settings)
 
-    def errors(self, execution: Execution, index: int) -> list[Any]:
+    def errors(self, execution: Execution, index: int) -> list[Record]:
         """The errors of all ranks in an operation that must fail on every rank."""
         seen = [execution.at(rank, index) for rank in range(execution.target.world)]
         for rank, observed in enumerate(seen):
@@ -50,7 +60,7 @@ class OnDisk(Clause):
 class ExactResume(OnDisk):
     """Resuming is exact: training, saving and training on gives the same result, bit for bit, as loading and training
     on. This covers the model, optimizer, scheduler, step and skip counters, moving averages, all random states and the
-    data position. A resumable checkpoint is taken between updates: saving raises while gradients are pending. Weights
+    data position, and each rank's own buffers. A resumable checkpoint is taken between updates: saving raises while gradients are pending. Weights
     alone can be saved at any time."""
 
     id = "CKPT-1"
@@ -58,12 +68,13 @@ class ExactResume(OnDisk):
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
         programs = [self._resume(target), self._pending(target), self._last_skip(target), self._back(target)]
+        programs.append(self._resume(target, kind="tracked"))
         return [*programs, self._resume(target, BF16)] if target.world == 1 else programs
 
     def _resume(
         self,
         target: Target,
-        precision: Any = FP32,
+        precision: Settings = FP32,
         kind: str = "regressor",
         seed: int = 1,
         before: int = 3,
@@ -81,6 +92,8 @@ class ExactResume(OnDisk):
             *({"do": "seed", "value": 100 + rank, "ranks": [rank]} for rank in range(target.world)),
             {"do": "draw"},
             *updates(before, scheduled=True, first=seed),
+            {"do": "set_decay", "model": "a", "weight_decay": 0.5},
+            {"do": "set_betas", "model": "a", "betas": [0.8, 0.9]},
             averaging,
             {"do": "batches", "name": "l", "epoch": 1, "first": 3},
             {"do": "batches", "name": "m", "epoch": 2, "first": 1},
@@ -94,6 +107,8 @@ class ExactResume(OnDisk):
             averaging,
             {"do": "rest_of_epoch", "name": "l"},
             {"do": "rest_of_epoch", "name": "m"},
+            {"do": "batches", "name": "l", "epoch": 2},
+            {"do": "batches", "name": "m", "epoch": 4},
             {"do": "weights", "model": "e"},
             LOOK,
             PRINT,
@@ -130,7 +145,10 @@ class ExactResume(OnDisk):
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
-        return st.builds(
+        live_buffers = st.builds(  # torch's batch norm cannot mix fp32 buffers and bf16 weights on the CPU
+            lambda seed, before: self._resume(target, FP32, "tracked", seed, before), SEEDS, st.integers(0, 3)
+        )
+        return live_buffers | st.builds(
             lambda precision, kind, seed, before, after: self._resume(target, precision, kind, seed, before, after),
             st.sampled_from([FP32, BF16]), st.sampled_from(["regressor", "language", "frozen", "unused"]), SEEDS,
             st.integers(0, 3), st.integers(1, 3),
@@ -169,9 +187,7 @@ class ExactResume(OnDisk):
             for step in range(length):
                 one, other = execution.at(rank, first + step), execution.at(rank, len(operations) - 1 - length + step)
                 what = operations[first + step]["do"]
-                self.require(
-                    same(one, other), f"rank {rank}: {what} after loading: expected {show(one)}, got {show(other)}"
-                )
+                self.require_same(one, other, f"rank {rank}: {what} after loading")
 
 
 @CONTRACT.add
@@ -184,7 +200,15 @@ class Tags(OnDisk):
 
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
-        return [self._program(target, ["z", "a"]), self._program(target, ["a", "z", "a"])]
+        return [self._program(target, ["z", "a"]), self._program(target, ["a", "z", "a"]), self._hidden(target)]
+
+    def _hidden(self, target: Target) -> Program:
+        """Save one tag without save_latest, with it, and without it again."""
+        turns: list[Operation] = []
+        for number, latest in enumerate((False, True, False)):
+            turns += [*updates(1, first=number), saved(save_latest=latest), LOOK]
+            turns += [*updates(1, first=9), loaded(None, may_fail=not latest), LOOK]
+        return self.program(target, *trained(), *turns, loaded("t"), LOOK)
 
     def _program(self, target: Target, tags: list[str]) -> Program:
         rounds = [
@@ -208,13 +232,16 @@ class Tags(OnDisk):
 
     @override
     def check(self, execution: Execution) -> None:
+        if any("save_latest" in operation and operation["tag"] == "t" for _, operation, _ in execution.each("save")):
+            self._check_hidden(execution)
+            return
         paths = [seen for _, _, seen in execution.each("save")]
         tags = [operation["tag"] for _, operation, _ in execution.each("save")]
         looks = [seen[0] for _, _, seen in execution.each("weights")]
         saved_weights = dict(zip(tags, looks[: len(tags)], strict=True))
         loaded_tags = [operation["tag"] for _, operation, _ in execution.each("load") if not operation.get("may_fail")]
         for tag, weights in zip(loaded_tags, looks[len(tags) :], strict=True):
-            self.require(same(saved_weights[tag], weights), f"tag {tag!r} loaded the weights of another tag")
+            self.require_same(saved_weights[tag], weights, f"tag {tag!r} loaded the weights of another tag")
         steps = len(tags) - 2 + 2
         for tag, seen in zip(tags, paths, strict=True):
             expected = f"s/{tag}" if tag is not None else f"s/global_step{steps}"
@@ -234,6 +261,19 @@ class Tags(OnDisk):
             )
         for error in self.errors(execution, failed[1]):
             self.require_error(error, "CheckpointNotFoundError", where="loading from an empty store")
+
+    def _check_hidden(self, execution: Execution) -> None:
+        for index, operation, _ in execution.each("load"):
+            if operation.get("may_fail"):
+                for error in self.errors(execution, index):
+                    self.require_error(
+                        error,
+                        "CheckpointNotFoundError",
+                        where="loading the newest of checkpoints saved without save_latest",
+                    )
+        looks = [seen[0] for _, _, seen in execution.each("weights")]
+        self.require_same(looks[2], looks[3], "expected the checkpoint that was saved again, with save_latest")
+        self.require_same(looks[4], looks[6], "expected the checkpoint that was saved last under the tag")
 
 
 @CONTRACT.add
@@ -275,14 +315,32 @@ class ClientState(OnDisk):
 
 @CONTRACT.add
 class Rotation(OnDisk):
-    """Rotation keeps at most max_num checkpoints and at most max_mem GB. It deletes the oldest first, and never the
-    newest checkpoint or a directory that is not a checkpoint of this store. A max_num below 1 raises ConfigError."""
+    """Rotation keeps at most max_num checkpoints and at most max_mem GB, including those saved without save_latest. It
+    deletes the oldest first, and never the newest checkpoint, the newest one that was saved with save_latest, or a
+    directory that is not a checkpoint of this store. Checkpoints whose tags are in ``keep`` are neither deleted nor
+    counted. A max_num below 1 raises ConfigError."""
 
     id = "CKPT-4"
 
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
-        return [self._by_number(target, 2, 4), self._by_size(target), self._refused(target)]
+        hidden = [self._hidden(target, [True, False, False, True, False]), self._hidden(target, [False, False, False])]
+        return [
+            self._by_number(target, 2, 4), self._by_size(target), self._refused(target), self._kept(target), *hidden
+        ]  # fmt: skip
+
+    def _kept(self, target: Target) -> Program:
+        more = [saved(f"t{index}", max_num=2, keep=["best"]) for index in range(3)]
+        return self.program(target, *trained(), saved("best"), *more, {"do": "visible_names"})
+
+    def _hidden(self, target: Target, latest: Sequence[bool]) -> Program:
+        """Keep two checkpoints, some of them saved without save_latest."""
+        saves = [
+            operation
+            for index, with_latest in enumerate(latest)
+            for operation in (saved(f"t{index}", max_num=2, save_latest=with_latest), {"do": "visible_names"})
+        ]
+        return self.program(target, *trained(), *saves)
 
     def _by_number(self, target: Target, limit: int, count: int) -> Program:
         strangers: list[Operation] = [
@@ -323,6 +381,16 @@ class Rotation(OnDisk):
                 f"after max_num=0, expected only t, got {execution.last('visible_names')[0]}",
             )
             return
+        if "keep" in saves[-1]:
+            for rank, names in enumerate(execution.last("visible_names")):
+                self.require(
+                    names == ["best", "t1", "t2"],
+                    f"rank {rank}: with max_num=2, keep=['best'], expected best, t1 and t2, got {names}",
+                )
+            return
+        if "save_latest" in saves[0]:
+            self._check_hidden(execution, saves)
+            return
         for number, (_, _, seen) in enumerate(execution.each("visible_names"), 1):
             done = [operation["tag"] for operation in saves[:number]]
             wanted = done[-saves[0]["max_num"] :] if "max_num" in saves[0] else done[-1:]
@@ -333,7 +401,20 @@ class Rotation(OnDisk):
                     f"rank {rank}: after saving {done}, expected {sorted([*wanted, *strangers])}, got {names}",
                 )
 
+    def _check_hidden(self, execution: Execution, saves: Sequence[Operation]) -> None:
+        kept: list[Operation] = []
+        for operation, (_, _, seen) in zip(saves, execution.each("visible_names"), strict=True):
+            kept.append(operation)
+            if len(kept) > 2:  # the oldest, unless it is the only one that loads without a tag
+                kept.pop(1 if not any(newer["save_latest"] for newer in kept[1:]) and kept[0]["save_latest"] else 0)
+            names = [it["tag"] for it in kept]
+            self.require(
+                seen == [names] * len(seen), f"after saving {operation['tag']}, expected {names} to be kept, got {seen}"
+            )
 
+
+REPLACING = 0.5
+"""The part of its changes on disk at which LightRFT's save has moved the replaced checkpoint, and not yet the new one."""
 DAMAGES: list[tuple[str, float, int]] = [
     ("flip", 0.0, 0), ("flip", 0.01, 3), ("flip", 0.5, 7), ("flip", 0.999, 1), ("truncate", 0.5, 0),
     ("truncate", 0.999, 0), ("truncate", 0.0, 0), ("remove", 0.0, 0), ("flip in optimizer", 0.0, 2),
@@ -342,8 +423,8 @@ DAMAGES: list[tuple[str, float, int]] = [
 
 @CONTRACT.add
 class Killed(OnDisk):
-    """If any rank is killed at any time, the last committed checkpoint still loads. A partially written checkpoint is
-    never loaded, and the next save removes it."""
+    """If any rank is killed at any time, also while it replaces a checkpoint under the same tag, the last committed
+    checkpoint still loads. A partially written checkpoint is never loaded, and the next save removes it."""
 
     id = "CKPT-5"
     ends_workers = True
@@ -354,15 +435,21 @@ class Killed(OnDisk):
             self._program(target, 0.4, [target.world - 1]),
             self._program(target, 0.8, [0]),
             self._program(target, 1.0, [0], asynchronous=target.world > 1),
+            self._program(target, REPLACING, [0], tags=("same", "same")),
         ]
 
-    def _program(self, target: Target, part: float, ranks: list[int], asynchronous: bool = False) -> Program:
+    def _program(
+        self, target: Target, part: float, ranks: list[int], asynchronous: bool = False,
+        tags: tuple[str, str] = ("one", "two"),
+    ) -> Program:  # fmt: skip
         """Save, train, and be killed while saving and rotating. Loading waits for an asynchronous save."""
+        first, second = tags
+        begin = saved("zero" if first != second else first), loaded("zero" if first != second else first)
         program = self.program(
-            target, *trained(), saved("zero"), loaded("zero"), *updates(1), {"do": "record_weights", "model": "a", "name": "one"},
-            {"do": "count_changes"}, saved("one", max_num=1), loaded("one"), *updates(1, first=5),
+            target, *trained(), *begin, *updates(1), {"do": "record_weights", "model": "a", "name": "one"},
+            {"do": "count_changes"}, saved(first, max_num=1), loaded(first), *updates(1, first=5),
             {"do": "record_weights", "model": "a", "name": "two"}, {"do": "kill_within", "part": part, "ranks": ranks},
-            saved("two", max_num=1, may_fail=True), {"do": "close", "may_fail": True},
+            saved(second, max_num=1, may_fail=True), {"do": "close", "may_fail": True},
             {"do": "exit_process", "ranks": list(range(target.world))}, async_ckpt=asynchronous,
         )  # fmt: skip
         after = (
@@ -377,11 +464,15 @@ class Killed(OnDisk):
         assert after is not None
         after.at(0, len(after.program.operations) - 1)
         names, path = after.last("visible_names")[0], after.last_of("load", 0)[0]["path"]
-        newest = "two" if "two" in names else "one"
-        self.require(path == f"s/{newest}", f"of {names}, expected s/{newest} to be loaded, got {path}")
+        newest = ["two"] if "two" in names else ["one"]
+        if any("same" in name for name in names):
+            newest = ["one", "two"]
+        else:
+            self.require(path == f"s/{newest[0]}", f"of {names}, expected s/{newest[0]} to be loaded, got {path}")
         for rank, recorded in enumerate(after.last("recorded_weights")):
             self.require(
-                recorded == [newest], f"rank {rank}: expected the weights recorded as {newest}, got those of {recorded}"
+                recorded in [[name] for name in newest],
+                f"rank {rank}: expected the weights recorded as {' or '.join(newest)}, got those of {recorded}",
             )
         left = after.last("hidden_names")[0]
         self.require(not left, f"after the next save, expected no partial checkpoint, got {', '.join(left)}")
@@ -430,13 +521,17 @@ class Damage(OnDisk):
             where = f"loading after {damage['what']} at {damage['at']} of {name}"
             for error in self.errors(execution, index):
                 self.require_error(error, "CheckpointError", name, where=where)
-            self.require(prints[2 * number] == prints[2 * number + 1], f"{where}: state changed")
+            self.require_same(prints[2 * number], prints[2 * number + 1], f"{where}: state changed")
+
+
+SAMPLES = 60
+REST: Operation = {"do": "rest_of_epoch", "name": "l"}
 
 
 @CONTRACT.add
 class AnyToAny(OnDisk):
     """There is one checkpoint format: any strategy at any world size loads what any other saved, and training continues
-    within the parity tolerances. (This clause runs FakeStrategy in one process, in both directions; the nox session
+    within the parity tolerances, with the remaining samples of the epoch in the same order. (This clause runs FakeStrategy in one process, in both directions; the nox session
     `checkpoints` runs all combinations.)"""
 
     id = "CKPT-7"
@@ -446,7 +541,8 @@ class AnyToAny(OnDisk):
         return [self._out(target), self._in(target)]
 
     def _setup(self, kind: str, seed: int) -> list[Operation]:
-        return trained(kind=kind, seed=seed)
+        loader: Operation = {"do": "loader", "name": "l", "samples": SAMPLES, "batch_size": 2}
+        return [*trained(kind=kind, seed=seed), loader]
 
     def _out(self, target: Target, kind: str = "regressor", seed: int = 3) -> Program:
         share: Operation = {"do": "train_shared", "model": "a", "first": 0, "count": 3}
@@ -458,14 +554,16 @@ class AnyToAny(OnDisk):
             "first": 3,
             "count": 3,
             "load_from": "s",
+            "samples": SAMPLES,
         }
-        return self.program(target, *self._setup(kind, seed), LOOK, share, saved(), more, LOOK, other)
+        begun: Operation = {"do": "batches", "name": "l", "epoch": 1, "first": 2}
+        return self.program(target, *self._setup(kind, seed), LOOK, share, begun, saved(), more, LOOK, REST, other)
 
     def _in(self, target: Target, kind: str = "regressor", seed: int = 3) -> Program:
-        begin: Operation = {"do": "on_fake_strategy", "kind": kind, "seed": seed, "count": 3, "save_to": "s"}
-        whole: Operation = {"do": "on_fake_strategy", "kind": kind, "seed": seed, "count": 6}
+        fake: Operation = {"do": "on_fake_strategy", "kind": kind, "seed": seed, "samples": SAMPLES, "batches": 3}
+        begin, whole = {**fake, "count": 3, "save_to": "s"}, {**fake, "count": 6}
         more: Operation = {"do": "train_shared", "model": "a", "first": 3, "count": 3}
-        return self.program(target, *self._setup(kind, seed + 1), LOOK, begin, loaded(), more, LOOK, whole)
+        return self.program(target, *self._setup(kind, seed + 1), LOOK, begin, loaded(), more, LOOK, REST, whole)
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
@@ -484,6 +582,12 @@ class AnyToAny(OnDisk):
             mismatch is None, f"FakeStrategy and this strategy continue differently from one checkpoint: {mismatch}"
         )
         self.require_alike(execution, "weights")
+        rest = interleaved([{"batches": batches} for batches in execution.last("rest_of_epoch")])
+        expected = execution.last("on_fake_strategy")[0]["rest"]
+        self.require(
+            bool(rest) and rest == expected[: len(rest)],
+            f"expected the samples that FakeStrategy has left, {expected}, or as many as fill the batches of all ranks, got {rest}",
+        )
 
 
 @CONTRACT.add
@@ -493,7 +597,7 @@ class Choosing(OnDisk):
 
     id = "CKPT-8"
 
-    OPTIONS: ClassVar[list[dict[str, Any]]] = [
+    OPTIONS: ClassVar[list[Record]] = [
         {"load_optimizer_states": False},
         {"load_lr_scheduler_states": False},
         {"load_module_only": True},
@@ -556,8 +660,9 @@ class Choosing(OnDisk):
                 }
                 for what, stays in kept.items():
                     wanted = before[what] if stays else states[0][what]
-                    self.require(
-                        after[what] == wanted,
+                    self.require_same(
+                        wanted,
+                        after[what],
                         f"rank {rank}: {option or 'by default'}: expected {what} to be as {'before loading' if stays else 'saved'}",
                     )
                 wanted = random[0] if module_only else streams[0]
@@ -576,10 +681,10 @@ class Choosing(OnDisk):
         for error in self.errors(execution, index):
             self.require_error(error, "CheckpointError", "spare", where="loading a model with more parameters")
         source, *looks = (seen[0] for _, _, seen in execution.each("weights"))
-        self.require(same(looks[0], looks[1]), "a load that raised changed weights")
+        self.require_same(looks[0], looks[1], "a load that raised changed weights")
         for name, tensor in looks[2].items():
             wanted = source.get(name, looks[0][name])
-            self.require(same(tensor, wanted), f"load_module_strict=False: {name} is neither loaded nor unchanged")
+            self.require_same(wanted, tensor, f"load_module_strict=False: {name} is neither loaded nor unchanged")
 
 
 @CONTRACT.add
@@ -606,42 +711,41 @@ class Harmless(OnDisk):
     def check(self, execution: Execution) -> None:
         saving = execution.last("save")
         for rank, observed in enumerate(saving):
-            self.require(
-                observed["unchanged"],
-                f"rank {rank}: saving changed a weight, a gradient, optimizer state or a random state",
-            )
+            self.require(not observed["changed"], f"rank {rank}: saving changed {', '.join(observed['changed'])}")
             self.require(
                 observed["path"] == saving[0]["path"],
                 f"rank {rank}: expected the path of rank 0, {saving[0]['path']}, got {observed['path']}",
             )
         states = [seen for _, _, seen in execution.each("state")]
-        self.require(same(states[0], states[1]), "saving changed the model or its optimizer")
+        self.require_same(states[0], states[1], "saving changed the model or its optimizer")
         one, other = (seen for _, _, seen in execution.each("weights"))
-        self.require(same(one, other), "training continues differently than without saving")
+        self.require_same(other, one, "training continues differently than without saving")
 
 
 @CONTRACT.add
 class NoCode(OnDisk):
-    """Loading executes no code from the checkpoint."""
+    """Loading executes no code from the checkpoint, whichever of its files is replaced or added."""
 
     id = "CKPT-10"
 
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
-        return [
-            self.program(
-                target,
-                *trained(),
-                saved(),
-                {"do": "plant_pickles", "replace": replace},
-                loaded(may_fail=True),
-                {"do": "pickle_executed"},
-            )
-            for replace in (True, False)
-        ]
+        each = self.program(target, *trained(), saved(), {"do": "load_poisoned", "model": "a"})
+        return [each, *(self._all(target, replace) for replace in (True, False))]
+
+    def _all(self, target: Target, replace: bool) -> Program:
+        plant: Operation = {"do": "plant_pickles", "replace": replace}
+        return self.program(target, *trained(), saved(), plant, loaded(may_fail=True), {"do": "pickle_executed"})
 
     @override
     def check(self, execution: Execution) -> None:
+        poisoned = [seen for _, _, seen in execution.each("load_poisoned")]
+        for rank, executed in enumerate(poisoned[0] if poisoned else ()):
+            self.require(bool(executed), f"rank {rank}: expected files in the checkpoint, got none")
+            names = [name for name, was_executed in executed.items() if was_executed]
+            self.require(not names, f"rank {rank}: loading executed a pickle in the place of {', '.join(names)}")
+        if poisoned:
+            return
         self.require(not any(execution.last("pickle_executed")), "loading executed a pickle from the checkpoint")
         if execution.program.operations[-4]["replace"]:
             self.errors(execution, len(execution.program.operations) - 3)
@@ -650,17 +754,21 @@ class NoCode(OnDisk):
 @CONTRACT.add
 class Refused(OnDisk):
     """A full disk or a refused write on one rank raises on all ranks. Checkpoints that were committed earlier are still
-    there."""
+    there, also the one that the refused save was to replace."""
 
     id = "CKPT-11"
 
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
-        return [self._program(target, rank, False) for rank in range(target.world)] + [self._program(target, 0, True)]
+        return [
+            *(self._program(target, rank, False) for rank in range(target.world)),
+            self._program(target, 0, True),
+            *(self._program(target, target.world - 1, asynchronous, "t") for asynchronous in (False, True)),
+        ]
 
-    def _program(self, target: Target, rank: int, asynchronous: bool) -> Program:
+    def _program(self, target: Target, rank: int, asynchronous: bool, tag: str = "u") -> Program:
         refuse: Operation = {"do": "refuse_writes", "ranks": [rank]}
-        failing = saved("u", may_fail=not asynchronous)
+        failing = saved(tag, may_fail=not asynchronous)
         waiting = [saved("v", may_fail=True)] if asynchronous else []
         return self.program(
             target, *trained(), *updates(1), saved(), loaded(), LOOK, *updates(1, first=4), refuse, failing, *waiting,
@@ -680,13 +788,13 @@ class Refused(OnDisk):
             f"after a refused save, expected only t, got {execution.last('visible_names')[0]}",
         )
         one, other = (seen for _, _, seen in execution.each("weights"))
-        self.require(same(one, other), "the checkpoint committed earlier was not loaded")
+        self.require_same(one, other, "the checkpoint committed earlier was not loaded")
 
 
 @CONTRACT.add
 class Asynchronous(OnDisk):
-    """An asynchronous save stores the state at the time of the call, whatever training does next. A second save,
-    close() and a load wait for it."""
+    """An asynchronous save stores the state at the time of the call, buffers included, whatever training does next. A
+    second save, close() and a load wait for it."""
 
     id = "CKPT-12"
 
@@ -698,9 +806,9 @@ class Asynchronous(OnDisk):
         endings: dict[str, list[Operation]] = {
             "load": [],
             "save": [saved("u"), {"do": "visible_names"}],
-            "close": [AGAIN, *trained(schedule=True)],
+            "close": [AGAIN, *trained(schedule=True, kind="tracked")],
         }
-        setup = trained(schedule=True)
+        setup = trained(schedule=True, kind="tracked")
         states: list[Operation] = [{"do": "state", "model": "a"}]
         return self.program(
             target, *setup, *updates(1, scheduled=True), *states, saved(), *updates(1, first=7, scheduled=True),
@@ -715,6 +823,57 @@ class Asynchronous(OnDisk):
     def check(self, execution: Execution) -> None:
         before, after = (seen for _, _, seen in execution.each("state"))
         for rank, (one, other) in enumerate(zip(before, after, strict=True)):
-            self.require(same(one, other), f"rank {rank}: expected the state at the time of the save")
+            self.require_same(one, other, f"rank {rank}: expected the state at the time of the save")
         for _, _, seen in execution.each("visible_names"):
             self.require("t" in seen[0], f"a second save started before the first was committed: {seen[0]}")
+
+
+@CONTRACT.add
+class MicroBatches(OnDisk):
+    """A run continues with another micro-batch size and the same train_batch_size: loading keeps the weights, the
+    optimizer and the counters, and the loaders continue with the next sample in the same order."""
+
+    id = "CKPT-13"
+
+    @override
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
+        return [self._program(target, 4, 2), self._program(target, 1, 4)]
+
+    def _program(self, target: Target, before: int, after: int) -> Program:
+        def setup(size: int) -> list[Operation]:
+            loader = {"do": "loader", "name": "l", "samples": 16 * target.world, "batch_size": size}
+            return [*trained(schedule=True), loader]
+
+        state: Operation = {"do": "state", "model": "a"}
+        rest: Operation = {"do": "rest_of_epoch", "name": "l"}
+        restart: Operation = {"do": "restart", "settings": {"micro_train_batch_size": after}}
+        first = [
+            *updates(2, 4 // before, scheduled=True),
+            {"do": "batches", "name": "l", "epoch": 1, "first": 4 // before},
+        ]
+        more = updates(1, 4 // after, first=50, scheduled=True)
+        return self.program(
+            target, *setup(before), *first, saved(), state, rest, restart, *setup(after), loaded(), state, rest, *more,
+            micro_train_batch_size=before, train_batch_size=4 * target.world,
+        )  # fmt: skip
+
+    @override
+    def programs(self, target: Target) -> st.SearchStrategy[Program]:
+        sizes = st.sampled_from([1, 2, 4])
+        return st.builds(lambda before, after: self._program(target, before, after), sizes, sizes)
+
+    @override
+    def check(self, execution: Execution) -> None:
+        before, after = (seen for _, _, seen in execution.each("state"))
+        wanted, samples = (seen for _, _, seen in execution.each("rest_of_epoch"))
+        for rank in range(execution.target.world):
+            self.require_same(before[rank], after[rank], f"rank {rank}: expected the state that was saved")
+            self.require(
+                [*chain(*samples[rank])] == [*chain(*wanted[rank])],
+                f"rank {rank}: expected the loader to continue with {show(wanted[rank])}, got {show(samples[rank])}",
+            )
+        for _, _, seen in list(execution.each("step"))[-1:]:
+            for rank, result in enumerate(seen):
+                self.require(
+                    bool(result["applied"]), f"rank {rank}: expected an update of the new number of micro-batches"
+                )

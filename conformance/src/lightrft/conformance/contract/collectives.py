@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from typing_extensions import override
 
 from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Target, is_error, show
-from lightrft.conformance.values import materialize
+from lightrft.conformance.values import Record, materialize
 
 FLOATING = ["float32", "float64", "bfloat16", "float16"]
 INTEGERS = ["int64", "int32", "int16", "int8", "uint8"]
@@ -17,7 +17,7 @@ SHAPES = st.lists(st.integers(0, 3), max_size=3)
 KEYS = st.text("abcxyz_", min_size=1, max_size=3) | st.integers(0, 3)
 
 
-def tensors(dtypes: Sequence[str]) -> st.SearchStrategy[dict[str, Any]]:
+def tensors(dtypes: Sequence[str]) -> st.SearchStrategy[Record]:
     """Descriptions of tensors."""
     return st.fixed_dictionaries({"tensor": st.sampled_from(dtypes), "shape": SHAPES, "seed": st.integers(0, 99)})
 
@@ -59,7 +59,7 @@ def expected_gather(values: Sequence[Any]) -> Any:
     return torch.tensor(values, dtype=torch.float64 if isinstance(values[0], float) else torch.int64)
 
 
-def leaves(clause: Clause, value: Any, like: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
+def leaves(clause: Clause, value: Any, like: object, where: str) -> Iterator[tuple[str, Any, Any]]:
     """Where each leaf of ``value`` is, it, and the leaf of ``like`` there. Requires both to have the same keys in order."""
     if not isinstance(like, dict):
         yield where, value, like
@@ -109,13 +109,13 @@ class Reducing(Clause):
             self.require(worst <= 0, message)
 
 
-def require_form(clause: Clause, value: Any, given: torch.Tensor, where: str) -> None:
+def require_form(clause: Clause, value: object, given: torch.Tensor, where: str) -> None:
     """Require ``value`` to be a tensor with the dtype and shape of ``given``."""
     alike = isinstance(value, torch.Tensor) and value.dtype == given.dtype and value.shape == given.shape
     clause.require(alike, f"{where}: expected {given.dtype}{tuple(given.shape)}, got {show(value)}")
 
 
-def arguments(execution: Execution, operation: dict[str, Any]) -> list[Any]:
+def arguments(execution: Execution, operation: Operation) -> list[Any]:
     """The argument of each rank, in rank order."""
     return [materialize(operation["data"], rank) for rank in range(execution.target.world)]
 
@@ -143,7 +143,9 @@ class Reduction(Reducing):
         large = [{"tensor": "int64", "shape": [5], "seed": 2}, {"per_rank": [2**53 + 1, 2]}]
         lost = {"by_rank": [{"tensor": "float32", "shape": [2], "fill": fill} for fill in (1.0, float("nan"))]}
         exact = [{"do": "all_reduce", "data": data, "op": "sum"} for data in (*large, lost)]
-        return [Program(operations=(*operations, *alone, *exact, {"do": "all_reduce", "data": lost, "op": "max"}))]
+        below = [{"tensor": dtype, "shape": [3], "fill": -3} for dtype in ("int64", "int32", "int8", "float32")]
+        largest = [{"do": "all_reduce", "data": data, "op": "max"} for data in (*large, *below, lost)]
+        return [Program(operations=(*operations, *alone, *exact, *largest))]
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
@@ -301,12 +303,12 @@ class Gathering(Clause):
         growing = {"by_rank": [{"tensor": "float32", "shape": [rows, 2], "seed": rows} for rows in (1, 3, 0, 2)]}
         alone = [{"per_rank": [3, 1]}, {"tensor": "float32", "shape": [2, 1], "seed": 5}, flags, growing]
         alone += [{"tensor": "float32", "shape": [3, 2], "seed": 6, "transposed": True}]
-        alone += [{"tensor": "float32", "shape": [0, 2], "seed": 7}]
+        alone += [{"tensor": "float32", "shape": [0, 2], "seed": 7}, {"per_rank": [2**53 + 1, 2]}]
         return [Program(operations=tuple({"do": "all_gather", "data": argument} for argument in (data, *alone)))]
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
-        def ragged(dtype: str, rows: list[int], rest: list[int]) -> dict[str, Any]:
+        def ragged(dtype: str, rows: list[int], rest: list[int]) -> Record:
             return {"by_rank": [{"tensor": dtype, "shape": [count, *rest], "seed": count} for count in rows]}
 
         rows = st.lists(st.integers(0, 4), min_size=target.world, max_size=target.world)
@@ -355,7 +357,7 @@ class Mismatches(Clause):
             *(self._reducing(*case) for case in ((1.0, "median"), ({"per_rank": [2**70, 1]}, "sum"), (2**62, "sum"))),
         ]
 
-    def _reducing(self, data: Any, op: str) -> Program:
+    def _reducing(self, data: object, op: str) -> Program:
         operations = ({"do": "all_reduce", "data": data, "op": op, "may_fail": True}, *AFTERWARDS)
         return Program(operations=operations, settings={"timeout": 15.0}, seconds=40)
 
@@ -401,7 +403,7 @@ class Mismatches(Clause):
         self.require(right, f"{where}: expected {show(wanted)}, got {show(seen['result'])}")
 
 
-AFTER: dict[str, Any] = {"tensor": "int64", "shape": [2], "seed": 8}
+AFTER: Record = {"tensor": "int64", "shape": [2], "seed": 8}
 AFTERWARDS: list[Operation] = [
     {"do": "all_reduce", "data": AFTER, "op": "sum", "may_fail": True},
     {"do": "all_gather", "data": AFTER, "may_fail": True},

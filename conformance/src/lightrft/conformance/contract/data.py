@@ -1,15 +1,14 @@
 """DATA: which rank sees which sample, in which order."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from hypothesis import strategies as st
 from typing_extensions import override
 
-from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Target
+from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Record, Target
 
 
-def interleaved(seen: Sequence[dict[str, Any]]) -> list[int]:
+def interleaved(seen: Sequence[Record]) -> list[int]:
     """The samples of all ranks in the order of distribution: one to each rank per round."""
     flat = [[sample for batch in observed["batches"] for sample in batch] for observed in seen]
     rounds = max(map(len, flat), default=0)
@@ -20,7 +19,7 @@ def interleaved(seen: Sequence[dict[str, Any]]) -> list[int]:
 class EverySample(Clause):
     """In an epoch, the ranks together see every sample once. With drop_last=False, the last round is padded by
     repeating fewer samples than there are ranks. With drop_last=True, samples that do not fill a round or a batch are
-    dropped."""
+    dropped. This holds for every epoch."""
 
     id = "DATA-1"
 
@@ -45,7 +44,8 @@ class EverySample(Clause):
             "shuffle": shuffle,
             "drop_last": drop,
         }
-        return Program(operations=(loader, {"do": "batches", "name": "l"}))
+        later: list[Operation] = [{"do": "batches", "name": "l", "epoch": epoch} for epoch in (1, 6)]
+        return Program(operations=(loader, {"do": "batches", "name": "l"}, *later))
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
@@ -53,42 +53,49 @@ class EverySample(Clause):
 
     @override
     def check(self, execution: Execution) -> None:
+        for _, operation, seen in execution.each("batches"):
+            self._check(execution, seen, f"epoch {operation.get('epoch', 0)}")
+
+    def _check(self, execution: Execution, seen: Sequence[Record], epoch: str) -> None:
         loader, world = execution.program.operations[0], execution.target.world
-        seen = execution.last("batches")
         counts = [sum(map(len, observed["batches"])) for observed in seen]
         distributed = interleaved(seen)
-        self.require(len(set(counts)) == 1, f"expected the same number of samples on every rank, got {counts}")
+        self.require(len(set(counts)) == 1, f"{epoch}: expected the same number of samples on every rank, got {counts}")
         if loader["drop_last"]:
             share = loader["samples"] // world // loader["batch_size"] * loader["batch_size"]
-            self.require(counts[0] == share, f"expected {share} samples per rank, got {counts[0]}")
-            self.require(len(set(distributed)) == len(distributed), "drop_last=True repeated a sample")
+            self.require(counts[0] == share, f"{epoch}: expected {share} samples per rank, got {counts[0]}")
+            self.require(len(set(distributed)) == len(distributed), f"{epoch}: drop_last=True repeated a sample")
             full = all(len(batch) == loader["batch_size"] for observed in seen for batch in observed["batches"])
-            self.require(full, "drop_last=True gave a partial batch")
+            self.require(full, f"{epoch}: drop_last=True gave a partial batch")
         else:
             self.require(
                 set(distributed) == set(range(loader["samples"])),
-                f"samples never seen: {sorted(set(range(loader['samples'])) - set(distributed))}",
+                f"{epoch}: samples never seen: {sorted(set(range(loader['samples'])) - set(distributed))}",
             )
             repeated = len(distributed) - loader["samples"]
             self.require(
                 repeated == -loader["samples"] % world,
-                f"expected {-loader['samples'] % world} repeated samples, got {repeated}",
+                f"{epoch}: expected {-loader['samples'] % world} repeated samples, got {repeated}",
             )
         if not loader["shuffle"]:
             first = distributed[: min(len(distributed), loader["samples"])]
-            self.require(first == sorted(first), "shuffle=False changed the order")
+            self.require(first == sorted(first), f"{epoch}: shuffle=False changed the order")
 
 
 @CONTRACT.add
 class Resuming(Clause):
-    """Resuming at consumed_samples gives exactly the remaining samples, in the same order. The next epoch is
+    """Resuming at consumed_samples gives exactly the remaining samples, in the same order. The epochs after it are
     complete."""
 
     id = "DATA-2"
 
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
-        return [self._program(target, 24, 2, 2, True), self._program(target, 17, 1, 5, False)]
+        return [
+            self._program(target, 24, 2, 2, True),
+            self._program(target, 17, 1, 5, False),
+            self._program(target, 20, 1, 4, True, epoch=5),
+        ]
 
     def _program(self, target: Target, samples: int, size: int, first: int, drop: bool, epoch: int = 1) -> Program:
         common = {"do": "loader", "samples": samples, "batch_size": size, "drop_last": drop}
@@ -100,7 +107,7 @@ class Resuming(Clause):
                 {**common, "name": "whole"}, {"do": "batches", "name": "whole", "epoch": epoch},
                 {**common, "name": "part"}, {"do": "batches", "name": "part", "epoch": epoch, "first": first},
                 {**common, "name": "rest", "consumed": consumed}, {"do": "resume", "name": "rest", "epoch": epoch, "consumed": consumed},
-                {"do": "batches", "name": "whole", "epoch": epoch + 1}, {"do": "batches", "name": "rest", "epoch": epoch + 1},
+                *({"do": "batches", "name": name, "epoch": epoch + later} for later in (1, 3) for name in ("whole", "rest")),
             )
         )  # fmt: skip
 
@@ -126,13 +133,18 @@ class Resuming(Clause):
         left = whole[len(part) :] if consumed < execution.program.operations[0]["samples"] else []
         same = rest[: len(left)] == left if execution.program.operations[0]["drop_last"] else set(rest) >= set(left)
         self.require(same and rest[: len(left)] == left, f"after {consumed} samples, expected {left}, got {rest}")
-        expected, samples = (interleaved(execution.last_of("batches", number)) for number in (2, 3))
-        self.require(samples == expected, f"the epoch after the resumed one: expected {expected}, got {samples}")
+        for number in (2, 4):
+            expected, samples = (interleaved(execution.last_of("batches", at)) for at in (number, number + 1))
+            self.require(samples == expected, f"an epoch after the resumed one: expected {expected}, got {samples}")
+
+
+EPOCHS = (0, 1, 2, 3, 8)
 
 
 @CONTRACT.add
 class Order(Clause):
-    """The order depends only on the seed and the epoch."""
+    """The order depends only on the seed and the epoch, not on the number of ranks: it is that of FakeStrategy, which is one
+    process."""
 
     id = "DATA-3"
 
@@ -143,11 +155,16 @@ class Order(Clause):
     def _program(self, target: Target, samples: int, size: int) -> Program:
         loader = {"do": "loader", "samples": samples, "batch_size": size, "drop_last": False}
         disturb: list[Operation] = [{"do": "seed", "value": 5}, {"do": "draw"}]
-        looks = [{"do": "batches", "name": "l", "epoch": epoch} for epoch in (0, 1, 2, 0)]
+        looks = [{"do": "batches", "name": "l", "epoch": epoch} for epoch in (*EPOCHS, 0)]
         again = {"do": "batches", "name": "m", "epoch": 1}
+        other = {**loader, "name": "n", "batch_size": size + 1}
+        alone: Operation = {"do": "order_on_fake_strategy", "samples": samples, "epochs": list(EPOCHS)}
         return Program(
-            operations=({**loader, "name": "l"}, *looks[:3], *disturb, looks[3], {**loader, "name": "m"}, again)
-        )
+            operations=(
+                {**loader, "name": "l"}, *looks[:-1], *disturb, looks[-1], {**loader, "name": "m"}, again,
+                other, {**again, "name": "n"}, alone,
+            )
+        )  # fmt: skip
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
@@ -157,10 +174,16 @@ class Order(Clause):
 
     @override
     def check(self, execution: Execution) -> None:
-        first, second, third, again, other = [interleaved(seen) for _, _, seen in execution.each("batches")]
-        self.require(first == again, "the same epoch has another order the second time")
-        self.require(second == other, "another loader of the same epoch has another order")
+        *epochs, again, other, larger = [interleaved(seen) for _, _, seen in execution.each("batches")]
+        self.require(epochs[0] == again, "the same epoch has another order the second time")
+        self.require(epochs[1] == other, "another loader of the same epoch has another order")
+        self.require(epochs[1] == larger, "larger batches of the same epoch have another order")
         samples = execution.program.operations[0]["samples"]
-        orders = [epoch[:samples] for epoch in (first, second, third)]
+        orders = [epoch[:samples] for epoch in epochs]
         self.require(all(orders.count(order) == 1 for order in orders), "two epochs have the same order")
-        self.require(first[:samples] != sorted(first[:samples]), "shuffle=True left the samples in order")
+        self.require(orders[0] != sorted(orders[0]), "shuffle=True left the samples in order")
+        for epoch, order, alone in zip(EPOCHS, orders, execution.last("order_on_fake_strategy")[0], strict=True):
+            self.require(
+                order == alone,
+                f"epoch {epoch}: expected the order of one process with the same seed, {alone}, got {order}",
+            )

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from typing_extensions import override
 
 from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Target, is_error, show
-from lightrft.conformance.contract.program_parts import FP32, geometry, trained, updates
-from lightrft.conformance.contract.rollout_checks import GREEDY, SLEEPING, generate, rollout, sleeps
+from lightrft.conformance.contract.program_parts import program, trained, updates
+from lightrft.conformance.contract.rollout_checks import GREEDY, generate, rollout, sleeps
 
 
 @CONTRACT.add
@@ -41,8 +41,7 @@ class EngineLife(Clause):
     def _refused(self, target: Target) -> Program:
         """An engine that cannot sleep is refused with enable_engine_sleep."""
         *model, setup = rollout(target)
-        operations = (*model, {**setup, "may_fail": True}, {"do": "status"})
-        return Program(operations=operations, settings={**FP32, **SLEEPING, **geometry(target)})
+        return program(target, *model, {**setup, "may_fail": True}, {"do": "status"}, enable_engine_sleep=True)
 
     def _program(self, target: Target, turns: Sequence[str], sleeping: bool) -> Program:
         calls: dict[str, Operation] = {
@@ -56,9 +55,7 @@ class EngineLife(Clause):
         operations: list[Operation] = [{"do": "status"}, *rollout(target), {"do": "status"}]
         for turn in turns:
             operations += [calls[turn], {"do": "status"}]
-        return Program(
-            operations=tuple(operations), settings={**FP32, "enable_engine_sleep": sleeping, **geometry(target)}
-        )
+        return program(target, *operations, enable_engine_sleep=sleeping)
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
@@ -123,8 +120,7 @@ class UnknownEngine(Clause):
     def pinned_examples(self, target: Target) -> Sequence[Program]:
         unknown = {"do": "engine", "kind": "no-such-engine", "actor": "a", "may_fail": True}
         missing = {"do": "missing_engine", "actor": "a", "may_fail": True}
-        operations = (*trained(kind=target.language_model), unknown, missing, {"do": "status"})
-        return [Program(operations=operations, settings={**FP32, **geometry(target)})]
+        return [program(target, *trained(kind=target.language_model), unknown, missing, {"do": "status"})]
 
     @override
     def check(self, execution: Execution) -> None:
@@ -134,8 +130,12 @@ class UnknownEngine(Clause):
             )
             missing = execution.last("missing_engine")[rank]
             if missing is not None:
-                where = f"rank {rank}, an engine that is not installed"
-                self.require_error(missing, "BackendNotInstalledError", "pip install", where=where)
+                self.require_error(
+                    missing,
+                    "BackendNotInstalledError",
+                    "pip install",
+                    where=f"rank {rank}, an engine that is not installed",
+                )
             self.require(
                 execution.last("status")[rank] == "absent",
                 f"rank {rank}: expected the engine to be absent afterwards, got {execution.last('status')[rank]}",
@@ -152,16 +152,18 @@ class NoEngine(Clause):
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
         local = {"do": "generate_local", "sampling": GREEDY, "token_ids": [[1, 2]], "may_fail": True}
-        operations = (
-            *trained(kind=target.language_model),
-            {**generate(), "may_fail": True},
-            local,
-            {"do": "printed_by", "call": "sync", "model": "a"},
-            {"do": "sleep"},
-            {"do": "wake"},
-            *updates(1),
-        )
-        return [Program(operations=operations, settings={**FP32, **geometry(target)})]
+        return [
+            program(
+                target,
+                *trained(kind=target.language_model),
+                {**generate(), "may_fail": True},
+                local,
+                {"do": "printed_by", "call": "sync", "model": "a"},
+                {"do": "sleep"},
+                {"do": "wake"},
+                *updates(1),
+            )
+        ]
 
     @override
     def check(self, execution: Execution) -> None:

@@ -7,7 +7,7 @@ from typing_extensions import override
 
 from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Target, same
 from lightrft.conformance.contract.bounded_memory import BoundedMemory
-from lightrft.conformance.contract.program_parts import FP32, SEEDS, geometry, trained, updates
+from lightrft.conformance.contract.program_parts import SEEDS, program, trained, updates
 from lightrft.conformance.contract.reference_checks import LOOK
 from lightrft.conformance.interpreter.exporting import VOCABULARY
 
@@ -28,7 +28,8 @@ class OpensElsewhere(Clause):
     def _program(self, target: Target, seed: int, shard: str, count: int, bucket: int = 1 << 20) -> Program:
         """Export a model, train it, and export it again to the same directory."""
         export: Operation = {"do": "export", "model": "a", "batch": seed, "shard": shard}
-        operations = (
+        return program(
+            target,
             DISCARD,
             *trained(kind="llama", seed=seed, lr=0.05),
             export,
@@ -36,8 +37,8 @@ class OpensElsewhere(Clause):
             LOOK,
             export,
             DISCARD,
+            weight_sync_bucket_bytes=bucket,
         )
-        return Program(operations=operations, settings={**FP32, "weight_sync_bucket_bytes": bucket, **geometry(target)})
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:

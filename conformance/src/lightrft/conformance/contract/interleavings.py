@@ -10,9 +10,9 @@ from typing_extensions import override
 
 from lightrft.conformance import models
 from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Target, show
-from lightrft.conformance.contract.program_parts import FP32, geometry, micro_batch, trained
+from lightrft.conformance.contract.program_parts import micro_batch, program, trained
 from lightrft.conformance.contract.reference_checks import assert_flags, first_mismatch
-from lightrft.conformance.contract.rollout_checks import generate
+from lightrft.conformance.contract.rollout_checks import generate, sleeps
 
 MOVES = [
     "update", "update", "bad update", "half update", "offload", "reload", "offload model", "sync", "generate", "sleep",
@@ -31,13 +31,15 @@ class AnyOrder(Clause):
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
         turns = [(move, "ab"[number % 2], number) for number, move in enumerate(MOVES * 2)]
-        return [self._program(target, turns, False), self._program(target, list(reversed(turns)), True)]
+        return [self._program(target, turns, False), self._program(target, list(reversed(turns)), sleeps(target))]
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
         turn = st.tuples(st.sampled_from(MOVES), st.sampled_from("ab"), st.integers(0, 50))
         return st.builds(
-            lambda turns, sleeping: self._program(target, turns, sleeping), st.lists(turn, max_size=14), st.booleans()
+            lambda turns, sleeping: self._program(target, turns, sleeping),
+            st.lists(turn, max_size=14),
+            st.booleans() if sleeps(target) else st.just(False),
         )
 
     def _program(self, target: Target, turns: Sequence[Turn], sleeping: bool) -> Program:
@@ -53,11 +55,10 @@ class AnyOrder(Clause):
         for turn in turns:
             operations += self._operations(*turn)
         looks: list[Operation] = [{"do": "weights", "model": model} for model in ("a", "b", "ema")]
-        settings = {
-            **FP32, "max_norm": 1.0, "enable_engine_sleep": sleeping, "adam_offload": True, "max_skipped_updates": 0,
-            **geometry(target, 2),
-        }  # fmt: skip
-        return Program(operations=(*operations, {"do": "status"}, *looks), settings=settings, seconds=90)
+        return program(
+            target, *operations, {"do": "status"}, *looks, accumulation_steps=2, seconds=90, max_norm=1.0,
+            enable_engine_sleep=sleeping, adam_offload=True, max_skipped_updates=0,
+        )  # fmt: skip
 
     def _operations(self, move: str, model: str, batch: int) -> list[Operation]:
         moves: dict[str, list[Operation]] = {

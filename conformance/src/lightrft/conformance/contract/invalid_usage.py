@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing_extensions import override
 
 from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Target, is_error, show
-from lightrft.conformance.contract.program_parts import FP32, geometry, trained, updates
+from lightrft.conformance.contract.program_parts import program, trained, updates
 from lightrft.conformance.contract.reference_checks import LOOK, assert_close, assert_flags, norm_fits
 
 
@@ -33,19 +33,21 @@ class BadLosses(Clause):
             {"do": "prepare_inference", "model": "c"},
         ]
         unused = {"do": "backward", "model": "c", "batch": 0, "may_fail": True}
-        operations = (
-            *trained("a"),
-            *trained("b", seed=2),
-            *bad,
-            mixed,
-            mixed_step,
-            others,
-            *inference,
-            unused,
-            *updates(2),
-            LOOK,
-        )
-        return [Program(operations=operations, settings={**FP32, **geometry(target)})]
+        return [
+            program(
+                target,
+                *trained("a"),
+                *trained("b", seed=2),
+                *bad,
+                mixed,
+                mixed_step,
+                others,
+                *inference,
+                unused,
+                *updates(2),
+                LOOK,
+            )
+        ]
 
     @override
     def check(self, execution: Execution) -> None:
@@ -91,13 +93,7 @@ class Adoption(Clause):
             {"do": "build", "model": "a", "seed": 3},
             {"do": "optimizer", "model": "a", "by_hand": True, "weight_decay": 0.0},
         ]
-        operations = [*bare, *updates(2), LOOK]
-        return [
-            Program(
-                operations=tuple({**operation, "may_fail": True} for operation in operations),
-                settings={**FP32, **geometry(target)},
-            )
-        ]
+        return [program(target, *({**operation, "may_fail": True} for operation in (*bare, *updates(2), LOOK)))]
 
     @override
     def check(self, execution: Execution) -> None:
@@ -123,8 +119,17 @@ class Result(Clause):
 
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
-        operations = [*trained(), *updates(1, 2), *updates(1, 2, first=5, poison="nan"), *updates(1, 2, first=9)]
-        return [Program(operations=tuple(operations), settings={**FP32, "max_norm": 0.1, **geometry(target, 2)})]
+        return [
+            program(
+                target,
+                *trained(),
+                *updates(1, 2),
+                *updates(1, 2, first=5, poison="nan"),
+                *updates(1, 2, first=9),
+                accumulation_steps=2,
+                max_norm=0.1,
+            )
+        ]
 
     @override
     def check(self, execution: Execution) -> None:

@@ -2,13 +2,26 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import strategies as st
 from typing_extensions import override
 
-from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Target, is_error, same, show
-from lightrft.conformance.contract.program_parts import FP32, geometry, micro_batch, trained, updates
+from lightrft.conformance.clause import (
+    CONTRACT,
+    Clause,
+    Execution,
+    Operation,
+    Program,
+    Record,
+    Target,
+    difference,
+    is_error,
+    same,
+    show,
+)
+from lightrft.conformance.contract.program_parts import geometry, micro_batch, program, trained, updates
 
 SUM: Operation = {"do": "all_reduce", "data": {"per_rank": [1.0, 1.0]}, "op": "sum"}
 
@@ -70,15 +83,14 @@ class WorldInfo(Clause):
             return [plain]
         # each rank alone on its host, and then an environment that contradicts the process group
         first, changed = ({"do": "environ", name: "0"} for name in ("LOCAL_RANK", "RANK"))
-        hosts = (first, {"do": "world"}, changed, {"do": "world"})
-        return [plain, Program(operations=hosts, settings=geometry(target, 3))]
+        return [plain, replace(plain, operations=(first, {"do": "world"}, changed, {"do": "world"}))]
 
     @override
     def check(self, execution: Execution) -> None:
         for _, _, places in execution.each("world"):
             self._check(execution, places)
 
-    def _check(self, execution: Execution, places: list[Any]) -> None:
+    def _check(self, execution: Execution, places: list[Record]) -> None:
         for rank, seen in enumerate(places):
             expected = (execution.target.world, rank, rank == 0)
             reported = (seen["world_size"], seen["rank"], seen["is_rank_0"])
@@ -116,9 +128,9 @@ NAMES = {
 
 @CONTRACT.add
 class LostPeers(Clause):
-    """If a rank dies or does not reach a collective, called directly or inside forward, backward, step or sync, the
-    others raise within the configured timeout. The message names the operation that was waiting. Nothing waits
-    forever."""
+    """If a rank dies or does not reach a collective, called directly or inside forward, backward, step or sync, in the
+    first update or a later one, the others raise within the configured timeout. The message names the operation that was
+    waiting. Nothing waits forever."""
 
     id = "LIFE-3"
     smallest_world = 2
@@ -138,7 +150,14 @@ class LostPeers(Clause):
             self._program(target, before, short, TRAIN),
             self._program(target, before, short, [SYNC]),
             self._program(target, before, {"do": "exit_process", "ranks": last}, [SUM, *TRAIN, SYNC]),
+            self._later(target, short),
         ]
+
+    def _later(self, target: Target, absent: Operation) -> Program:
+        """Lose the last rank in the middle of the fifth update."""
+        soon: Operation = {"do": "setup_again", "timeout": TIMEOUT}
+        before = [*trained(), *updates(4, 2), *micro_batch(8), soon, SUM]
+        return self._program(target, before, absent, TRAIN, seconds=40, **geometry(target, 2))
 
     def _program(
         self, target: Target, before: list[Operation], absent: Operation, calls: list[Operation], **settings: Any
@@ -146,12 +165,17 @@ class LostPeers(Clause):
         """The last rank runs ``absent`` while the others run ``calls``."""
         others = list(range(target.world - 1))
         waiting = [{**operation, "ranks": others, "may_fail": True} for operation in calls]
-        operations = (*before, absent, *waiting, {"do": "report_done", "ranks": others})
-        return Program(operations=operations, settings={**FP32, **settings, **geometry(target)})
+        return program(target, *before, absent, *waiting, {"do": "report_done", "ranks": others}, **settings)
 
     @override
     def check(self, execution: Execution) -> None:
-        """Check the errors of the ranks that returned; the driver notices those that did not."""
+        """Check the errors of the ranks that returned, and that it was in time; the driver notices those that did not."""
+        for index, operation in enumerate(execution.program.operations):
+            if operation["do"] == "idle":
+                self.require(
+                    execution.at(execution.target.world - 1, index) is True,
+                    f"the other ranks still waited for rank {execution.target.world - 1} after {operation['seconds']:g} s",
+                )
         for rank in range(execution.target.world - 1):
             waited = [
                 (index, operation)
@@ -162,6 +186,8 @@ class LostPeers(Clause):
                 called, seen = operation["do"], execution.at(rank, index)
                 if called == "backward" and not is_error(seen):
                     continue  # a strategy need not communicate before the step
+                if called == "step" and is_error(execution.at(rank, index - 1)):
+                    continue  # backward has said so; what remains of the step may need other ranks only
                 where = f"rank {rank}, {called} without the others"
                 self.require_error(seen, "StrategyError", where=where)
                 self.require(
@@ -195,7 +221,7 @@ class Seeds(Clause):
         draws = [seen for _, _, seen in execution.each("draw")]
         for rank in range(execution.target.world):
             first, second, again, other = [draw[rank] for draw in draws]
-            self.require(same(first, again), f"rank {rank}: the same seed: expected {show(first)}, got {show(again)}")
+            self.require(same(first, again), f"rank {rank}: the same seed: {difference(first, again)}")
             for stream, (left, right, third) in enumerate(zip(first, second, other, strict=True)):
                 name = ("Python's", "NumPy's", "torch's")[stream]
                 self.require(
@@ -207,33 +233,36 @@ class Seeds(Clause):
 @CONTRACT.add
 class Lifetimes(Clause):
     """close(), and leaving a with block even by an exception, is idempotent and releases what the strategy created:
-    process groups, child processes and environment variables. A second strategy in the same process works, and leaves
-    no more threads, files or variables than the first."""
+    process groups and their threads, child processes and environment variables, also after it saved and loaded. A second
+    strategy in the same process works, and leaves no more threads, files or variables than the first."""
 
     id = "LIFE-5"
 
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
-        once = [*trained(kind="language"), *updates(1), {"do": "engine", "actor": "a"}, SUM]
+        files: list[Operation] = [{"do": "save", "model": "a", "tag": "t"}, {"do": "load", "model": "a", "tag": "t"}]
+        engine: Operation = {"do": "engine", "kind": target.engine, "actor": "a"}
+        once = [*trained(kind=target.language_model), *updates(1), *files, engine, files[0], SUM]
         again: list[Operation] = []
         for remember in ("first", "second", "third"):
             again += [
                 *once,
                 {"do": "close"},
                 {"do": "close"},
-                {"do": "resources", "remember": remember},
+                {"do": "resources", "remember": remember, "compare": "nothing"},
                 {"do": "restart"},
             ]
         looks: list[Operation] = [*once, {"do": "close"}, {"do": "resources", "compare": "second"}]
-        begin: list[Operation] = [{"do": "resources", "remember": "nothing"}]
+        begin: list[Operation] = [{"do": "empty_disk"}, {"do": "resources", "remember": "nothing"}]
+        end: Operation = {"do": "empty_disk", "keep": False}
         left: Operation = {"do": "resources", "compare": "nothing"}
         return [
-            Program(operations=(*begin, *again, *looks), settings={**FP32, **geometry(target)}),
-            Program(operations=(*begin, SUM, {"do": "leave_context"}, left)),
-            Program(
-                operations=(*begin, *once, {"do": "leave_context", "raising": True}),
-                settings={**FP32, **geometry(target)},
+            *(
+                program(target, *begin, *again, *looks, end, seconds=240, async_ckpt=asynchronous)
+                for asynchronous in (False, True)
             ),
+            Program(operations=(*begin, SUM, {"do": "leave_context"}, left)),
+            program(target, *begin, *once, {"do": "leave_context", "raising": True}, end),
         ]
 
     @override
@@ -245,6 +274,13 @@ class Lifetimes(Clause):
                 self.require(not grown["initialized"], f"rank {rank}: close left a process group")
                 self.require(not grown["environment"], f"rank {rank}: close left the variables {grown['environment']}")
                 self.require(grown["children"] <= 0, f"rank {rank}: close left {grown['children']} child processes")
+                if (
+                    "remember" not in operation and operation["compare"] == "nothing"
+                ):  # no model is kept, which may hold a group
+                    self.require(
+                        grown["group threads"] <= 0,
+                        f"rank {rank}: close left {grown['group threads']} threads of process groups",
+                    )
                 if operation["compare"] == "second":
                     self.require(
                         grown["threads"] <= 0, f"rank {rank}: each strategy leaves {grown['threads']} more threads"
@@ -257,6 +293,48 @@ class Lifetimes(Clause):
 
 
 @CONTRACT.add
+class CleanModels(Clause):
+    """A strategy attaches no more to the caller's models with each update. close() removes its hooks and methods from every
+    model whose parameters it leaves whole."""
+
+    id = "LIFE-11"
+
+    @override
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
+        look: list[Operation] = [{"do": "attachments", "model": model} for model in "ab"]
+        uses: list[Operation] = [
+            {"do": "weights", "model": "a"},
+            {"do": "forward", "model": "b", "batch": 3},
+            {"do": "offload_model", "model": "b"},
+            {"do": "reload_model", "model": "b"},
+        ]
+        setup: list[Operation] = [
+            {"do": "build", "model": "b", "seed": 2},
+            {"do": "prepare_inference", "model": "b"},
+        ]
+        build, *rest = trained(kind="tracked")
+        return [
+            program(
+                target, setup[0], build, *look, *setup[1:], *rest, *updates(1), *uses, *look, *updates(3), *uses, *uses,
+                *look, {"do": "close"}, *look,
+            )
+        ]  # fmt: skip
+
+    @override
+    def check(self, execution: Execution) -> None:
+        looks = [seen for _, _, seen in execution.each("attachments")]
+        for rank in range(execution.target.world):
+            for model in (0, 1):
+                built, once, often, closed = [seen[rank] for seen in looks[model::2]]
+                where = f"rank {rank}, model {'ab'[model]}"
+                more = sorted(set(often["attached"]) - set(once["attached"]))
+                self.require(not more, f"{where}: three more updates attached {', '.join(more)}")
+                left = sorted(set(closed["attached"]) - set(built["attached"]))
+                sharded = closed["parameters"] != built["parameters"]
+                self.require(sharded or not left, f"{where}: close left {', '.join(left)}")
+
+
+@CONTRACT.add
 class OthersGroups(Clause):
     """A strategy reuses the caller's process group and never destroys it."""
 
@@ -265,16 +343,18 @@ class OthersGroups(Clause):
 
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
-        operations = (
-            {"do": "make_process_group"},
-            {"do": "world"},
-            *trained(),
-            *updates(1),
-            SUM,
-            {"do": "close"},
-            {"do": "group_alive"},
-        )
-        return [Program(operations=operations, settings={**FP32, **geometry(target)})]
+        return [
+            program(
+                target,
+                {"do": "make_process_group"},
+                {"do": "world"},
+                *trained(),
+                *updates(1),
+                SUM,
+                {"do": "close"},
+                {"do": "group_alive"},
+            )
+        ]
 
     @override
     def check(self, execution: Execution) -> None:
@@ -320,8 +400,10 @@ class Geometry(Clause):
         )
 
     def _program(self, target: Target, micro: int, total: int) -> Program:
-        settings = {"micro_train_batch_size": micro, "train_batch_size": total}
-        return Program(operations=({"do": "world", "may_fail": True},), settings=settings)
+        return Program(
+            operations=({"do": "world", "may_fail": True},),
+            settings={"micro_train_batch_size": micro, "train_batch_size": total},
+        )
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
@@ -370,9 +452,8 @@ class StopRequested(Clause):
         inside = [operation for turn in turns for operation in turn]
         block: Operation = {"do": "save_on_sigterm", "operations": inside, "raising": raising}
         after: list[Operation] = [{"do": "forward", "model": "a", "batch": 5}, SUM]
-        return Program(
-            operations=(*trained("a"), *trained("b", seed=2), block, *after),
-            settings={**FP32, "max_skipped_updates": 0, **geometry(target, 2)},
+        return program(
+            target, *trained("a"), *trained("b", seed=2), block, *after, accumulation_steps=2, max_skipped_updates=0
         )
 
     @override

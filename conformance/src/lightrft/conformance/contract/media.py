@@ -2,12 +2,11 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
 from hypothesis import strategies as st
 from typing_extensions import override
 
-from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Target, is_error, show
+from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Record, Target, is_error, show
 
 ECHO: Operation = {"do": "engine", "kind": "lightrft.conformance.echo:EchoEngine"}
 IMAGE = "<|vision_start|><|image_pad|><|image_pad|><|vision_end|>"
@@ -15,11 +14,11 @@ VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 Counts = tuple[int, int]
 
 
-def request(counts: Sequence[Counts], nested: bool, tokens: bool = False) -> dict[str, Any]:
+def request(counts: Sequence[Counts], nested: bool, tokens: bool = False) -> Record:
     """Arguments of gather_and_generate for prompts with these numbers of images and videos."""
     images = [[f"image {index}.{number}" for number in range(count[0])] for index, count in enumerate(counts)]
     videos = [[f"video {index}.{number}" for number in range(count[1])] for index, count in enumerate(counts)]
-    arguments: dict[str, Any] = {
+    arguments: Record = {
         "sampling_params": {"max_tokens": 1},
         "all_prompts": [f"question {index}: {IMAGE * 2} and {VIDEO} <|other|>" for index in range(len(counts))],
         "all_images": images if nested else [image for prompt in images for image in prompt],
@@ -32,9 +31,9 @@ def request(counts: Sequence[Counts], nested: bool, tokens: bool = False) -> dic
     )
 
 
-def requests(counts: Sequence[Counts], tokens: bool = False) -> list[Any]:
+def requests(counts: Sequence[Counts], tokens: bool = False) -> list[list[object]]:
     """The requests that the engine must receive."""
-    expected = []
+    expected: list[list[object]] = []
     for index, (images, videos) in enumerate(counts):
         text = f"question {index}: {IMAGE * 2 if images else ''} and {VIDEO if videos else ''} <|other|>"
         media = (
@@ -45,7 +44,7 @@ def requests(counts: Sequence[Counts], tokens: bool = False) -> list[Any]:
     return expected
 
 
-def received(completions: Sequence[Any]) -> list[Any]:
+def received(completions: Sequence[Record]) -> list[list[object]]:
     """The requests that the engine received."""
     return [[json.loads(completion["text"]), completion["prompt"]] for completion in completions]
 
@@ -95,7 +94,7 @@ class MediaCounts(Clause):
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
         right = request([(1, 0), (2, 1)], nested=False)
-        wrong: list[dict[str, Any]] = [
+        wrong: list[Record] = [
             {"images_num": [1, 1]}, {"images_num": [1, 2, 3]}, {"videos_num": [1, 1]}, {"all_images": None},
             {"all_images": ["one"], "images_num": None}, {"all_prompts": None}, {"all_prompt_token_ids": [[1]]},
         ]  # fmt: skip

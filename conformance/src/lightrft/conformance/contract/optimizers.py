@@ -9,8 +9,23 @@ from typing_extensions import override
 from lightrft.conformance import models
 from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Target, is_error, same
 from lightrft.conformance.contract import tolerances
-from lightrft.conformance.contract.program_parts import BF16, FP32, SEEDS, geometry, micro_batch, trained, updates
-from lightrft.conformance.contract.reference_checks import LOOK, STATE, assert_close, assert_norms, first_mismatch
+from lightrft.conformance.contract.buffers import assert_buffers, look_at_buffers
+from lightrft.conformance.contract.program_parts import (
+    BF16,
+    SEEDS,
+    micro_batch,
+    program,
+    trained,
+    updates,
+)
+from lightrft.conformance.contract.reference_checks import (
+    LOOK,
+    STATE,
+    FollowsReference,
+    assert_close,
+    assert_norms,
+    first_mismatch,
+)
 
 
 @CONTRACT.add
@@ -31,9 +46,7 @@ class Schedule(Clause):
         for number, pass_scheduler in enumerate(scheduled):
             poison = {"poison": "nan"} if number in poisoned else {}
             operations += [*updates(1, 2, first=10 * number, scheduled=pass_scheduler, **poison), STATE]
-        return Program(
-            operations=(*operations, LOOK), settings={**FP32, "max_skipped_updates": 0, **geometry(target, 2)}
-        )
+        return program(target, *operations, LOOK, accumulation_steps=2, max_skipped_updates=0)
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
@@ -77,7 +90,7 @@ class Decay(Clause):
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
         return [
-            *(self._program(target, kind) for kind in ("regressor", "frozen", "unused")),
+            *(self._program(target, kind) for kind in ("regressor", "frozen", "unused", "tracked")),
             self._program(target, "frozen", by_hand=True),
             self._frozen_later(target),
         ]
@@ -85,8 +98,7 @@ class Decay(Clause):
     def _frozen_later(self, target: Target) -> Program:
         freeze: Operation = {"do": "freeze", "model": "a", "part": "blocks.0"}
         more = [{**operation, "may_fail": True} for operation in updates(1, first=20)]
-        operations = (*trained(seed=8, weight_decay=10.0), *updates(2), LOOK, freeze, *more, LOOK)
-        return Program(operations=operations, settings={**FP32, **geometry(target)})
+        return program(target, *trained(seed=8, weight_decay=10.0), *updates(2), LOOK, freeze, *more, LOOK)
 
     def _program(
         self, target: Target, kind: str, seed: int = 8, weight_decay: float = 10.0, wrap_first: bool = False,
@@ -97,13 +109,12 @@ class Decay(Clause):
         begun = [
             {**operation, "by_hand": by_hand} if operation["do"] == "optimizer" else operation for operation in begun
         ]
-        operations = [*begun, *updates(3), LOOK]
-        return Program(operations=tuple(operations), settings={**FP32, **geometry(target)})
+        return program(target, *begun, *updates(3), LOOK)
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
         kinds, decays = (
-            st.sampled_from(["regressor", "frozen", "unused", "language"]),
+            st.sampled_from(["regressor", "frozen", "unused", "language", "tracked"]),
             st.sampled_from([0.1, 1.0, 30.0]),
         )
         return st.builds(
@@ -145,8 +156,7 @@ class UnevenModules(Clause):
 
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
-        settings = {**FP32, "timeout": 5.0, **geometry(target)}
-        return [Program(operations=(*trained(kind="uneven"), *updates(3), LOOK), settings=settings, seconds=40)]
+        return [program(target, *trained(kind="uneven"), *updates(3), LOOK, seconds=40, timeout=5.0)]
 
     @override
     def check(self, execution: Execution) -> None:
@@ -155,7 +165,7 @@ class UnevenModules(Clause):
 
 
 @CONTRACT.add
-class LiveRates(Clause):
+class LiveRates(FollowsReference):
     """Changes to the hyperparameters in the optimizer's param_groups take effect at the next update."""
 
     id = "PREP-9"
@@ -166,22 +176,14 @@ class LiveRates(Clause):
             {"do": "set_rate", "model": "a", "lr": 1e-2},
             {"do": "set_decay", "model": "a", "weight_decay": 5.0},
             {"do": "set_betas", "model": "a", "betas": [0.1, 0.5]},
+            {"do": "set_eps", "model": "a", "eps": 1e-1},
+            {"do": "set_rate", "model": "a", "lr": 1e-2, "decayed": True},
         ]
-        return [
-            Program(
-                operations=(*trained(), *updates(1), change, *updates(2, first=5), LOOK),
-                settings={**FP32, **geometry(target)},
-            )
-            for change in changes
-        ]
-
-    @override
-    def check(self, execution: Execution) -> None:
-        assert_close(self, execution)
+        return [program(target, *trained(), *updates(1), change, *updates(2, first=5), LOOK) for change in changes]
 
 
 @CONTRACT.add
-class OwnSettings(Clause):
+class OwnSettings(FollowsReference):
     """create_optimizer creates AdamW with the learning rate, betas, eps and weight decay that it is given."""
 
     id = "OPT-20"
@@ -192,30 +194,36 @@ class OwnSettings(Clause):
 
     def _program(self, target: Target, **given: object) -> Program:
         build, optimizer, prepare = trained(seed=13, weight_decay=1.0)
-        operations = (build, {**optimizer, **given}, prepare, *updates(4), LOOK)
-        return Program(operations=operations, settings={**FP32, **geometry(target)})
-
-    @override
-    def check(self, execution: Execution) -> None:
-        assert_close(self, execution)
+        return program(target, build, {**optimizer, **given}, prepare, *updates(4), LOOK)
 
 
 @CONTRACT.add
 class Averages(Clause):
-    """moving_average updates the average once per applied update, as the reference does, and changes nothing else. A
-    model can have several averages. An average keeps its own dtype, also with bf16."""
+    """moving_average updates the average once per applied update, as the reference does, and changes nothing else. It
+    averages parameters: by default, an average keeps its own buffers. An average does not move for updates before it was
+    made. A model can have several averages. An average keeps its own dtype, also with bf16."""
 
     id = "OPT-19"
 
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
         programs = [self._program(target, 0.9, [None, None]), self._program(target, 0.5, [None, "nan", None])]
-        return [*programs, self._half(target)]
+        buffers = self._program(target, 0.5, [None, None], "tracked")
+        return [*programs, buffers, self._late(target), self._half(target)]
+
+    def _late(self, target: Target) -> Program:
+        """An average of other weights, made after three updates."""
+        average: Operation = {"do": "average", "model": "a", "into": "ema", "beta": 0.5}
+        late = [*self._copy("ema", "regressor"), average, self.look("ema")]
+        return program(
+            target, *trained(seed=3), *updates(3), *late, *updates(1, first=9), average, average, self.look("ema")
+        )
 
     def _half(self, target: Target) -> Program:
         """With bf16, where the weights differ from the reference's."""
         average: Operation = {"do": "average", "model": "a", "into": "ema", "beta": 0.75}
-        operations = (
+        return program(
+            target,
             *trained(seed=2),
             *self._copy("ema", "regressor"),
             *updates(1),
@@ -223,8 +231,8 @@ class Averages(Clause):
             average,
             LOOK,
             self.look("ema"),
+            precision=BF16,
         )
-        return Program(operations=operations, settings={**BF16, **geometry(target)})
 
     def _copy(self, name: str, kind: str) -> list[Operation]:
         return [{"do": "build", "model": name, "kind": kind, "seed": 2}, {"do": "prepare_inference", "model": name}]
@@ -241,21 +249,26 @@ class Averages(Clause):
                 operations += micro_batch(10 * number + index, poison=poison if index else None)
                 operations.append({"do": "average", "model": "a", "into": "ema", "beta": beta})
                 operations.append({"do": "average", "model": "a", "into": "slow", "beta": 0.8})
-        operations += [LOOK, self.look("ema"), self.look("slow")]
-        return Program(operations=tuple(operations), settings={**FP32, **geometry(target, 2)})
+        operations += [LOOK, self.look("ema"), self.look("slow"), look_at_buffers(), look_at_buffers("ema")]
+        return program(target, *operations, accumulation_steps=2)
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
         poisons = st.lists(st.sampled_from([None, None, "nan"]), min_size=1, max_size=4)
-        kinds = st.sampled_from(["regressor", "frozen", "language"])
-        betas = st.sampled_from([0.0, 0.5, 0.992])
-        return st.builds(lambda beta, poisons, kind: self._program(target, beta, poisons, kind), betas, poisons, kinds)
+        kinds = st.sampled_from(["regressor", "frozen", "language", "tracked"])
+        return st.builds(
+            lambda beta, poisons, kind: self._program(target, beta, poisons, kind),
+            st.sampled_from([0.0, 0.5, 0.992]),
+            poisons,
+            kinds,
+        )
 
     @override
     def check(self, execution: Execution) -> None:
         if execution.program.settings["bf16"]:
             self._check_half(execution)
             return
+        assert_buffers(self, execution)
         for index, operation, seen in execution.each("weights"):
             for rank, weights in enumerate(seen):
                 mismatch = first_mismatch(execution, index, weights)

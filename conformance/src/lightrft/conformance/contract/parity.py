@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from typing_extensions import override
 
 from lightrft.conformance import models
-from lightrft.conformance.clause import CONTRACT, Clause, Execution, Program, Target
+from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Target
 from lightrft.conformance.contract import tolerances
-from lightrft.conformance.contract.program_parts import BF16, FP32, geometry, trained, training, updates
+from lightrft.conformance.contract.program_parts import BF16, micro_batch, program, trained, training, updates
 from lightrft.conformance.contract.reference_checks import LOOK, assert_close, reference_weights
 from lightrft.conformance.reference import Family
 
@@ -35,12 +35,13 @@ class Parity(Clause):
     def _program(
         self, target: Target, kind: str, count: int, accumulation_steps: int, seed: int = 9, backwards: int = 1
     ) -> Program:
-        operations = (
+        return program(
+            target,
             *trained(kind=kind, seed=seed),
             *updates(count, accumulation_steps, first=1, backwards=backwards),
             LOOK,
+            accumulation_steps=accumulation_steps,
         )
-        return Program(operations=operations, settings={**FP32, **geometry(target, accumulation_steps)})
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
@@ -76,7 +77,7 @@ class HalfPrecision(Clause):
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
         return [
-            Program(operations=(*trained(kind=kind, seed=9), *updates(20), LOOK), settings={**BF16, **geometry(target)})
+            program(target, *trained(kind=kind, seed=9), *updates(20), LOOK, precision=BF16)
             for kind in ("regressor", "language")
         ]
 
@@ -91,6 +92,57 @@ class HalfPrecision(Clause):
         self.require_alike(execution, "weights")
 
 
+SMALL = 2.0**-9
+"""A factor that bf16 rounds off when it is added to 1, and that scales a gradient exactly."""
+
+
+@CONTRACT.add
+class GradientPrecision(Clause):
+    """With bf16, gradients are added up over micro-batches and averaged over ranks in fp32: small contributions are not
+    rounded off. (The setting grad_accum_dtype="bf16" of a strategy that has it asks for the opposite.)"""
+
+    id = "OPT-22"
+
+    @override
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
+        micro_batches = 9
+        alone: list[Operation] = [*micro_batch(1)[:-1], {"do": "step", "model": "a", "boundary": True}]
+        added = [{**operation, "weight": SMALL} for operation in micro_batch(1)[:-1]]
+        many = [*micro_batch(1), *(micro_batches - 1) * [*added, micro_batch(1)[-1]]]
+        programs = [
+            program(target, *self._still(kind), *alone, *many, precision=BF16, accumulation_steps=micro_batches)
+            for kind in ("regressor", "language")
+        ]
+        return [*programs, self._ranks(target)] if target.world > 1 else programs
+
+    def _still(self, kind: str) -> list[Operation]:
+        """A model whose weights do not move."""
+        return trained(kind=kind, seed=6, lr=0.0, weight_decay=0.0)
+
+    def _ranks(self, target: Target) -> Program:
+        """The same batch on all ranks, with another weight on the first."""
+        update: list[Operation] = [
+            {"do": "backward", "model": "a", "batch": 1, "data_of": 0, "ranks": [rank]} for rank in range(target.world)
+        ]
+        weighted = [
+            [{**update[0], "weight": 1.0}, *({**it, "weight": other} for it in update[1:])] for other in (0.0, SMALL)
+        ]
+        step: Operation = {"do": "step", "model": "a"}
+        return program(target, *self._still("regressor"), *weighted[0], step, *weighted[1], step, precision=BF16)
+
+    @override
+    def check(self, execution: Execution) -> None:
+        norms = [seen[0]["grad_norm"] for _, _, seen in execution.each("step") if seen[0]["applied"]]
+        steps = execution.program.settings["train_batch_size"] // (2 * execution.target.world)
+        others = steps - 1 if steps > 1 else execution.target.world - 1
+        expected = norms[0] * (1 + others * SMALL) / steps
+        where = f"{steps} micro-batches" if steps > 1 else f"{execution.target.world} ranks"
+        self.require(
+            abs(norms[1] / expected - 1) < 0.2 * others * SMALL,
+            f"one gradient and {others} of 1/512 of it, over {where}: expected the norm {expected:.6g}, got {norms[1]:.6g}",
+        )
+
+
 @CONTRACT.add
 class MasterWeights(Clause):
     """With bf16, updates accumulate in fp32 master weights. Many updates below the resolution of bf16 move the model as
@@ -103,8 +155,9 @@ class MasterWeights(Clause):
         return [self._program(target, dtype) for dtype in ("float32", "bfloat16")]
 
     def _program(self, target: Target, dtype: str) -> Program:
-        operations = (*trained(seed=12, lr=1e-6, weight_decay=0.0, dtype=dtype), *updates(12), LOOK)
-        return Program(operations=operations, settings={**BF16, **geometry(target)})
+        return program(
+            target, *trained(seed=12, lr=1e-6, weight_decay=0.0, dtype=dtype), *updates(12), LOOK, precision=BF16
+        )
 
     @override
     def check(self, execution: Execution) -> None:

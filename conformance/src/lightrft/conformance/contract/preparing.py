@@ -7,10 +7,20 @@ from hypothesis import strategies as st
 from typing_extensions import override
 
 from lightrft.conformance import models
-from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Target, same, show
+from lightrft.conformance.clause import (
+    CONTRACT,
+    Clause,
+    Execution,
+    Operation,
+    Program,
+    Settings,
+    Target,
+    is_error,
+    show,
+)
 from lightrft.conformance.contract import tolerances
-from lightrft.conformance.contract.program_parts import BF16, FP32, KINDS, SEEDS, geometry, trained, updates
-from lightrft.conformance.contract.reference_checks import LOOK, assert_close
+from lightrft.conformance.contract.program_parts import BF16, FP32, KINDS, SEEDS, program, trained, updates
+from lightrft.conformance.contract.reference_checks import LOOK, assert_close, assert_norms
 
 TRIPLE = ["tuple", "model", "optimizer", "scheduler"]
 EMPTY = ["tuple", "NoneType", "NoneType", "NoneType"]
@@ -37,9 +47,7 @@ class Structure(Clause):
         return [self._program(target, case) for case in cases]
 
     def _program(self, target: Target, arguments: Sequence[object]) -> Program:
-        return Program(
-            operations=({"do": "prepare_shapes", "arguments": list(arguments)},), settings={**FP32, **geometry(target)}
-        )
+        return program(target, {"do": "prepare_shapes", "arguments": list(arguments)})
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
@@ -66,8 +74,8 @@ def _shape(argument: object) -> object:
 
 @CONTRACT.add
 class Unwrapping(Clause):
-    """unwrap_model returns the original model, not a copy, with its class and parameter names. Unwrapping twice is the
-    same as unwrapping once."""
+    """unwrap_model returns the original model, not a copy, with its class and parameter names, also from an actor and from
+    a model that was compiled with torch.compile. Unwrapping twice is the same as unwrapping once."""
 
     id = "PREP-2"
 
@@ -83,13 +91,11 @@ class Unwrapping(Clause):
                 for kind in ("regressor", "language")
             ),
             self._program(target, [{"do": "build", "model": "a"}], 1),
+            self._program(target, [*trained(compiled=True)], 2),
         ]
 
     def _program(self, target: Target, before: Sequence[Operation], times: int) -> Program:
-        return Program(
-            operations=(*before, {"do": "unwrapped", "model": "a", "times": times}),
-            settings={**FP32, **geometry(target)},
-        )
+        return program(target, *before, {"do": "unwrapped", "model": "a", "times": times})
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
@@ -134,11 +140,11 @@ class SameFunction(Clause):
         build, *rest = trained(kind="scaled", seed=5)
         look: Operation = {"do": "buffers", "model": "a"}
         prepared = [*rest, *updates(1)] if training else [{"do": "prepare_inference", "model": "a"}]
-        return Program(operations=(build, look, *prepared, look), settings={**BF16, **geometry(target)})
+        return program(target, build, look, *prepared, look, precision=BF16)
 
     def _program(self, target: Target, before: Sequence[Operation], **keywords: float) -> Program:
         look: Operation = {"do": "forward", "model": "a", "batch": 3, **keywords}
-        return Program(operations=(*before, look, {**look, "batch": 4}), settings={**FP32, **geometry(target)})
+        return program(target, *before, look, {**look, "batch": 4})
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
@@ -153,7 +159,7 @@ class SameFunction(Clause):
     def check(self, execution: Execution) -> None:
         looks = [seen for _, _, seen in execution.each("buffers")]
         for rank, (before, after) in enumerate(zip(*looks, strict=True) if looks else ()):
-            self.require(same(before, after), f"rank {rank}: expected the buffers {show(before)}, got {show(after)}")
+            self.require_same(before, after, f"rank {rank}: the buffers changed")
         for index, _, seen in execution.each("forward"):
             for rank, (outputs, expected) in enumerate(zip(seen, execution.predicted()[index], strict=True)):
                 worst = (outputs - expected).abs().max().item()
@@ -169,11 +175,13 @@ class OneModel(Clause):
 
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
-        return [self._program(target, first) for first in (False, True)]
+        programs = [self._program(target, first) for first in (False, True)]
+        return [*programs, self._program(target, False, kind="frozen")]
 
     def _program(self, target: Target, wrap_first: bool, seed: int = 6, kind: str = "regressor") -> Program:
-        operations = (*trained(kind=kind, seed=seed, differ=True, wrap_first=wrap_first), LOOK, *updates(1), LOOK)
-        return Program(operations=operations, settings={**FP32, **geometry(target)})
+        return program(
+            target, *trained(kind=kind, seed=seed, differ=True, wrap_first=wrap_first), LOOK, *updates(1), LOOK
+        )
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
@@ -203,16 +211,18 @@ class Inference(Clause):
             {"do": "prepare_inference", "model": "r"},
         ]
         look: Operation = {"do": "weights", "model": "r"}
-        operations = (
-            *reference,
-            *trained(seed=1),
-            look,
-            {"do": "forward", "model": "r", "batch": 0},
-            *updates(3, first=1),
-            look,
-            {"do": "state_sizes", "model": "r"},
-        )
-        return [Program(operations=operations, settings={**FP32, **geometry(target)})]
+        return [
+            program(
+                target,
+                *reference,
+                *trained(seed=1),
+                look,
+                {"do": "forward", "model": "r", "batch": 0},
+                *updates(3, first=1),
+                look,
+                {"do": "state_sizes", "model": "r"},
+            )
+        ]
 
     @override
     def check(self, execution: Execution) -> None:
@@ -229,7 +239,8 @@ class Inference(Clause):
 @CONTRACT.add
 class Modes(Clause):
     """A model prepared for training is in training mode, with dropout active. One prepared for inference is in
-    evaluation mode. Training, reading weights and offloading do not change the mode."""
+    evaluation mode. Training, averaging, reading weights, saving, loading and offloading do not change the mode of any
+    part: a part that a script puts in evaluation mode stays there."""
 
     id = "PREP-10"
 
@@ -243,22 +254,164 @@ class Modes(Clause):
         away: list[Operation] = [
             {"do": do, "model": model} for model in ("a", "r") for do in ("weights", "offload_model", "reload_model")
         ]
-        return [
-            Program(
-                operations=(*trained(wrap_first=first), *other, *modes, *updates(1), *away, *modes),
-                settings={**FP32, **geometry(target)},
-            )
-            for first in (False, True)
+        more: list[Operation] = [
+            {"do": "average", "model": "a", "into": "r", "beta": 0.9},
+            {"do": "empty_disk"},
+            {"do": "save", "model": ["a", "r"], "tag": "t"},
+            {"do": "load", "model": ["a", "r"], "tag": "t"},
+            {"do": "empty_disk", "keep": False},
         ]
+        return [
+            *(
+                program(target, *trained(wrap_first=first), *other, *modes, *updates(1), *away, *modes, *more, *modes)
+                for first in (False, True)
+            ),
+            self._mixed(target, away[:3]),
+        ]
+
+    def _mixed(self, target: Target, away: Sequence[Operation]) -> Program:
+        """Train with one part in evaluation mode."""
+        average: list[Operation] = [
+            {"do": "build", "model": "e", "kind": "tracked", "seed": 3},
+            {"do": "prepare_inference", "model": "e"},
+        ]
+        uses: list[Operation] = [
+            {"do": "average", "model": "a", "into": "e", "beta": 0.9},
+            {"do": "save", "model": "a", "tag": "t"},
+            {"do": "load", "model": "a", "tag": "t"},
+        ]
+        still: Operation = {"do": "set_mode", "model": "a", "part": "second_norm", "training": False}
+        look: Operation = {"do": "evaluating", "model": "a"}
+        return program(
+            target, {"do": "empty_disk"}, *trained(kind="tracked", seed=3), *average, still, *updates(2), look, *away,
+            *uses, look, *updates(1, first=9), look, LOOK, {"do": "empty_disk", "keep": False},
+        )  # fmt: skip
 
     @override
     def check(self, execution: Execution) -> None:
+        for index, _, seen in execution.each("evaluating"):
+            self.require(
+                seen == [["second_norm"]] * len(seen),
+                f"evaluating (operation {index}): expected only second_norm in evaluation mode, got {seen}",
+            )
+        if list(execution.each("evaluating")):
+            assert_close(self, execution)
         for index, operation, seen in execution.each("modes"):
             expected = operation["model"] == "a"
             self.require(
                 seen == [[expected]] * len(seen),
                 f"modes (operation {index}) of model {operation['model']}: expected training mode {expected} in every part, got {seen}",
             )
+
+
+@CONTRACT.add
+class ChangesOfTrainability(Clause):
+    """requires_grad of a parameter may change between updates, also after an evaluation, a reference pass or
+    torch.inference_mode: the update is that of plain torch, though a strategy may refuse parameters that are frozen at
+    the update. An evaluation at any time changes no update."""
+
+    id = "PREP-11"
+
+    @override
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
+        return [
+            self._reference_passes(target, "head"),
+            self._reference_passes(target, "blocks.0", inference_mode=True),
+            self._frozen_later(target, "head"),
+            self._frozen_later(target, "blocks.1", inference_mode=True),
+            self._evaluations_within_updates(target),
+        ]
+
+    def _reference_passes(
+        self, target: Target, part: str, kind: str = "regressor", inference_mode: bool = False
+    ) -> Program:
+        """A part is frozen for an evaluation before each update, as PEFT does with what an adapter trains."""
+        freeze: Operation = {"do": "freeze", "model": "a", "part": part}
+        evaluate: Operation = {"do": "evaluate", "model": "a", "batch": 50, "inference_mode": inference_mode}
+        passes = [
+            operation
+            for update in range(3)
+            for operation in [freeze, evaluate, {**freeze, "thaw": True}, *updates(1, first=update)]
+        ]
+        return program(target, *trained(kind=kind, seed=3, lr=1e-2), *passes, LOOK)
+
+    def _frozen_later(self, target: Target, part: str, inference_mode: bool = False) -> Program:
+        """A part is frozen after an evaluation, and trains again after another."""
+        freeze: Operation = {"do": "freeze", "model": "a", "part": part}
+        evaluate: Operation = {"do": "evaluate", "model": "a", "batch": 50, "inference_mode": inference_mode}
+        later = [
+            operation
+            for update, thaw in ((1, False), (2, True))
+            for operation in [evaluate, {**freeze, "thaw": thaw}, *updates(1, first=update)]
+        ]
+        later = [{**operation, "may_fail": True} for operation in later]
+        return program(target, *trained(seed=4, lr=1e-2), *updates(1), *later, LOOK)
+
+    def _evaluations_within_updates(self, target: Target) -> Program:
+        evaluate: Operation = {"do": "evaluate", "model": "a", "batch": 50}
+        within = [
+            operation
+            for update in range(3)
+            for index in range(2)
+            for operation in (
+                *updates(1, first=2 * update + index)[:-1],
+                evaluate,
+                {"do": "step", "model": "a", "scheduled": False},
+            )
+        ]
+        return program(target, *trained(seed=5, lr=1e-2), *within, LOOK, accumulation_steps=2)
+
+    @override
+    def programs(self, target: Target) -> st.SearchStrategy[Program]:
+        return st.builds(
+            lambda part, mode: self._reference_passes(target, part, inference_mode=mode),
+            st.sampled_from(["head", "blocks.0", "blocks.1"]),
+            st.booleans(),
+        )
+
+    @override
+    def check(self, execution: Execution) -> None:
+        refused = [(index, seen) for index, _, seen in execution.each("step") if any(map(is_error, seen))]
+        for index, seen in refused[:1]:
+            for rank, reported in enumerate(seen):
+                where = f"rank {rank}, step (operation {index}) with parameters frozen between updates"
+                self.require_error(reported, "StrategyError", "frozen", where=where)
+        if not refused:
+            assert_norms(self, execution)
+            assert_close(self, execution)
+
+
+@CONTRACT.add
+class GradientHooks(Clause):
+    """Gradient hooks that were registered on a parameter before preparing act as in plain torch, or preparing refuses the
+    model and names the parameter."""
+
+    id = "PREP-12"
+
+    @override
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
+        return [
+            self._program(target, "regressor", "head.weight"),
+            self._program(target, "regressor", "blocks.0.linear.weight", accumulation_steps=2),
+            self._program(target, "language", "embedding.weight"),
+        ]
+
+    def _program(self, target: Target, kind: str, parameter: str, accumulation_steps: int = 1) -> Program:
+        build, *rest = trained(kind=kind, seed=6, lr=1e-2)
+        later = [{**operation, "may_fail": True} for operation in [*rest, *updates(3, accumulation_steps), LOOK]]
+        register: Operation = {"do": "hook", "model": "a", "parameter": parameter}
+        return program(target, build, register, *later, accumulation_steps=accumulation_steps)
+
+    @override
+    def check(self, execution: Execution) -> None:
+        reported = execution.last("prepare")
+        if not any(map(is_error, reported)):
+            assert_norms(self, execution)
+            assert_close(self, execution)
+            return
+        parameter = execution.program.operations[1]["parameter"]
+        for rank, observed in enumerate(reported):
+            self.require_error(observed, "LightRFTError", parameter, where=f"rank {rank}, a model with a gradient hook")
 
 
 @CONTRACT.add
@@ -270,12 +423,15 @@ class MetaInit(Clause):
 
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
-        kinds = [("regressor", False), ("language", True), ("scaled", False)]
-        return [self._program(target, kind, first) for kind, first in kinds]
+        return [
+            self._program(target, kind, first)
+            for kind, first in (("regressor", False), ("language", True), ("scaled", False), ("tracked", False))
+        ]
 
     def _program(self, target: Target, kind: str, wrap_first: bool, seed: int = 7) -> Program:
         forward: Operation = {"do": "forward", "model": "a", "batch": 0}
-        operations = (
+        return program(
+            target,
             *trained(kind=kind, seed=seed, meta=True, wrap_first=wrap_first),
             {"do": "uninitialized", "model": "a"},
             LOOK,
@@ -283,7 +439,6 @@ class MetaInit(Clause):
             *updates(1),
             LOOK,
         )
-        return Program(operations=operations, settings={**FP32, **geometry(target)})
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
@@ -321,15 +476,10 @@ class OnePath(Clause):
         return [self._program(target, first, precision) for first in (False, True) for precision in (FP32, BF16)]
 
     def _program(
-        self, target: Target, wrap_first: bool, precision: object, seed: int = 8, kind: str = "regressor"
+        self, target: Target, wrap_first: bool, precision: Settings, seed: int = 8, kind: str = "regressor"
     ) -> Program:
-        settings = {**(BF16 if precision is BF16 else FP32), **geometry(target)}
-        operations = (
-            *trained(kind=kind, seed=seed, schedule=True, wrap_first=wrap_first),
-            *updates(3, scheduled=True),
-            LOOK,
-        )
-        return Program(operations=operations, settings=settings)
+        setup = trained(kind=kind, seed=seed, schedule=True, wrap_first=wrap_first)
+        return program(target, *setup, *updates(3, scheduled=True), LOOK, precision=precision)
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
@@ -366,15 +516,15 @@ class WholeSet(Clause):
         return [self._program(target, critic, rewards) for critic in (False, True) for rewards in (0, 2)]
 
     def _program(self, target: Target, critic: bool, rewards: int) -> Program:
-        settings = {
-            **FP32,
-            "critic_pretrain": critic,
-            "lr_warmup_ratio": 0.2,
-            "actor_learning_rate": 1e-3,
-            "critic_learning_rate": 2e-3,
-            **geometry(target),
-        }
-        return Program(operations=({"do": "prepare_set", "critic": critic, "rewards": rewards},), settings=settings)
+        prepare: Operation = {"do": "prepare_set", "critic": critic, "rewards": rewards}
+        return program(
+            target,
+            prepare,
+            critic_pretrain=critic,
+            lr_warmup_ratio=0.2,
+            actor_learning_rate=1e-3,
+            critic_learning_rate=2e-3,
+        )
 
     @override
     def check(self, execution: Execution) -> None:
@@ -404,19 +554,23 @@ class Streams(Clause):
 
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
-        return [
+        programs = [
             self._program(target, kind, size)
             for kind, size in [("regressor", 200), ("language", 1), ("language", 1 << 20)]
         ]
+        return [*programs, self._program(target, "regressor", 200, precision=BF16, dtype="float32")]
 
-    def _program(self, target: Target, kind: str, size: int, seed: int = 9) -> Program:
-        operations = (
+    def _program(
+        self, target: Target, kind: str, size: int, seed: int = 9, precision: Settings = FP32, **more: object
+    ) -> Program:
+        return program(
+            target,
             *trained(kind=kind, seed=seed),
-            {"do": "stream", "model": "a", "bucket_bytes": size},
+            {"do": "stream", "model": "a", "bucket_bytes": size, **more},
             {"do": "forward", "model": "a", "batch": 1},
-            {"do": "stream", "model": "a", "bucket_bytes": size},
+            {"do": "stream", "model": "a", "bucket_bytes": size, **more},
+            precision=precision,
         )
-        return Program(operations=operations, settings={**FP32, **geometry(target)})
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
@@ -438,9 +592,80 @@ class Streams(Clause):
                     f"{where}: expected the names {sorted(expected)}, got {sorted(stream['names'])}",
                 )
                 for name, tensor in expected.items():
-                    self.require(same(stream["values"][name], tensor), f"{where}: {name} differs from the built model")
+                    self.require_same(tensor, stream["values"][name], f"{where}: {name} differs from the built model")
                 for sizes in stream["sizes"]:
                     self.require(
                         len(sizes) == 1 or sum(sizes) <= operation["bucket_bytes"],
                         f"{where}: expected at most {operation['bucket_bytes']} bytes per bucket, got {sum(sizes)} in {len(sizes)} tensors",
+                    )
+
+
+@CONTRACT.add
+class OwnParameters(Clause):
+    """A parameter belongs to one prepared model. prepare refuses a model that shares a module, a parameter or the memory of
+    a parameter with a prepared model, for training and for inference, and says so. The first model trains on."""
+
+    id = "PREP-13"
+
+    @override
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
+        return [self._program(target, first) for first in (False, True)]
+
+    def _program(self, target: Target, wrap_first: bool) -> Program:
+        build, *rest = trained(wrap_first=wrap_first)
+        shared = [(what, f"{what} {purpose}") for what in ("module", "parameter", "memory") for purpose in ("t", "i")]
+        others: list[Operation] = [
+            {"do": "build", "model": name, "of": "a", "shares": what, "seed": 2} for what, name in shared
+        ]
+        optimizers: list[Operation] = [
+            {"do": "optimizer", "model": name, "by_hand": True} for _, name in shared if name.endswith("t")
+        ]
+        refused: list[Operation] = [
+            {"do": "prepare" if name.endswith("t") else "prepare_inference", "model": name, "may_fail": True}
+            for _, name in shared
+        ]
+        return program(target, build, *others, *optimizers, *rest, *refused, *updates(2), LOOK)
+
+    @override
+    def check(self, execution: Execution) -> None:
+        for index, operation in enumerate(execution.program.operations):
+            if operation.get("may_fail"):
+                for rank in range(execution.target.world):
+                    where = f"rank {rank}, {operation['do']} of a model that shares a {operation['model'][:-2]}"
+                    self.require_error(execution.at(rank, index), "StrategyError", "share", "parameter", where=where)
+        assert_close(self, execution)
+
+
+@CONTRACT.add
+class OwnSaving(Clause):
+    """save_pretrained of a prepared model, or of a part of it, writes the weights that save_model writes, or raises an error
+    that names save_model."""
+
+    id = "PREP-17"
+
+    @override
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
+        inference: list[Operation] = [
+            {"do": "build", "model": "r", "kind": "llama", "seed": 2},
+            {"do": "prepare_inference", "model": "r"},
+        ]
+        saves: list[Operation] = [
+            {"do": "own_save", "model": model, "part": part, "may_fail": True}
+            for model, part in (("a", ""), ("a", "model"), ("r", ""))
+        ]
+        discard: Operation = {"do": "discard_exports"}
+        return [
+            program(target, discard, *trained(kind="llama", lr=0.05), *inference, *updates(1), *saves, discard),
+        ]
+
+    @override
+    def check(self, execution: Execution) -> None:
+        for index, operation, seen in execution.each("own_save"):
+            where = f"save_pretrained (operation {index}) of {operation['part'] or 'the whole'} of model {operation['model']}"
+            for rank, differing in enumerate(seen):
+                if is_error(differing):
+                    self.require_error(differing, "LightRFTError", "save_model", where=f"rank {rank}, {where}")
+                else:
+                    self.require(
+                        not differing, f"rank {rank}, {where}: other tensors than save_model writes: {differing[:3]}"
                     )

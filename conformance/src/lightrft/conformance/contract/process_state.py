@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing_extensions import override
 
 from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Target
-from lightrft.conformance.contract.program_parts import FP32, geometry, micro_batch, trained, updates
+from lightrft.conformance.contract.program_parts import micro_batch, program, trained, updates
 
 LOOK: Operation = {"do": "process_state"}
 
@@ -26,13 +26,11 @@ class ProcessState(Clause):
         ]
         away: list[Operation] = [{"do": do, "model": "a"} for do in ("offload_model", "reload_model", "weights")]
         return [
-            Program(
-                operations=(
-                    {"do": "world"}, LOOK, *trained(schedule=True), *average, *updates(2, scheduled=True),
-                    *micro_batch(7, poison="nan"), {"do": "average", "model": "a", "into": "ema", "beta": 0.5}, *away,
-                    {"do": "all_reduce", "data": 1.0}, {"do": "all_gather", "data": 1.0}, LOOK, {"do": "close"}, LOOK,
-                ),
-                settings={**FP32, "bf16": bf16, **geometry(target)},
+            program(
+                target, {"do": "world"}, LOOK, *trained(schedule=True), *average, *updates(2, scheduled=True),
+                *micro_batch(7, poison="nan"), {"do": "average", "model": "a", "into": "ema", "beta": 0.5}, *away,
+                {"do": "all_reduce", "data": 1.0}, {"do": "all_gather", "data": 1.0}, LOOK, {"do": "close"}, LOOK,
+                bf16=bf16,
             )
             for bf16 in (False, True)
         ]  # fmt: skip

@@ -1,24 +1,35 @@
 """Parts of programs, fixed or drawn by Hypothesis."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from hypothesis import strategies as st
 
-from lightrft.conformance.clause import Operation, Program, Target
+from lightrft.conformance.clause import Operation, Program, Settings, Target
 
-FP32: Mapping[str, Any] = {"bf16": False, "max_norm": None}
-BF16: Mapping[str, Any] = {"bf16": True, "max_norm": None}
+FP32: Settings = {"bf16": False, "max_norm": None}
+BF16: Settings = {"bf16": True, "max_norm": None}
 
 
-def geometry(target: Target, accumulation_steps: int = 1, rows: int = 2) -> dict[str, Any]:
+def geometry(target: Target, accumulation_steps: int = 1, rows: int = 2) -> dict[str, int]:
     """Batch sizes for updates of ``accumulation_steps`` micro-batches with ``rows`` rows each."""
     return {"micro_train_batch_size": rows, "train_batch_size": rows * accumulation_steps * target.world}
 
 
+def program(
+    target: Target, *operations: Operation, precision: Settings = FP32, accumulation_steps: int = 1, seconds: float = 30.0,
+    **settings: object,
+) -> Program:  # fmt: skip
+    """A program of ``operations``, with batch sizes for updates of ``accumulation_steps`` micro-batches."""
+    return Program(
+        operations=operations,
+        settings={**precision, **geometry(target, accumulation_steps), **settings},
+        seconds=seconds,
+    )
+
+
 def trained(
     model: str = "a", kind: str = "regressor", seed: int = 1, *, lr: float = 1e-3, weight_decay: float = 0.01,
-    schedule: bool = False, wrap_first: bool = False, **more: Any,
+    schedule: bool = False, wrap_first: bool = False, **more: object,
 ) -> list[Operation]:  # fmt: skip
     """Build and prepare a model for training, in one of the two orders that work everywhere."""
     build: Operation = {"do": "build", "model": model, "kind": kind, "seed": seed, **more}
@@ -30,7 +41,7 @@ def trained(
 
 
 def micro_batch(
-    batch: int, model: str = "a", *, backwards: int = 1, scheduled: bool = False, **more: Any
+    batch: int, model: str = "a", *, backwards: int = 1, scheduled: bool = False, **more: object
 ) -> list[Operation]:
     """The backwards and the step of one micro-batch."""
     losses: list[Operation] = [
@@ -51,6 +62,8 @@ def updates(count: int, accumulation_steps: int = 1, model: str = "a", first: in
 
 SEEDS = st.integers(1, 10_000)
 KINDS = st.sampled_from(["regressor", "language", "frozen", "unused", "checkpointed"])
+TRAINED_KINDS = st.sampled_from(["regressor", "language", "frozen", "unused", "checkpointed", "tracked"])
+"""Kinds of models in training, with one whose buffers change in forward."""
 RATES = st.sampled_from([1e-3, 3e-4, 1e-4])
 
 
@@ -59,17 +72,15 @@ def training(
     draw: st.DrawFn,
     target: Target,
     *,
-    precision: Mapping[str, Any] = FP32,
+    precision: Settings = FP32,
     max_updates: int = 4,
     windows: st.SearchStrategy[int] | None = None,
     max_norms: st.SearchStrategy[float | None] | None = None,
-    kinds: st.SearchStrategy[str] = KINDS,
+    kinds: st.SearchStrategy[str] = TRAINED_KINDS,
 ) -> Program:
     """Train a model of any kind for a few updates, and look at its weights at the end."""
     accumulation_steps = draw(st.integers(1, 3) if windows is None else windows)
-    settings = {**precision, **geometry(target, accumulation_steps)}
-    if max_norms is not None:
-        settings["max_norm"] = draw(max_norms)
+    max_norm = precision["max_norm"] if max_norms is None else draw(max_norms)
     scheduled = draw(st.booleans())
     operations = trained(
         kind=draw(kinds),
@@ -87,4 +98,11 @@ def training(
         backwards=draw(st.sampled_from([1, 1, 2])),
         scheduled=scheduled,
     )
-    return Program(operations=(*operations, {"do": "weights", "model": "a"}), settings=settings)
+    return program(
+        target,
+        *operations,
+        {"do": "weights", "model": "a"},
+        precision=precision,
+        accumulation_steps=accumulation_steps,
+        max_norm=max_norm,
+    )

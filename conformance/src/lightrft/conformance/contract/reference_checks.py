@@ -1,7 +1,8 @@
 """What clauses about training share: looking at a model, and comparing it with the reference."""
 
 import math
-from typing import Any
+
+from typing_extensions import override
 
 from lightrft.conformance.clause import Clause, Execution, Operation
 from lightrft.conformance.contract import tolerances
@@ -17,6 +18,14 @@ def assert_close(clause: Clause, execution: Execution, model: str = "a") -> None
     mismatch = first_mismatch(execution, index, seen[0])
     clause.require(mismatch is None, f"the weights do not match the reference: {mismatch}")
     clause.require_alike(execution, "weights")
+
+
+class FollowsReference(Clause):
+    """A clause whose programs must train the model as the reference does."""
+
+    @override
+    def check(self, execution: Execution) -> None:
+        assert_close(self, execution)
 
 
 def first_mismatch(
@@ -55,11 +64,11 @@ def reference_weights(execution: Execution, family: Family, model: str = "a") ->
     return weights
 
 
-def close(value: Any, expected: float, bound: float = 1e-5) -> bool:
+def close(value: object, expected: float, bound: float = 1e-5) -> bool:
     """Whether ``value`` is a float close to ``expected``."""
     return isinstance(value, float) and math.isclose(value, expected, rel_tol=bound, abs_tol=1e-6)
 
 
-def norm_fits(norm: Any, expected: float) -> bool:
+def norm_fits(norm: object, expected: float) -> bool:
     """Whether ``norm`` is close to ``expected``; any non-finite norm fits a non-finite one."""
     return isinstance(norm, float) and (close(norm, expected) if math.isfinite(expected) else not math.isfinite(norm))

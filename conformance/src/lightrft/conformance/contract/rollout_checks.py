@@ -1,12 +1,11 @@
 """What the clauses about engines, weight sync and generation share."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from lightrft.conformance import models, reference
-from lightrft.conformance.clause import Clause, Execution, Operation, Target, same
+from lightrft.conformance.clause import Clause, Execution, Operation, Record, Target, same
 from lightrft.conformance.contract.program_parts import trained
 
 GREEDY = {"temperature": 0.0, "max_tokens": 5}
@@ -22,7 +21,7 @@ def rollout(target: Target, seed: int = 1, lr: float = 0.05, before: str = "") -
     ]
 
 
-def generate(prompts: Sequence[Any] = PROMPTS, **sampling: Any) -> Operation:
+def generate(prompts: Sequence[object] = PROMPTS, **sampling: object) -> Operation:
     """Generate for each rank's own prompts, greedily unless ``sampling`` says otherwise."""
     return {"do": "generate", "prompts": list(prompts), "sampling": {**GREEDY, **sampling}}
 
@@ -39,14 +38,14 @@ def model_with(target: Target, weights: dict[str, torch.Tensor]) -> torch.nn.Mod
     return model
 
 
-def alike(left: Sequence[Any], right: Sequence[Any]) -> bool:
+def alike(left: Sequence[Record], right: Sequence[Record]) -> bool:
     """Whether two calls gave the same completions.
 
     Log-probabilities need only agree as closely as with the reference: an engine with a prefix cache computes in another
     order the second time.
     """
 
-    def rest(completions: Sequence[Any]) -> list[Any]:
+    def rest(completions: Sequence[Record]) -> list[Record]:
         return [{name: value for name, value in completion.items() if name != "logprobs"} for completion in completions]
 
     pairs = zip(left, right, strict=False)

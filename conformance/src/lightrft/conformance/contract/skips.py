@@ -2,16 +2,24 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from hypothesis import strategies as st
 from typing_extensions import override
 
 from lightrft.conformance import models
-from lightrft.conformance.clause import CONTRACT, Clause, Execution, Program, Target, is_error, show
+from lightrft.conformance.clause import CONTRACT, Clause, Execution, Program, Record, Settings, Target, is_error, show
 from lightrft.conformance.contract import offloading, tolerances
 from lightrft.conformance.contract.offloading import BACK, OUT
-from lightrft.conformance.contract.program_parts import BF16, FP32, SEEDS, geometry, micro_batch, trained, updates
+from lightrft.conformance.contract.program_parts import (
+    BF16,
+    FP32,
+    SEEDS,
+    geometry,
+    micro_batch,
+    program,
+    trained,
+    updates,
+)
 from lightrft.conformance.contract.reference_checks import LOOK, STATE, assert_close, assert_flags, reference_weights
 
 
@@ -41,7 +49,7 @@ class Skips(Clause):
         rank: int,
         accumulation_steps: int,
         position: int,
-        precision: Any,
+        precision: Settings,
         seed: int = 4,
     ) -> Program:
         operations = [
@@ -50,10 +58,10 @@ class Skips(Clause):
             STATE,
         ]
         for index in range(accumulation_steps):
-            poisoned: dict[str, Any] = {"poison": poison, "poisoned_rank": rank} if index == position else {}
+            poisoned: Record = {"poison": poison, "poisoned_rank": rank} if index == position else {}
             operations += micro_batch(50 + index, scheduled=True, **poisoned)
         operations += [STATE, *updates(2, accumulation_steps, first=90, scheduled=True), LOOK]
-        return Program(operations=tuple(operations), settings={**precision, **geometry(target, accumulation_steps)})
+        return program(target, *operations, precision=precision, accumulation_steps=accumulation_steps)
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
@@ -86,8 +94,8 @@ class Skips(Clause):
                 f"rank {rank}: expected a non-finite norm of the skipped update, got {reported['grad_norm']}",
             )
             for part in ("parameters", "optimizer", "rates", "schedule"):
-                self.require(
-                    before[rank][part] == after[rank][part], f"rank {rank}: {part} changed in a skipped update"
+                self.require_same(
+                    before[rank][part], after[rank][part], f"rank {rank}: {part} changed in a skipped update"
                 )
         assert_flags(self, execution, "applied")
         if execution.program.settings["bf16"]:
@@ -112,8 +120,10 @@ class TooManySkips(Clause):
         two, third = [*micro_batch(0, poison="nan"), *micro_batch(1, poison="nan")], micro_batch(2, poison="nan")
         third[-1] = {**third[-1], "may_fail": True}
         endless = [operation for batch in range(4) for operation in micro_batch(batch, poison="inf")]
-        three: dict[str, Any] = {**FP32, "max_skipped_updates": 3, **geometry(target)}
+        three: Record = {**FP32, "max_skipped_updates": 3, **geometry(target)}
+        both = (*trained(), *trained("b", seed=2), *two, *micro_batch(4, "b"), *third)
         return [
+            Program(operations=both, settings=three),
             Program(operations=(*trained(), *two, *micro_batch(3), *two, *third), settings=three),
             Program(operations=(*trained(), *endless), settings={**three, "max_skipped_updates": 0}),
             Program(

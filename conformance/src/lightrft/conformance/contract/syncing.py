@@ -8,7 +8,7 @@ from typing_extensions import override
 from lightrft.conformance import models
 from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Target, is_error
 from lightrft.conformance.contract.bounded_memory import BoundedMemory
-from lightrft.conformance.contract.program_parts import FP32, SEEDS, geometry, trained, updates
+from lightrft.conformance.contract.program_parts import SEEDS, program, trained, updates
 from lightrft.conformance.contract.reference_checks import LOOK
 from lightrft.conformance.contract.rollout_checks import Rollouts, alike, generate, rollout, sleeps
 
@@ -25,7 +25,8 @@ class SyncedWeights(Rollouts):
         return [self._program(target, 1), self._program(target, 1, bucket=64)]
 
     def _program(self, target: Target, seed: int, bucket: int = 1 << 20, count: int = 2) -> Program:
-        operations = (
+        return program(
+            target,
             *rollout(target, seed),
             generate(),
             *updates(count),
@@ -34,8 +35,8 @@ class SyncedWeights(Rollouts):
             LOOK,
             *updates(1, first=9),
             generate(),
+            weight_sync_bucket_bytes=bucket,
         )
-        return Program(operations=operations, settings={**FP32, "weight_sync_bucket_bytes": bucket, **geometry(target)})
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
@@ -77,7 +78,7 @@ class RightModel(Rollouts):
         ]
         for model in order:
             operations += [{"do": "sync", "model": model}, generate(), {"do": "weights", "model": model}]
-        return Program(operations=tuple(operations), settings={**FP32, **geometry(target)})
+        return program(target, *operations)
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
@@ -100,8 +101,7 @@ class Coverage(Clause):
     def pinned_examples(self, target: Target) -> Sequence[Program]:
         other: list[Operation] = [*trained("b", "regressor", seed=2)]
         bad = {"do": "sync", "model": "b", "may_fail": True}
-        operations = (*rollout(target), *other, generate(), bad, {"do": "version"}, generate())
-        return [Program(operations=operations, settings={**FP32, **geometry(target)})]
+        return [program(target, *rollout(target), *other, generate(), bad, {"do": "version"}, generate())]
 
     @override
     def check(self, execution: Execution) -> None:
@@ -129,10 +129,18 @@ class Versions(Clause):
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
         sync = {"do": "sync", "model": "a"}
+        failed = {"do": "broken_sync", "model": "a", "after": 2, "may_fail": True}
         return [
-            Program(
-                operations=(*rollout(target), {"do": "version"}, generate(), sync, sync, generate(), {"do": "version"}),
-                settings={**FP32, **geometry(target)},
+            program(
+                target,
+                *rollout(target),
+                {"do": "version"},
+                generate(),
+                sync,
+                failed,
+                sync,
+                generate(),
+                {"do": "version"},
             )
         ]
 
@@ -178,8 +186,7 @@ class Stale(Rollouts):
             generate(),
             LOOK,
         )
-        settings = {**FP32, "enable_engine_sleep": sleeps(target), **geometry(target)}
-        return Program(operations=operations, settings=settings)
+        return program(target, *operations, enable_engine_sleep=sleeps(target))
 
     @override
     def check(self, execution: Execution) -> None:
@@ -210,18 +217,21 @@ class SyncedTogether(Clause):
     def pinned_examples(self, target: Target) -> Sequence[Program]:
         sync: Operation = {"do": "sync", "model": "a"}
         local: Operation = {"do": "generate_local", "sampling": {"max_tokens": 1}, "token_ids": [[1]]}
-        operations = (
-            *trained(),
-            {"do": "engine", "kind": "lightrft.conformance.echo:FrailEngine", "actor": "a"},
-            {"do": "version"},
-            {**sync, "may_fail": True},
-            {**local, "may_fail": True},
-            {"do": "version"},
-            sync,
-            local,
-            {"do": "version"},
-        )
-        return [Program(operations=operations, settings={**FP32, "weight_sync_bucket_bytes": 64, **geometry(target)})]
+        return [
+            program(
+                target,
+                *trained(),
+                {"do": "engine", "kind": "lightrft.conformance.echo:FrailEngine", "actor": "a"},
+                {"do": "version"},
+                {**sync, "may_fail": True},
+                {**local, "may_fail": True},
+                {"do": "version"},
+                sync,
+                local,
+                {"do": "version"},
+                weight_sync_bucket_bytes=64,
+            )
+        ]
 
     @override
     def check(self, execution: Execution) -> None:
@@ -249,21 +259,23 @@ class Caches(Rollouts):
         long = [(7 * index) % models.VOCABULARY for index in range(40)]  # longer than a block of a prefix cache
         again = generate([[long, [*long, 3], long[:33]]], max_tokens=3)
         sync: Operation = {"do": "sync", "model": "a"}
-        operations = (
-            *rollout(target),
-            again,
-            again,
-            LOOK,
-            *updates(2),
-            sync,
-            again,
-            LOOK,
-            *updates(1),
-            sync,
-            again,
-            LOOK,
-        )
-        return [Program(operations=operations, settings={**FP32, **geometry(target)})]
+        return [
+            program(
+                target,
+                *rollout(target),
+                again,
+                again,
+                LOOK,
+                *updates(2),
+                sync,
+                again,
+                LOOK,
+                *updates(1),
+                sync,
+                again,
+                LOOK,
+            )
+        ]
 
     @override
     def check(self, execution: Execution) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from lightrft.conformance.clause import show
+from lightrft.conformance.clause import difference
 
 ABSOLUTE = 1e-6
 ACROSS_FAMILIES = 5e-5
@@ -20,9 +20,9 @@ def bitwise(left: Weights, right: Weights) -> str | None:
     for name, tensor in right.items():
         if name not in left:
             return f"{name} is missing"
-        if left[name].numpy().tobytes() != tensor.contiguous().numpy().tobytes():
-            worst = (left[name].double() - tensor.double()).abs().max().item()
-            return f"{name} differs by {worst:.3g}: expected {show(tensor)}, got {show(left[name])}"
+        mismatch = difference(tensor.detach(), left[name], name)
+        if mismatch is not None:
+            return mismatch
     return None
 
 
@@ -31,9 +31,13 @@ def absolute(left: Weights, right: Weights, bound: float = ABSOLUTE) -> str | No
     for name, tensor in right.items():
         if name not in left:
             return f"{name} is missing"
+        if left[name].shape != tensor.shape:
+            return f"{name}: expected the shape {tuple(tensor.shape)}, got {tuple(left[name].shape)}"
         worst = (left[name].double() - tensor.double()).abs().max().item()
         if not worst <= bound:
-            return f"{name} differs by {worst:.3g}, expected at most {bound:g}"
+            return (
+                f"{name} differs by {worst:.3g}, expected at most {bound:g}; {difference(tensor.detach(), left[name])}"
+            )
     return None
 
 

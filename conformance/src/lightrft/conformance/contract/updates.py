@@ -1,16 +1,16 @@
 """OPT: gradient accumulation, clipping, several models."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from hypothesis import strategies as st
 from typing_extensions import override
 
-from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Target
-from lightrft.conformance.contract.program_parts import FP32, SEEDS, geometry, micro_batch, trained, updates
+from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Record, Target, difference
+from lightrft.conformance.contract.program_parts import SEEDS, micro_batch, program, trained, updates
 from lightrft.conformance.contract.reference_checks import (
     LOOK,
     STATE,
+    FollowsReference,
     assert_close,
     assert_flags,
     assert_norms,
@@ -37,7 +37,7 @@ class Accumulation(Clause):
         operations = [*trained(seed=seed, schedule=True), *updates(1, accumulation_steps, scheduled=True), STATE]
         for index in range(2 * accumulation_steps):
             operations += [*micro_batch(10 + index, backwards=backwards, scheduled=True), STATE]
-        return Program(operations=(*operations, LOOK), settings={**FP32, **geometry(target, accumulation_steps)})
+        return program(target, *operations, LOOK, accumulation_steps=accumulation_steps)
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
@@ -57,17 +57,18 @@ class Accumulation(Clause):
         assert_flags(self, execution, "applied")
         assert_close(self, execution)
 
-    def _check_moved(self, before: dict[str, Any], after: dict[str, Any], reported: dict[str, Any]) -> None:
+    def _check_moved(self, before: Record, after: Record, reported: Record) -> None:
         for part in ("parameters", "optimizer", "schedule"):
-            moved = before[part] != after[part]
+            change = difference(before[part], after[part])
             self.require(
-                moved == reported["applied"],
-                f"{part} {'changed' if moved else 'did not change'} in a step with applied={reported['applied']}",
+                (change is not None) == reported["applied"],
+                f"{part} {'changed' if change else 'did not change'} in a step with applied={reported['applied']}"
+                + (f": {change}" if change else ""),
             )
 
 
 @CONTRACT.add
-class KeptGraph(Clause):
+class KeptGraph(FollowsReference):
     """backward(loss, ..., retain_graph=True) keeps the graph, so that another loss of the same forward can follow. The
     gradients of both add up."""
 
@@ -77,42 +78,39 @@ class KeptGraph(Clause):
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
         twice: Operation = {"do": "backward_twice", "model": "a", "batch": 3}
-        operations = (*trained(), twice, {"do": "step", "model": "a"}, *updates(1, first=9), LOOK)
-        return [Program(operations=operations, settings={**FP32, **geometry(target)})]
-
-    @override
-    def check(self, execution: Execution) -> None:
-        assert_close(self, execution)
+        return [program(target, *trained(), twice, {"do": "step", "model": "a"}, *updates(1, first=9), LOOK)]
 
 
 @CONTRACT.add
 class Boundary(Clause):
     """optimizer_step(..., boundary=True or False) overrides the count. The update uses the mean over the micro-batches
-    since the last update."""
+    since the last update, and the reported norm and clipping are those of that mean."""
 
     id = "OPT-13"
 
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
-        return [self._program(target, lengths) for lengths in ([1, 3, 2], [2, 5], [4, 1])]
+        programs = [self._program(target, lengths) for lengths in ([1, 3, 2], [2, 5], [4, 1])]
+        return [*programs, self._program(target, [1, 2, 4], max_norm=0.5)]
 
-    def _program(self, target: Target, lengths: Sequence[int], seed: int = 1) -> Program:
+    def _program(self, target: Target, lengths: Sequence[int], seed: int = 1, max_norm: float | None = None) -> Program:
         operations, batch = trained(seed=seed), 0
         for length in lengths:
             for index in range(length):
                 operations += micro_batch(batch)
                 operations[-1] = {**operations[-1], "boundary": index == length - 1}
                 batch += 1
-        return Program(operations=(*operations, LOOK), settings={**FP32, **geometry(target, 3)})
+        return program(target, *operations, LOOK, accumulation_steps=3, max_norm=max_norm)
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
-        lengths = st.lists(st.integers(1, 5), min_size=1, max_size=3)
-        return st.builds(lambda lengths, seed: self._program(target, lengths, seed), lengths, SEEDS)
+        lengths, norms = st.lists(st.integers(1, 5), min_size=1, max_size=3), st.sampled_from([None, 0.5, 0.05])
+        return st.builds(self._program, st.just(target), lengths, SEEDS, norms)
 
     @override
     def check(self, execution: Execution) -> None:
         assert_flags(self, execution, "applied")
+        assert_norms(self, execution)
         assert_close(self, execution)
 
 
@@ -125,16 +123,25 @@ class MeanOfLosses(Clause):
 
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
-        return [self._program(target, accumulation_steps) for accumulation_steps in (1, 2, 4)]
+        return [self._program(target, accumulation_steps) for accumulation_steps in (1, 2, 4, 7)]
 
     def _program(self, target: Target, accumulation_steps: int, seed: int = 3, kind: str = "regressor") -> Program:
-        operations = (*trained(seed=seed, kind=kind), *updates(2, accumulation_steps), LOOK)
-        return Program(operations=operations, settings={**FP32, **geometry(target, accumulation_steps)})
+        return program(
+            target,
+            *trained(seed=seed, kind=kind),
+            *updates(2, accumulation_steps),
+            LOOK,
+            accumulation_steps=accumulation_steps,
+        )
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
-        kinds = st.sampled_from(["regressor", "language"])
-        return st.builds(lambda k, s, kind: self._program(target, k, s, kind), st.integers(1, 4), SEEDS, kinds)
+        return st.builds(
+            lambda k, s, kind: self._program(target, k, s, kind),
+            st.integers(1, 8),
+            SEEDS,
+            st.sampled_from(["regressor", "language"]),
+        )
 
     @override
     def check(self, execution: Execution) -> None:
@@ -159,9 +166,13 @@ class Clipping(Clause):
         return [self._program(target, norm) for norm in (0.05, 1.0, 1e-3)]
 
     def _program(self, target: Target, max_norm: float, seed: int = 5, accumulation_steps: int = 1) -> Program:
-        operations = (*trained(seed=seed, weight_decay=0.1), *updates(3, accumulation_steps), LOOK)
-        return Program(
-            operations=operations, settings={**FP32, "max_norm": max_norm, **geometry(target, accumulation_steps)}
+        return program(
+            target,
+            *trained(seed=seed, weight_decay=0.1),
+            *updates(3, accumulation_steps),
+            LOOK,
+            accumulation_steps=accumulation_steps,
+            max_norm=max_norm,
         )
 
     @override
@@ -177,7 +188,7 @@ class Clipping(Clause):
 
 
 @CONTRACT.add
-class NoClipping(Clause):
+class NoClipping(FollowsReference):
     """max_norm=None and max_norm=0 disable clipping and never zero the gradients."""
 
     id = "OPT-14"
@@ -185,14 +196,7 @@ class NoClipping(Clause):
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
         operations = (*trained(seed=6), *updates(2), LOOK)
-        return [
-            Program(operations=operations, settings={**FP32, "max_norm": value, **geometry(target)})
-            for value in (None, 0.0)
-        ]
-
-    @override
-    def check(self, execution: Execution) -> None:
-        assert_close(self, execution)
+        return [program(target, *operations, max_norm=value) for value in (None, 0.0)]
 
 
 @CONTRACT.add
@@ -212,8 +216,7 @@ class Apart(Clause):
         for batch, (model, poison) in enumerate(turns):
             operations += micro_batch(batch, model, scheduled=True, poison=poison, poisoned_rank=target.world - 1)
         operations += [LOOK, {"do": "weights", "model": "b"}]
-        settings = {**FP32, "max_norm": max_norm, "max_skipped_updates": 0, **geometry(target, 2)}
-        return Program(operations=tuple(operations), settings=settings)
+        return program(target, *operations, accumulation_steps=2, max_norm=max_norm, max_skipped_updates=0)
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
@@ -229,7 +232,7 @@ class Apart(Clause):
 
 
 @CONTRACT.add
-class NoLeak(Clause):
+class NoLeak(FollowsReference):
     """Gradients of one update never leak into the next."""
 
     id = "OPT-9"
@@ -239,8 +242,4 @@ class NoLeak(Clause):
         operations = [*trained(seed=11), *micro_batch(0, weight=1.0)]
         operations[-2] = {**operations[-2], "weight": 1e4}  # a gradient that would dominate the next ones
         operations += [*updates(2, first=1), LOOK]
-        return [Program(operations=tuple(operations), settings={**FP32, **geometry(target)})]
-
-    @override
-    def check(self, execution: Execution) -> None:
-        assert_close(self, execution)
+        return [program(target, *operations)]

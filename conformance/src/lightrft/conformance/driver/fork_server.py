@@ -23,7 +23,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from lightrft.conformance.driver import wire
 
@@ -115,7 +115,7 @@ class ForkServer:
         status: int | None = self._ask(b"w", {"pid": pid})["status"]
         return status
 
-    def _ask(self, what: bytes, message: Mapping[str, Any], descriptors: Sequence[int] = ()) -> dict[str, Any]:
+    def _ask(self, what: bytes, message: wire.Message, descriptors: Sequence[int] = ()) -> wire.Message:
         try:
             socket.send_fds(self._connection, [what], descriptors)
             wire.send(self._connection, message)

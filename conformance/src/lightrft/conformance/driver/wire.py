@@ -2,9 +2,10 @@
 
 import json
 import socket
-from collections.abc import Mapping
 from typing import Any
 
+Message = dict[str, Any]
+"""A JSON object."""
 _LENGTH = 8
 
 
@@ -12,7 +13,7 @@ class ConnectionLost(Exception):
     """The other side closed the connection or sent an invalid message."""
 
 
-def send(connection: socket.socket, message: Mapping[str, Any]) -> None:
+def send(connection: socket.socket, message: Message) -> None:
     """Send one message. Raises `ConnectionLost`."""
     body = json.dumps(dict(message)).encode()
     try:
@@ -21,7 +22,7 @@ def send(connection: socket.socket, message: Mapping[str, Any]) -> None:
         raise ConnectionLost(str(error)) from error
 
 
-def receive(connection: socket.socket) -> dict[str, Any]:
+def receive(connection: socket.socket) -> Message:
     """Wait for one message. Raises `ConnectionLost`, or `TimeoutError` after the socket's timeout."""
     length = int.from_bytes(_exactly(connection, _LENGTH))
     try:

@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 import traceback
-from typing import Any
+from collections.abc import Callable
 
 from lightrft.conformance.driver import wire
 from lightrft.conformance.driver.worker_process import STACK_SIGNAL
@@ -39,11 +39,11 @@ def main() -> None:
         try:
             wire.send(connection, answer)
         except wire.ConnectionLost:
-            print("the code under test closed the connection over which it is judged", flush=True)
+            print("the code under test closed the connection to the driver", flush=True)
             os._exit(9)
 
 
-def _answer(command: dict[str, Any], rank: int, run: Any) -> dict[str, Any]:
+def _answer(command: wire.Message, rank: int, run: Callable[[wire.Message, int], list[object]]) -> wire.Message:
     try:
         return {"number": command["number"], "observations": run(command["program"], rank)}
     except BaseException:  # noqa: BLE001

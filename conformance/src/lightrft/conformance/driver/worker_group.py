@@ -1,8 +1,8 @@
 """A group of worker processes, one per rank: started once, sent program after program, ended by their own pids.
 
 A program has one deadline for the whole group. A rank that misses it is hung: the driver records its stack and kills
-the group, and the next `run` starts another. The driver notices a dead rank at once, gives the others
-`GRACE_SECONDS` to notice it too, then kills the group.
+the group, and the next `run` starts another. The driver notices at once a rank that died, or whose answer says that it
+gave up, gives the others `GRACE_SECONDS` to notice it too, then kills the group.
 """
 
 import os
@@ -10,10 +10,10 @@ import selectors
 import shutil
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -25,7 +25,7 @@ from lightrft.conformance.driver.worker_process import WorkerProcess
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
 """The environment variables that a launcher sets for each rank."""
 GRACE_SECONDS = 10.0
-"""How long the other ranks may go on after one died."""
+"""How long the other ranks may go on after one died or gave up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class RankReport:
     """What one rank did in one program."""
 
     state: Literal["answered", "hung", "died"]
-    answer: dict[str, Any] = field(default_factory=dict)
+    answer: wire.Message = field(default_factory=dict)
     detail: str = ""
     """The stack of a hung rank; the exit status and last output of a dead one."""
     killed: bool = False
@@ -87,7 +87,9 @@ class WorkerGroup:
         """Process ids of the running workers, in rank order."""
         return [worker.process.pid for worker in self._workers]
 
-    def run(self, command: Mapping[str, Any], seconds: float) -> list[RankReport]:
+    def run(
+        self, command: wire.Message, seconds: float, gave_up: Callable[[wire.Message], bool] = lambda answer: False
+    ) -> list[RankReport]:
         """Send ``command`` to every rank and wait for the answers.
 
         Starts the workers if none are running, or if one died since the last call.
@@ -95,6 +97,7 @@ class WorkerGroup:
         Args:
             command: The message to send.
             seconds: Deadline for all ranks; longer on an overloaded machine, see `load_factor`.
+            gave_up: Whether an answer means that its rank did not reach the end, so that the others may wait for it.
 
         Returns:
             A report per rank, in rank order.
@@ -107,9 +110,9 @@ class WorkerGroup:
                 return failures
         self._number += 1
         lost = {rank for rank, worker in enumerate(self._workers) if not self._sent(worker, command)}
-        return self._collect(seconds, lost)
+        return self._collect(seconds, lost, gave_up)
 
-    def _sent(self, worker: WorkerProcess, command: Mapping[str, Any]) -> bool:
+    def _sent(self, worker: WorkerProcess, command: wire.Message) -> bool:
         try:
             worker.send({**command, "number": self._number})
         except wire.ConnectionLost:
@@ -151,7 +154,7 @@ class WorkerGroup:
             self._close_fork_servers()
             return [RankReport(state="died", detail=f"could not be started: {error}")] * self.size
         self._number = 0
-        reports = self._collect(self._start_seconds, set())
+        reports = self._collect(self._start_seconds, set(), lambda answer: False)
         return [] if all(report.state == "answered" for report in reports) else reports
 
     def _shared_environment(self) -> dict[str, str]:
@@ -175,15 +178,16 @@ class WorkerGroup:
 
     # Answers
 
-    def _collect(self, seconds: float, lost: set[int]) -> list[RankReport]:
+    def _collect(self, seconds: float, lost: set[int], gave_up: Callable[[wire.Message], bool]) -> list[RankReport]:
         """Every rank's answer to the last message; kills the group if one is missing."""
-        answers: dict[int, dict[str, Any]] = {}
+        answers: dict[int, wire.Message] = {}
         with selectors.DefaultSelector() as selector:
             for rank, worker in enumerate(self._workers):
                 selector.register(worker.output, selectors.EVENT_READ, (rank, "output"))
                 if rank not in lost:
                     selector.register(worker.connection, selectors.EVENT_READ, (rank, "connection"))
-            dead = self._listen(selector, time.monotonic() + seconds * load_factor(), answers, lost)
+            end = time.monotonic() + seconds * load_factor()
+            dead = self._listen(selector, end, answers, lost, gave_up)
         reports = [self._report(rank, answers, dead) for rank in range(self.size)]
         if len(answers) < self.size:
             self.restarts += 1
@@ -191,14 +195,15 @@ class WorkerGroup:
         return reports
 
     def _listen(
-        self, selector: selectors.BaseSelector, end: float, answers: dict[int, dict[str, Any]], dead: set[int]
-    ) -> set[int]:
+        self, selector: selectors.BaseSelector, end: float, answers: dict[int, wire.Message], dead: set[int],
+        gave_up: Callable[[wire.Message], bool],
+    ) -> set[int]:  # fmt: skip
         """Fill ``answers`` until every rank has answered or died, or until ``end``; returns the ranks that died.
 
         It polls once more at the end, because waiting for the rest of one message may have delayed reading others.
         """
         if dead:
-            end = min(end, time.monotonic() + GRACE_SECONDS * load_factor())
+            end = min(end, _end_of_grace())
         time_is_up = False
         while len(answers.keys() | dead) < self.size and not time_is_up:
             time_is_up = time.monotonic() >= end
@@ -213,14 +218,15 @@ class WorkerGroup:
                 except wire.ConnectionLost:
                     dead.add(rank)
                     selector.unregister(key.fileobj)
-                    end = min(end, time.monotonic() + GRACE_SECONDS * load_factor())
+                    end = min(end, _end_of_grace())
                     continue
                 if answer.get("number") == self._number:
                     answers[rank] = answer
+                    end = min(end, _end_of_grace()) if gave_up(answer) else end
                 # an answer with another number belongs to an abandoned program: drop it
         return dead
 
-    def _report(self, rank: int, answers: Mapping[int, dict[str, Any]], dead: set[int]) -> RankReport:
+    def _report(self, rank: int, answers: Mapping[int, wire.Message], dead: set[int]) -> RankReport:
         if rank in answers:
             return RankReport(state="answered", answer=answers[rank])
         worker = self._workers[rank]
@@ -228,6 +234,10 @@ class WorkerGroup:
             detail = worker.describe_exit()
             return RankReport(state="died", detail=detail, killed=worker.process.status() == -signal.SIGKILL)
         return RankReport(state="hung", detail=worker.stack())
+
+
+def _end_of_grace() -> float:
+    return time.monotonic() + GRACE_SECONDS * load_factor()
 
 
 def load_factor() -> float:

@@ -5,7 +5,7 @@ import signal
 import socket
 import time
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Self
 
 from lightrft.conformance.driver import wire
 from lightrft.conformance.driver.fork_server import Child, ForkServer
@@ -46,7 +46,7 @@ class WorkerProcess:
 
     # Messages
 
-    def send(self, message: Mapping[str, Any]) -> None:
+    def send(self, message: wire.Message) -> None:
         """Send a message. Raises `wire.ConnectionLost`, also if the worker does not read it.
 
         Discards earlier output, so that `tail` belongs to the last program.
@@ -56,7 +56,7 @@ class WorkerProcess:
         self.connection.settimeout(SEND_SECONDS)
         wire.send(self.connection, message)
 
-    def receive(self, seconds: float) -> dict[str, Any]:
+    def receive(self, seconds: float) -> wire.Message:
         """Read the message that is arriving. Raises `wire.ConnectionLost` if it does not arrive completely."""
         self.connection.settimeout(max(0.1, seconds))
         try:

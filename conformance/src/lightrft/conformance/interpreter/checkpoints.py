@@ -3,6 +3,7 @@
 The checkpoints of a program are below one directory, the same for all ranks, which `empty_disk` clears.
 """
 
+import contextlib
 import copy
 import json
 import os
@@ -12,32 +13,40 @@ import resource
 import shutil
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from typing_extensions import override
 
 from lightrft.conformance import models
 from lightrft.conformance.interpreter.session import Session, operation
+from lightrft.conformance.interpreter.training import optimizer_state
 from lightrft.conformance.scratch import scratch
-from lightrft.conformance.values import digest
+from lightrft.conformance.values import digest, plain
 from lightrft.strategy import FakeStrategy, StrategyBase, StrategyConfig
+from lightrft.strategy.backend import World
+from lightrft.strategy.checkpoint.checkpoint_items import Models
+from lightrft.strategy.fake_strategy import FakeBackend
 
 GLOBAL_ROWS = 12
 """Rows of one update over all ranks; divisible by 1, 2, 3, 4, 6 and 12 ranks."""
 
-CLIENT_STATES: Mapping[str, Any] = {
+CLIENT_STATES: Mapping[str, dict[object, object]] = {
     "none": {},
     "plain": {"step": 3, "name": "run", "rate": 0.1, "flags": [True, False, None], "nested": {"a": {"b": [1, 2.5]}}},
     "exact": {
-        "tuple": (1, (2, [3, ()])),
+        "tuple": (1, (2, [3, ()]), True, None),
         7: "an int key",
         "bytes": b"\x00\xff",
         "big": 2**80 + 1,
-        "ends": [1e308, 5e-324],
+        "ends": [1e308, 5e-324, -0.0],
     },
     "infinite": {"best": float("inf"), "worst": float("-inf")},
     "marked": {"$tuple": [1], "$": {"$dict": 2}, "text": "\u00e9\u4e2d\ud800"},
@@ -45,10 +54,10 @@ CLIENT_STATES: Mapping[str, Any] = {
 UNSTORABLE = ("object", "function", "tensor", "set", "recursive", "deep key")
 
 
-def _unstorable(what: str) -> dict[Any, Any]:
-    recursive: dict[Any, Any] = {}
+def _unstorable(what: str) -> dict[object, object]:
+    recursive: dict[object, object] = {}
     recursive["self"] = recursive
-    values: dict[str, dict[Any, Any]] = {
+    values: dict[str, dict[object, object]] = {
         "object": {"a": [object()]},
         "function": {"a": _unstorable},
         "tensor": {"a": torch.zeros(2)},
@@ -74,7 +83,7 @@ def empty_disk(session: Session, keep: bool = True) -> None:
             disk().mkdir(parents=True)
 
 
-def _models(session: Session, model: str | list[str]) -> Any:
+def _models(session: Session, model: str | list[str]) -> Models:
     if isinstance(model, str):
         return session.models[model].model
     return {name: session.models[name].model for name in model}
@@ -84,8 +93,8 @@ def _models(session: Session, model: str | list[str]) -> Any:
 def save(
     session: Session, model: str | list[str], store: str = "s", client: str | None = None, explicit: bool = False,
     **more: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """save_ckpt; the path, and whether the state of this process is unchanged.
+) -> dict[str, object]:  # fmt: skip
+    """save_ckpt; the path, and the names of what changed in the state of this process.
 
     ``explicit``: pass the optimizer and the scheduler as arguments.
     """
@@ -97,62 +106,70 @@ def save(
     before = _fingerprint(session)
     path = session.strategy.save_ckpt(_models(session, model), disk() / store, **more)
     more.get("client_state", {}).clear()  # as a script may change its own dict afterwards
-    return {"path": str(path.relative_to(disk())), "unchanged": _fingerprint(session) == before}
+    after = _fingerprint(session)
+    changed = sorted(
+        name for name in before.keys() | after.keys() if digest(before.get(name)) != digest(after.get(name))
+    )
+    return {"path": str(path.relative_to(disk())), "changed": changed}
 
 
 @operation
 def load(
     session: Session, model: str | list[str], store: str = "s", client: str = "none", **more: Any
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """load_ckpt; the path, and whether the client state equals ``client``, including the types of containers."""
     path, state = session.strategy.load_ckpt(_models(session, model), disk() / store, **more)
     return {"path": str(path.relative_to(disk())), "client": _alike(state, CLIENT_STATES[client])}
 
 
 @operation
-def fingerprint(session: Session) -> str:
-    """A digest of everything that a load may change on this rank: weights, optimizer, scheduler, random states, positions."""
+def fingerprint(session: Session) -> dict[str, object]:
+    """Everything that a load may change on this rank: weights, optimizer, scheduler, random states, positions."""
     return _fingerprint(session)
 
 
-def _fingerprint(session: Session) -> str:
+def _fingerprint(session: Session) -> dict[str, object]:
     values = _random_states()
-    for name, entry in sorted(session.models.items()):
+    for model, entry in sorted(session.models.items()):
         module = session.strategy.unwrap_model(entry.model)
-        stream = session.strategy.full_parameters(entry.model, dtype=torch.float32)
-        values += [name, *(tensor.clone() for bucket in stream for _, tensor in bucket)]
-        values += [*module.buffers(), *(parameter.grad for parameter in module.parameters())]
-        if entry.optimizer is not None:
-            values += [dict(sorted(state.items())) for state in entry.optimizer.state.values()]
-            values += [[(k, v) for k, v in group.items() if k != "params"] for group in entry.optimizer.param_groups]
+        parts: dict[str, object] = dict(session.weights(entry.model))
+        parts |= {f"buffer {name}": buffer for name, buffer in module.named_buffers()}
+        parts |= {f"gradient of {name}": parameter.grad for name, parameter in module.named_parameters()}
+        parts |= optimizer_state(session, entry)
+        for number, group in enumerate(entry.optimizer.param_groups if entry.optimizer is not None else ()):
+            parts |= {f"{name} of group {number}": value for name, value in group.items() if name != "params"}
         if entry.scheduler is not None:
-            values.append(sorted(entry.scheduler.state_dict().items()))
-    values += [value.state_dict() for value in session.memory.values() if hasattr(value, "consumed_samples")]
-    return digest(values)
+            parts |= {f"scheduler {name}": value for name, value in entry.scheduler.state_dict().items()}
+        values |= {f"model {model}: {name}": plain(value) for name, value in parts.items()}
+    for name, value in session.memory.items():
+        if hasattr(value, "consumed_samples"):
+            values |= {f"loader {name}: {part}": position for part, position in value.state_dict().items()}
+    return values
 
 
-def _alike(left: Any, right: Any) -> bool:
+def _alike(left: object, right: object) -> bool:
     if type(left) is not type(right):
         return False
-    if isinstance(left, dict):
+    if isinstance(left, dict) and isinstance(right, dict):
         return list(left) == list(right) and all(_alike(left[key], right[key]) for key in left)
-    if isinstance(left, (list, tuple)):
+    if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
         return len(left) == len(right) and all(_alike(a, b) for a, b in zip(left, right, strict=True))
-    return bool(left == right)
+    return repr(left) == repr(right)  # 0.0 equals -0.0
 
 
 @operation
-def random_state(session: Session) -> str:
-    """A digest of the random states of this process."""
-    return digest(_random_states())
+def random_state(session: Session) -> dict[str, object]:
+    """Digests of the random states of this process."""
+    return _random_states()
 
 
-def _random_states() -> list[Any]:
-    return [random.getstate(), repr(np.random.get_state()), torch.get_rng_state()]
+def _random_states() -> dict[str, object]:
+    states = {"Python": random.getstate(), "NumPy": repr(np.random.get_state()), "torch": torch.get_rng_state()}
+    return {f"{library}'s generator": digest(state) for library, state in states.items()}
 
 
 @operation
-def rest_of_epoch(session: Session, name: str) -> list[Any]:
+def rest_of_epoch(session: Session, name: str) -> list[object]:
     """The samples of a loader from its position to the end of the epoch."""
     data_loader = session.memory[name]
     data_loader.set_epoch(data_loader.epoch)
@@ -239,7 +256,7 @@ class _Canary:
     def __init__(self, path: str) -> None:
         self.path = path
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
         return os.makedirs, (self.path,)
 
 
@@ -266,6 +283,33 @@ def plant_pickles(session: Session, replace: bool, store: str = "s", tag: str = 
 def pickle_executed(session: Session) -> bool:
     """Whether one of these pickles was loaded."""
     return (disk() / "executed").exists()
+
+
+@operation
+def load_poisoned(session: Session, model: str, store: str = "s", tag: str = "t") -> dict[str, bool]:
+    """For each file of a checkpoint, put such a pickle in its place, and load; whether the pickle was loaded."""
+    folder, executed = disk() / store / tag, {}
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    poison = pickle.dumps(_Canary(str(disk() / "executed")))
+    for name in names:
+        content = (folder / name).read_bytes()
+        session.strategy.sync_and_clear_cache()
+        _on_rank_0(session, lambda name=name: (folder / name).write_bytes(poison))  # type: ignore[misc]
+        with contextlib.suppress(Exception):
+            session.strategy.load_ckpt(_models(session, model), disk() / store, tag)
+        session.strategy.sync_and_clear_cache()
+        executed[name] = pickle_executed(session)
+        session.strategy.sync_and_clear_cache()
+        _on_rank_0(session, lambda name=name, content=content: (folder / name).write_bytes(content))  # type: ignore[misc]
+        _on_rank_0(session, lambda: shutil.rmtree(disk() / "executed", ignore_errors=True))
+    return executed
+
+
+def _on_rank_0(session: Session, change: Callable[[], object]) -> None:
+    """Change files on rank 0. The other ranks wait for it."""
+    if session.rank == 0:
+        change()
+    session.strategy.sync_and_clear_cache()
 
 
 # Kills
@@ -327,8 +371,7 @@ def recorded_weights(session: Session, model: str) -> list[str]:
 
 
 def _digest_of_weights(session: Session, model: str) -> str:
-    stream = session.strategy.full_parameters(session.models[model].model, dtype=torch.float32)
-    return digest([tensor.clone() for bucket in stream for _, tensor in bucket])
+    return digest([tensor for _, tensor in session.weights(session.models[model].model)])
 
 
 @operation
@@ -346,10 +389,17 @@ def hidden_names(session: Session, store: str = "s") -> list[str]:
 def train_shared(session: Session, model: str, first: int, count: int = 1) -> None:
     """Make ``count`` updates, each from the same `GLOBAL_ROWS` rows for any number of ranks."""
     entry = session.models[model]
-    _train(session.strategy, entry.model, entry.optimizer, entry.scheduler, first, count)
+    _train(session.strategy, entry.model, session.optimizer(model), entry.scheduler, first, count)
 
 
-def _train(strategy: StrategyBase, model: Any, optimizer: Any, scheduler: Any, first: int, count: int) -> None:
+def _train(
+    strategy: StrategyBase,
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: LRScheduler | None,
+    first: int,
+    count: int,
+) -> None:
     rank, ranks = strategy.get_rank(), strategy.world_size
     share = slice(rank * GLOBAL_ROWS // ranks, (rank + 1) * GLOBAL_ROWS // ranks)
     language = models.is_language(strategy.unwrap_model(model))
@@ -360,33 +410,81 @@ def _train(strategy: StrategyBase, model: Any, optimizer: Any, scheduler: Any, f
         strategy.optimizer_step(optimizer, model, scheduler, boundary=True)
 
 
+class AloneBackend(FakeBackend):
+    """FakeStrategy's, on one of several ranks."""
+
+    @classmethod
+    @override
+    def join(cls, config: StrategyConfig) -> World:
+        return World.alone(config)
+
+
+class Alone(FakeStrategy):
+    """FakeStrategy on one of several ranks."""
+
+    backend_class = AloneBackend
+
+
 @operation
 def on_fake_strategy(
     session: Session, kind: str, seed: int, first: int = 0, count: int = 0, load_from: str | None = None,
-    save_to: str | None = None, lr: float = 1e-3,
-) -> dict[str, Any]:  # fmt: skip
-    """On rank 0, build, optionally load, train and optionally save a model on FakeStrategy; its weights."""
+    save_to: str | None = None, lr: float = 1e-3, samples: int = 12, batches: int = 0,
+) -> dict[str, object]:  # fmt: skip
+    """On rank 0, build, optionally load, train and optionally save a model on FakeStrategy.
+
+    ``samples``: the length of a data loader, of which ``batches`` of two samples are used in epoch 1.
+
+    Returns:
+        The weights, and the other samples of the epoch.
+    """
     if session.rank != 0:
         return {}
+    with _fake_strategy(session) as fake:
+        model = models.build(kind, seed)
+        optimizer = fake.create_optimizer(model, lr=lr, weight_decay=0.01)
+        fake.prepare((model, optimizer, None))
+        loader: Any = fake.setup_dataloader(list(range(samples)), 2, shuffle=True, drop_last=True)
+        loader.set_epoch(1)
+        for _ in zip(range(batches), loader, strict=False):
+            pass
+        if load_from is not None:
+            fake.load_ckpt(model, disk() / load_from, load_lr_scheduler_states=False)
+        _train(fake, model, optimizer, None, first, count)
+        if save_to is not None:
+            fake.save_ckpt(model, disk() / save_to, tag="t")
+        loader.set_epoch(loader.epoch)
+        weights = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+        return {"weights": weights, "rest": [int(sample) for batch in loader for sample in batch]}
+
+
+@operation
+def order_on_fake_strategy(session: Session, samples: int, epochs: list[int]) -> list[list[int]]:
+    """On rank 0, the order of the numbers 0 to ``samples`` - 1 in each epoch on FakeStrategy."""
+    if session.rank != 0:
+        return []
+    with _fake_strategy(session) as fake:
+        loader: Any = fake.setup_dataloader(list(range(samples)), 1, shuffle=True, drop_last=False)
+        orders = []
+        for epoch in epochs:
+            loader.set_epoch(epoch)
+            orders.append([int(batch) for batch in loader])
+        return orders
+
+
+@contextlib.contextmanager
+def _fake_strategy(session: Session) -> Iterator[FakeStrategy]:
+    """A FakeStrategy with the settings of the program."""
     from lightrft.strategy.telemetry.log import set_rank
 
     shared = {"bf16", "max_norm", "adam_betas", "seed"}
-    fake = FakeStrategy(
+    fake = Alone(
         StrategyConfig(
             strategy="fake", device="cpu", train_batch_size=GLOBAL_ROWS, micro_train_batch_size=GLOBAL_ROWS,
             **{name: value for name, value in session.settings.items() if name in shared},
         )
     )  # fmt: skip
     try:
-        model = models.build(kind, seed)
-        optimizer = fake.create_optimizer(model, lr=lr, weight_decay=0.01)
-        fake.prepare((model, optimizer, None))
-        if load_from is not None:
-            fake.load_ckpt(model, disk() / load_from, load_lr_scheduler_states=False)
-        _train(fake, model, optimizer, None, first, count)
-        if save_to is not None:
-            fake.save_ckpt(model, disk() / save_to, tag="t")
-        return {"weights": {name: tensor.detach().clone() for name, tensor in model.named_parameters()}}
+        yield fake
     finally:
         fake.close()
         set_rank(session.rank)

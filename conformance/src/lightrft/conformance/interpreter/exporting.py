@@ -37,7 +37,7 @@ def _tokenizer() -> Any:
 
 
 @operation
-def export(session: Session, model: str, batch: int, shard: str = "5GB") -> dict[str, Any]:
+def export(session: Session, model: str, batch: int, shard: str = "5GB") -> dict[str, object]:
     """save_model; the model's logits, and what transformers opens from the directory on every rank."""
     strategy, entry = session.strategy, session.models[model]
     path = strategy.save_model(entry.model, _tokenizer(), _models_directory() / "model", max_shard_size=shard)
@@ -51,7 +51,7 @@ def export(session: Session, model: str, batch: int, shard: str = "5GB") -> dict
 
 
 @torch.no_grad()
-def _opened(path: Path, inputs: torch.Tensor) -> dict[str, Any]:
+def _opened(path: Path, inputs: torch.Tensor) -> dict[str, object]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     opened = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -76,3 +76,29 @@ def measured_export(session: Session, model: str) -> int:
     added = memory.peak(strategy.device) - before
     strategy.all_reduce(torch.zeros(1))
     return added
+
+
+@operation
+def own_save(session: Session, model: str, part: str = "") -> list[str]:
+    """save_pretrained of a prepared model, or of a part of it; the names whose tensors are not those that save_model writes.
+
+    Tensors that either of the two did not write count too.
+    """
+    from safetensors.torch import load_file
+
+    strategy, entry = session.strategy, session.models[model]
+    path = strategy.save_model(entry.model, None, _models_directory() / "whole", dtype=torch.float32)
+    wanted = load_file(path / "model.safetensors")
+    strategy.all_reduce(torch.zeros(1))  # wait until all ranks have read
+    folder = _models_directory() / f"own-{session.rank}"
+    shutil.rmtree(folder, ignore_errors=True)
+    saver: Any = strategy.unwrap_model(entry.model)
+    saver.get_submodule(part).save_pretrained(folder)
+    file = folder / "model.safetensors"
+    if session.rank != 0 and not file.exists():
+        return []  # transformers writes on rank 0 only
+    prefix = f"{part}." if part else ""
+    written = {f"{prefix}{name}": tensor for name, tensor in (load_file(file) if file.exists() else {}).items()}
+    wanted = {name: tensor for name, tensor in wanted.items() if name.startswith(prefix)}
+    equal = {name for name in wanted.keys() & written.keys() if torch.equal(wanted[name], written[name].float())}
+    return sorted((wanted.keys() | written.keys()) - equal)

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,14 +19,14 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from lightrft.conformance.interpreter.session import OPERATIONS, Session, operation
 from lightrft.conformance.provenance import origin_of
-from lightrft.conformance.values import digest, materialize
+from lightrft.conformance.values import Record, digest, materialize
 from lightrft.strategy.rollout.engine import engine_class
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @operation
-def world(session: Session) -> dict[str, Any]:
+def world(session: Session) -> dict[str, object]:
     """The rank and world size as the strategy and the process group report them."""
     strategy = session.strategy
     group = [dist.get_world_size(), dist.get_rank()] if dist.is_initialized() else None
@@ -41,7 +41,7 @@ def world(session: Session) -> dict[str, Any]:
 
 
 @operation
-def settings(session: Session, names: list[str]) -> list[Any]:
+def settings(session: Session, names: list[str]) -> list[object]:
     """Settings of the strategy."""
     return [getattr(session.strategy.config, name) for name in names]
 
@@ -59,9 +59,10 @@ def close(session: Session) -> None:
 
 
 @operation
-def restart(session: Session) -> None:
-    """Close the strategy and create another one in this process."""
+def restart(session: Session, settings: Record | None = None) -> None:
+    """Close the strategy and create another one in this process, with some ``settings`` changed."""
     session.close()
+    session.settings = {**session.settings, **(settings or {})}
     _ = session.strategy
 
 
@@ -75,7 +76,7 @@ def leave_context(session: Session, raising: bool = False) -> bool:
 
 
 @operation
-def save_on_sigterm(session: Session, operations: list[dict[str, Any]], raising: bool = False) -> dict[str, Any]:
+def save_on_sigterm(session: Session, operations: list[Record], raising: bool = False) -> dict[str, object]:
     """Run ``operations`` inside saving_on_sigterm, whose block may raise at the end.
 
     Returns:
@@ -103,12 +104,18 @@ def sigterm(session: Session) -> None:
 
 
 @operation
-def resources(session: Session, remember: str | None = None, compare: str | None = None) -> dict[str, Any]:
-    """Count threads, open files, child processes and variables; the differences from an earlier ``remember``."""
+def resources(session: Session, remember: str | None = None, compare: str | None = None) -> dict[str, object]:
+    """Count threads, open files, child processes and variables; the differences from an earlier ``remember``.
+
+    Threads of process groups are counted apart: they are not Python's, and must all end.
+    """
     gc.collect()
-    time.sleep(0.05)  # threads of destroyed process groups end with a delay
-    current: dict[str, Any] = {
+    time.sleep(0.05)  # threads of destroyed process groups, and their sockets, end with a delay
+    if remember is None and compare is not None:
+        _wait_for_ends(session.memory[compare])
+    current: Record = {
         "threads": sorted(thread.name for thread in threading.enumerate()),
+        "group threads": _group_threads(),
         "files": _open_files(),
         "children": _children(),
         "environment": dict(os.environ),
@@ -120,6 +127,7 @@ def resources(session: Session, remember: str | None = None, compare: str | None
     before = session.memory[compare]
     return {
         "threads": len(current["threads"]) - len(before["threads"]),
+        "group threads": current["group threads"] - before["group threads"],
         "files": current["files"] - before["files"],
         "children": current["children"] - before["children"],
         "environment": sorted(
@@ -131,8 +139,24 @@ def resources(session: Session, remember: str | None = None, compare: str | None
     }
 
 
+def _wait_for_ends(before: Record) -> None:
+    """Wait, 2 s at most, until there are no more files and threads of process groups than before."""
+    end = time.monotonic() + 2
+    while time.monotonic() < end and (_open_files() > before["files"] or _group_threads() > before["group threads"]):
+        time.sleep(0.05)
+
+
 def _open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+def _group_threads() -> int:
+    """Number of threads that gloo has started, by their names."""
+    count = 0
+    for name in Path("/proc/self/task").glob("*/comm"):
+        with contextlib.suppress(OSError):  # the thread has ended meanwhile
+            count += "gloo" in name.read_text(encoding="utf-8")
+    return count
 
 
 def _children() -> int:
@@ -141,9 +165,9 @@ def _children() -> int:
 
 
 @operation
-def process_state(session: Session) -> dict[str, Any]:
+def process_state(session: Session) -> dict[str, object]:
     """Process-wide state, including that of the random number generators."""
-    state: Any = np.random.get_state()
+    state = np.random.get_state(legacy=False)["state"]
     return {
         "default dtype": str(torch.get_default_dtype()),
         "default device": str(torch.get_default_device()),
@@ -153,9 +177,28 @@ def process_state(session: Session) -> dict[str, Any]:
         "torch's number of threads": torch.get_num_threads(),
         "working directory": os.getcwd(),
         "Python's generator": digest(list(random.getstate()[1])),
-        "NumPy's generator": digest([state[1].tolist(), state[2]]),
+        "NumPy's generator": digest([state["key"].tolist(), state["pos"]]),
         "torch's generator": digest(torch.get_rng_state()),
     }
+
+
+@operation
+def attachments(session: Session, model: str) -> dict[str, list[str]]:
+    """What hangs on the model as it was built, its parts and its parameters: hooks with their number, and methods. And the
+    parameters by type and shape, which sharding changes."""
+    module = session.models[model].module
+    held = [
+        (name or "the model", key, value) for name, part in module.named_modules() for key, value in vars(part).items()
+    ]
+    methods = [f"the method {key} of {name}" for name, key, value in held if callable(value)]
+    held += [
+        (name, key, getattr(parameter, key, None))
+        for name, parameter in module.named_parameters()
+        for key in ("_backward_hooks", "_post_accumulate_grad_hooks")
+    ]
+    hooks = [f"{len(value)} {key} of {name}" for name, key, value in held if "hooks" in key and value]
+    shapes = [f"{type(parameter.data).__name__} {list(parameter.shape)}" for parameter in module.parameters()]
+    return {"attached": methods + hooks, "parameters": shapes}
 
 
 @operation
@@ -188,7 +231,7 @@ def seed(session: Session, value: int) -> None:
 
 
 @operation
-def draw(session: Session) -> list[Any]:
+def draw(session: Session) -> list[object]:
     """A sample from each random number generator. Normal samples come in pairs, of which a generator caches the second."""
     return [random.gauss(0, 1), float(np.random.standard_normal()), torch.rand(3)]
 
@@ -211,14 +254,15 @@ def print_and_log(session: Session, text: str) -> dict[str, str]:
 
 
 @operation
-def idle(session: Session, seconds: float, until: list[int]) -> None:
-    """Stay away from what the other ranks do, for ``seconds`` or until the ranks ``until`` call `report_done`."""
+def idle(session: Session, seconds: float, until: list[int]) -> bool:
+    """Stay away from what the other ranks do, for ``seconds`` or until the ranks ``until`` call `report_done`: whether they did."""
     _ = session.strategy
     store, end, keys = _store(), time.monotonic() + seconds, [f"done/{rank}" for rank in until]
-    while time.monotonic() < end and not store.check(keys):
+    while not (done := store.check(keys)) and time.monotonic() < end:
         time.sleep(0.05)
     for key in keys:
         store.delete_key(key)
+    return bool(done)
 
 
 @operation
@@ -227,7 +271,7 @@ def report_done(session: Session) -> None:
     _store().set(f"done/{session.rank}", "yes")
 
 
-def _store() -> Any:
+def _store() -> TCPStore:
     """The driver's store, through which ranks communicate without the strategy."""
     return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
 
@@ -242,7 +286,7 @@ def exit_process(session: Session) -> None:
 
 
 @operation
-def all_reduce(session: Session, data: Any, op: str | None = None) -> dict[str, Any]:
+def all_reduce(session: Session, data: object, op: str | None = None) -> dict[str, object]:
     """all_reduce; the result, and whether it is independent of the argument, which must not change."""
     argument = materialize(data, session.rank, session.strategy.device)
     before = digest(argument)
@@ -251,14 +295,14 @@ def all_reduce(session: Session, data: Any, op: str | None = None) -> dict[str, 
 
 
 @operation
-def all_gather(session: Session, data: Any) -> dict[str, Any]:
+def all_gather(session: Session, data: object) -> dict[str, object]:
     """all_gather; the result, and whether it is independent of the argument, which must not change."""
     argument = materialize(data, session.rank, session.strategy.device)
     before = digest(argument)
     return _outcome(argument, before, session.strategy.all_gather(argument))
 
 
-def _outcome(argument: Any, before: str, result: Any) -> dict[str, Any]:
+def _outcome(argument: object, before: str, result: object) -> dict[str, object]:
     return {
         "result": result,
         "argument_unchanged": digest(argument) == before,
@@ -267,12 +311,12 @@ def _outcome(argument: Any, before: str, result: Any) -> dict[str, Any]:
     }
 
 
-def _share(left: Any, right: Any) -> bool:
+def _share(left: object, right: object) -> bool:
     pointers = {tensor.untyped_storage().data_ptr() for tensor in _tensors(left) if tensor.numel()}
     return any(tensor.untyped_storage().data_ptr() in pointers for tensor in _tensors(right) if tensor.numel())
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
+def _tensors(value: object) -> list[torch.Tensor]:
     if isinstance(value, dict):
         return [tensor for item in value.values() for tensor in _tensors(item)]
     return [value] if isinstance(value, torch.Tensor) else []
@@ -285,10 +329,10 @@ def local_device(session: Session) -> list[int | None]:
 
 
 @operation
-def identity(session: Session, name: str = "", engine: str = "") -> dict[str, Any]:
+def identity(session: Session, name: str = "", engine: str = "") -> dict[str, object]:
     """The class, origin and capabilities of what is under test."""
     strategy = session.strategy
-    answer: dict[str, Any] = {
+    answer: dict[str, object] = {
         "class": f"{type(strategy).__module__}.{type(strategy).__qualname__}",
         "capabilities": sorted(strategy.capabilities),
         "grouped": dist.is_initialized(),

@@ -12,11 +12,13 @@ from lightrft.conformance.interpreter.session import Entry, Session, operation
 @operation
 def build(
     session: Session, model: str, kind: str = "regressor", seed: int = 0, differ: bool = False, dtype: str = "float32",
-    meta: bool = False, actor: bool = False,
+    meta: bool = False, actor: bool = False, compiled: bool = False, of: str | None = None, shares: str = "",
 ) -> None:  # fmt: skip
     """Build a model.
 
-    ``differ``: each rank builds different weights; ``meta``: build inside init_model_context(meta_init=True).
+    ``differ``: each rank builds different weights; ``meta``: build inside init_model_context(meta_init=True);
+    ``compiled``: torch.compile, with its eager backend; ``of``, ``shares``: what it shares with another model of its
+    kind: a "module", a "parameter" or the "memory" of one.
     """
     if meta:
         with session.strategy.init_model_context(meta_init=True):
@@ -26,7 +28,22 @@ def build(
     else:
         module = models.build(kind, seed + (session.rank if differ else 0))
     module = module.to(getattr(torch, dtype))
-    session.models[model] = Entry(module=module, model=models.Actor(module) if actor else module)
+    if of is not None:
+        _share(module, session.models[of].module, shares)
+    wrapper: Any = models.Actor(module) if actor else module
+    if compiled:
+        wrapper = torch.compile(wrapper, backend="eager")
+    session.models[model] = Entry(module=module, model=wrapper)
+
+
+def _share(module: Any, other: Any, what: str) -> None:
+    """Give the head of ``module``, or what it has inside, to that of ``other``."""
+    if what == "module":
+        module.head = other.head
+    elif what == "parameter":
+        module.head.weight = other.head.weight
+    else:
+        module.head.weight = nn.Parameter(other.head.weight.detach())
 
 
 @operation
@@ -46,9 +63,8 @@ def optimizer(
 @operation
 def schedule(session: Session, model: str, decay: float = 0.5) -> None:
     """A scheduler that divides the learning rate by 1 + decay x updates."""
-    entry = session.models[model]
-    assert entry.optimizer is not None
-    entry.scheduler = torch.optim.lr_scheduler.LambdaLR(entry.optimizer, lambda step: 1 / (1 + decay * step))
+    divided = torch.optim.lr_scheduler.LambdaLR(session.optimizer(model), lambda step: 1 / (1 + decay * step))
+    session.models[model].scheduler = divided
 
 
 @operation
@@ -78,16 +94,15 @@ def prepare_model(session: Session, model: str, training: bool = True, **more: A
 
 
 @operation
-def prepare_shapes(session: Session, arguments: list[Any]) -> Any:
+def prepare_shapes(session: Session, arguments: list[object]) -> object:
     """prepare with several arguments at once; the structure of the result.
 
     Each argument is "model", "triple", "none", "empty triple", or a list of these.
     """
-    back = session.strategy.prepare(*[_argument(session, item) for item in arguments])
-    return _structure(back)
+    return _structure(session.strategy.prepare(*[_argument(session, item) for item in arguments]))
 
 
-def _argument(session: Session, item: Any) -> Any:
+def _argument(session: Session, item: object) -> object:
     if isinstance(item, list):
         return [_argument(session, part) for part in item]
     if item == "model":
@@ -99,7 +114,7 @@ def _argument(session: Session, item: Any) -> Any:
     return (None, None, None) if item == "empty triple" else None
 
 
-def _structure(value: Any) -> Any:
+def _structure(value: object) -> object:
     if isinstance(value, (list, tuple)):
         return [type(value).__name__, *(_structure(item) for item in value)]
     kinds = [
@@ -111,7 +126,7 @@ def _structure(value: Any) -> Any:
 
 
 @operation
-def prepare_set(session: Session, critic: bool, rewards: int, steps: int = 10) -> Any:
+def prepare_set(session: Session, critic: bool, rewards: int, steps: int = 10) -> dict[str, object]:
     """prepare_models_and_optimizers; the structure of the result, the actor's first learning rate, and the peak learning
     rates of actor and critic."""
     reward_models = [models.build("regressor", 10 + index) for index in range(rewards)] if rewards else None
@@ -128,7 +143,7 @@ def prepare_set(session: Session, critic: bool, rewards: int, steps: int = 10) -
 
 
 @operation
-def unwrapped(session: Session, model: str, times: int = 1) -> dict[str, Any]:
+def unwrapped(session: Session, model: str, times: int = 1) -> dict[str, object]:
     """unwrap_model; the parameter names of the result, and whether it is the original model."""
     entry = session.models[model]
     inner = entry.model
@@ -147,8 +162,20 @@ def unwrapped(session: Session, model: str, times: int = 1) -> dict[str, Any]:
 @operation
 def modes(session: Session, model: str) -> list[bool]:
     """The distinct training modes of the model and its parts."""
-    inner = session.strategy.unwrap_model(session.models[model].model)
-    return sorted({part.training for part in inner.modules()})
+    return sorted({part.training for part in session.strategy.unwrap_model(session.models[model].model).modules()})
+
+
+@operation
+def set_mode(session: Session, model: str, part: str, training: bool) -> None:
+    """Put a part of the model in training or evaluation mode."""
+    session.strategy.unwrap_model(session.models[model].model).get_submodule(part).train(training)
+
+
+@operation
+def evaluating(session: Session, model: str) -> list[str]:
+    """The names of the parts that are in evaluation mode."""
+    module = session.strategy.unwrap_model(session.models[model].model)
+    return [name for name, part in module.named_modules() if not part.training]
 
 
 @operation
@@ -159,10 +186,16 @@ def buffers(session: Session, model: str) -> dict[str, torch.Tensor]:
 
 
 @operation
-def freeze(session: Session, model: str, part: str) -> None:
-    """Freeze a part of the model."""
-    inner = session.strategy.unwrap_model(session.models[model].model)
-    inner.get_submodule(part).requires_grad_(False)
+def freeze(session: Session, model: str, part: str, thaw: bool = False) -> None:
+    """Freeze a part of the model, or let it train again."""
+    session.strategy.unwrap_model(session.models[model].model).get_submodule(part).requires_grad_(thaw)
+
+
+@operation
+def hook(session: Session, model: str, parameter: str) -> None:
+    """Register a gradient hook on a parameter of a model: every other row of the gradient becomes zero."""
+    weight = session.strategy.unwrap_model(session.models[model].model).get_parameter(parameter)
+    weight.register_hook(models.every_other_row)
 
 
 @operation
@@ -196,7 +229,7 @@ def loader(
 
 
 @operation
-def batches(session: Session, name: str, epoch: int | None = None, first: int | None = None) -> dict[str, Any]:
+def batches(session: Session, name: str, epoch: int | None = None, first: int | None = None) -> dict[str, object]:
     """The samples of all batches on this rank, or of the ``first`` ones, and the position afterwards."""
     data_loader = session.memory[name]
     if epoch is not None:
@@ -212,7 +245,7 @@ def batches(session: Session, name: str, epoch: int | None = None, first: int | 
 
 
 @operation
-def resume(session: Session, name: str, epoch: int, consumed: int) -> dict[str, Any]:
+def resume(session: Session, name: str, epoch: int, consumed: int) -> dict[str, object]:
     """The remaining samples of ``epoch`` after ``consumed`` samples."""
     data_loader = session.memory[name]
     data_loader.set_epoch(epoch, consumed)

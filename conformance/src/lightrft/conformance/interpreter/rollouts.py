@@ -3,12 +3,17 @@
 import contextlib
 import importlib.util
 import io
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from lightrft.conformance.interpreter import memory
 from lightrft.conformance.interpreter.session import OPERATIONS, Session, operation
+from lightrft.conformance.values import Record
+from lightrft.strategy import Completion
+from lightrft.strategy.models.weight_stream import Bucket
 
 
 @operation
@@ -22,8 +27,7 @@ def engine(session: Session, kind: str = "fake", actor: str | None = None) -> st
 @operation
 def missing_engine(session: Session, actor: str) -> str | None:
     """setup_inference_engine with an engine whose library is not installed; None if all are installed."""
-    names = (name for name in ("sglang", "vllm", "transformers") if importlib.util.find_spec(name) is None)
-    name = next(names, None)
+    name = next((name for name in ("sglang", "vllm", "transformers") if importlib.util.find_spec(name) is None), None)
     return None if name is None else engine(session, name, actor)
 
 
@@ -38,6 +42,23 @@ def sleep_levels(session: Session) -> list[int]:
     """The sleep levels that the engine supports."""
     current = session.strategy.inference_engine
     return [] if current is None else sorted(current.capabilities.sleep_levels)
+
+
+@operation
+def claims(session: Session) -> dict[str, bool]:
+    """What the engine claims to support, sleep levels aside."""
+    assert session.strategy.inference_engine is not None
+    supported = session.strategy.inference_engine.capabilities
+    return {name: getattr(supported, name) for name in ("multimodal", "stop_strings", "seeds_by_prompt")}
+
+
+@operation
+def end_tokens(session: Session, model: str, ids: list[int]) -> None:
+    """Set the end-of-sequence tokens of a model, as a training script would."""
+    module: Any = session.models[model].module
+    if getattr(module, "generation_config", None) is None:
+        module.generation_config = SimpleNamespace()
+    module.generation_config.eos_token_id = ids
 
 
 @operation
@@ -83,27 +104,30 @@ def wake(session: Session) -> str:
 
 @operation
 def generate(
-    session: Session, prompts: list[list[list[int]]], sampling: dict[str, Any], stay_awake: bool = False
-) -> list[Any]:
+    session: Session, prompts: list[list[list[int]]], sampling: Record, stay_awake: bool = False
+) -> list[object]:
     """gather_and_generate with the prompts of this rank."""
-    token_ids = prompts[session.rank % len(prompts)]
     completions = session.strategy.gather_and_generate(
-        sampling, all_prompt_token_ids=token_ids, sleep_engine=not stay_awake
+        sampling, all_prompt_token_ids=prompts[session.rank % len(prompts)], sleep_engine=not stay_awake
     )
     return [_record(completion) for completion in completions]
 
 
 @operation
 def generate_raw(
-    session: Session, by_rank: list[Any] | None = None, counts: Any = None, tokens: Any = None, **arguments: Any
-) -> list[Any]:
+    session: Session,
+    by_rank: list[Record] | None = None,
+    counts: object = None,
+    tokens: object = None,
+    **arguments: Any,
+) -> list[object]:
     """gather_and_generate with these arguments, or with different ones per rank."""
     arguments = arguments if by_rank is None else by_rank[session.rank % len(by_rank)]
     return [_record(completion) for completion in session.strategy.gather_and_generate(**arguments)]
 
 
 @operation
-def generate_local(session: Session, sampling: dict[str, Any], token_ids: Any = None, inputs: Any = None) -> list[Any]:
+def generate_local(session: Session, sampling: Record, token_ids: Any = None, inputs: Any = None) -> list[object]:
     """engine_generate_local."""
     return [_record(completion) for completion in session.strategy.engine_generate_local(sampling, token_ids, inputs)]
 
@@ -116,7 +140,7 @@ def broken_sync(session: Session, model: str, after: int) -> None:
     stream = session.strategy.full_parameters(session.models[model].model, 64)
     buckets = [[(name, tensor.clone()) for name, tensor in bucket] for bucket in stream]
 
-    def failing() -> Any:
+    def failing() -> Iterator[Bucket]:
         yield from buckets[:after]
         raise OSError("the stream failed")
 
@@ -135,7 +159,7 @@ def partial_sync(session: Session, model: str, leave_out: int) -> None:
     engine.update_weights([everything[:leave_out] + everything[leave_out + 1 :]])
 
 
-def _record(completion: Any) -> dict[str, Any]:
+def _record(completion: Completion) -> dict[str, object]:
     return {
         "prompt": list(completion.prompt_token_ids),
         "tokens": list(completion.output_token_ids),

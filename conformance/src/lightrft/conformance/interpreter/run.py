@@ -5,27 +5,28 @@ import gc
 import os
 import random
 import sys
+import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from lightrft.config import StrategyConfig
-from lightrft.conformance.interpreter import checkpoints, exporting, lifecycle, preparing, rollouts, training  # noqa: F401 - each module registers its operations
+from lightrft.conformance.interpreter import by_hand, checkpoints, exporting, lifecycle, preparing, rollouts, training  # noqa: F401 - each module registers its operations
 from lightrft.conformance.interpreter.session import OPERATIONS, Session
-from lightrft.conformance.values import encode, error_record
+from lightrft.conformance.values import Record, encode, error_record
 from lightrft.strategy import StrategyBase
 from lightrft.strategy.strategy import strategy_class
 
 
-def maker(name: str, fixed: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], StrategyBase]:
+def maker(name: str, fixed: Record) -> Callable[[Record], StrategyBase]:
     """A function that creates the strategy ``name`` from the settings of the certification and of a program."""
 
-    def make(settings: Mapping[str, Any]) -> StrategyBase:
+    def make(settings: Record) -> StrategyBase:
         merged = {**fixed, **settings}
         if isinstance(merged.get("adam_betas"), list):
             merged["adam_betas"] = tuple(merged["adam_betas"])
@@ -40,7 +41,7 @@ def _class_of(name: str) -> type[StrategyBase]:
     return strategy_class(name)
 
 
-def run_program(program: Mapping[str, Any], rank: int) -> list[Any]:
+def run_program(program: Record, rank: int) -> list[object]:
     """Run ``program`` on this rank.
 
     An operation with ``ranks`` runs on these ranks only; the others observe None. An error ends the program, unless the
@@ -53,7 +54,7 @@ def run_program(program: Mapping[str, Any], rank: int) -> list[Any]:
     session = Session(make=maker(program["strategy"], program["fixed"]), settings=program["settings"], rank=rank)
     _freeze_imports(len(sys.modules))
     _seed_all(program.get("seed", 0))
-    observations: list[Any] = []
+    observations: list[object] = []
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -79,7 +80,7 @@ def _freeze_imports(count: int) -> None:
     gc.freeze()
 
 
-def _run(session: Session, operation: Mapping[str, Any]) -> Any:
+def _run(session: Session, operation: Record) -> object:
     arguments = {key: value for key, value in operation.items() if key not in ("do", "ranks", "may_fail")}
     if session.rank not in operation.get("ranks", [session.rank]):
         return None
@@ -88,8 +89,17 @@ def _run(session: Session, operation: Mapping[str, Any]) -> Any:
         return encode(function(session, **arguments))
     except BaseException as error:  # noqa: BLE001 - any error of the code under test is an observation
         record = error_record(error)
+        if _read_wrong_type(error):
+            record["message"] += ", because a call returned something of the wrong type"
         error.__traceback__ = None
         return record
+
+
+def _read_wrong_type(error: BaseException) -> bool:
+    """Whether an operation of the suite itself failed on what the strategy returned."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    inside = frames[-1][0].f_code.co_filename.startswith(str(Path(__file__).parent))
+    return inside and isinstance(error, (AttributeError, TypeError))
 
 
 def _clean_up(session: Session) -> None:

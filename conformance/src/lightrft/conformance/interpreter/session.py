@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from lightrft.conformance.values import Record
 from lightrft.strategy import StrategyBase
 
 Operation = Callable[..., Any]
@@ -32,7 +33,7 @@ class Entry:
     model: nn.Module
     """The model as it is called, possibly wrapped."""
     optimizer: torch.optim.Optimizer | None = None
-    scheduler: Any = None
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
 
 
 @dataclass(kw_only=True)
@@ -41,10 +42,10 @@ class Session:
 
     make: Callable[..., StrategyBase]
     """Creates the strategy under test from settings."""
-    settings: dict[str, Any]
+    settings: Record
     rank: int
     models: dict[str, Entry] = field(default_factory=dict)
-    memory: dict[str, Any] = field(default_factory=dict)
+    memory: Record = field(default_factory=dict)
     """Values that one operation stores for a later one."""
     _strategy: StrategyBase | None = None
 
@@ -54,6 +55,17 @@ class Session:
         if self._strategy is None:
             self._strategy = self.make(self.settings)
         return self._strategy
+
+    def optimizer(self, model: str) -> torch.optim.Optimizer:
+        """The optimizer of a model in training."""
+        optimizer = self.models[model].optimizer
+        assert optimizer is not None
+        return optimizer
+
+    def weights(self, model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+        """What full_parameters yields in fp32, copied. All ranks must call this."""
+        stream = self.strategy.full_parameters(model, dtype=torch.float32)
+        return [(name, tensor.clone()) for bucket in stream for name, tensor in bucket]
 
     def close(self) -> None:
         """Close the strategy, if it was created."""

@@ -6,24 +6,26 @@ import torch
 
 from lightrft.conformance import models
 from lightrft.conformance.interpreter.session import Entry, Session, operation
-from lightrft.conformance.values import digest
+from lightrft.conformance.values import plain
 
 
 @operation
 def backward(
     session: Session, model: str, batch: int, rows: int = 2, weight: float = 1.0, poison: str | None = None,
-    poisoned_rank: int = 0, optimizer_of: str | None = None, loss_of: str | None = None,
+    poisoned_rank: int = 0, optimizer_of: str | None = None, loss_of: str | None = None, data_of: int | None = None,
 ) -> float:  # fmt: skip
-    """Forward and backward of one batch; ``poison`` multiplies the loss on one rank. Returns the loss."""
+    """Forward and backward of one batch; ``poison`` multiplies the loss on one rank. Returns the loss.
+
+    ``data_of``: the rank whose batch to use, by default this one.
+    """
     entry, source = session.models[model], session.models[loss_of or model]
-    inputs, targets = models.batch(batch, session.rank, rows, models.is_language(source.module))
+    rank = session.rank if data_of is None else data_of
+    inputs, targets = models.batch(batch, rank, rows, models.is_language(source.module))
     device = session.strategy.device
     loss = weight * models.loss_of(source.model, inputs.to(device), targets.to(device))
     if poison is not None and session.rank == poisoned_rank:
         loss = loss * models.POISONS[poison]
-    owner = session.models[optimizer_of or model].optimizer
-    assert owner is not None
-    session.strategy.backward(loss, entry.model, owner)
+    session.strategy.backward(loss, entry.model, session.optimizer(optimizer_of or model))
     return float(loss)
 
 
@@ -34,9 +36,8 @@ def backward_twice(session: Session, model: str, batch: int) -> None:
     inputs, targets = models.batch(batch, session.rank, 2, models.is_language(entry.module))
     device = session.strategy.device
     loss = models.loss_of(entry.model, inputs.to(device), targets.to(device))
-    assert entry.optimizer is not None
-    session.strategy.backward(loss, entry.model, entry.optimizer, retain_graph=True)
-    session.strategy.backward(0.5 * loss, entry.model, entry.optimizer)
+    session.strategy.backward(loss, entry.model, session.optimizer(model), retain_graph=True)
+    session.strategy.backward(0.5 * loss, entry.model, session.optimizer(model))
 
 
 @operation
@@ -51,41 +52,38 @@ def bad_backward(session: Session, model: str, what: str, batch: int = 0) -> Non
         "detached": outputs.detach().mean(),
         "number": 0.5,
     }
-    loss = losses[what]
-    session.strategy.backward(loss, entry.model, entry.optimizer)  # type: ignore[arg-type]
+    session.strategy.backward(losses[what], entry.model, entry.optimizer)  # type: ignore[arg-type]
 
 
 @operation
 def step(
     session: Session, model: str, boundary: bool | None = None, scheduled: bool = False, optimizer_of: str | None = None
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """optimizer_step; its result."""
     entry = session.models[model]
-    owner = session.models[optimizer_of or model].optimizer
-    assert owner is not None
+    owner = session.optimizer(optimizer_of or model)
     arguments: dict[str, Any] = {} if boundary is None else {"boundary": boundary}
     if scheduled:
-        result = session.strategy.optimizer_step(owner, entry.model, entry.scheduler, **arguments)
-    else:
-        result = session.strategy.optimizer_step(owner, entry.model, **arguments)
+        arguments["scheduler"] = entry.scheduler
+    result = session.strategy.optimizer_step(owner, entry.model, **arguments)
     return {"applied": result.applied, "skipped": result.skipped, "grad_norm": result.grad_norm}
 
 
 @operation
 def weights(session: Session, model: str) -> dict[str, torch.Tensor]:
     """All parameters, unsharded, in fp32."""
-    stream = session.strategy.full_parameters(session.models[model].model, dtype=torch.float32)
     trained = {name for name, _ in session.models[model].module.named_parameters(remove_duplicate=False)}
-    return {name: tensor.clone() for bucket in stream for name, tensor in bucket if name in trained}
+    return {name: tensor for name, tensor in session.weights(session.models[model].model) if name in trained}
 
 
 @operation
-def stream(session: Session, model: str, bucket_bytes: int) -> dict[str, Any]:
+def stream(session: Session, model: str, bucket_bytes: int, dtype: str | None = None) -> dict[str, object]:
     """full_parameters in small buckets: the names in order, the tensor sizes of each bucket in bytes, and the values."""
+    more = {} if dtype is None else {"dtype": getattr(torch, dtype)}
     names: list[str] = []
     sizes: list[list[int]] = []
     values: dict[str, torch.Tensor] = {}
-    for bucket in session.strategy.full_parameters(session.models[model].model, bucket_bytes):
+    for bucket in session.strategy.full_parameters(session.models[model].model, bucket_bytes, **more):
         sizes.append([tensor.nbytes for _, tensor in bucket])
         for name, tensor in bucket:
             names.append(name)
@@ -94,28 +92,29 @@ def stream(session: Session, model: str, bucket_bytes: int) -> dict[str, Any]:
 
 
 @operation
-def state(session: Session, model: str) -> dict[str, Any]:
-    """Digests of the parameters and of this rank's optimizer state, the learning rates, and the scheduler's step."""
+def state(session: Session, model: str) -> dict[str, object]:
+    """Parameters, buffers and this rank's optimizer state by name, the learning rates, and the scheduler's step."""
     entry = session.models[model]
-    session.strategy.unwrap_model(entry.model)
     return {
-        "parameters": digest([parameter.detach() for parameter in _full_parameters(session, entry)]),
-        "optimizer": digest(_optimizer_state(entry)),
+        "parameters": {name: plain(tensor) for name, tensor in session.weights(entry.model)},
+        "buffers": {name: plain(tensor) for name, tensor in session.strategy.unwrap_model(entry.model).named_buffers()},
+        "optimizer": optimizer_state(session, entry),
         "rates": [group["lr"] for group in entry.optimizer.param_groups] if entry.optimizer else [],
         "schedule": entry.scheduler.last_epoch if entry.scheduler is not None else None,
     }
 
 
-def _full_parameters(session: Session, entry: Entry) -> list[torch.Tensor]:
-    """The unsharded parameters, in fp32."""
-    stream = session.strategy.full_parameters(entry.model, dtype=torch.float32)
-    return [tensor.clone() for bucket in stream for _, tensor in bucket]
-
-
-def _optimizer_state(entry: Entry) -> list[Any]:
+def optimizer_state(session: Session, entry: Entry) -> dict[str, object]:
+    """This rank's optimizer state, by the name of the parameter, or its number if the optimizer holds another tensor."""
     if entry.optimizer is None:
-        return []
-    return [dict(sorted(state.items())) for state in entry.optimizer.state.values() if state]
+        return {}
+    module = session.strategy.unwrap_model(entry.model)
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return {
+        f"{names.get(id(key), f'tensor {number}')} {name}": plain(value)
+        for number, (key, state) in enumerate(entry.optimizer.state.items())
+        for name, value in sorted(state.items())
+    }
 
 
 @operation
@@ -137,29 +136,39 @@ def forward(session: Session, model: str, batch: int, rows: int = 2, **more: Any
 
 
 @operation
-def set_rate(session: Session, model: str, lr: float) -> None:
-    """Change the learning rate in param_groups."""
-    optimizer = session.models[model].optimizer
-    assert optimizer is not None
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+def evaluate(session: Session, model: str, batch: int, inference_mode: bool = False) -> None:
+    """A forward pass under no_grad, or under inference_mode, whose outputs are dropped."""
+    entry = session.models[model]
+    inputs, _ = models.batch(batch, session.rank, 2, models.is_language(entry.module))
+    with torch.inference_mode() if inference_mode else torch.no_grad():
+        models.logits_of(entry.model, inputs.to(session.strategy.device))
+
+
+@operation
+def set_rate(session: Session, model: str, lr: float, decayed: bool = False) -> None:
+    """Change the learning rate in all param_groups, or with ``decayed`` in those with weight decay."""
+    for group in session.optimizer(model).param_groups:
+        group["lr"] = lr if group["weight_decay"] or not decayed else group["lr"]
+
+
+@operation
+def set_eps(session: Session, model: str, eps: float) -> None:
+    """Change Adam's eps in param_groups."""
+    for group in session.optimizer(model).param_groups:
+        group["eps"] = eps
 
 
 @operation
 def set_decay(session: Session, model: str, weight_decay: float) -> None:
     """Change the weight decay in the param_groups that have one."""
-    optimizer = session.models[model].optimizer
-    assert optimizer is not None
-    for group in optimizer.param_groups:
+    for group in session.optimizer(model).param_groups:
         group["weight_decay"] = weight_decay if group["weight_decay"] else 0.0
 
 
 @operation
 def set_betas(session: Session, model: str, betas: list[float]) -> None:
     """Change Adam's betas in param_groups."""
-    optimizer = session.models[model].optimizer
-    assert optimizer is not None
-    for group in optimizer.param_groups:
+    for group in session.optimizer(model).param_groups:
         group["betas"] = tuple(betas)
 
 
@@ -172,17 +181,13 @@ def average(session: Session, model: str, into: str, beta: float) -> None:
 @operation
 def offload_optimizer(session: Session, model: str) -> None:
     """maybe_offload_optimizer."""
-    optimizer = session.models[model].optimizer
-    assert optimizer is not None
-    session.strategy.maybe_offload_optimizer(optimizer)
+    session.strategy.maybe_offload_optimizer(session.optimizer(model))
 
 
 @operation
 def load_optimizer(session: Session, model: str) -> None:
     """maybe_load_optimizer."""
-    optimizer = session.models[model].optimizer
-    assert optimizer is not None
-    session.strategy.maybe_load_optimizer(optimizer)
+    session.strategy.maybe_load_optimizer(session.optimizer(model))
 
 
 @operation

@@ -1,13 +1,12 @@
 """Defects of checkpoints."""
 
-import os
 import pickle
 import shutil
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 from weakref import WeakSet
 
@@ -17,48 +16,64 @@ from typing_extensions import override
 
 from lightrft.config import CheckpointError
 from lightrft.conformance.saboteurs.catalogue import saboteur
+from lightrft.conformance.saboteurs.hooks import CheckpointHooks, Loaded, LoaderHooks, Options
 from lightrft.conformance.saboteurs.plain import PlainStrategy
 from lightrft.strategy import FakeStrategy
 from lightrft.strategy.backend import StateSlice, TrainedModel
 from lightrft.strategy.checkpoint.background import BackgroundWriter, Staging
+from lightrft.strategy.checkpoint.checkpoint_items import Models
 from lightrft.strategy.checkpoint.store import Store
 from lightrft.strategy.data.loaders import ResumableLoader
+from lightrft.strategy.distributed.rank_consensus import RankConsensus
 from lightrft.strategy.fake_strategy import FakeBackend
 
-# mypy: disable-error-code="misc, override"
+# mypy: disable-error-code="misc"
 
 
-class Saves(FakeStrategy):
+class Saves(CheckpointHooks, LoaderHooks, FakeStrategy):
     """A strategy that can find the models and loaders whose state it saves and loads."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         self.loaders: WeakSet[ResumableLoader] = WeakSet()
         super().__init__(*arguments, **settings)
 
-    def setup_dataloader(self, *arguments: Any, **more: Any) -> Any:
-        loader = super().setup_dataloader(*arguments, **more)
-        if isinstance(loader, ResumableLoader):
-            self.loaders.add(loader)
-        return loader
+    @override
+    def loader_made(self, loader: ResumableLoader) -> None:
+        self.loaders.add(loader)
 
-    def module_of(self, model: Any) -> nn.Module:
+    def module_of(self, model: Models) -> nn.Module:
         """Return the first model, unwrapped."""
         return self.unwrap_model(next(iter(model.values())) if isinstance(model, Mapping) else model)
 
-    def trained_of(self, model: Any) -> TrainedModel | None:
+    def trained_of(self, model: Models) -> TrainedModel | None:
         """Return the first model in training, or None."""
         prepared = self._models.find(self.module_of(model))
         return None if prepared is None else prepared.trained
+
+
+@contextmanager
+def without_pending_gradient(trained: TrainedModel | None) -> Iterator[None]:
+    """Report in the body that no gradient of ``trained`` is pending."""
+    if trained is None:
+        yield
+        return
+    counts = trained.micro_batches, trained.backwards
+    trained.micro_batches = trained.backwards = 0
+    try:
+        yield
+    finally:
+        trained.micro_batches, trained.backwards = counts
 
 
 @saboteur("CKPT-1")
 class ForgetsStreams(Saves):
     """Loading does not restore the random streams."""
 
-    def load_ckpt(self, model: Any, *arguments: Any, **more: Any) -> Any:
+    @override
+    def load(self, model: Models, directory: Path, tag: str | None, options: Options) -> Loaded:
         before = torch.get_rng_state()
         try:
-            return super().load_ckpt(model, *arguments, **more)
+            return super().load(model, directory, tag, options)
         finally:
             torch.set_rng_state(before)
 
@@ -76,77 +91,70 @@ class ForgetsMoments(FakeBackend):
 class ForgetsSkips(Saves):
     """Loading sets the count of updates skipped in a row to 0."""
 
-    def load_ckpt(self, model: Any, *arguments: Any, **more: Any) -> Any:
-        result = super().load_ckpt(model, *arguments, **more)
+    @override
+    def loaded(self, model: Models, options: Options) -> None:
         trained = self.trained_of(model)
         if trained is not None:
             trained.skipped_in_a_row = 0
-        return result
 
 
 @saboteur("CKPT-1")
 class ForgetsThePosition(Saves):
     """After loading, loaders begin at the start of the epoch."""
 
-    def load_ckpt(self, *arguments: Any, **more: Any) -> Any:
-        result = super().load_ckpt(*arguments, **more)
+    @override
+    def loaded(self, model: Models, options: Options) -> None:
         for loader in self.loaders:
             loader.set_epoch(loader.epoch, 0)
-        return result
 
 
 @saboteur("CKPT-1")
 class ForgetsAverages(Saves):
     """After loading, an average moves again for an update that it already contains."""
 
-    def load_ckpt(self, model: Any, *arguments: Any, **more: Any) -> Any:
-        result = super().load_ckpt(model, *arguments, **more)
-        self._averages.seen.clear()
-        return result
+    @override
+    def loaded(self, model: Models, options: Options) -> None:
+        for prepared in self._models:
+            self._averages.restore(prepared.module, 0)
 
 
 @saboteur("CKPT-1")
 class SavesHalfWay(Saves):
     """Saves between updates, without the pending gradient."""
 
-    def save_ckpt(self, model: Any, *arguments: Any, **more: Any) -> Any:
-        trained = self.trained_of(model)
-        pending = (0, 0) if trained is None else (trained.micro_batches, trained.backwards)
-        if trained is not None:
-            trained.micro_batches = trained.backwards = 0
-        try:
-            return super().save_ckpt(model, *arguments, **more)
-        finally:
-            if trained is not None:
-                trained.micro_batches, trained.backwards = pending
+    @override
+    def save(self, model: Models, directory: Path, tag: str | None, options: Options) -> Path:
+        with without_pending_gradient(self.trained_of(model)):
+            return super().save(model, directory, tag, options)
 
 
 @saboteur("CKPT-1", world=2)
-class OneStream(PlainStrategy):
+class OneStream(CheckpointHooks, PlainStrategy):
     """After loading, every rank has rank 0's random streams."""
 
-    def load_ckpt(self, model: Any, *arguments: Any, **more: Any) -> Any:
-        result = super().load_ckpt(model, *arguments, **more)
+    @override
+    def loaded(self, model: Models, options: Options) -> None:
         torch.set_rng_state(self.all_gather(torch.get_rng_state()[None])[0])
-        return result
 
 
 @saboteur("CKPT-2")
 class IgnoresTags(Saves):
     """Always loads the newest checkpoint."""
 
-    def load_ckpt(self, model: Any, load_dir: Any, tag: str | None = None, **more: Any) -> Any:
-        known = {path.name for path in Path(load_dir).glob("*")}
-        return super().load_ckpt(model, load_dir, None if tag in known else tag, **more)
+    @override
+    def load(self, model: Models, directory: Path, tag: str | None, options: Options) -> Loaded:
+        known = {path.name for path in directory.glob("*")}
+        return super().load(model, directory, None if tag in known else tag, options)
 
 
 @saboteur("CKPT-2")
 class OwnError(Saves):
     """The error for a missing tag is a RuntimeError, not a FileNotFoundError."""
 
-    def load_ckpt(self, model: Any, *arguments: Any, **more: Any) -> Any:
+    @override
+    def load(self, model: Models, directory: Path, tag: str | None, options: Options) -> Loaded:
         try:
-            return super().load_ckpt(model, *arguments, **more)
+            return super().load(model, directory, tag, options)
         except FileNotFoundError as error:
             raise RuntimeError(str(error)) from error
 
@@ -155,8 +163,9 @@ class OwnError(Saves):
 class ListsForTuples(Saves):
     """Tuples in the client state come back as lists."""
 
-    def load_ckpt(self, model: Any, *arguments: Any, **more: Any) -> Any:
-        path, state = super().load_ckpt(model, *arguments, **more)
+    @override
+    def load(self, model: Models, directory: Path, tag: str | None, options: Options) -> Loaded:
+        path, state = super().load(model, directory, tag, options)
         return path, {key: list(value) if isinstance(value, tuple) else value for key, value in state.items()}
 
 
@@ -164,28 +173,33 @@ class ListsForTuples(Saves):
 class StoresReprs(Saves):
     """A client state that cannot be stored is stored as its repr."""
 
-    def save_ckpt(self, model: Any, *arguments: Any, client_state: Any = None, **more: Any) -> Any:
+    @override
+    def save(self, model: Models, directory: Path, tag: str | None, options: Options) -> Path:
         try:
-            return super().save_ckpt(model, *arguments, client_state=client_state, **more)
+            return super().save(model, directory, tag, options)
         except TypeError:
-            return super().save_ckpt(model, *arguments, client_state={"text": repr(client_state)}, **more)
+            text = repr(options.get("client_state"))
+            return super().save(model, directory, tag, {**options, "client_state": {"text": text}})
 
 
 @saboteur("CKPT-4")
 class OneTooMany(Saves):
     """Keeps one checkpoint more than max_num."""
 
-    def save_ckpt(self, model: Any, *arguments: Any, max_num: int = 3, **more: Any) -> Any:
-        return super().save_ckpt(model, *arguments, max_num=max_num and max_num + 1, **more)
+    @override
+    def save(self, model: Models, directory: Path, tag: str | None, options: Options) -> Path:
+        limit = options.get("max_num", 3)
+        return super().save(model, directory, tag, {**options, "max_num": limit and limit + 1})
 
 
 @saboteur("CKPT-4")
 class RemovesAnything(Saves):
     """Rotation removes directories that are not checkpoints."""
 
-    def save_ckpt(self, model: Any, save_dir: Any, *arguments: Any, **more: Any) -> Any:
-        path = super().save_ckpt(model, save_dir, *arguments, **more)
-        for other in Path(save_dir).iterdir():
+    @override
+    def save(self, model: Models, directory: Path, tag: str | None, options: Options) -> Path:
+        path = super().save(model, directory, tag, options)
+        for other in directory.iterdir():
             if other.is_dir() and not (other / "manifest.json").exists():
                 shutil.rmtree(other)
         return path
@@ -195,28 +209,30 @@ class RemovesAnything(Saves):
 class IgnoresSize(Saves):
     """Ignores max_mem."""
 
-    def save_ckpt(self, model: Any, *arguments: Any, max_mem: float = 1000, **more: Any) -> Any:
-        return super().save_ckpt(model, *arguments, max_mem=max(max_mem, 1.0), **more)
+    @override
+    def save(self, model: Models, directory: Path, tag: str | None, options: Options) -> Path:
+        return super().save(model, directory, tag, {**options, "max_mem": max(options.get("max_mem", 1000), 1.0)})
 
 
 @saboteur("CKPT-5")
 class RemovesTheOldFirst(Saves):
     """With max_num=1, the old checkpoint is removed before the new one is committed."""
 
-    def save_ckpt(self, model: Any, save_dir: Any, *arguments: Any, **more: Any) -> Any:
-        if more.get("max_num") == 1:
-            for checkpoint in Store(Path(save_dir)).committed():
+    @override
+    def save(self, model: Models, directory: Path, tag: str | None, options: Options) -> Path:
+        if options.get("max_num") == 1:
+            for checkpoint in Store(directory).committed():
                 shutil.rmtree(checkpoint.path)
-        return super().save_ckpt(model, save_dir, *arguments, **more)
+        return super().save(model, directory, tag, options)
 
 
 @saboteur("CKPT-5")
 class ManifestFirst(Saves):
     """A checkpoint is copied to its directory file by file, the manifest first."""
 
-    def save_ckpt(self, model: Any, save_dir: Any, *arguments: Any, tag: Any = None, **more: Any) -> Any:
-        directory, more = Path(save_dir), {**more, "max_num": 99}
-        path = super().save_ckpt(model, directory.with_name("scratch"), *arguments, tag=tag, **more)
+    @override
+    def save(self, model: Models, directory: Path, tag: str | None, options: Options) -> Path:
+        path = super().save(model, directory.with_name("scratch"), tag, {**options, "max_num": 99})
         (directory / path.name).mkdir(parents=True)
         for file in sorted(path.iterdir()):
             shutil.copyfile(file, directory / path.name / file.name)
@@ -224,33 +240,36 @@ class ManifestFirst(Saves):
 
 
 @saboteur("CKPT-5", world=2)
-class LeavesRubbish(PlainStrategy):
+class LeavesRubbish(CheckpointHooks, PlainStrategy):
     """Incomplete checkpoints of killed processes are not removed."""
 
-    def save_ckpt(self, model: Any, save_dir: Any, *arguments: Any, **more: Any) -> Any:
+    @override
+    def save(self, model: Models, directory: Path, tag: str | None, options: Options) -> Path:
         with patch.object(Store, "clean"):
-            return super().save_ckpt(model, save_dir, *arguments, **more)
+            return super().save(model, directory, tag, options)
 
 
 @saboteur("CKPT-6")
 class LooksAfterwards(Saves):
     """Changes the model before the checkpoint is verified."""
 
-    def load_ckpt(self, model: Any, *arguments: Any, **more: Any) -> Any:
+    @override
+    def load(self, model: Models, directory: Path, tag: str | None, options: Options) -> Loaded:
         with torch.no_grad():
             next(self.module_of(model).parameters()).add_(1)
-        return super().load_ckpt(model, *arguments, **more)
+        return super().load(model, directory, tag, options)
 
 
 @saboteur("CKPT-6")
 class FallsBack(Saves):
     """Loading a damaged checkpoint changes nothing and raises nothing."""
 
-    def load_ckpt(self, model: Any, load_dir: Any, *arguments: Any, **more: Any) -> Any:
+    @override
+    def load(self, model: Models, directory: Path, tag: str | None, options: Options) -> Loaded:
         try:
-            return super().load_ckpt(model, load_dir, *arguments, **more)
+            return super().load(model, directory, tag, options)
         except RuntimeError:
-            return Path(load_dir), {}
+            return directory, {}
 
 
 @saboteur("CKPT-7")
@@ -260,7 +279,7 @@ class OwnLayout(FakeBackend):
     @override
     def state_slices(self, trained: TrainedModel) -> list[StateSlice]:
         slices = super().state_slices(trained)
-        by_shape: dict[Any, list[int]] = {}
+        by_shape: dict[tuple[int, ...], list[int]] = {}
         for index, state_slice in enumerate(slices):
             by_shape.setdefault(state_slice.shard.shape, []).append(index)
         swapped = list(slices)
@@ -274,106 +293,162 @@ class OwnLayout(FakeBackend):
 class AllOrNothing(Saves):
     """load_optimizer_states=False does not load the schedule either."""
 
-    def load_ckpt(self, model: Any, *arguments: Any, load_optimizer_states: bool = True, **more: Any) -> Any:
-        if not load_optimizer_states:
-            more["load_lr_scheduler_states"] = False
-        return super().load_ckpt(model, *arguments, load_optimizer_states=load_optimizer_states, **more)
+    @override
+    def load(self, model: Models, directory: Path, tag: str | None, options: Options) -> Loaded:
+        if not options.get("load_optimizer_states", True):
+            options["load_lr_scheduler_states"] = False
+        return super().load(model, directory, tag, options)
 
 
 @saboteur("CKPT-8")
 class MoreThanTheModule(Saves):
     """load_module_only restores the random streams too."""
 
-    def load_ckpt(self, model: Any, *arguments: Any, load_module_only: bool = False, **more: Any) -> Any:
-        if load_module_only:
-            more |= {"load_optimizer_states": False, "load_lr_scheduler_states": False}
-        return super().load_ckpt(model, *arguments, **more)
+    @override
+    def load(self, model: Models, directory: Path, tag: str | None, options: Options) -> Loaded:
+        if options.pop("load_module_only", False):
+            options |= {"load_optimizer_states": False, "load_lr_scheduler_states": False}
+        return super().load(model, directory, tag, options)
 
 
 @saboteur("CKPT-8")
 class NeverStrict(Saves):
     """load_module_strict is ignored: loads the parameters that both have."""
 
-    def load_ckpt(self, model: Any, *arguments: Any, load_module_strict: bool = True, **more: Any) -> Any:
-        return super().load_ckpt(model, *arguments, load_module_strict=False, **more)
+    @override
+    def load(self, model: Models, directory: Path, tag: str | None, options: Options) -> Loaded:
+        return super().load(model, directory, tag, {**options, "load_module_strict": False})
 
 
 @saboteur("CKPT-9")
 class DrawsATag(Saves):
     """Saving draws from torch's random stream."""
 
-    def save_ckpt(self, model: Any, *arguments: Any, **more: Any) -> Any:
+    @override
+    def save(self, model: Models, directory: Path, tag: str | None, options: Options) -> Path:
         torch.rand(1)
-        return super().save_ckpt(model, *arguments, **more)
+        return super().save(model, directory, tag, options)
 
 
 @saboteur("CKPT-9", world=2)
-class PathsOfItsOwn(PlainStrategy):
+class PathsOfItsOwn(CheckpointHooks, PlainStrategy):
     """Each rank returns a different path."""
 
-    def save_ckpt(self, model: Any, *arguments: Any, **more: Any) -> Any:
-        path = super().save_ckpt(model, *arguments, **more)
-        return path / f"rank{self.world.rank}"
+    @override
+    def save(self, model: Models, directory: Path, tag: str | None, options: Options) -> Path:
+        return super().save(model, directory, tag, options) / f"rank{self.world.rank}"
 
 
 @saboteur("CKPT-10")
 class Unpickles(Saves):
     """Unpickles a file that lies in the checkpoint."""
 
-    def load_ckpt(self, model: Any, load_dir: Any, tag: str | None = None, **more: Any) -> Any:
-        extra = Path(load_dir) / str(tag) / "client_state.pt"
+    @override
+    def load(self, model: Models, directory: Path, tag: str | None, options: Options) -> Loaded:
+        extra = directory / str(tag) / "client_state.pt"
         if extra.exists():
             with extra.open("rb") as file:
                 pickle.load(file)  # noqa: S301 - the defect
-        return super().load_ckpt(model, load_dir, tag, **more)
+        return super().load(model, directory, tag, options)
 
 
 @saboteur("CKPT-11", world=2)
-class Alone(PlainStrategy):
+class Alone(CheckpointHooks, PlainStrategy):
     """If saving fails, only rank 0 raises."""
 
-    def save_ckpt(self, model: Any, *arguments: Any, **more: Any) -> Any:
+    @override
+    def save(self, model: Models, directory: Path, tag: str | None, options: Options) -> Path:
         try:
-            return super().save_ckpt(model, *arguments, **more)
+            return super().save(model, directory, tag, options)
         except RuntimeError:
             if self.world.rank == 0:
                 raise
-            return Path(arguments[0])
+            return directory
 
 
 @saboteur("CKPT-11")
 class RemovesFirst(Saves):
     """Old checkpoints are removed before the new one is written."""
 
-    def save_ckpt(self, model: Any, save_dir: Any, *arguments: Any, **more: Any) -> Any:
-        if os.path.isdir(save_dir):
-            for other in Path(save_dir).iterdir():
+    @override
+    def save(self, model: Models, directory: Path, tag: str | None, options: Options) -> Path:
+        if directory.is_dir():
+            for other in directory.iterdir():
                 if (other / "manifest.json").exists():
                     shutil.rmtree(other)
-        return super().save_ckpt(model, save_dir, *arguments, **more)
+        return super().save(model, directory, tag, options)
 
 
 @saboteur("CKPT-11")
-class LosesFailures(FakeStrategy):
+class LosesFailures(CheckpointHooks, FakeStrategy):
     """The error of a save in the background is never raised."""
 
-    def save_ckpt(self, *arguments: Any, **more: Any) -> Any:
+    @override
+    def save(self, model: Models, directory: Path, tag: str | None, options: Options) -> Path:
         with suppress(CheckpointError):
             self._checkpoint_saver.finish()
-        return super().save_ckpt(*arguments, **more)
+        return super().save(model, directory, tag, options)
 
 
 @saboteur("CKPT-12")
-class StoresLater(FakeStrategy):
+class StoresLater(CheckpointHooks, FakeStrategy):
     """An asynchronous save stores the weights as they are 0.3 s later, not as they were at the call."""
 
-    def save_ckpt(self, *arguments: Any, **more: Any) -> Any:
+    @override
+    def save(self, model: Models, directory: Path, tag: str | None, options: Options) -> Path:
         run = BackgroundWriter._run
 
-        def run_later(background: BackgroundWriter, path: Path, write: Any) -> None:
+        def run_later(background: BackgroundWriter, path: Path, write: Callable[[RankConsensus], None]) -> None:
             time.sleep(0.3)
             run(background, path, write)
 
         share_memory = patch.object(Staging, "copies", lambda staging, tensors: tensors)
         with share_memory, patch.object(BackgroundWriter, "_run", run_later):
-            return super().save_ckpt(*arguments, **more)
+            return super().save(model, directory, tag, options)
+
+
+@saboteur("CKPT-4")
+class IgnoresKeep(CheckpointHooks, FakeStrategy):
+    """Rotation removes what is to be kept."""
+
+    @override
+    def save(self, model: Models, directory: Path, tag: str | None, options: Options) -> Path:
+        return super().save(model, directory, tag, {**options, "keep": ()})
+
+
+@saboteur("CKPT-13")
+class CountsBatches(Saves):
+    """The position in the data is restored as a number of batches."""
+
+    size: ClassVar[int] = 1
+    """Samples of a batch when the checkpoint was saved."""
+
+    @override
+    def save(self, model: Models, directory: Path, tag: str | None, options: Options) -> Path:
+        for loader in self.loaders:
+            CountsBatches.size = loader.batch_size or 1
+        return super().save(model, directory, tag, options)
+
+    @override
+    def loaded(self, model: Models, options: Options) -> None:
+        for loader in self.loaders:
+            loader.set_epoch(loader.epoch, loader.consumed_samples // self.size * (loader.batch_size or 1))
+
+
+@saboteur("CKPT-13")
+class KeepsTheMicroBatches(Saves):
+    """After loading, an update takes as many micro-batches as before."""
+
+    steps: ClassVar[int] = 1
+    """Micro-batches of an update when the checkpoint was saved."""
+
+    @override
+    def save(self, model: Models, directory: Path, tag: str | None, options: Options) -> Path:
+        KeepsTheMicroBatches.steps = self.accumulated_gradient
+        return super().save(model, directory, tag, options)
+
+    @override
+    def loaded(self, model: Models, options: Options) -> None:
+        trained = self.trained_of(model)
+        if trained is not None:
+            trained.accumulation_steps = self.steps

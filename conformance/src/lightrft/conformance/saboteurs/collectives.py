@@ -1,18 +1,22 @@
 """Defects of all_reduce and all_gather."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from typing_extensions import override
 
 from lightrft.conformance.saboteurs.catalogue import saboteur
+from lightrft.conformance.saboteurs.hooks import CollectiveHooks
 from lightrft.conformance.saboteurs.plain import PlainStrategy
 from lightrft.strategy import FakeStrategy
+from lightrft.strategy.distributed.collectives import ReduceOp
 
 # mypy: disable-error-code="misc"
 
 
-def map_leaves(function: Any, data: Any) -> Any:
+def map_leaves(function: Callable[[Any], object], data: object) -> object:
     """Return ``data`` with ``function`` of every leaf."""
     if isinstance(data, dict):
         return {key: map_leaves(function, value) for key, value in data.items()}
@@ -23,7 +27,7 @@ def map_leaves(function: Any, data: Any) -> Any:
 class MaxIsSum(PlainStrategy):
     """op="max" computes the sum."""
 
-    def all_reduce(self, data: Any, op: Any = "mean") -> Any:
+    def all_reduce(self, data: Any, op: ReduceOp = "mean") -> Any:
         return super().all_reduce(data, "sum" if op == "max" else op)
 
 
@@ -31,8 +35,8 @@ class MaxIsSum(PlainStrategy):
 class SinglePrecision(PlainStrategy):
     """Python numbers are reduced in fp32."""
 
-    def all_reduce(self, data: Any, op: Any = "mean") -> Any:
-        def leaf(value: Any) -> Any:
+    def all_reduce(self, data: Any, op: ReduceOp = "mean") -> Any:
+        def leaf(value: Any) -> object:
             if isinstance(value, torch.Tensor):
                 return super(SinglePrecision, self).all_reduce(value, op)
             result = super(SinglePrecision, self).all_reduce(torch.tensor(float(value)), op).item()
@@ -45,7 +49,7 @@ class SinglePrecision(PlainStrategy):
 class WholeNumbersAsDoubles(PlainStrategy):
     """int64 is summed in float64, which has 53 bits."""
 
-    def all_reduce(self, data: Any, op: Any = "mean") -> Any:
+    def all_reduce(self, data: Any, op: ReduceOp = "mean") -> Any:
         if isinstance(data, torch.Tensor) and data.dtype == torch.int64:
             return super().all_reduce(data.double(), op).long()
         return super().all_reduce(data, op)
@@ -55,7 +59,7 @@ class WholeNumbersAsDoubles(PlainStrategy):
 class OrderOfMemory(PlainStrategy):
     """A tensor that is not contiguous comes back in the order of its memory."""
 
-    def all_reduce(self, data: Any, op: Any = "mean") -> Any:
+    def all_reduce(self, data: Any, op: ReduceOp = "mean") -> Any:
         if isinstance(data, torch.Tensor) and data.ndim == 2 and not data.is_contiguous():
             return super().all_reduce(data.t().contiguous(), op).reshape(data.shape)
         return super().all_reduce(data, op)
@@ -65,46 +69,49 @@ class OrderOfMemory(PlainStrategy):
 class LosesNaN(PlainStrategy):
     """The maximum ignores a NaN of one rank."""
 
-    def all_reduce(self, data: Any, op: Any = "mean") -> Any:
+    def all_reduce(self, data: Any, op: ReduceOp = "mean") -> Any:
         if op == "max" and isinstance(data, torch.Tensor) and data.is_floating_point():
             return super().all_reduce(torch.nan_to_num(data, nan=-torch.inf), op)
         return super().all_reduce(data, op)
 
 
 @saboteur("COLL-2", world=2)
-class FalseGraph(PlainStrategy):
+class FalseGraph(CollectiveHooks, PlainStrategy):
     """The result requires a gradient if the argument does, although it has no graph."""
 
-    def all_reduce(self, data: Any, op: Any = "mean") -> Any:
-        result = super().all_reduce(data, op)
-        return result.requires_grad_() if isinstance(data, torch.Tensor) and data.requires_grad else result
+    @override
+    def reduced(self, data: object, result: object) -> object:
+        if isinstance(data, torch.Tensor) and isinstance(result, torch.Tensor) and data.requires_grad:
+            result.requires_grad_()
+        return result
 
 
 @saboteur("COLL-4", world=2)
-class SqueezesColumns(PlainStrategy):
+class SqueezesColumns(CollectiveHooks, PlainStrategy):
     """A gathered single column comes back without its dimension."""
 
-    def all_gather(self, data: Any) -> Any:
-        result = super().all_gather(data)
-        single = isinstance(result, torch.Tensor) and result.ndim > 1 and result.shape[-1] == 1
-        return result.squeeze(-1) if single else result
+    @override
+    def gathered(self, data: object, result: object) -> object:
+        if isinstance(result, torch.Tensor) and result.ndim > 1 and result.shape[-1] == 1:
+            return result.squeeze(-1)
+        return result
 
 
 @saboteur("COLL-1", world=2)
-class WholeMeans(PlainStrategy):
+class WholeMeans(CollectiveHooks, PlainStrategy):
     """The mean of a Python int is an int."""
 
-    def all_reduce(self, data: Any, op: Any = "mean") -> Any:
-        result = super().all_reduce(data, op)
-        return int(result) if isinstance(data, int) else result
+    @override
+    def reduced(self, data: object, result: object) -> object:
+        return int(result) if isinstance(data, int) and isinstance(result, float) else result
 
 
 @saboteur("COLL-1", world=2)
-class LastRankOff(PlainStrategy):
+class LastRankOff(CollectiveHooks, PlainStrategy):
     """On the last rank, floats are 1 too large."""
 
-    def all_reduce(self, data: Any, op: Any = "mean") -> Any:
-        result = super().all_reduce(data, op)
+    @override
+    def reduced(self, data: object, result: object) -> object:
         last = self.world.rank == self.world.size - 1
         return map_leaves(lambda leaf: leaf + 1 if last and isinstance(leaf, float) else leaf, result)
 
@@ -113,71 +120,75 @@ class LastRankOff(PlainStrategy):
 class MeansOfIntegers(FakeStrategy):
     """The mean of an integer tensor is rounded down."""
 
-    def all_reduce(self, data: Any, op: Any = "mean") -> Any:
+    def all_reduce(self, data: Any, op: ReduceOp = "mean") -> Any:
         if isinstance(data, torch.Tensor) and not data.is_floating_point():
             return super().all_reduce(data, "sum") // self.world_size
         return super().all_reduce(data, op)
 
 
 @saboteur("COLL-2", world=2)
-class InPlace(PlainStrategy):
+class InPlace(CollectiveHooks, PlainStrategy):
     """all_reduce writes into its argument."""
 
-    def all_reduce(self, data: Any, op: Any = "mean") -> Any:
-        result = super().all_reduce(data, op)
-        if isinstance(data, torch.Tensor):
+    @override
+    def reduced(self, data: object, result: object) -> object:
+        if isinstance(data, torch.Tensor) and isinstance(result, torch.Tensor):
             data.detach().copy_(result)
         return result
 
 
 @saboteur("COLL-2")
-class SameMemory(FakeStrategy):
+class SameMemory(CollectiveHooks, FakeStrategy):
     """On one rank, all_reduce returns its argument."""
 
-    def all_reduce(self, data: Any, op: Any = "mean") -> Any:
-        super().all_reduce(data, op)
+    @override
+    def reduced(self, data: object, result: object) -> object:
         return data
 
 
 @saboteur("COLL-2")
-class GathersViews(FakeStrategy):
+class GathersViews(CollectiveHooks, FakeStrategy):
     """On one rank, all_gather returns a view of its argument."""
 
-    def all_gather(self, data: Any) -> Any:
-        result = super().all_gather(data)
-        return data.view(result.shape) if isinstance(data, torch.Tensor) else result
+    @override
+    def gathered(self, data: object, result: object) -> object:
+        if isinstance(data, torch.Tensor) and isinstance(result, torch.Tensor):
+            return data.view(result.shape)
+        return result
 
 
 @saboteur("COLL-3")
-class SortsKeys(FakeStrategy):
+class SortsKeys(CollectiveHooks, FakeStrategy):
     """Keys come back sorted."""
 
-    def all_reduce(self, data: Any, op: Any = "mean") -> Any:
-        result = super().all_reduce(data, op)
+    @override
+    def reduced(self, data: object, result: object) -> object:
         return dict(sorted(result.items(), key=lambda item: str(item[0]))) if isinstance(result, dict) else result
 
 
 @saboteur("COLL-3")
-class Flattens(FakeStrategy):
+class Flattens(CollectiveHooks, FakeStrategy):
     """0-dim tensors come back with one dimension."""
 
-    def all_reduce(self, data: Any, op: Any = "mean") -> Any:
-        result = super().all_reduce(data, op)
+    @override
+    def reduced(self, data: object, result: object) -> object:
         return map_leaves(
             lambda leaf: leaf.reshape(1) if isinstance(leaf, torch.Tensor) and not leaf.ndim else leaf, result
         )
 
 
 @saboteur("COLL-3")
-class WidensHalves(FakeStrategy):
+class WidensHalves(CollectiveHooks, FakeStrategy):
     """bf16 and fp16 come back as fp32."""
 
-    def all_reduce(self, data: Any, op: Any = "mean") -> Any:
-        def leaf(value: Any) -> Any:
-            half = isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16)
-            return value.float() if half else value
+    @override
+    def reduced(self, data: object, result: object) -> object:
+        def leaf(value: object) -> object:
+            if isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16):
+                return value.float()
+            return value
 
-        return map_leaves(leaf, super().all_reduce(data, op))
+        return map_leaves(leaf, result)
 
 
 @saboteur("COLL-4", world=2)
@@ -195,7 +206,7 @@ class EvenRows(PlainStrategy):
     """all_gather cuts every rank to the smallest number of rows."""
 
     def all_gather(self, data: Any) -> Any:
-        def leaf(value: Any) -> Any:
+        def leaf(value: Any) -> object:
             if not isinstance(value, torch.Tensor) or value.ndim == 0:
                 return super(EvenRows, self).all_gather(value)
             fewest = -int(super(EvenRows, self).all_reduce(-value.shape[0], "max"))
@@ -205,19 +216,19 @@ class EvenRows(PlainStrategy):
 
 
 @saboteur("COLL-4")
-class BareScalars(FakeStrategy):
+class BareScalars(CollectiveHooks, FakeStrategy):
     """On one rank, all_gather of a number returns a 0-dim tensor."""
 
-    def all_gather(self, data: Any) -> Any:
-        result = super().all_gather(data)
-        return result[0] if isinstance(data, (int, float)) else result
+    @override
+    def gathered(self, data: object, result: object) -> object:
+        return result[0] if isinstance(data, (int, float)) and isinstance(result, torch.Tensor) else result
 
 
 @saboteur("COLL-5", world=2)
 class AnyOp(PlainStrategy):
     """An unknown op computes the sum."""
 
-    def all_reduce(self, data: Any, op: Any = "mean") -> Any:
+    def all_reduce(self, data: Any, op: ReduceOp = "mean") -> Any:
         return super().all_reduce(data, op if op in ("mean", "sum", "max") else "sum")
 
 
@@ -225,10 +236,10 @@ class AnyOp(PlainStrategy):
 class FewestKeys(PlainStrategy):
     """Keys that not all ranks pass are dropped, without an error."""
 
-    def all_reduce(self, data: Any, op: Any = "mean") -> Any:
+    def all_reduce(self, data: Any, op: ReduceOp = "mean") -> Any:
         if not isinstance(data, dict):
             return super().all_reduce(data, op)
-        keys: list[Any] = [None] * self.world.size
+        keys: list[list[str]] = [[]] * self.world.size
         dist.all_gather_object(keys, sorted(map(str, data)))
         common = set(keys[0]).intersection(*keys[1:])
         return super().all_reduce({key: value for key, value in data.items() if str(key) in common}, op)
@@ -251,8 +262,8 @@ class OneRankReturns(PlainStrategy):
 class HalfSums(PlainStrategy):
     """fp16 is reduced in fp16."""
 
-    def all_reduce(self, data: Any, op: Any = "mean") -> Any:
-        def leaf(value: Any) -> Any:
+    def all_reduce(self, data: Any, op: ReduceOp = "mean") -> Any:
+        def leaf(value: Any) -> object:
             if not isinstance(value, torch.Tensor) or value.dtype != torch.float16 or op == "max":
                 return super(HalfSums, self).all_reduce(value, op)
             parts = super(HalfSums, self).all_gather(value.reshape(1, -1))

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 
 from lightrft.conformance.saboteurs import (  # noqa: F401 - they register themselves
+    buffers,
+    by_hand,
     checkpoints,
     collectives,
     controls,
@@ -14,6 +16,7 @@ from lightrft.conformance.saboteurs import (  # noqa: F401 - they register thems
     invalid_usage,
     lifecycle,
     media,
+    narrow,
     offloading,
     optimizers,
     preparing,

@@ -1,12 +1,12 @@
 """Defects of the data loader."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from typing_extensions import override
 
 from lightrft.conformance.saboteurs.catalogue import saboteur
+from lightrft.conformance.saboteurs.hooks import LoaderHooks
 from lightrft.conformance.saboteurs.plain import PlainStrategy
 from lightrft.strategy import FakeStrategy
 from lightrft.strategy.data.loaders import ElasticSampler, ResumableLoader
@@ -14,20 +14,14 @@ from lightrft.strategy.data.loaders import ElasticSampler, ResumableLoader
 # mypy: disable-error-code="misc"
 
 
-def with_sampler(loader: Any, sampler_class: type[ElasticSampler]) -> Any:
-    """Return ``loader`` with its sampler turned into a ``sampler_class``."""
-    if isinstance(loader, ResumableLoader):
-        loader._sampler.__class__ = sampler_class
-    return loader
-
-
-class WithSampler(FakeStrategy):
+class WithSampler(LoaderHooks):
     """A strategy whose loaders have another sampler."""
 
     sampler: type[ElasticSampler] = ElasticSampler
 
-    def setup_dataloader(self, *arguments: Any, **more: Any) -> Any:
-        return with_sampler(super().setup_dataloader(*arguments, **more), self.sampler)
+    @override
+    def loader_made(self, loader: ResumableLoader) -> None:
+        loader._sampler.__class__ = self.sampler
 
 
 class _DropsOne(ElasticSampler):
@@ -38,10 +32,23 @@ class _DropsOne(ElasticSampler):
 
 
 @saboteur("DATA-1")
-class DropsASample(WithSampler):
+class DropsASample(WithSampler, FakeStrategy):
     """One sample is never seen; another is seen twice."""
 
     sampler = _DropsOne
+
+
+class _DropsOneLater(_DropsOne):
+    @override
+    def __iter__(self) -> Iterator[int]:
+        return super().__iter__() if self.epoch else ElasticSampler.__iter__(self)
+
+
+@saboteur("DATA-1")
+class DropsASampleLater(WithSampler, FakeStrategy):
+    """From the second epoch on, one sample is never seen."""
+
+    sampler = _DropsOneLater
 
 
 class _PadsARound(ElasticSampler):
@@ -56,7 +63,7 @@ class _PadsARound(ElasticSampler):
 
 
 @saboteur("DATA-1")
-class PadsTooMuch(WithSampler):
+class PadsTooMuch(WithSampler, FakeStrategy):
     """More samples are repeated than are needed to fill the last round."""
 
     sampler = _PadsARound
@@ -69,11 +76,10 @@ class _Contiguous(ElasticSampler):
 
 
 @saboteur("DATA-1", world=2)
-class AllTheSame(PlainStrategy):
+class AllTheSame(WithSampler, PlainStrategy):
     """Every rank sees the same samples."""
 
-    def setup_dataloader(self, *arguments: Any, **more: Any) -> Any:
-        return with_sampler(super().setup_dataloader(*arguments, **more), _Contiguous)
+    sampler = _Contiguous
 
 
 class _OffByOne(ElasticSampler):
@@ -85,7 +91,7 @@ class _OffByOne(ElasticSampler):
 
 
 @saboteur("DATA-2")
-class RepeatsOne(WithSampler):
+class RepeatsOne(WithSampler, FakeStrategy):
     """Resuming repeats one sample."""
 
     sampler = _OffByOne
@@ -101,10 +107,44 @@ class _ShufflesAgain(ElasticSampler):
 
 
 @saboteur("DATA-2")
-class AnotherOrder(WithSampler):
+class AnotherOrder(WithSampler, FakeStrategy):
     """Resuming gives the remaining samples in another order."""
 
     sampler = _ShufflesAgain
+
+
+class _ByRanks(ElasticSampler):
+    @override
+    def order(self) -> list[int]:
+        self.seed += self.ranks - 1
+        try:
+            return super().order()
+        finally:
+            self.seed -= self.ranks - 1
+
+
+@saboteur("DATA-3", world=2)
+class OrderByRanks(WithSampler, PlainStrategy):
+    """The order depends on the number of ranks."""
+
+    sampler = _ByRanks
+
+
+class _EveryThird(ElasticSampler):
+    @override
+    def order(self) -> list[int]:
+        epoch, self.epoch = self.epoch, self.epoch % 3
+        try:
+            return super().order()
+        finally:
+            self.epoch = epoch
+
+
+@saboteur("DATA-3")
+class ThreeOrders(WithSampler, FakeStrategy):
+    """The order repeats after three epochs."""
+
+    sampler = _EveryThird
 
 
 class _Global(ElasticSampler):
@@ -114,16 +154,20 @@ class _Global(ElasticSampler):
 
 
 @saboteur("DATA-3")
-class GlobalStream(WithSampler):
+class GlobalStream(WithSampler, FakeStrategy):
     """The order depends on torch's global random stream."""
 
     sampler = _Global
 
 
-class _OneOrder(ElasticSampler):
+class RepeatsAnOrder(ElasticSampler):
+    """All epochs from ``last`` on have one order."""
+
+    last = 0
+
     @override
     def order(self) -> list[int]:
-        epoch, self.epoch = self.epoch, 0
+        epoch, self.epoch = self.epoch, min(self.epoch, self.last)
         try:
             return super().order()
         finally:
@@ -131,7 +175,7 @@ class _OneOrder(ElasticSampler):
 
 
 @saboteur("DATA-3")
-class OneOrder(WithSampler):
+class OneOrder(WithSampler, FakeStrategy):
     """All epochs have the same order."""
 
-    sampler = _OneOrder
+    sampler = RepeatsAnOrder

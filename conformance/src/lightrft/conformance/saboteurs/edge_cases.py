@@ -3,18 +3,23 @@
 import logging
 import math
 import sys
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightrft.config import StrategyConfig
 from lightrft.conformance.saboteurs.catalogue import saboteur
+from lightrft.conformance.saboteurs.hooks import CollectiveHooks, Device
 from lightrft.conformance.saboteurs.plain import PlainStrategy
 from lightrft.strategy import FakeStrategy
-from lightrft.strategy.backend import ReplicatedBackend, TrainedModel, broadcast, materialize
+from lightrft.strategy.backend import ReplicatedBackend, TrainedModel, World, broadcast, materialize
 from lightrft.strategy.backend.types import WrapOptions
+from lightrft.strategy.distributed.collectives import ReduceOp
 from lightrft.strategy.fake_strategy import FakeBackend
 from lightrft.strategy.step.update import reduce_clip_and_step
 from lightrft.strategy.telemetry.log import logger
@@ -26,7 +31,7 @@ from lightrft.strategy.telemetry.log import logger
 class SeedsAgain(FakeStrategy):
     """Each call of setup_distributed sets the seed."""
 
-    def setup_distributed(self, timeout: Any = None) -> None:
+    def setup_distributed(self, timeout: timedelta | None = None) -> None:
         again = self._open
         super().setup_distributed(timeout)
         if again:
@@ -37,8 +42,8 @@ class SeedsAgain(FakeStrategy):
 class OpenAfterAnError(FakeStrategy):
     """The strategy is not closed if an exception leaves the with block."""
 
-    def __exit__(self, error_class: Any, error: Any, trace: Any) -> None:
-        if error_class is None:
+    def __exit__(self, *exception: object) -> None:
+        if exception[0] is None:
             self.close()
 
 
@@ -55,8 +60,8 @@ class GatheringDraws(FakeStrategy):
 class ErrorsOfAllRanks(ReplicatedBackend):
     """The logger logs errors on every rank."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, config: StrategyConfig, world: World) -> None:
+        super().__init__(config, world)
         self._filters = list(logger.filters)
         logger.filters[:] = [lambda record: self.world.rank == 0 or record.levelno >= logging.ERROR]
 
@@ -79,19 +84,20 @@ class PrintsBesides(PlainStrategy):
 class MaxOfAnIntIsAFloat(PlainStrategy):
     """The maximum of a single Python int is a float."""
 
-    def all_reduce(self, data: Any, op: Any = "mean") -> Any:
+    def all_reduce(self, data: Any, op: ReduceOp = "mean") -> Any:
         result = super().all_reduce(data, op)
         return float(result) if op == "max" and isinstance(data, int) else result
 
 
 @saboteur("COLL-3")
-class SortedInside(FakeStrategy):
+class SortedInside(CollectiveHooks, FakeStrategy):
     """Keys of dicts come back sorted from the third level of nesting on."""
 
-    def all_reduce(self, data: Any, op: Any = "mean") -> Any:
-        return self._sorted(super().all_reduce(data, op), 0)
+    @override
+    def reduced(self, data: object, result: object) -> object:
+        return self._sorted(result, 0)
 
-    def _sorted(self, data: Any, depth: int) -> Any:
+    def _sorted(self, data: object, depth: int) -> object:
         if not isinstance(data, dict):
             return data
         return {key: self._sorted(data[key], depth + 1) for key in (sorted(data) if depth > 1 else data)}
@@ -108,21 +114,21 @@ class GathersMemory(FakeStrategy):
 
 
 @saboteur("COLL-4")
-class NoRowsNoColumns(FakeStrategy):
+class NoRowsNoColumns(CollectiveHooks, FakeStrategy):
     """all_gather of 0 rows loses the other dimensions."""
 
-    def all_gather(self, data: Any) -> Any:
-        result = super().all_gather(data)
+    @override
+    def gathered(self, data: object, result: object) -> object:
         return result.reshape(-1) if isinstance(result, torch.Tensor) and not result.numel() else result
 
 
 @saboteur("COLL-4", world=2)
-class LargestFirst(PlainStrategy):
+class LargestFirst(CollectiveHooks, PlainStrategy):
     """all_gather puts the rank with the most rows first."""
 
-    def all_gather(self, data: Any) -> Any:
-        result = super().all_gather(data)
-        if not isinstance(data, torch.Tensor) or not data.ndim:
+    @override
+    def gathered(self, data: object, result: object) -> object:
+        if not isinstance(data, torch.Tensor) or not isinstance(result, torch.Tensor) or not data.ndim:
             return result
         first, second = super().all_gather(data.shape[0]).tolist()
         return torch.cat([result[first:], result[:first]]) if second > first else result
@@ -134,7 +140,7 @@ class AloneAfterAnError(PlainStrategy):
 
     _alone = False
 
-    def all_reduce(self, data: Any, op: Any = "mean") -> Any:
+    def all_reduce(self, data: Any, op: ReduceOp = "mean") -> Any:
         if self._alone:
             return data.clone()
         try:
@@ -203,7 +209,7 @@ class ListsTrain(FakeStrategy):
 class ScalesTheLoss(FakeStrategy):
     """backward divides the loss by K in place."""
 
-    def backward(self, loss: Any, model: Any, optimizer: Any, *, retain_graph: bool = False) -> None:
+    def backward(self, loss: Tensor, model: nn.Module, optimizer: Optimizer, *, retain_graph: bool = False) -> None:
         super().backward(loss, model, optimizer, retain_graph=retain_graph)
         loss.data.div_(self.accumulated_gradient)
 
@@ -259,18 +265,21 @@ class FrozenDecay(FakeBackend):
 class OneAverage(FakeStrategy):
     """Of several averages of a model, only the first moves."""
 
-    def moving_average(self, model: Any, model_ema: Any, *arguments: Any, **more: Any) -> None:
-        first = self.__dict__.setdefault("_first", model_ema)
-        if model_ema is first:
-            super().moving_average(model, model_ema, *arguments, **more)
+    def moving_average(
+        self, model: nn.Module, model_ema: nn.Module, beta: float = 0.992, device: Device = None
+    ) -> None:
+        if model_ema is self.__dict__.setdefault("_first", model_ema):
+            super().moving_average(model, model_ema, beta, device)
 
 
 @saboteur("OPT-19")
 class HalfAverage(FakeStrategy):
     """With bf16 the average is rounded to bf16."""
 
-    def moving_average(self, model: Any, model_ema: Any, *arguments: Any, **more: Any) -> None:
-        super().moving_average(model, model_ema, *arguments, **more)
+    def moving_average(
+        self, model: nn.Module, model_ema: nn.Module, beta: float = 0.992, device: Device = None
+    ) -> None:
+        super().moving_average(model, model_ema, beta, device)
         for parameter in self.unwrap_model(model_ema).parameters() if self.config.bf16 else ():
             parameter.data = parameter.data.bfloat16().float()
 
@@ -279,7 +288,9 @@ class HalfAverage(FakeStrategy):
 class LazyAverage(PlainStrategy):
     """On the last rank the average moves half as far."""
 
-    def moving_average(self, model: Any, model_ema: Any, beta: float = 0.992, device: Any = None) -> None:
+    def moving_average(
+        self, model: nn.Module, model_ema: nn.Module, beta: float = 0.992, device: Device = None
+    ) -> None:
         lazy = self.world.rank == self.world.size - 1
         super().moving_average(model, model_ema, 1 - (1 - beta) / 2 if lazy else beta, device)
 

@@ -1,22 +1,29 @@
 """Defects of engines: ends of completions, sampling, caches and memory."""
 
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 from unittest.mock import patch
 
+import torch
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightrft.conformance.saboteurs.catalogue import saboteur
-from lightrft.strategy import FakeStrategy
+from lightrft.conformance.saboteurs.plain import PlainStrategy
+from lightrft.strategy import FakeStrategy, RolloutEngine
+from lightrft.strategy.engine import draw_tokens, penalized
 from lightrft.strategy.models import state_dict_adapter, weight_stream
 from lightrft.strategy.models.weight_stream import Bucket
 from lightrft.strategy.rollout import fake_engine
 from lightrft.strategy.rollout.engine import Completion, Prompt
 from lightrft.strategy.rollout.fake_engine import FakeEngine
-from lightrft.strategy.rollout.sampling import Sampling
+from lightrft.strategy.rollout.sampling import Sampling, _filtered
 
 # mypy: disable-error-code="misc"
+
+Tokens = Sequence[Sequence[int]]
 
 
 @saboteur("GEN-8")
@@ -64,9 +71,7 @@ class RepetitionOfTheCompletion(FakeEngine):
 
     @override
     def _complete(self, prompt: Prompt, sampling: Sampling, seed: int, sample: int) -> Completion:
-        penalized: Any = vars(fake_engine)["penalized"]
-
-        def without_prompt(logits: Any, prompts: Any, outputs: Any, sampling: Sampling) -> Any:
+        def without_prompt(logits: Tensor, prompts: Tokens, outputs: Tokens, sampling: Sampling) -> Tensor:
             return penalized(logits, outputs, outputs, sampling) if outputs[0] else logits
 
         with patch.object(fake_engine, "penalized", without_prompt):
@@ -118,7 +123,7 @@ class PrefixesKept(FakeEngine):
 
     @override
     def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
-        kept: dict[Any, list[Completion]] = self.__dict__.setdefault("kept", {})
+        kept: dict[tuple[object, Sampling], list[Completion]] = self.__dict__.setdefault("kept", {})
         completions = []
         for prompt in prompts:
             key = (prompt.token_ids, sampling)
@@ -132,13 +137,14 @@ class PrefixesKept(FakeEngine):
 class WholeModelAtOnce(FakeStrategy):
     """A sync copies the whole model before it sends any of it."""
 
-    def update_engine_weights(self, actor: Any) -> None:
+    def update_engine_weights(self, actor: nn.Module) -> None:
         full_parameters = weight_stream.full_parameters
-
-        def copied(*arguments: Any) -> Iterator[Bucket]:
-            yield from [[(name, tensor.clone()) for name, tensor in bucket] for bucket in full_parameters(*arguments)]
-
-        with patch.object(weight_stream, "full_parameters", copied):
+        copied = patch.object(
+            weight_stream,
+            "full_parameters",
+            lambda *arguments: iter([[(n, t.clone()) for n, t in bucket] for bucket in full_parameters(*arguments)]),
+        )
+        with copied:
             super().update_engine_weights(actor)
 
 
@@ -209,3 +215,117 @@ class OneFilter(FakeEngine):
     @override
     def _complete(self, prompt: Prompt, sampling: Sampling, seed: int, sample: int) -> Completion:
         return super()._complete(prompt, replace(sampling, top_k=-1) if sampling.top_p < 1 else sampling, seed, sample)
+
+
+@saboteur("GEN-9")
+class MinPIgnored(FakeEngine):
+    """min_p is ignored."""
+
+    @override
+    def _complete(self, prompt: Prompt, sampling: Sampling, seed: int, sample: int) -> Completion:
+        return super()._complete(prompt, replace(sampling, min_p=0.0), seed, sample)
+
+
+@saboteur("GEN-9")
+class TemperatureLast(FakeEngine):
+    """The filters are applied before temperature."""
+
+    @override
+    def _complete(self, prompt: Prompt, sampling: Sampling, seed: int, sample: int) -> Completion:
+        def filters_first(logits: Tensor, sampling: Sampling, uniforms: Sequence[float]) -> Tensor:
+            kept = _filtered(logits.double().softmax(dim=-1), sampling) > 0
+            return draw_tokens(logits.where(kept, -torch.inf), replace(sampling, top_p=1.0, min_p=0.0), uniforms)
+
+        with patch.object(fake_engine, "draw_tokens", filters_first):
+            return super()._complete(prompt, sampling, seed, sample)
+
+
+@saboteur("GEN-11")
+class EndIgnored(FakeEngine):
+    """The end-of-sequence tokens of the model are ignored."""
+
+    @override
+    def _complete(self, prompt: Prompt, sampling: Sampling, seed: int, sample: int) -> Completion:
+        return super()._complete(prompt, replace(sampling, ignore_eos=True), seed, sample)
+
+
+@saboteur("GEN-11")
+class AlwaysEnds(FakeEngine):
+    """ignore_eos has no effect."""
+
+    @override
+    def _complete(self, prompt: Prompt, sampling: Sampling, seed: int, sample: int) -> Completion:
+        return super()._complete(prompt, replace(sampling, ignore_eos=False), seed, sample)
+
+
+@saboteur("GEN-11")
+class NoMinimum(FakeEngine):
+    """min_tokens is ignored."""
+
+    @override
+    def _complete(self, prompt: Prompt, sampling: Sampling, seed: int, sample: int) -> Completion:
+        return super()._complete(prompt, replace(sampling, min_tokens=0), seed, sample)
+
+
+@saboteur("GEN-11")
+class EndsOfTheSetup(FakeEngine):
+    """End-of-sequence tokens that are set after the engine is built do not reach it."""
+
+    @override
+    def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
+        self.end_ids = self.__dict__.setdefault("ends_of_the_setup", self.end_ids)
+        return super()._generate(prompts, sampling)
+
+
+@saboteur("GEN-12", world=2)
+class OneStreamForAllRanks(PlainStrategy):
+    """Without a seed, the engines of all ranks draw from the same random stream."""
+
+    def setup_inference_engine(
+        self, args: object = None, engine_type: str | None = None, actor: nn.Module | None = None
+    ) -> RolloutEngine | None:
+        engine = super().setup_inference_engine(args, engine_type, actor)
+        engine._stream = (self.config.seed, 0)  # type: ignore[union-attr]
+        return engine
+
+
+@saboteur("GEN-13")
+class SeedsByPosition(FakeEngine):
+    """seeds_by_prompt is claimed, and a draw depends on the position of the prompt in the batch."""
+
+    @override
+    def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
+        return [
+            self._complete(prompt, sampling, self._call_seed(sampling) + index, sample)
+            for index, prompt in enumerate(prompts)
+            for sample in range(sampling.n)
+        ]
+
+
+@saboteur("GEN-13")
+class StopStringsDropped(FakeEngine):
+    """Stop strings are not claimed, and ignored."""
+
+    @override
+    def _check(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
+        super()._check(prompts, replace(sampling, stop=()))
+
+
+@saboteur("ALL-1")
+class LosesWeightsAsleep(FakeEngine):
+    """A sleep that keeps the weights loses those of the embedding."""
+
+    @override
+    def _sleep(self, level: int) -> None:
+        super()._sleep(level)
+        next(self._model.module.parameters()).data.zero_()
+
+
+@saboteur("LIFE-5")
+class LeavesEngineThread(FakeEngine):
+    """Each engine leaves a thread."""
+
+    @override
+    def _shutdown(self) -> None:
+        super()._shutdown()
+        threading.Thread(target=time.sleep, args=(30,), daemon=True).start()

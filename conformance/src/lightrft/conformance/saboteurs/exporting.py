@@ -1,11 +1,14 @@
 """Defects of save_model."""
 
 import json
+from collections.abc import Callable
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from lightrft.conformance.saboteurs.catalogue import saboteur
 from lightrft.conformance.saboteurs.plain import PlainStrategy
@@ -13,8 +16,10 @@ from lightrft.strategy import FakeStrategy
 
 # mypy: disable-error-code="misc"
 
+Tensors = dict[str, torch.Tensor]
 
-def _rewrite(folder: Path, change: Any) -> None:
+
+def _rewrite(folder: Path, change: Callable[[Tensors], Tensors]) -> None:
     """Replace the tensors in each file of ``folder`` by what ``change`` returns for them."""
     for file in folder.glob("*.safetensors"):
         save_file(change(load_file(file)), file, {"format": "pt"})
@@ -59,7 +64,7 @@ class ExportsUntied(FakeStrategy):
 class ExportsNoTokenizer(FakeStrategy):
     """The tokenizer is not written."""
 
-    def save_model(self, model: Any, tokenizer: Any, output_dir: Any, **more: Any) -> Path:
+    def save_model(self, model: nn.Module, tokenizer: object, output_dir: str | PathLike[str], **more: Any) -> Path:
         return super().save_model(model, None, output_dir, **more)
 
 
@@ -67,7 +72,7 @@ class ExportsNoTokenizer(FakeStrategy):
 class ExportsOnce(FakeStrategy):
     """An existing directory is not replaced."""
 
-    def save_model(self, model: Any, tokenizer: Any, output_dir: Any, **more: Any) -> Path:
+    def save_model(self, model: nn.Module, tokenizer: object, output_dir: str | PathLike[str], **more: Any) -> Path:
         folder = Path(output_dir)
         return folder if folder.exists() else super().save_model(model, tokenizer, output_dir, **more)
 
@@ -85,7 +90,7 @@ class ExportsUnderManyNames(PlainStrategy):
 class ExportsAtOnce(PlainStrategy):
     """The whole model is gathered before any of it is written: LightRFT's."""
 
-    def save_model(self, model: Any, *arguments: Any, **more: Any) -> Path:
+    def save_model(self, model: nn.Module, *arguments: Any, **more: Any) -> Path:
         everything = [
             value.clone() for bucket in self.full_parameters(model, dtype=torch.float32) for _, value in bucket
         ]

@@ -1,15 +1,18 @@
 """Defects in what is refused, reported and claimed."""
 
 from collections.abc import Collection
-from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightrft.config import StrategyConfig
 from lightrft.conformance.saboteurs.catalogue import saboteur
+from lightrft.conformance.saboteurs.hooks import Device, StepHooks
 from lightrft.strategy import FakeStrategy, StepResult
-from lightrft.strategy.backend import ReplicatedBackend, TrainedModel
+from lightrft.strategy.backend import ReplicatedBackend, TrainedModel, World
 from lightrft.strategy.fake_strategy import FakeBackend
 
 # mypy: disable-error-code="misc"
@@ -19,15 +22,15 @@ from lightrft.strategy.fake_strategy import FakeBackend
 class TakesVectors(FakeStrategy):
     """A loss that is not a scalar is averaged."""
 
-    def backward(self, loss: Any, model: Any, optimizer: Any, *, retain_graph: bool = False) -> None:
-        super().backward(loss.mean() if isinstance(loss, torch.Tensor) and loss.ndim else loss, model, optimizer)
+    def backward(self, loss: Tensor, model: nn.Module, optimizer: Optimizer, *, retain_graph: bool = False) -> None:
+        super().backward(loss.mean() if isinstance(loss, Tensor) and loss.ndim else loss, model, optimizer)
 
 
 @saboteur("OPT-11")
 class TakesAnyOptimizer(FakeStrategy):
     """backward does not check the optimizer."""
 
-    def backward(self, loss: Any, model: Any, optimizer: Any, *, retain_graph: bool = False) -> None:
+    def backward(self, loss: Tensor, model: nn.Module, optimizer: Optimizer, *, retain_graph: bool = False) -> None:
         prepared = self._models.find(model)
         if prepared is not None and prepared.trained is not None:
             optimizer = prepared.trained.optimizer
@@ -38,8 +41,8 @@ class TakesAnyOptimizer(FakeStrategy):
 class SaysNothing(FakeStrategy):
     """The error for a loss without a graph is that of torch."""
 
-    def backward(self, loss: Any, model: Any, optimizer: Any, *, retain_graph: bool = False) -> None:
-        if isinstance(loss, torch.Tensor) and not loss.requires_grad:
+    def backward(self, loss: Tensor, model: nn.Module, optimizer: Optimizer, *, retain_graph: bool = False) -> None:
+        if isinstance(loss, Tensor) and not loss.requires_grad:
             loss.backward()
         super().backward(loss, model, optimizer)
 
@@ -48,8 +51,8 @@ class SaysNothing(FakeStrategy):
 class TakesAnyLoss(FakeBackend):
     """backward accepts the loss of another model."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, config: StrategyConfig, world: World) -> None:
+        super().__init__(config, world)
         self._leaves: set[int] = set()
 
     @override
@@ -62,20 +65,20 @@ class TakesAnyLoss(FakeBackend):
 
 
 @saboteur("OPT-12")
-class SaysApplied(FakeStrategy):
+class SaysApplied(StepHooks):
     """A skipped update is reported as applied."""
 
-    def optimizer_step(self, *arguments: Any, **more: Any) -> Any:
-        result = super().optimizer_step(*arguments, **more)
+    @override
+    def reported(self, result: StepResult) -> StepResult:
         return StepResult(applied=result.applied or result.skipped, skipped=result.skipped, grad_norm=result.grad_norm)
 
 
 @saboteur("OPT-12")
-class NormEverywhere(FakeStrategy):
+class NormEverywhere(StepHooks):
     """A norm is reported between updates too."""
 
-    def optimizer_step(self, *arguments: Any, **more: Any) -> Any:
-        result = super().optimizer_step(*arguments, **more)
+    @override
+    def reported(self, result: StepResult) -> StepResult:
         return StepResult(applied=result.applied, skipped=result.skipped, grad_norm=result.grad_norm or 0.0)
 
 
@@ -117,8 +120,10 @@ class DeniesAdoption(FakeBackend):
 class AveragesEachCall(FakeStrategy):
     """The average moves at each call, whether there was an update or not."""
 
-    def moving_average(self, model: Any, model_ema: Any, beta: float = 0.992, device: Any = None) -> None:
-        self._averages.seen[self.unwrap_model(model_ema)] = -1
+    def moving_average(
+        self, model: nn.Module, model_ema: nn.Module, beta: float = 0.992, device: Device = None
+    ) -> None:
+        self._averages.restore(self.unwrap_model(model_ema), -1)
         super().moving_average(model, model_ema, beta, device)
 
 
@@ -126,5 +131,25 @@ class AveragesEachCall(FakeStrategy):
 class AveragesTheWrongWay(FakeStrategy):
     """beta and 1 - beta are swapped."""
 
-    def moving_average(self, model: Any, model_ema: Any, beta: float = 0.992, device: Any = None) -> None:
+    def moving_average(
+        self, model: nn.Module, model_ema: nn.Module, beta: float = 0.992, device: Device = None
+    ) -> None:
         super().moving_average(model, model_ema, min(1 - beta, 0.999), device)
+
+
+@saboteur("OPT-19")
+class AveragesEarlierUpdates(FakeStrategy):
+    """An average also moves for updates before it was made."""
+
+    def moving_average(
+        self, model: nn.Module, model_ema: nn.Module, beta: float = 0.992, device: Device = None
+    ) -> None:
+        prepared = self._models.find(model)
+        if (
+            prepared is not None
+            and prepared.trained is not None
+            and model_ema not in self.__dict__.setdefault("_moved", [])
+        ):
+            prepared.trained.averages[self.unwrap_model(model_ema)] = 0
+            self.__dict__["_moved"].append(model_ema)
+        super().moving_average(model, model_ema, beta, device)

@@ -11,18 +11,24 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from types import FrameType
+from typing import BinaryIO
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from lightrft.config import ConfigError, StrategyConfig
 from lightrft.conformance.saboteurs.catalogue import saboteur
+from lightrft.conformance.saboteurs.hooks import CheckpointHooks, Options, StepHooks
 from lightrft.conformance.saboteurs.plain import PlainStrategy
-from lightrft.strategy import FakeStrategy
-from lightrft.strategy.backend import ReplicatedBackend, TrainedModel, World
+from lightrft.strategy import FakeStrategy, StepResult
+from lightrft.strategy.backend import ReplicatedBackend, TrainedModel, World, WrapOptions
+from lightrft.strategy.checkpoint.checkpoint_items import Models
 from lightrft.strategy.fake_strategy import FakeBackend
 
 # Some overridden methods are final: a type checker would find these saboteurs.
@@ -50,12 +56,12 @@ class EverybodyFirst(PlainStrategy):
 class SetsVariables(FakeBackend):
     """Sets RANK although it has no process group."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, config: StrategyConfig, world: World) -> None:
+        super().__init__(config, world)
         os.environ["RANK"] = "0"
 
 
-@saboteur("LIFE-3", world=2, verdict="hang")
+@saboteur("LIFE-3", world=2)
 class WaitsForEver(ReplicatedBackend):
     """The process group does not have the timeout of the settings."""
 
@@ -75,6 +81,18 @@ class NamesNothing(PlainStrategy):
     @override
     def _running(self, call: str) -> Iterator[None]:
         yield
+
+
+@saboteur("LIFE-3", world=2)
+class WaitsInLaterUpdates(ReplicatedBackend):
+    """From the fourth update on, averaging gradients waits for a lost rank without a timeout."""
+
+    @override
+    def reduce(self, trained: TrainedModel) -> None:
+        if trained.updates >= 3:
+            for group in {self.world.payload, self.world.control}:
+                dist.distributed_c10d._set_pg_timeout(timedelta(hours=1), group)
+        super().reduce(trained)
 
 
 @saboteur("LIFE-4")
@@ -109,19 +127,30 @@ class LeavesVariable(FakeBackend):
 class LeavesThread(FakeBackend):
     """Each lifetime leaves a thread."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, config: StrategyConfig, world: World) -> None:
+        super().__init__(config, world)
         threading.Thread(target=time.sleep, args=(30,), daemon=True).start()
+
+
+@saboteur("LIFE-5")
+class KeepsGroup(ReplicatedBackend):
+    """A reference to the process group, and with it the group's threads, outlives close."""
+
+    _groups: list[object] = []
+
+    def __init__(self, config: StrategyConfig, world: World) -> None:
+        super().__init__(config, world)
+        self._groups.append(world.control)
 
 
 @saboteur("LIFE-5")
 class LeavesFile(FakeBackend):
     """Each lifetime leaves an open file."""
 
-    _files: list[Any] = []
+    _files: list[BinaryIO] = []
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, config: StrategyConfig, world: World) -> None:
+        super().__init__(config, world)
         self._files.append(tempfile.TemporaryFile())  # noqa: SIM115
 
 
@@ -129,11 +158,69 @@ class LeavesFile(FakeBackend):
 class LeavesChild(FakeBackend):
     """Each lifetime leaves a child process."""
 
-    _children: list[Any] = []
+    _children: list[subprocess.Popen[bytes]] = []
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, config: StrategyConfig, world: World) -> None:
+        super().__init__(config, world)
         self._children.append(subprocess.Popen(["sleep", "30"]))
+
+
+@saboteur("LIFE-5")
+class KeepsAHelper(FakeBackend):
+    """The first update of the process starts a child process, which stays."""
+
+    _helpers: list[subprocess.Popen[bytes]] = []
+
+    @override
+    def reduce(self, trained: TrainedModel) -> None:
+        if not self._helpers:
+            self._helpers.append(subprocess.Popen(["sleep", "30"]))
+
+
+@saboteur("LIFE-5")
+class SavesLeaveFiles(CheckpointHooks, FakeStrategy):
+    """Each save leaves an open file."""
+
+    _files: list[BinaryIO] = []
+
+    @override
+    def save(self, model: Models, directory: Path, tag: str | None, options: Options) -> Path:
+        self._files.append(tempfile.TemporaryFile())  # noqa: SIM115
+        return super().save(model, directory, tag, options)
+
+
+@saboteur("LIFE-5")
+class LoadsLeaveThreads(CheckpointHooks, FakeStrategy):
+    """Each load leaves a thread."""
+
+    @override
+    def loaded(self, model: Models, options: Options) -> None:
+        threading.Thread(target=time.sleep, args=(30,), daemon=True).start()
+
+
+@saboteur("LIFE-11")
+class LeavesHooks(FakeBackend):
+    """A hook that was set when the model was prepared stays on it after close."""
+
+    @override
+    def wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
+        module.register_forward_pre_hook(lambda part, inputs: None)
+        return super().wrap(module, options)
+
+
+@saboteur("LIFE-11")
+class HooksEachUpdate(FakeBackend):
+    """Each update sets another gradient hook on the first parameter, and close removes them."""
+
+    @override
+    def reduce(self, trained: TrainedModel) -> None:
+        self.__dict__.setdefault("_handles", []).append(trained.parameters[0].register_hook(lambda gradient: None))
+
+    @override
+    def close(self) -> None:
+        for handle in self.__dict__.get("_handles", ()):
+            handle.remove()
+        super().close()
 
 
 @saboteur("LIFE-5")
@@ -216,8 +303,8 @@ class SpeaksTwice(PlainStrategy):
 class LogsTwice(ReplicatedBackend):
     """The logger logs on every rank."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, config: StrategyConfig, world: World) -> None:
+        super().__init__(config, world)
         logging.getLogger("lightrft").filters.clear()
 
 
@@ -280,7 +367,7 @@ class SavesAfterErrors(FakeStrategy):
 
 
 @saboteur("LIFE-10")
-class SavesAtOnce(FakeStrategy):
+class SavesAtOnce(StepHooks):
     """save is called inside optimizer_step, and again when the block is left."""
 
     @contextmanager
@@ -289,23 +376,21 @@ class SavesAtOnce(FakeStrategy):
         with super().saving_on_sigterm(save):
             yield
 
-    def optimizer_step(self, *arguments: Any, **keywords: Any) -> Any:
-        result = super().optimizer_step(*arguments, **keywords)
+    @override
+    def stepped(self, result: StepResult, scheduler: LRScheduler | None) -> None:
         if self.stop_requested:
             self._save()
-        return result
 
 
 @saboteur("LIFE-10")
-class ExitsInAStep(FakeStrategy):
+class ExitsInAStep(StepHooks):
     """optimizer_step closes the strategy and exits after SIGTERM, as in version 0.1."""
 
-    def optimizer_step(self, *arguments: Any, **keywords: Any) -> Any:
-        result = super().optimizer_step(*arguments, **keywords)
+    @override
+    def stepped(self, result: StepResult, scheduler: LRScheduler | None) -> None:
         if self.stop_requested:
             self.close()
             raise SystemExit(0)
-        return result
 
 
 class _SeesSignals(FakeStrategy):
@@ -316,11 +401,12 @@ class _SeesSignals(FakeStrategy):
     @contextmanager
     def saving_on_sigterm(self, save: Callable[[], object]) -> Iterator[None]:
         with super().saving_on_sigterm(save):
-            handler: Any = signal.getsignal(signal.SIGTERM)
+            handler = signal.getsignal(signal.SIGTERM)
+            assert callable(handler)
 
-            def note(*arguments: Any) -> None:
+            def note(number: int, frame: FrameType | None) -> None:
                 self.signalled = True
-                handler(*arguments)
+                handler(number, frame)
 
             signal.signal(signal.SIGTERM, note)
             yield
@@ -336,7 +422,7 @@ class StopsAtOnce(_SeesSignals):
 
 
 @saboteur("LIFE-10")
-class StopsWithGradientsPending(_SeesSignals):
+class StopsWithGradientsPending(StepHooks, _SeesSignals):
     """stop_requested becomes True at any update, also while another model has a pending gradient."""
 
     updated = False
@@ -345,14 +431,13 @@ class StopsWithGradientsPending(_SeesSignals):
     def stop_requested(self) -> bool:
         return self.updated
 
-    def optimizer_step(self, *arguments: Any, **keywords: Any) -> Any:
-        result = super().optimizer_step(*arguments, **keywords)
+    @override
+    def stepped(self, result: StepResult, scheduler: LRScheduler | None) -> None:
         self.updated |= self.signalled and (result.applied or result.skipped)
-        return result
 
 
 @saboteur("LIFE-10")
-class StopsAtAppliedUpdates(FakeStrategy):
+class StopsAtAppliedUpdates(StepHooks):
     """A skipped update does not request a stop."""
 
     applied = False
@@ -361,10 +446,9 @@ class StopsAtAppliedUpdates(FakeStrategy):
     def stop_requested(self) -> bool:
         return self.applied and super().stop_requested
 
-    def optimizer_step(self, *arguments: Any, **keywords: Any) -> Any:
-        result = super().optimizer_step(*arguments, **keywords)
+    @override
+    def stepped(self, result: StepResult, scheduler: LRScheduler | None) -> None:
         self.applied |= result.applied
-        return result
 
 
 @saboteur("LIFE-10", world=2)

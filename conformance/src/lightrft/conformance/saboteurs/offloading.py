@@ -1,14 +1,14 @@
 """Defects of offloading models and optimizers."""
 
-from typing import Any
-
 import torch
 from torch import nn
+from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightrft.config import StrategyConfig
 from lightrft.conformance.saboteurs.catalogue import saboteur
 from lightrft.strategy import FakeStrategy
-from lightrft.strategy.backend import TrainedModel
+from lightrft.strategy.backend import TrainedModel, World
 from lightrft.strategy.fake_strategy import FakeBackend
 
 # mypy: disable-error-code="misc"
@@ -29,7 +29,7 @@ class RoundsState(FakeBackend):
 class ForgetsState(FakeStrategy):
     """Offloading an optimizer twice clears its state."""
 
-    def maybe_offload_optimizer(self, optimizer: Any) -> Any:
+    def maybe_offload_optimizer(self, optimizer: Optimizer) -> Optimizer:
         prepared = self._models.owner(optimizer)
         if prepared is not None and prepared.trained is not None and prepared.trained.optimizer_offloaded:
             optimizer.state.clear()
@@ -51,8 +51,8 @@ class ResetsSteps(FakeBackend):
 class LosesGradients(FakeBackend):
     """Moving a model sets its optimizer's first moments to 0."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, config: StrategyConfig, world: World) -> None:
+        super().__init__(config, world)
         self._trained: list[TrainedModel] = []
 
     @override

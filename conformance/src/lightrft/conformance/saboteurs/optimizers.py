@@ -5,11 +5,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
+from lightrft.config import StrategyConfig
 from lightrft.conformance.saboteurs.catalogue import saboteur
-from lightrft.strategy import FakeStrategy
-from lightrft.strategy.backend import TrainedModel
+from lightrft.conformance.saboteurs.hooks import StepHooks
+from lightrft.strategy import StepResult
+from lightrft.strategy.backend import ReplicatedBackend, TrainedModel, World
 from lightrft.strategy.fake_strategy import FakeBackend
 from lightrft.strategy.step.update import reduce_clip_and_step
 
@@ -17,25 +20,23 @@ from lightrft.strategy.step.update import reduce_clip_and_step
 
 
 @saboteur("OPT-6")
-class NeedsSchedule(FakeStrategy):
+class NeedsSchedule(StepHooks):
     """scheduler=None is an error."""
 
-    def optimizer_step(self, optimizer: Any, model: Any, scheduler: Any = None, *arguments: Any, **more: Any) -> Any:
-        result = super().optimizer_step(optimizer, model, None, *arguments, **more)
-        if result.applied:
-            scheduler.step()
-        return result
+    @override
+    def stepped(self, result: StepResult, scheduler: LRScheduler | None) -> None:
+        if result.applied and scheduler is None:
+            raise AttributeError("'NoneType' object has no attribute 'step'")
 
 
 @saboteur("OPT-6")
-class SchedulesTwice(FakeStrategy):
+class SchedulesTwice(StepHooks):
     """The schedule steps twice an update."""
 
-    def optimizer_step(self, optimizer: Any, model: Any, scheduler: Any = None, *arguments: Any, **more: Any) -> Any:
-        result = super().optimizer_step(optimizer, model, scheduler, *arguments, **more)
+    @override
+    def stepped(self, result: StepResult, scheduler: LRScheduler | None) -> None:
         if result.applied and scheduler is not None:
             scheduler.step()
-        return result
 
 
 @saboteur("OPT-7")
@@ -120,8 +121,8 @@ class FreezesHyperparameter(FakeBackend):
 
     hyperparameter: str
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, config: StrategyConfig, world: World) -> None:
+        super().__init__(config, world)
         self._bound: dict[TrainedModel, list[Any]] = {}
 
     @override
@@ -200,6 +201,34 @@ class FasterInHalf(FakeBackend):
         for group, rate in zip(trained.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         return norm
+
+
+@saboteur("OPT-22")
+class AccumulatesInHalf(FakeBackend):
+    """With bf16, gradients are accumulated in bf16."""
+
+    @override
+    def backward(self, trained: TrainedModel, loss: torch.Tensor, *, retain_graph: bool) -> None:
+        super().backward(trained, loss, retain_graph=retain_graph)
+        for parameter in trained.parameters if self.config.bf16 else ():
+            if parameter.grad is not None:
+                parameter.grad.copy_(parameter.grad.bfloat16())
+
+
+@saboteur("OPT-22", world=2)
+class ReducesInHalf(ReplicatedBackend):
+    """With bf16, gradients are averaged over the ranks in bf16."""
+
+    @override
+    def reduce(self, trained: TrainedModel) -> None:
+        if not self.config.bf16:
+            super().reduce(trained)
+            return
+        for parameter in trained.parameters:
+            assert parameter.grad is not None
+            half = parameter.grad.bfloat16()
+            torch.distributed.all_reduce(half, group=self.world.payload)
+            parameter.grad.copy_(half / self.world.size)
 
 
 @saboteur("OPT-9")

@@ -1,9 +1,9 @@
-"""Data-parallel training in its plainest form, correct, for saboteurs that need more than one rank."""
+"""Plain, correct data-parallel training, as a base for saboteurs that need more than one rank."""
 
 from lightrft.strategy import StrategyBase
 
 
 class PlainStrategy(StrategyBase):
-    """`ReplicatedBackend` as it is: each rank has the whole model, and gradients are averaged once an update."""
+    """`ReplicatedBackend` unchanged: each rank has the full model, and gradients are averaged once per update."""
 
     name = "plain"

@@ -3,17 +3,22 @@
 import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightrft.config import StrategyConfig
 from lightrft.conformance.saboteurs.catalogue import saboteur
+from lightrft.conformance.saboteurs.hooks import StreamHooks
 from lightrft.strategy import FakeStrategy
-from lightrft.strategy.backend import ReplicatedBackend, TrainedModel
+from lightrft.strategy.backend import ReplicatedBackend, TrainedModel, World
 from lightrft.strategy.backend.types import WrapOptions
 from lightrft.strategy.fake_strategy import FakeBackend
+from lightrft.strategy.models.weight_stream import Bucket
 from lightrft.strategy.step.update import reduce_clip_and_step
 
 # mypy: disable-error-code="misc"
@@ -67,6 +72,14 @@ class UnwrapCopies(FakeStrategy):
         return copy.deepcopy(super().unwrap_model(model))
 
 
+@saboteur("PREP-2")
+class CompiledNames(FakeStrategy):
+    """unwrap_model returns the wrapper of torch.compile, whose parameters have other names."""
+
+    def unwrap_model(self, model: nn.Module) -> nn.Module:
+        return model if hasattr(model, "_orig_mod") else super().unwrap_model(model)
+
+
 @saboteur("PREP-3")
 class ComputesInHalf(FakeBackend):
     """Forward passes use bf16 although bf16 is off."""
@@ -97,7 +110,7 @@ class PositionalOnly(nn.Module):
         self.module = module
 
     @override
-    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+    def forward(self, *arguments: object, **keywords: object) -> object:
         return self.module(*arguments)
 
 
@@ -140,8 +153,8 @@ class BiasesTheirOwn(ReplicatedBackend):
 class TrainsTheReference(FakeBackend):
     """Each update moves models that were prepared for inference towards the trained model."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, config: StrategyConfig, world: World) -> None:
+        super().__init__(config, world)
         self._inference: list[nn.Module] = []
 
     @override
@@ -250,11 +263,104 @@ class NewOptimizer(FakeStrategy):
 class WrapFirstForgets(FakeStrategy):
     """If prepare_model comes before create_optimizer, the optimizer's epsilon is 1e-4."""
 
-    def create_optimizer(self, model: nn.Module, **settings: Any) -> Any:
+    def create_optimizer(self, model: nn.Module, **settings: Any) -> Optimizer:
         optimizer = super().create_optimizer(model, **settings)
         for group in optimizer.param_groups if self._models.find(model) else ():
             group["eps"] = 1e-4
         return optimizer
+
+
+class SharingAccepted(FakeStrategy):
+    """Accepts some models that share parameters."""
+
+    def prepare(self, *models: Any, is_rlhf: bool = False) -> Any:
+        refused = self._models.check_unshared
+
+        def check(module: nn.Module, call: str) -> None:
+            if not self.accepts(module):
+                refused(module, call)
+
+        self._models.check_unshared = check  # type: ignore[method-assign]
+        try:
+            return super().prepare(*models)
+        finally:
+            self._models.check_unshared = refused  # type: ignore[method-assign]
+
+    def accepts(self, module: nn.Module) -> bool:
+        """Whether ``module`` is accepted, whatever it shares."""
+        return True
+
+
+@saboteur("PREP-13")
+class SharesAnything(SharingAccepted):
+    """Models that share parameters are prepared, and each changes the other."""
+
+
+@saboteur("PREP-13")
+class SharesWithReferences(SharingAccepted):
+    """Models for inference may share parameters with the model in training, and move with it."""
+
+    def prepare(self, *models: Any, is_rlhf: bool = False) -> Any:
+        self._inference = isinstance(models[0], nn.Module)
+        return super().prepare(*models)
+
+    @override
+    def accepts(self, module: nn.Module) -> bool:
+        return self._inference
+
+
+@saboteur("PREP-13")
+class SharesMemory(SharingAccepted):
+    """Only parameters that are the same object are refused, not those that use the same memory."""
+
+    @override
+    def accepts(self, module: nn.Module) -> bool:
+        prepared = {id(parameter) for it in self._models for parameter in it.module.parameters()}
+        return not any(id(parameter) in prepared for parameter in module.parameters())
+
+
+@saboteur("PREP-17")
+class SavesShards(FakeBackend):
+    """save_pretrained of a model in training writes half of its tensors."""
+
+    @override
+    def wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
+        module = super().wrap(module, options)
+        if options.training and hasattr(module, "save_pretrained"):
+            save, whole = module.save_pretrained, module.state_dict
+
+            def half(folder: Path) -> None:
+                save(folder, state_dict=dict(list(whole().items())[::2]))  # type: ignore[operator]
+
+            vars(module)["save_pretrained"] = half
+        return module
+
+
+@saboteur("PREP-17")
+class SavesNothing(FakeBackend):
+    """save_pretrained of a model that was prepared for inference writes nothing, and does not say so."""
+
+    @override
+    def wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
+        module = super().wrap(module, options)
+        if not options.training:
+            vars(module)["save_pretrained"] = lambda folder: None
+        return module
+
+
+@saboteur("PREP-17")
+class SavesWithoutRemedy(FakeBackend):
+    """save_pretrained of a part of a model raises torch's own error."""
+
+    @override
+    def wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
+        module = super().wrap(module, options)
+        for part in module.children():
+            vars(part)["save_pretrained"] = self._fail
+        return module
+
+    def _fail(self, folder: Path) -> None:
+        raise RuntimeError("Attempted to access the data pointer on an invalid python storage.")
 
 
 # The weight stream
@@ -264,36 +370,74 @@ class WrapFirstForgets(FakeStrategy):
 class OneBucket(FakeStrategy):
     """bucket_bytes is ignored."""
 
-    def full_parameters(self, model: Any, bucket_bytes: Any = None, dtype: Any = None) -> Any:
-        return super().full_parameters(model, 1 << 30, dtype)
+    def full_parameters(self, model: nn.Module, *arguments: Any, **more: Any) -> Iterator[Bucket]:
+        return super().full_parameters(model, 1 << 30, more.get("dtype"))
 
 
 @saboteur("SYNC-7")
-class TiedTwice(FakeStrategy):
+class TiedTwice(StreamHooks):
     """Tied weights are yielded twice."""
 
-    def full_parameters(self, model: Any, bucket_bytes: Any = None, dtype: Any = None) -> Any:
-        for bucket in super().full_parameters(model, bucket_bytes, dtype):
-            yield [
-                pair
-                for name, tensor in bucket
-                for pair in [(name, tensor), *([("head.weight", tensor)] if name == "embedding.weight" else [])]
-            ]
+    @override
+    def bucket(self, bucket: Bucket) -> Bucket:
+        return [*bucket, *(("head.weight", tensor) for name, tensor in bucket if name == "embedding.weight")]
 
 
 @saboteur("SYNC-7")
-class OtherNames(FakeStrategy):
+class OtherNames(StreamHooks):
     """Names have a wrapper's prefix."""
 
-    def full_parameters(self, *arguments: Any, **more: Any) -> Any:
-        for bucket in super().full_parameters(*arguments, **more):
-            yield [(f"module.{name}", tensor) for name, tensor in bucket]
+    @override
+    def bucket(self, bucket: Bucket) -> Bucket:
+        return [(f"module.{name}", tensor) for name, tensor in bucket]
 
 
 @saboteur("SYNC-7")
-class LeavesBuffersOut(FakeStrategy):
+class LeavesBuffersOut(StreamHooks):
     """Persistent buffers are left out."""
 
-    def full_parameters(self, *arguments: Any, **more: Any) -> Any:
-        for bucket in super().full_parameters(*arguments, **more):
-            yield [(name, tensor) for name, tensor in bucket if name != "offset"]
+    @override
+    def bucket(self, bucket: Bucket) -> Bucket:
+        return [(name, tensor) for name, tensor in bucket if name != "offset"]
+
+
+@saboteur("PREP-11")
+class ForgetsChanges(FakeBackend):
+    """What an evaluation froze is frozen in the next update: changes made after a forward pass are lost, as in FSDP2."""
+
+    _seen: dict[nn.Parameter, bool]
+
+    @override
+    def forward_context(self, module: nn.Module, options: WrapOptions) -> AbstractContextManager[object]:
+        if not hasattr(self, "_seen"):
+            self._seen = {parameter: parameter.requires_grad for parameter in module.parameters()}
+        return super().forward_context(module, options)
+
+    @override
+    def reduce(self, trained: TrainedModel) -> None:
+        for parameter, requires_grad in self.__dict__.pop("_seen", {}).items():
+            parameter.requires_grad_(requires_grad)
+        super().reduce(trained)
+
+
+@saboteur("PREP-11")
+class EvaluationDropsGradient(FakeBackend):
+    """An evaluation drops the gradient of the update in progress."""
+
+    @override
+    def forward_context(self, module: nn.Module, options: WrapOptions) -> AbstractContextManager[object]:
+        if not torch.is_grad_enabled():
+            module.zero_grad()
+        return super().forward_context(module, options)
+
+
+@saboteur("PREP-12")
+class DropsHooks(FakeBackend):
+    """Parameters are replaced, without their gradient hooks."""
+
+    @override
+    def wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
+        for parameter in module.parameters():
+            if parameter._backward_hooks is not None:
+                parameter._backward_hooks.clear()
+        return super().wrap(module, options)

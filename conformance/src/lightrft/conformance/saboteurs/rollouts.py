@@ -6,11 +6,13 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import nn
 from typing_extensions import override
 
 from lightrft.conformance.saboteurs.catalogue import saboteur
+from lightrft.conformance.saboteurs.hooks import Options
 from lightrft.conformance.saboteurs.plain import PlainStrategy
-from lightrft.strategy import Completion, EngineStatus, FakeStrategy, Prompt, Sampling
+from lightrft.strategy import Completion, EngineStatus, FakeStrategy, Prompt, RolloutEngine, Sampling
 from lightrft.strategy.models import weight_stream
 from lightrft.strategy.models.weight_stream import Bucket
 from lightrft.strategy.rollout import fake_engine
@@ -54,7 +56,9 @@ class SleepsUnasked(FakeStrategy):
 class TakesAnother(FakeStrategy):
     """An unknown engine_type builds the fake engine."""
 
-    def setup_inference_engine(self, args: Any = None, engine_type: Any = None, actor: Any = None) -> Any:
+    def setup_inference_engine(
+        self, args: object = None, engine_type: str | None = None, actor: nn.Module | None = None
+    ) -> RolloutEngine | None:
         try:
             return super().setup_inference_engine(args, engine_type, actor)
         except Exception:  # noqa: BLE001
@@ -73,7 +77,7 @@ class GeneratesNothing(FakeStrategy):
 class SyncsInSilence(FakeStrategy):
     """Without an engine, a sync does nothing and says nothing."""
 
-    def update_engine_weights(self, actor: Any) -> None:
+    def update_engine_weights(self, actor: nn.Module) -> None:
         if self.inference_engine is not None:
             super().update_engine_weights(actor)
 
@@ -84,7 +88,7 @@ class SyncsOnce(FakeStrategy):
 
     _synced = False
 
-    def update_engine_weights(self, actor: Any) -> None:
+    def update_engine_weights(self, actor: nn.Module) -> None:
         if not self._synced:
             super().update_engine_weights(actor)
         self._synced = self.inference_engine is not None
@@ -94,9 +98,9 @@ class SyncsOnce(FakeStrategy):
 class SendsBiasesLate(FakeStrategy):
     """Each sync sends the biases of the sync before."""
 
-    _last: dict[str, Any] = {}
+    _last: dict[str, torch.Tensor] = {}
 
-    def update_engine_weights(self, actor: Any) -> None:
+    def update_engine_weights(self, actor: nn.Module) -> None:
         full_parameters = weight_stream.full_parameters
 
         def late(*arguments: Any) -> Iterator[Bucket]:
@@ -112,9 +116,9 @@ class SendsBiasesLate(FakeStrategy):
 class AlwaysTheFirst(FakeStrategy):
     """Every sync sends the first actor, whichever is passed: LightRFT's."""
 
-    _first: Any = None
+    _first: nn.Module | None = None
 
-    def update_engine_weights(self, actor: Any) -> None:
+    def update_engine_weights(self, actor: nn.Module) -> None:
         self._first = self._first or actor
         super().update_engine_weights(self._first)
 
@@ -123,7 +127,7 @@ class AlwaysTheFirst(FakeStrategy):
 class SendsAnything(FakeStrategy):
     """Errors of a sync are ignored."""
 
-    def update_engine_weights(self, actor: Any) -> None:
+    def update_engine_weights(self, actor: nn.Module) -> None:
         try:
             super().update_engine_weights(actor)
         except RuntimeError:
@@ -134,7 +138,7 @@ class SendsAnything(FakeStrategy):
 class CommitsAlone(PlainStrategy):
     """If a sync fails on one rank, the engines of the other ranks keep its weights."""
 
-    def update_engine_weights(self, actor: Any) -> None:
+    def update_engine_weights(self, actor: nn.Module) -> None:
         engine = self.inference_engine
         engine.revoke_weights = lambda why: None  # type: ignore[union-attr, method-assign]
         super().update_engine_weights(actor)
@@ -148,7 +152,7 @@ class SplitsEvenly(PlainStrategy):
         import torch.distributed as dist
 
         local = super().gather_and_generate(*arguments, **more)
-        by_rank: list[Any] = [None] * self.world.size
+        by_rank: list[list[Completion]] = [[]] * self.world.size
         dist.all_gather_object(by_rank, local)
         flat = [completion for completions in by_rank for completion in completions]
         share = len(flat) // self.world.size
@@ -160,8 +164,11 @@ class PrefersTokens(FakeStrategy):
     """With both kinds of prompts, token ids are used and the others ignored."""
 
     def engine_generate_local(
-        self, sampling_params: Any, prompt_token_ids: Any = None, multi_modal_inputs: Any = None
-    ) -> Any:
+        self,
+        sampling_params: object,
+        prompt_token_ids: Sequence[object] | None = None,
+        multi_modal_inputs: Sequence[Options] | None = None,
+    ) -> list[Completion]:
         if prompt_token_ids is not None:
             multi_modal_inputs = None
         return super().engine_generate_local(sampling_params, prompt_token_ids, multi_modal_inputs)
@@ -267,8 +274,7 @@ class GreedyIsCold(FakeEngine):
 
     @override
     def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
-        cold = replace(sampling, temperature=2.0) if sampling.greedy else sampling
-        return super()._generate(prompts, cold)
+        return super()._generate(prompts, replace(sampling, temperature=2.0) if sampling.greedy else sampling)
 
 
 @saboteur("GEN-2")

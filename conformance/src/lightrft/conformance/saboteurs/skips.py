@@ -1,13 +1,14 @@
 """Defects of skipping updates whose gradient is not finite."""
 
 import math
-from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from lightrft.conformance.saboteurs.catalogue import saboteur
-from lightrft.strategy import FakeStrategy
+from lightrft.conformance.saboteurs.hooks import StepHooks
+from lightrft.strategy import StepResult
 from lightrft.strategy.backend import ReplicatedBackend, TrainedModel, fill_missing
 from lightrft.strategy.fake_strategy import FakeBackend
 from lightrft.strategy.step.gradients import global_norm
@@ -45,14 +46,13 @@ class SkipsAlone(ReplicatedBackend):
 
 
 @saboteur("OPT-5")
-class SkipMovesSchedule(FakeStrategy):
+class SkipMovesSchedule(StepHooks):
     """A skipped update steps the schedule."""
 
-    def optimizer_step(self, optimizer: Any, model: Any, scheduler: Any = None, *arguments: Any, **more: Any) -> Any:
-        result = super().optimizer_step(optimizer, model, scheduler, *arguments, **more)
+    @override
+    def stepped(self, result: StepResult, scheduler: LRScheduler | None) -> None:
         if result.skipped and scheduler is not None:
             scheduler.step()
-        return result
 
 
 @saboteur("OPT-5")

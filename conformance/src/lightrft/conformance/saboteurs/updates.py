@@ -1,13 +1,14 @@
 """Defects of accumulation, clipping, and of several models."""
 
 import math
-from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from lightrft.conformance.saboteurs.catalogue import saboteur
-from lightrft.strategy import FakeStrategy
+from lightrft.conformance.saboteurs.hooks import StepHooks
+from lightrft.strategy import StepResult
 from lightrft.strategy.backend import ReplicatedBackend, TrainedModel, fill_missing
 from lightrft.strategy.fake_strategy import FakeBackend
 from lightrft.strategy.step.gradients import clip_factor, global_norm
@@ -17,27 +18,30 @@ from lightrft.strategy.step.update import reduce_clip_and_step
 
 
 @saboteur("OPT-1")
-class EveryMicroBatch(FakeStrategy):
+class EveryMicroBatch(StepHooks):
     """Makes an update at every micro-batch."""
 
-    def optimizer_step(self, *arguments: Any, boundary: Any = None, **more: Any) -> Any:
-        return super().optimizer_step(*arguments, boundary=True if boundary is None else boundary, **more)
+    @override
+    def boundary(self, given: bool | None) -> bool | None:
+        return True if given is None else given
 
 
 @saboteur("OPT-1")
-class OneTooEarly(FakeStrategy):
+class OneTooEarly(StepHooks):
     """From the second update on, updates one micro-batch too early."""
 
     _calls, _updates = 0, 0
 
-    def optimizer_step(self, *arguments: Any, boundary: Any = None, **more: Any) -> Any:
+    @override
+    def boundary(self, given: bool | None) -> bool | None:
         self._calls += 1
         steps = self.accumulated_gradient
-        early = self._updates and steps > 1 and self._calls % steps == steps - 1
-        result = super().optimizer_step(*arguments, boundary=True if early else boundary, **more)
+        return True if self._updates and steps > 1 and self._calls % steps == steps - 1 else given
+
+    @override
+    def stepped(self, result: StepResult, scheduler: LRScheduler | None) -> None:
         self._updates += result.applied
         self._calls = 0 if result.applied else self._calls
-        return result
 
 
 @saboteur("OPT-1")
@@ -53,22 +57,22 @@ class ForgetsTheFirstBackward(FakeBackend):
 
 
 @saboteur("OPT-1")
-class EagerSchedule(FakeStrategy):
+class EagerSchedule(StepHooks):
     """The schedule steps at every micro-batch."""
 
-    def optimizer_step(self, optimizer: Any, model: Any, scheduler: Any = None, *arguments: Any, **more: Any) -> Any:
-        result = super().optimizer_step(optimizer, model, None, *arguments, **more)
-        if scheduler is not None:
+    @override
+    def stepped(self, result: StepResult, scheduler: LRScheduler | None) -> None:
+        if scheduler is not None and not result.applied:
             scheduler.step()
-        return result
 
 
 @saboteur("OPT-13")
-class IgnoresBoundary(FakeStrategy):
+class IgnoresBoundary(StepHooks):
     """boundary is ignored."""
 
-    def optimizer_step(self, *arguments: Any, boundary: Any = None, **more: Any) -> Any:
-        return super().optimizer_step(*arguments, **more)
+    @override
+    def boundary(self, given: bool | None) -> bool | None:
+        return None
 
 
 @saboteur("OPT-13")
@@ -78,6 +82,15 @@ class MeanOverK(FakeBackend):
     @override
     def fused_step(self, trained: TrainedModel, factor: float) -> float:
         return reduce_clip_and_step(self, trained, 1.0)
+
+
+@saboteur("OPT-13")
+class NormOfWholeUpdates(FakeBackend):
+    """The reported norm of an update of fewer micro-batches than K is divided by K."""
+
+    @override
+    def fused_step(self, trained: TrainedModel, factor: float) -> float:
+        return reduce_clip_and_step(self, trained, factor) / max(factor, 1.0)
 
 
 @saboteur("OPT-2")
@@ -180,15 +193,15 @@ class ZeroMeansZero(FakeBackend):
 
 
 @saboteur("OPT-4")
-class SharedCounter(FakeStrategy):
+class SharedCounter(StepHooks):
     """All models share one count of micro-batches."""
 
     _count = 0
 
-    def optimizer_step(self, *arguments: Any, boundary: Any = None, **more: Any) -> Any:
+    @override
+    def boundary(self, given: bool | None) -> bool | None:
         self._count += 1
-        last = self._count % self.accumulated_gradient == 0
-        return super().optimizer_step(*arguments, boundary=last if boundary is None else boundary, **more)
+        return self._count % self.accumulated_gradient == 0 if given is None else given
 
 
 @saboteur("OPT-4")
