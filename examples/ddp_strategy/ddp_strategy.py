@@ -1,7 +1,7 @@
-"""PyTorch's `DistributedDataParallel` as a LightRFT strategy: every rank has the whole model and optimizer.
+"""PyTorch's `DistributedDataParallel` as a LightRFT strategy: every rank has the full model and optimizer.
 
-Everything that is its own is here: how a model is wrapped, and when its gradients are averaged. Counting, scaling,
-clipping, skipping, schedules, checkpoints and rollouts are `StrategyBase`'s.
+This module defines how a model is wrapped and when its gradients are averaged. `StrategyBase` does the rest: counting,
+scaling, clipping, skipping, schedules, checkpoints and rollouts.
 """
 
 import gc
@@ -18,7 +18,7 @@ from lightrft.strategy.backend import ReplicatedBackend, World, WrapOptions, rep
 
 
 class DDPBackend(ReplicatedBackend):
-    """Accumulates gradients on each rank, and averages them once an update, in `ReplicatedBackend.reduce`."""
+    """Accumulates gradients on each rank; `ReplicatedBackend.reduce` averages them once per update."""
 
     def __init__(self, config: StrategyConfig, world: World) -> None:
         super().__init__(config, world)
@@ -30,14 +30,14 @@ class DDPBackend(ReplicatedBackend):
         if not options.training or self.world.size == 1:
             return module
         devices = [self.world.device] if self.world.device.type == "cuda" else None
-        # buffers stay each rank's own, as on every strategy
+        # each rank keeps its own buffers, as in every strategy
         self._wrappers[module] = DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
         return self._wrappers[module]
 
     @override
     @contextmanager
     def forward_context(self, module: nn.Module, options: WrapOptions) -> Iterator[None]:
-        # DDP would average in the backward pass of every micro-batch, and once only where a micro-batch has several
+        # without no_sync, DDP would average gradients in every backward pass
         wrapper = self._wrappers.get(module)
         with super().forward_context(module, options), wrapper.no_sync() if wrapper else nullcontext():
             yield
@@ -45,7 +45,7 @@ class DDPBackend(ReplicatedBackend):
     @override
     def close(self) -> None:
         self._wrappers.clear()
-        gc.collect()  # DDP and its reducer are cycles, which would keep the process group for a while
+        gc.collect()  # DDP and its reducer form reference cycles, which would keep the process group alive
 
 
 class DDPStrategy(StrategyBase):

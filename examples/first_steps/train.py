@@ -18,4 +18,4 @@ with get_strategy(parser.parse_args()) as strategy:
         strategy.backward(model(batch, labels=batch).loss, model, optimizer)
         result = strategy.optimizer_step(optimizer, model)
         if result.applied:
-            strategy.print(f"norm of the gradient {result.grad_norm:.5f}")
+            strategy.print(f"gradient norm {result.grad_norm:.5f}")

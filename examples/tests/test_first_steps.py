@@ -21,7 +21,7 @@ def run(*arguments: str, ranks: int) -> list[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS)
     assert done.returncode == 0, done.stderr[-4000:]
-    return re.findall(r"norm of the gradient \d\.\d{5}$", done.stdout, flags=re.MULTILINE)
+    return re.findall(r"gradient norm \d\.\d{5}$", done.stdout, flags=re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
