@@ -21,6 +21,7 @@ from nox.command import CommandFailed
 sys.path.insert(0, str(Path(__file__).parent))
 
 from tools.environments import Environment
+from tools.gpu_kit import make_kit, rehearse
 from tools.gpus import count_gpus, environment_on_gpus
 from tools.pins import pin
 from tools.projects import FOLDERS, ROOT, group
@@ -307,6 +308,18 @@ def gpu(session: nox.Session, strategy: str) -> None:
     for world in powers if max(target.worlds) > 1 else [1]:
         if world >= min(target.worlds):
             _certify(session, environment, "run", *target.arguments, "--device=cuda", f"--world-size={world}")
+
+
+@session(default=False)
+def gpu_kit(session: nox.Session) -> None:
+    """Make a folder that checks this project on a GPU machine without a network; ``--python 3.12``: the machine's Python."""
+    make_kit(session, _value_of("--python", session.posargs) or "3.12")
+
+
+@session(default=False)
+def gpu_rehearsal(session: nox.Session) -> None:
+    """Run the GPU kit on this machine's CPU, as on a machine without a network; ``--minutes 14.5``: its limit."""
+    rehearse(session)
 
 
 @session(default=False)

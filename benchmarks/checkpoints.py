@@ -1,4 +1,4 @@
-"""Saving and loading, compared with plain files of the same size: SmolLM2-135M with AdamW's state, fp32, one process.
+"""Saving and loading, compared with plain files of the same size: SmolLM2-135M's shape and AdamW's state, fp32, one process.
 
 Reports ratios of medians. The rounds alternate, so that other load on the machine affects all measurements alike. A plain
 read is into allocated memory, as a model's is. Exit status 1 if a target is missed.
@@ -10,22 +10,18 @@ import os
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from models import seconds_of, smollm2
 
 from lightrft.strategy import FakeStrategy, get_fake_strategy
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples/rlvr_arithmetic"))
-from setup_model import unpack
-
-MODEL = Path("runs/SmolLM2-135M-Instruct")
 CHUNK = 16 * 2**20
 """Bytes of the buffer of a save, unless the largest tensor needs more."""
 
@@ -47,16 +43,17 @@ class Ratio:
 class Measurements:
     """Seconds and additional bytes of memory of each action, by round."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.seconds: dict[str, list[float]] = {}
         self.extra: dict[str, list[float]] = {}
 
     def take(self, name: str, action: Callable[[], object]) -> None:
         """Measure one call of ``action``."""
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        before, start = memory("VmRSS"), time.perf_counter()
-        action()
-        self.seconds.setdefault(name, []).append(time.perf_counter() - start)
+        with suppress(OSError):  # not everywhere
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        before = memory("VmRSS")
+        self.seconds.setdefault(name, []).append(seconds_of(action, self.device))
         self.extra.setdefault(name, []).append(memory("VmHWM") - before)
 
     def ratios(self, size: int, largest: int) -> list[Ratio]:
@@ -78,14 +75,14 @@ class Measurements:
 def memory(field: str) -> int:
     """Bytes of this process's memory: ``VmRSS`` is the current size, ``VmHWM`` the peak."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)
 
 
 def prepared(strategy: FakeStrategy) -> Any:
     """The model and its optimizer state after one update."""
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    model: Any = smollm2(torch.float32)
     model, optimizer, _ = strategy.prepare((model, strategy.create_optimizer(model, lr=1e-3), None))
-    tokens = torch.arange(8)[None]
+    tokens = torch.arange(8, device=strategy.device)[None]
     strategy.backward(model(tokens, labels=tokens).loss, model, optimizer)
     strategy.optimizer_step(optimizer, model)
     return model
@@ -116,13 +113,13 @@ def forget(folder: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure(folder: Path, rounds: int) -> tuple[Measurements, int, int]:
+def measure(folder: Path, rounds: int, device: str) -> tuple[Measurements, int, int]:
     """Returns the measurements, the bytes of a checkpoint and the bytes of its largest tensor."""
-    measurements = Measurements()
     with (
-        get_fake_strategy(bf16=False, train_batch_size=1) as blocking,
-        get_fake_strategy(bf16=False, train_batch_size=1, async_ckpt=True) as background,
+        get_fake_strategy(bf16=False, train_batch_size=1, device=device) as blocking,
+        get_fake_strategy(bf16=False, train_batch_size=1, device=device, async_ckpt=True) as background,
     ):
+        measurements = Measurements(blocking.device)
         model, other = prepared(blocking), prepared(background)
         checkpoint = blocking.save_ckpt(model, folder / "blocking", tag="t")
         size = sum(file.stat().st_size for file in checkpoint.iterdir())
@@ -146,13 +143,13 @@ def main() -> int:
     """Measure, print and write the numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--folder", type=Path, help="a folder on the disk to measure; default: the temporary folder")
     parser.add_argument("--output", type=Path, help="JSON file for the numbers")
     arguments = parser.parse_args()
-    unpack(MODEL)
     folder = Path(tempfile.mkdtemp(prefix="lightrft-bench-", dir=arguments.folder))
     try:
-        measurements, size, largest = measure(folder, arguments.rounds)
+        measurements, size, largest = measure(folder, arguments.rounds, arguments.device)
     finally:
         shutil.rmtree(folder)
     for name, times in measurements.seconds.items():

@@ -30,7 +30,9 @@ BENCHMARKS = {
     "steps.fake": Benchmark("steps.py", ("fake", "--rounds=1000")),
     "steps.fsdp": Benchmark("steps.py", ("fsdp",), ranks=2),
     "steps.zero2": Benchmark("steps.py", ("zero2",), ranks=2),
+    "steps.zero3": Benchmark("steps.py", ("zero3",), ranks=2),
     "checkpoints": Benchmark("checkpoints.py"),
+    "memory": Benchmark("memory.py", ("fsdp",)),
 }
 SYNCS = {
     f"weight_sync.{engine}.{name}": Benchmark("weight_sync.py", (engine, f"--strategy={strategy}"), ranks=ranks)

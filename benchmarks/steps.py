@@ -1,17 +1,18 @@
 """The time of a training step through a strategy, compared with the same loop written on the bare backend.
 
-``python steps.py fake`` or ``torchrun --nproc-per-node 2 steps.py fsdp|zero2``. Both loops train the same model on the
-same batches, with clipping. They alternate in one process, so that other load on the machine affects both alike.
+``python steps.py fake`` or ``torchrun --nproc-per-node 2 steps.py fsdp|zero2|zero3``. Both loops train the same model on
+the same batches, with clipping. They alternate in one process, so that other load on the machine affects both alike.
 """
 
 import argparse
 import os
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median, quantiles
 
 import torch
+from models import seconds_of, smollm2
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -26,20 +27,25 @@ WARM_UP = 5
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("strategy", choices=["fake", "fsdp", "zero2"])
+    parser.add_argument("strategy", choices=list(BARE))
     parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument(
+        "--large", action="store_true", help="SmolLM2-135M's shape on 4,096 tokens, instead of a small model"
+    )
     args = parser.parse_args()
-    with get_strategy(settings(args.strategy)) as strategy:
-        make, batch = MODELS[args.strategy]
-        steps = {"bare": BARE[args.strategy](make()), "ours": with_strategy(strategy, make())}
-        seconds = alternate(steps, batch(), args.rounds)
+    with get_strategy({**settings(args.strategy), "device": args.device}) as strategy:
+        make, batch = LARGE if args.large else MODELS[args.strategy]
+        bare = BARE[args.strategy](make().to(strategy.device))
+        steps = {"bare": bare, "ours": with_strategy(strategy, make())}
+        seconds = alternate(steps, batch().to(strategy.device), args.rounds)
         report(strategy, args.strategy, seconds)
 
 
 def settings(name: str) -> dict[str, object]:
-    backend = {"fake": {"strategy": "fake"}, "fsdp": {"strategy": "fsdp"}, "zero2": {"strategy": "deepspeed"}}[name]
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    return {**backend, "bf16": False, "max_norm": MAX_NORM, "train_batch_size": ranks, "micro_train_batch_size": 1}
+    batch = {"train_batch_size": ranks, "micro_train_batch_size": 1}
+    return {**SETTINGS[name], **batch, "bf16": False, "max_norm": MAX_NORM}
 
 
 def alternate(steps: dict[str, Step], batch: torch.Tensor, rounds: int) -> dict[str, list[float]]:
@@ -48,9 +54,7 @@ def alternate(steps: dict[str, Step], batch: torch.Tensor, rounds: int) -> dict[
     for turn in range(WARM_UP + rounds):
         order = list(steps.items())
         for name, step in order if turn % 2 else reversed(order):
-            start = time.perf_counter()
-            step(batch)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(seconds_of(partial(step, batch), batch.device))
     return {name: taken[WARM_UP:] for name, taken in seconds.items()}
 
 
@@ -99,13 +103,13 @@ def fsdp_by_hand(model: nn.Module) -> Step:
     return by_hand(model)
 
 
-def zero2_by_hand(model: nn.Module) -> Step:
+def zero_by_hand(stage: int, model: nn.Module) -> Step:
     import deepspeed
 
     ds_config = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_clipping": MAX_NORM,
-        "zero_optimization": {"stage": 2},
+        "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,
     }
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
@@ -138,16 +142,33 @@ def perceptron() -> nn.Module:
     return nn.Sequential(nn.Linear(256, 512), nn.Tanh(), nn.Linear(512, 256))
 
 
-def tokens() -> torch.Tensor:
-    return torch.arange(2 * 64).view(2, 64)
+def tokens(sequences: int = 2, length: int = 64) -> torch.Tensor:
+    return torch.arange(sequences * length).view(sequences, length)
 
 
 def rows() -> torch.Tensor:
     return torch.randn(32, 256, generator=torch.Generator().manual_seed(0))
 
 
-MODELS = {"fake": (perceptron, rows), "fsdp": (language_model, tokens), "zero2": (language_model, tokens)}
-BARE = {"fake": by_hand, "fsdp": fsdp_by_hand, "zero2": zero2_by_hand}
+MODELS = {
+    "fake": (perceptron, rows),
+    "fsdp": (language_model, tokens),
+    "zero2": (language_model, tokens),
+    "zero3": (language_model, tokens),
+}
+LARGE = (partial(smollm2, torch.float32), partial(tokens, 8, 512))
+BARE: dict[str, Callable[[nn.Module], Step]] = {
+    "fake": by_hand,
+    "fsdp": fsdp_by_hand,
+    "zero2": partial(zero_by_hand, 2),
+    "zero3": partial(zero_by_hand, 3),
+}
+SETTINGS: dict[str, dict[str, object]] = {
+    "fake": {"strategy": "fake"},
+    "fsdp": {"strategy": "fsdp"},
+    "zero2": {"strategy": "deepspeed", "zero_stage": 2},
+    "zero3": {"strategy": "deepspeed", "zero_stage": 3},
+}
 
 
 if __name__ == "__main__":

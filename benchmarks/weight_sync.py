@@ -2,7 +2,7 @@
 compared with the engine alone.
 
 ``python benchmarks/weight_sync.py ENGINE [--strategy NAME] [--rounds N]``; under torchrun for several ranks, with one engine
-per rank. The weights are SmolLM2-135M's, in bf16. The rounds alternate, so that other load on the machine affects all
+per rank. The weights have SmolLM2-135M's shapes, in bf16. The rounds alternate, so that other load on the machine affects all
 measurements alike. Reports ratios of medians. Exit status 1 if a target is missed.
 """
 
@@ -10,6 +10,7 @@ import argparse
 import mmap
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,15 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from models import save_smollm2, seconds_of, smollm2
 
 from lightrft.engines.sglang.shared_memory import pieces
 from lightrft.strategy import RolloutEngine, Sampling, StrategyBase, get_strategy
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples/rlvr_arithmetic"))
-from setup_model import unpack
-
-MODEL = Path("runs/SmolLM2-135M-Instruct")
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 64, 128, 32
 
 
@@ -50,18 +47,22 @@ class Ratio:
 def main() -> int:
     """Measure and print; returns the exit status."""
     args = arguments()
-    settings = {"strategy": args.strategy, "zero_stage": 3, "bf16": True, "engine_type": args.engine}
-    with get_strategy(settings) as strategy:
-        if strategy.is_rank_0():
-            unpack(MODEL)
-        strategy.sync_and_clear_cache()
-        actor = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16)
+    settings = {
+        "strategy": args.strategy,
+        "zero_stage": 3,
+        "bf16": True,
+        "engine_type": args.engine,
+        "device": args.device,
+    }
+    with tempfile.TemporaryDirectory() as folder, get_strategy(settings) as strategy:
+        actor: Any = smollm2(torch.bfloat16)
         optimizer = strategy.create_optimizer(actor, lr=1e-5)
         actor, _, _ = strategy.prepare((actor, optimizer, None))
-        engine = strategy.setup_inference_engine({"pretrain": str(MODEL), "bf16": True}, args.engine, actor=actor)
+        source = {"pretrain": str(save_smollm2(Path(folder))), "bf16": True}  # each rank has its own folder
+        engine = strategy.setup_inference_engine(source, args.engine, actor=actor)
         assert engine is not None
         weights = weights_of(strategy, actor)
-        syncs = median_seconds(sync_variants(strategy, engine, actor, weights), args.rounds)
+        syncs = median_seconds(sync_variants(strategy, engine, actor, weights), args.rounds, strategy.device)
         calls = {}
         if strategy.world_size == 1:  # several ranks would compete for the CPUs
             calls = generation(strategy, engine, actor.config.vocab_size, args.generations)
@@ -114,7 +115,7 @@ def generation(strategy: StrategyBase, engine: RolloutEngine, vocabulary: int, r
 
     engine.generate = timed  # type: ignore[method-assign]
     outer = {"strategy generation": lambda: strategy.gather_and_generate(sampling, prompts, sleep_engine=False)}
-    return {**median_seconds(outer, rounds), "engine generation": statistics.median(inner[1:])}
+    return {**median_seconds(outer, rounds, strategy.device), "engine generation": statistics.median(inner[1:])}
 
 
 def sync_variants(
@@ -142,14 +143,12 @@ def weights_of(strategy: StrategyBase, actor: torch.nn.Module) -> list[tuple[str
     return [(name, tensor.clone()) for bucket in strategy.full_parameters(actor) for name, tensor in bucket]
 
 
-def median_seconds(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def median_seconds(variants: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
     """Median seconds of each variant after a warm-up round; every other round runs in reverse order."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds + 1):
         for name, run in list(variants.items())[:: -1 if number % 2 else 1]:
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(seconds_of(run, device))
     return {name: statistics.median(times[1:]) for name, times in seconds.items()}
 
 
@@ -157,6 +156,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("engine")
     parser.add_argument("--strategy", default="fake", help="fake, fsdp or deepspeed (ZeRO-3)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=8, help="rounds of syncs")
     parser.add_argument("--generations", type=int, default=3, help="rounds of generation")
     return parser.parse_args()
