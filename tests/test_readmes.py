@@ -23,9 +23,9 @@ def table_commands(text: str) -> list[list[str]]:
 
 
 def link_targets(text: str) -> list[str]:
-    """What the links and pictures point to, without the link to the other language."""
+    """What the links and pictures point to, without the link to the other language; "#" for a heading of the same page."""
     targets = re.findall(r"\]\(([^)]+)\)", CODE_BLOCK.sub("", text))
-    return sorted(target for target in targets if not target.startswith("README"))
+    return sorted(re.sub("^#.*", "#", target) for target in targets if not target.startswith("README"))
 
 
 def paragraphs_and_items(text: str) -> list[int]:
@@ -46,3 +46,12 @@ def test_local_links_exist(name):
     local = [target for target in link_targets(text) if "://" not in target]
     assert local
     assert [target for target in local if not (ROOT / target.partition("#")[0]).exists()] == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
+def test_links_to_headings_of_the_page_exist(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    headings = [heading.lower().replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)]
+    linked = re.findall(r"\]\(#([^)]+)\)", text)
+    assert linked
+    assert set(linked) <= set(headings)

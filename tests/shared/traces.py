@@ -2,6 +2,7 @@
 
 import os
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,32 @@ def traces() -> dict[str, Any]:
     return {
         "environment": dict(os.environ),
         "threads": threading.active_count(),
-        "system threads": len(list(Path("/proc/self/task").iterdir())),
+        "system threads": sorted(_name(it) for it in Path("/proc/self/task").iterdir()),
         "files": len(list(Path("/proc/self/fd").iterdir())),
         "process group": dist.is_initialized(),
     }
+
+
+def added(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """What of ``after`` is not in ``before``: more threads or files, and every other value that differs.
+
+    A thread of an earlier lifetime may end late, so fewer are as right as the same.
+    """
+    found: dict[str, Any] = {}
+    for name, value in after.items():
+        if isinstance(value, list):
+            value = list((Counter(value) - Counter(before[name])).elements())
+        elif name in ("threads", "files"):
+            value = max(0, value - before[name])
+        elif value == before[name]:
+            continue
+        if value:
+            found[name] = value
+    return found
+
+
+def _name(thread: Path) -> str:
+    try:
+        return (thread / "comm").read_text().strip()
+    except OSError:  # it ended meanwhile
+        return "ended"

@@ -1,0 +1,65 @@
+"""What a rank does in the tests of preparing models, on any strategy."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import training
+from exports import in_training, opened
+from llamas import llama
+from torch import nn
+from torch._dynamo.utils import counters
+
+from lightrft.config import LightRFTError
+
+
+class Critic(nn.Module):
+    """Values from the backbone of another model."""
+
+    _no_split_modules = ["LlamaDecoderLayer"]
+
+    def __init__(self, actor: Any) -> None:
+        super().__init__()
+        self.backbone, self.head = actor.model, nn.Linear(16, 1)
+
+
+def refusals(strategy: str, path: str, **settings: Any) -> dict[str, str]:
+    """What is said about models that share parameters with one in training, and of its own ways to save it."""
+    with opened(strategy, **settings) as made:
+        actor = llama(tied=False)
+        critic, reference = Critic(actor), llama(tied=False)
+        reference.model.embed_tokens.weight = actor.model.embed_tokens.weight
+        optimizer = made.create_optimizer(critic, lr=1e-2)
+        model: Any
+        model, _ = in_training(made, actor)
+        own = f"{path}{made.get_rank()}"
+        calls: dict[str, Callable[[], object]] = {
+            "critic": lambda: made.prepare((critic, optimizer, None)),
+            "reference": lambda: made.prepare(reference),
+            "save_pretrained": lambda: model.save_pretrained(own),
+            "save_pretrained of a part": lambda: model.model.save_pretrained(own),
+            "state_dict": lambda: model.state_dict(),
+        }
+        said = {}
+        for name, call in calls.items():
+            try:
+                call()
+            except LightRFTError as error:
+                said[name] = str(error)
+        in_training(made, llama(), updates=1)  # goes on
+        return said
+
+
+def compiled(strategy: str, path: str, **settings: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], int]:
+    """The weights of a model after an update, those of the same model compiled, and how many graphs were compiled."""
+    weights = []
+    for build in (llama, lambda: torch.compile(llama(), backend="eager")):
+        torch._dynamo.reset()
+        counters.clear()
+        with opened(strategy, **settings) as made:
+            model, _ = in_training(made, build(), updates=1)
+            weights.append(training.whole(made, model))
+            made.save_model(model, None, path)
+    graphs = counters["frames"]["ok"]
+    torch._dynamo.reset()
+    return weights[0], weights[1], graphs
