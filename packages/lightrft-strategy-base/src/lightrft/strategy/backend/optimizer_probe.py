@@ -27,7 +27,7 @@ TOLERANCE = 1e-3
 """Largest difference between the update of the parts and that of the whole, relative to the largest update."""
 
 _NOT_COPIED = ("state", "param_groups", "step", "zero_grad", "add_param_group")
-"""Attributes of an optimizer that a replica has anew; schedulers replace ``step`` on the object."""
+"""Attributes of an optimizer that a replica gets new; schedulers replace ``step`` on the object."""
 
 
 def check_on_parts(
