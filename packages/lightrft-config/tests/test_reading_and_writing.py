@@ -368,6 +368,28 @@ def test_several_urls_can_be_given():
     assert StrategyConfig.from_args(parser.parse_args(["--remote_rm_url", "a"])).remote_rm_url == "a"
 
 
+def test_several_trackers_can_be_named():
+    parser = StrategyConfig.add_arguments(argparse.ArgumentParser())
+    for names, expected in [(["wandb", "tensorboard"], ("wandb", "tensorboard")), (["wandb"], ("wandb",)), ([], ())]:
+        args = parser.parse_args(["--log-dir", "runs", "--trackers", *names])
+        assert StrategyConfig.from_args(args).trackers == expected
+    assert StrategyConfig.from_args(parser.parse_args([])).trackers == ()
+
+
+def test_a_tracker_that_writes_to_a_directory_needs_one():
+    with pytest.raises(ConfigError, match=r"trackers: 'jsonl' writes to a directory, but log_dir is None. Set log_dir"):
+        StrategyConfig(trackers=["wandb", "jsonl"])
+
+
+def test_a_script_of_lightrft_passes_the_critics_path():
+    args = argparse.Namespace(critic_pretrain="some/critic")
+    config = StrategyConfig.from_args(args)
+    assert (config.critic_pretrain, config.args.critic_pretrain) == ("some/critic", "some/critic")
+    parser = StrategyConfig.add_arguments(argparse.ArgumentParser())
+    for options, value in [([], True), (["some/critic"], "some/critic"), (["false"], False), (["none"], None)]:
+        assert parser.parse_args(["--critic_pretrain", *options]).critic_pretrain == value
+
+
 def test_pydantics_own_ways_raise_our_errors():
     with pytest.raises(ConfigError, match=r"seed: expected .*, got str \('x'\)"):
         StrategyConfig.model_validate({"seed": "x"})

@@ -24,7 +24,7 @@ LIGHTRFT_DEFAULTS = {
     "mixed_mm_data": False, "use_mp_opt": False, "plot_every": -1, "use_tensorboard": False,
 }  # fmt: skip
 ADDED = {"strategy", "device", "timeout", "max_skipped_updates", "async_ckpt", "ckpt_checksum", "fsdp_shard_size",
-         "engine_mem_util", "weight_sync_bucket_bytes", "extra_args"}  # fmt: skip
+         "engine_mem_util", "weight_sync_bucket_bytes", "extra_args", "log_dir", "log_name", "log_project", "trackers"}  # fmt: skip
 
 
 def test_names_and_defaults_are_lightrfts():
@@ -65,6 +65,7 @@ OUT_OF_RANGE = {
     "lr_warmup_ratio": [1.1], "engine_mem_util": [0, 1.5], "strategy": [""], "kl_estimator": ["k4"],
     "grad_accum_dtype": ["float32", 32], "device": ["gpu", None], "sp_size": [0], "fsdp_shard_size": [-2],
     "weight_sync_bucket_bytes": [0], "remote_rm_url": [5, (1, 2)], "use_tensorboard": [1.5], "extra_args": [5, {1: 2}],
+    "trackers": ["wandb", (1,), None], "log_dir": ["", 5], "log_name": ["", 5], "log_project": ["", None],
 }  # fmt: skip
 
 
@@ -78,7 +79,8 @@ def bad_values():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [v for v in bad_values() if not (v[0] == "use_tensorboard" and v[1] in ("true", None))]
+    ("name", "value"),
+    [v for v in bad_values() if not (v[0] in ("use_tensorboard", "critic_pretrain") and v[1] in ("true", None))],
 )
 def test_a_single_bad_value_is_refused_by_name(name, value):
     with pytest.raises(ConfigError, match=rf"(?m)^(StrategyConfig:|) *{name}: expected \S.*, got \S"):

@@ -33,10 +33,14 @@ def _option_for(field: FieldInfo) -> dict[str, Any]:
     if get_origin(value_types[0]) is Literal:
         choices = list(get_args(value_types[0]))
         return {"type": _parser_of([str], optional=optional), "choices": [*choices, None] if optional else choices}
+    if get_origin(value_types[0]) is tuple and Ellipsis in get_args(value_types[0]):
+        return {"type": str, "nargs": "*"}
     if get_origin(value_types[0]) is tuple:
         return {"type": _parser_of([float], optional=False), "nargs": len(get_args(value_types[0]))}
     if any(get_origin(value_type) is tuple for value_type in value_types):
         return {"type": _parser_of([str], optional=optional), "nargs": "+", "action": _OneOrMore}
+    if bool in value_types:  # without a value it is a flag
+        return {"type": _parser_of(value_types, optional=optional), "nargs": "?", "const": True}
     return {"type": _parser_of(value_types, optional=optional)}
 
 

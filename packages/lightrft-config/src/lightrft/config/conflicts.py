@@ -4,7 +4,8 @@ This module checks only what the settings alone decide. Whether the chosen strat
 strategy.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator, Mapping
 
 from lightrft.config.settings import Settings
 
@@ -16,6 +17,7 @@ def conflicts(settings: Settings) -> Iterator[str]:
         yield f"extra_args: {name!r} is a setting. Pass it as {name}=..., not in extra_args"
     if s.fsdp and s.strategy not in ("auto", "fsdp"):
         yield f"fsdp=True selects FSDP2, but strategy={s.strategy!r} selects another strategy. Remove one of the two"
+    yield from _of_trackers(s)
     if s.train_batch_size % s.micro_train_batch_size:
         yield (
             f"train_batch_size={s.train_batch_size} is not a multiple of "
@@ -42,3 +44,17 @@ def conflicts(settings: Settings) -> Iterator[str]:
             "dynamic_sampling=True selects prompts whose completions differ in reward, but n_samples_per_prompt=1. "
             "Use at least 2"
         )
+
+
+def _of_trackers(settings: Settings) -> Iterator[str]:
+    for name in ("jsonl", "tensorboard"):
+        if name in settings.trackers and settings.log_dir is None:
+            yield f"trackers: {name!r} writes to a directory, but log_dir is None. Set log_dir, or leave {name!r} out"
+
+
+def conflicts_of_others(given: Mapping[str, object], invalid: Collection[str]) -> Iterator[str]:
+    """Yield the conflicts that do not involve ``invalid`` settings, so that one run shows everything that is wrong."""
+    valid = {name: value for name, value in given.items() if name in Settings.model_fields and name not in invalid}
+    for message in conflicts(Settings.model_construct(**valid)):  # type: ignore[arg-type]  # each value was validated
+        if not set(re.findall(r"\w+", message)) & set(invalid):
+            yield message

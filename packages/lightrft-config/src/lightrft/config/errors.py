@@ -12,6 +12,9 @@ class LightRFTError(Exception):
 class ConfigError(LightRFTError, ValueError):
     """A setting is unknown, has the wrong type, is out of range, or conflicts with another setting."""
 
+    messages: tuple[str, ...] = ()
+    """One message for each invalid setting or conflict; empty if no settings could be read."""
+
 
 class ConfigFileError(ConfigError, OSError):
     """A file of settings cannot be read or written."""

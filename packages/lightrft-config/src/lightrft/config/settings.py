@@ -67,8 +67,8 @@ class Settings(BaseModel):
     """The settings of a run. `StrategyConfig` adds the ways to read and write them."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True, defer_build=True
+    )  # defer_build: `StrategyConfig` builds a validator of its own
 
     # Strategy and device
     strategy: str = setting("strategy", "auto", min_length=1)
@@ -86,7 +86,7 @@ class Settings(BaseModel):
     seed: Integer = setting("strategy", 42, ge=0, lt=2**32)
     """Seed of the random number generators of Python, NumPy and torch, and of the data order."""
     micro_train_batch_size: Integer = setting("strategy", 1, gt=0)
-    """Sequences per forward and backward pass on one rank."""
+    """Sequences per forward and backward pass on one rank, or on the ``sp_size`` ranks that share them."""
     train_batch_size: Integer = setting("strategy", 128, gt=0)
     """Sequences per update, over all ranks and micro-batches."""
     max_norm: NonNegative | None = setting("strategy", 1.0)
@@ -99,12 +99,25 @@ class Settings(BaseModel):
     """Data type in which gradients are reduced and accumulated. None means fp32."""
     adam_offload: bool = setting("strategy", False)
     """Keep optimizer state in host memory between updates. DeepSpeed also runs the optimizer there."""
+    fused_linear_logprob: bool = setting("strategy", False)
+    """Compute the log-probabilities and entropies of ``token_log_probs`` chunk by chunk from hidden states, without the
+    logits of the batch. The numbers are the same; the head must be a plain linear layer."""
     sp_size: Integer = setting("strategy", 1, gt=0)
-    """Ranks that share one sequence (sequence parallelism)."""
+    """Consecutive ranks that share each sequence (sequence parallelism). Must divide the number of ranks."""
     async_ckpt: bool = setting("strategy", False)
     """Write checkpoints in the background while training continues."""
     ckpt_checksum: Literal["crc32", "sha256"] = setting("strategy", "crc32")
     """Checksum of checkpoint files. crc32 detects damage; sha256 is slower and also detects deliberate changes."""
+
+    # Metrics, written by `log`
+    log_dir: str | None = setting("strategy", None, min_length=1)
+    """Directory of the trackers' files. If set, ``log`` also appends to ``metrics.jsonl`` in it."""
+    trackers: Annotated[tuple[str, ...], BeforeValidator(_list_to_tuple)] = setting("strategy", ())
+    """Names of the trackers that ``log`` writes to: "tensorboard", "wandb", "trackio", or one of your own."""
+    log_project: str = setting("strategy", "lightrft", min_length=1)
+    """Project of the run, for trackers that have projects."""
+    log_name: str | None = setting("strategy", None, min_length=1)
+    """Name of the run in its project. None lets the tracker choose one."""
 
     # Optimizers made by prepare_models_and_optimizers
     actor_learning_rate: Number = setting("strategy", 1e-5, ge=0)
@@ -117,8 +130,9 @@ class Settings(BaseModel):
     """Weight decay, applied to all parameters except biases and norms."""
     lr_warmup_ratio: Number = setting("strategy", 0.03, ge=0, le=1)
     """Fraction of the updates during which the learning rate rises linearly from 0."""
-    critic_pretrain: bool = setting("strategy", False)
-    """Train the critic: give it an optimizer and a learning-rate schedule."""
+    critic_pretrain: bool | str | None = setting("strategy", False)
+    """Train the critic: give it an optimizer and a learning-rate schedule. LightRFT's scripts pass the path of its
+    checkpoint, which means True; None and "" mean False."""
     remote_rm_url: Annotated[str | tuple[str, ...] | None, BeforeValidator(_list_to_tuple)] = setting("strategy", None)
     """URL or URLs of remote reward models. If set, local reward models are not prepared."""
 
@@ -153,43 +167,42 @@ class Settings(BaseModel):
     weight_sync_bucket_bytes: Integer = setting("engine", 256 * 2**20, gt=0)
     """Bucket size of weight sync: bytes of full parameters gathered and sent to the engine at a time."""
 
-    # Trainer: carried by the strategy, which does not read them
+    # Trainer: the strategy only stores them, for LightRFT's trainers and for yours; `get_strategy` warns of them once
     pretrain_data: str | None = setting("trainer", None)
-    """Path of a pre-training data set to mix in."""
-    fused_linear_logprob: bool = setting("trainer", False)
-    """Compute log-probabilities from hidden states without materialising the logits."""
+    """Path of a pre-training data set to mix in. Read by LightRFT's trainer."""
     reward_running_norm: bool = setting("trainer", False)
-    """Divide rewards by their running standard deviation."""
+    """Divide rewards by their running standard deviation. Read by LightRFT's trainer."""
     reward_running_norm_minus_mean: bool = setting("trainer", False)
-    """With ``reward_running_norm``, also subtract the running mean."""
+    """With ``reward_running_norm``, also subtract the running mean. Read by LightRFT's trainer."""
     advantages_norm: bool = setting("trainer", False)
-    """Normalise advantages over the batch."""
+    """Normalise advantages over the batch. Read by LightRFT's trainer."""
     advantage_clip: Number = setting("trainer", 0.0, ge=0)
-    """Maximum magnitude of an advantage. 0 means no limit."""
+    """Maximum magnitude of an advantage. 0 means no limit. Read by LightRFT's trainer."""
     reward_clip: Number = setting("trainer", 0.0, ge=0)
-    """Maximum magnitude of a reward. 0 means no limit."""
+    """Maximum magnitude of a reward. 0 means no limit. Read by LightRFT's trainer."""
     micro_rollout_batch_size: Integer = setting("trainer", 2, gt=0)
-    """Sequences per forward pass when experience is made."""
+    """Sequences per forward pass when experience is made. Read by LightRFT's trainer."""
     n_samples_per_prompt: Integer = setting("trainer", 8, gt=0)
-    """Completions per prompt."""
+    """Completions per prompt. Read by LightRFT's trainer."""
     overlong_buffer: bool = setting("trainer", False)
-    """Penalise completions that approach the length limit."""
+    """Penalise completions that approach the length limit. Read by LightRFT's trainer."""
     overlong_buffer_len: Integer = setting("trainer", 1024, gt=0)
-    """Tokens before the length limit over which the penalty increases."""
+    """Tokens before the length limit over which the penalty increases. Read by LightRFT's trainer."""
     overlong_buffer_penalty_factor: Number = setting("trainer", 1.0, ge=0)
-    """Penalty at the length limit, in units of reward."""
+    """Penalty at the length limit, in units of reward. Read by LightRFT's trainer."""
     dynamic_sampling: bool = setting("trainer", False)
-    """Resample prompts whose completions all received the same reward."""
+    """Resample prompts whose completions all received the same reward. Read by LightRFT's trainer."""
     advantage_estimator: str = setting("trainer", "group_norm", min_length=1)
-    """Advantage estimator."""
+    """Advantage estimator. Read by LightRFT's trainer."""
     use_kl_loss: bool = setting("trainer", False)
-    """Add the KL divergence from the reference model to the loss instead of the reward."""
+    """Add the KL divergence from the reference model to the loss instead of the reward. Read by LightRFT's trainer."""
     kl_estimator: Literal["k1", "k2", "k3"] = setting("trainer", "k3")
-    """Estimator of the KL divergence (J. Schulman, "Approximating KL divergence", 2020)."""
+    """Estimator of the KL divergence (J. Schulman, "Approximating KL divergence", 2020). Read by LightRFT's trainer."""
     plot_every: Integer = setting("trainer", -1, ge=-1)
-    """Steps between plots of completion lengths. -1 disables them."""
+    """Steps between plots of completion lengths. -1 disables them. Read by LightRFT's trainer."""
     use_tensorboard: bool | str | None = setting("trainer", False)
-    """Log to TensorBoard: True, or the directory to write to."""
+    """Log to TensorBoard: True, or the directory to write to. ``strategy.log`` does not use it; see ``trackers``.
+    Read by LightRFT's trainer."""
 
     extra_args: dict[str, Any] = Field(default={}, json_schema_extra={"owner": "trainer"})
     """Values that `StrategyConfig.from_args` found and that are not settings, by name."""

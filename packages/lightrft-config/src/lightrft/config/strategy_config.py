@@ -1,6 +1,5 @@
 """`StrategyConfig`: the settings, and the ways to read, check and write them."""
 
-import argparse
 import json
 import os
 import warnings
@@ -10,16 +9,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
-from pydantic import PrivateAttr, ValidationError
+from pydantic import ConfigDict, PrivateAttr, ValidationError
 
-from lightrft.config import arguments
-from lightrft.config.conflicts import conflicts
+from lightrft.config.conflicts import conflicts, conflicts_of_others
 from lightrft.config.errors import ConfigError, ConfigFileError
 from lightrft.config.names import near_miss, nearest
 from lightrft.config.serialization import check_serializable, without_duplicates
 from lightrft.config.settings import Owner, Settings
 from lightrft.config.sources import read_settings
-from lightrft.config.validation import combined_error, config_error, shown
+from lightrft.config.validation import combined_error, invalid_settings, shown
+
+if TYPE_CHECKING:
+    import argparse
 
 
 class StrategyConfig(Settings):
@@ -39,6 +40,8 @@ class StrategyConfig(Settings):
             message lists everything that is wrong.
     """
 
+    # `Settings` has all docstrings, and reading them takes a while. The signature comes with the validator.
+    model_config = ConfigDict(use_attribute_docstrings=False, defer_build=False)
     _source: Any = PrivateAttr(default=None)
 
     if not TYPE_CHECKING:  # type checkers derive the signature from the fields, as for a dataclass
@@ -47,7 +50,8 @@ class StrategyConfig(Settings):
             try:
                 super().__init__(**settings)
             except ValidationError as error:
-                raise config_error(error, settings) from None
+                invalid = invalid_settings(error, settings)
+                raise combined_error([*invalid.values(), *conflicts_of_others(settings, invalid)]) from None
             messages = list(conflicts(self))
             if messages:
                 raise combined_error(messages)
@@ -211,10 +215,12 @@ class StrategyConfig(Settings):
         except ConfigFileError:
             raise
         except ValueError as error:  # ConfigError, invalid JSON or UTF-8, an integer with too many digits
-            raise ConfigError(f"{path}: {error}") from error
+            named = ConfigError(f"{path}: {error}")
+            named.messages = error.messages if isinstance(error, ConfigError) else ()
+            raise named from error
 
     @staticmethod
-    def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    def add_arguments(parser: "argparse.ArgumentParser") -> "argparse.ArgumentParser":
         """Add a command-line option for each setting to ``parser``.
 
         Hyphens may replace underscores. A flag (``--bf16``) has an opposite (``--no-bf16``). ``none`` is accepted where
@@ -226,6 +232,10 @@ class StrategyConfig(Settings):
         Returns:
             ``parser``.
         """
+        import argparse
+
+        from lightrft.config import arguments
+
         if not isinstance(parser, argparse.ArgumentParser):
             raise ConfigError(
                 f"StrategyConfig.add_arguments: expected an argparse.ArgumentParser, got {shown(parser)}. Pass the parser of "

@@ -51,14 +51,20 @@ def describe(schema: dict[str, Any]) -> str:
     return f"{words} {bounds}".strip()
 
 
-def config_error(error: ValidationError, given: dict[str, object]) -> ConfigError:
-    """Return a `ConfigError` that names each invalid setting, what it expects and what it got."""
-    return combined_error(dict.fromkeys(_message(detail, given) for detail in error.errors()))
+def invalid_settings(error: ValidationError, given: dict[str, object]) -> dict[str, str]:
+    """Return a message for each invalid setting, by name: what it expects and what it got."""
+    messages: dict[str, str] = {}
+    for detail in error.errors():
+        messages.setdefault(str(detail["loc"][0]), _message(detail, given))
+    return messages
 
 
 def combined_error(messages: Iterable[str]) -> ConfigError:
     """Return one `ConfigError` for all ``messages``, one a line."""
-    return ConfigError("StrategyConfig: " + "\n  ".join(messages))
+    every = tuple(messages)
+    error = ConfigError("StrategyConfig: " + "\n  ".join(every))
+    error.messages = every
+    return error
 
 
 def _message(error: ErrorDetails, given: dict[str, object]) -> str:
