@@ -1,0 +1,71 @@
+"""How commands fail: one line on stderr and exit code 2, never a traceback.
+
+The line has the command, what it expected, what it got and the remedy. Exit code 1 means that a
+command that checks something found it invalid.
+"""
+
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+from typing_extensions import override
+
+from lightrft_cli.adoption import hiding_package
+
+INVALID_USAGE: Any = typer.BadParameter.__base__  # typer has its own copy of click, or depends on it
+
+
+class CommandError(Exception):
+    """A command cannot be carried out; the message says why and what to do."""
+
+
+class CommandGroup(TyperGroup):
+    """A group of commands that reports errors in one line. Without arguments it prints its help."""
+
+    @override
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, args if args or ctx.resilient_parsing else ["--help"])
+
+    @override
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if not _is_expected(error):
+                raise
+            _fail(f"{ctx.command_path} {ctx.invoked_subcommand}", str(error))
+
+    @override
+    def main(self, *args: Any, **more: Any) -> Any:
+        try:
+            sys.exit(super().main(*args, **{**more, "standalone_mode": False}) or 0)
+        except typer.Abort:
+            sys.exit(130)
+        except Exception as error:
+            if not isinstance(error, INVALID_USAGE):
+                raise
+            command = error.ctx.command_path if error.ctx else "lightrft"
+            message = error.format_message().removesuffix(".")
+            _fail(command, f"{message}{'' if message.endswith('?') else '.'} Run: {command} --help")
+
+
+def require_our_packages() -> None:
+    """Raise `CommandError` if another package `lightrft` hides ours. Call it before importing them."""
+    hidden = hiding_package()
+    if hidden is not None:
+        raise CommandError(hidden)
+
+
+def _is_expected(error: Exception) -> bool:
+    if isinstance(error, BrokenPipeError):  # the reader, such as head, has read enough: typer ends quietly
+        return False
+    errors = sys.modules.get("lightrft.config.errors")  # without it, no error of ours was raised
+    ours = () if errors is None else (errors.LightRFTError,)
+    return isinstance(error, (CommandError, OSError, *ours))
+
+
+def _fail(command: str, message: str) -> None:
+    lines = [" ".join(line.split()) for line in message.splitlines()]
+    typer.echo(f"{command}: {'; '.join(filter(None, lines))}", err=True)
+    sys.exit(2)
