@@ -37,6 +37,19 @@ MISTAKES = {
         "pin_memory": WRONG, "shuffle": WRONG, "collate_fn": [5, "text", [1]], "drop_last": WRONG,
         "sampler": [5, object()], "consumed_samples": [None, -1, 1.5, "2", True, []],
     },
+    "plan_micro_batches": {
+        "lengths": [
+            None, 5, 1.5, "text", b"b", {"a": 1}, {1}, object(), nn.Linear, [0], [-1], [5], [1.5], ["1"], [True], [None], [[1]],
+            [torch.tensor(1)], torch.ones(2), torch.ones(2, dtype=torch.bool), torch.tensor(1), torch.tensor([[1]]),
+            np.ones(2), np.array([[1]]), np.array(["1"]),
+        ],
+        "max_tokens": [None, 0, -1, 1.5, "2", True, [], object(), float("nan"), torch.tensor(4)], "padded": [None, *WRONG],
+    },
+    "token_log_probs": {
+        "model": [None, *WRONG], "input_ids": [None, *WRONG], "attention_mask": [5, "text", [1], {}],
+        "targets": [5, "text", [1], torch.zeros(2)], "temperature": [None, 0, -1, "text", [], True, float("nan")],
+        "entropy": WRONG, "labels": [torch.zeros(1, 3)],
+    },
     "backward": {"loss": [None, 5, "text", object()], "model": WRONG, "optimizer": WRONG, "retain_graph": WRONG},
     "optimizer_step": {"optimizer": WRONG, "model": WRONG, "scheduler": ["text", 5, object()], "boundary": WRONG},
     "moving_average": {
@@ -69,6 +82,7 @@ MISTAKES = {
     "setup_inference_engine": {
         "args": [5, "text", [1], {"pretrain": 5}], "engine_type": [5, "", "fak", []], "actor": [5, "text", []],
     },
+    "log": {"metrics": [None, 5, "text", [1], {5: 1}, {"loss": "text"}, {"step": 1}], "step": [None, -1, 1.5, "text", True]},
     "gather_and_generate": {
         "all_images": [5, "text", object()], "sleep_engine": WRONG, "images_num": [5, "text"], "all_videos": [5, "text"],
         "videos_num": [5, "text"],
@@ -103,6 +117,9 @@ def given(strategy, tmp_path_factory):
         },
         "prepare_reward_model": {"reward_model": nn.Linear(1, 1)},
         "setup_dataloader": {"replay_buffer": [1, 2, 3], "batch_size": 1},
+        "plan_micro_batches": {"lengths": [1, 2], "max_tokens": 4, "padded": True},
+        "token_log_probs": {"model": model, "input_ids": torch.zeros(1, 3).long()},
+        "log": {"metrics": {"loss": 1.0}, "step": 1},
         "backward": {"loss": model(torch.ones(1, 2)).sum(), **trained},
         "optimizer_step": trained,
         "moving_average": {"model": model, "model_ema": average},
@@ -221,6 +238,13 @@ def test_a_misspelled_name_is_refused():
         get_strategy({"strategy": "fake", "zero_stag": 3})
     frames = [entry.path.name for entry in error.traceback]
     assert "strategy_config.py" not in frames
+
+
+def test_settings_that_a_strategy_refuses_are_refused_without_its_frames(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"torch finds no CUDA device") as error:
+        get_strategy({"strategy": "fake", "device": "cuda"})
+    assert error.traceback[-1].path.name == "strategy.py"
 
 
 def test_other_unknown_names_are_warned_of_once():

@@ -1,6 +1,7 @@
 """How many files a reader must open to follow a call; `python tests/shared/call_paths.py` lists them."""
 
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,15 @@ from call_paths import call_paths
 ARCHITECTURE = Path(__file__).parents[3] / "docs/architecture.md"
 
 LIMITS = {
-    "step": 7,
+    "step": 8,
     "save_ckpt": 15,
     "load_ckpt": 18,
     "update_engine_weights": 14,
     "gather_and_generate": 10,
 }
 """Most files that each call may pass."""
+if version("transformers").startswith("4."):
+    LIMITS["update_engine_weights"] += 1  # transformers_4.py
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from lightrft.strategy import FakeStrategy
-from lightrft.strategy.cli import app
+from lightrft_cli.main import app
 
 
 def run(*arguments):
@@ -240,7 +240,7 @@ def test_the_model_does_not_take_the_place_of_the_checkpoint(strategy, tmp_path)
 
 def test_the_command_is_installed(tmp_path):
     result = subprocess.run(
-        [sys.executable, "-c", "from lightrft.strategy.cli import app; app()", "convert", tmp_path / "none", tmp_path / "out"],
+        [sys.executable, "-c", "from lightrft_cli.main import app; app()", "convert", tmp_path / "none", tmp_path / "out"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 1 and str(tmp_path / "none") in result.stderr

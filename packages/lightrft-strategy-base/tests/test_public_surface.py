@@ -13,23 +13,26 @@ from lightrft.strategy.backend.contract import Lifecycle, Offload, Preparing, Sh
 from lightrft.strategy.strategy_base import _MOVED as MOVED
 
 NAMES = {
-    "Completion", "EngineBase", "EngineCapabilities", "EngineRequest", "EngineStatus", "FakeStrategy", "Prompt",
-    "RolloutEngine", "Sampling", "StepResult", "StrategyBase", "StrategyConfig", "get_fake_strategy", "get_strategy",
-    "is_actor", "is_engine",
+    "Completion", "EngineBase", "EngineCapabilities", "EngineRequest", "EngineStatus", "FakeStrategy", "LogProbs", "MicroBatch",
+    "Prompt", "RolloutEngine", "Sampling", "StepResult", "StrategyBase", "StrategyConfig", "get_fake_strategy",
+    "get_strategy", "is_actor", "is_engine", "linear_log_probs",
 }  # fmt: skip
 
 SIGNATURES = {
     "setup_distributed": "(timeout=None)",
+    "log": "(metrics, step)",
     "set_seed": "(seed)",
     "create_optimizer": "(model, **settings)",
     "prepare": "(*models, is_rlhf=False)",
     "prepare_model": "(model, is_training=False, shard_size=-1, reshard_after_forward=True)",
     "prepare_models_and_optimizers": "(actor, critic, reward_models, initial_model, args, max_steps)",
     "prepare_reward_model": "(reward_model, args=None, max_steps=100000000)",
-    "backward": "(loss, model, optimizer, *, retain_graph=False)",
+    "token_log_probs": "(model, input_ids, attention_mask=None, *, targets=None, temperature=1.0, entropy=False, **inputs)",
+    "backward": "(loss, model, optimizer, *, denominator=None, retain_graph=False)",
     "optimizer_step": "(optimizer, model, scheduler=None, name='model', *, boundary=None)",
     "moving_average": "(model, model_ema, beta=0.992, device=None)",
     "setup_dataloader": "(replay_buffer, batch_size, pin_memory=False, shuffle=True, collate_fn=None, drop_last=True, sampler=None, consumed_samples=0)",
+    "plan_micro_batches": "(lengths, *, max_tokens, padded)",
     "all_reduce": "(data, op='mean')",
     "all_gather": "(data)",
     "print": "(*message)",
@@ -55,11 +58,14 @@ SIGNATURES = {
     "save_model": "(model, tokenizer, output_dir, *, processor=None, dtype=None, max_shard_size='5GB', merge_adapters=False)",
     "load_model": "(model, path, *, strict=True, allow_pickle=False)",
     "saving_on_sigterm": "(save)",
+    "get_ds_train_config": "(is_actor=False)",
+    "get_ds_eval_config": "(offload=False)",
     "close": "()",
 }  # fmt: skip
 PROPERTIES = {
     "args", "world_size", "local_rank", "device", "accumulated_gradient", "inference_engine", "inference_engine_status",
-    "engine_mp_group", "engine_dp_group", "stop_requested",
+    "engine_mp_group", "engine_dp_group", "stop_requested", "seed", "max_norm", "micro_train_batch_size",
+    "train_batch_size", "bf16", "adam_offload", "zpg", "grad_accum_dtype", "overlap_comm", "engine_type",
 }  # fmt: skip
 
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._dynamo.utils import counters
 
-from lightrft.config import ArgumentError, ArgumentTypeError, StrategyError
-from lightrft.strategy import get_fake_strategy
+from lightrft.config import ArgumentError, ArgumentTypeError, StrategyError, UnsupportedOperationError
+from lightrft.strategy import FakeStrategy, get_fake_strategy
 from lightrft.strategy.backend.adamw import parameter_groups, spared_from_decay
 from lightrft.strategy.backend.modules import materialize
 from lightrft.strategy.backend.types import GradientShards
@@ -421,6 +421,21 @@ def test_what_was_frozen_cannot_begin_to_train_unnoticed():
             update(strategy, model, optimizer)
 
 
+def test_a_call_that_is_refused_and_repeated_counts_its_micro_batch_once():
+    with get_fake_strategy(train_batch_size=2, bf16=False) as strategy:
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        model[0].requires_grad_(False)
+        model, optimizer = in_training(strategy, model)
+        loss = model(torch.ones(3, 2)).sum().item()
+        assert not update(strategy, model, optimizer).applied
+        strategy.backward(model(torch.ones(3, 2)).sum(), model, optimizer)
+        model[0].requires_grad_(True)
+        with pytest.raises(StrategyError, match="were frozen when it was"):
+            strategy.optimizer_step(optimizer, model)
+        model[0].requires_grad_(False)
+        assert strategy.optimizer_step(optimizer, model).loss == pytest.approx(loss)
+
+
 def test_a_loss_of_another_model_is_refused_before_its_gradients_are_made():
     with get_fake_strategy(train_batch_size=1, bf16=False) as strategy:
         (actor, optimizer), (critic, _) = in_training(strategy), in_training(strategy)
@@ -640,3 +655,30 @@ def test_an_average_inherits_nothing_from_one_that_is_gone():
             assert strategy._averages.updates_in(average, strategy._models.in_training) == 0
             strategy._averages.restore(average, 1)
             del average
+
+
+class SparseLookup(nn.Module):
+    """Makes sparse gradients by a functional embedding, which preparing cannot see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.ones(4, 2))
+
+    def forward(self, indices):
+        return nn.functional.embedding(indices, self.table, sparse=True).sum()
+
+
+def test_a_sparse_gradient_is_refused_and_dropped():
+    with FakeStrategy(bf16=False, train_batch_size=1) as strategy:
+        lookup = SparseLookup()
+        model, optimizer, _ = strategy.prepare((lookup, strategy.create_optimizer(lookup, lr=0.1), None))
+        strategy.backward(model(torch.tensor([1])), model, optimizer)
+        with pytest.raises(
+            UnsupportedOperationError, match="expected dense gradients of SparseLookup, got a sparse one"
+        ):
+            strategy.optimizer_step(optimizer, model)
+        assert torch.equal(model.table, torch.ones(4, 2))
+        with pytest.raises(StrategyError, match="expected a backward since the last update"):
+            strategy.optimizer_step(optimizer, model)  # nothing is left of it
+        strategy.backward(model.table.sum(), model, optimizer)
+        assert strategy.optimizer_step(optimizer, model).loss == 8.0, "of the update that was not dropped"

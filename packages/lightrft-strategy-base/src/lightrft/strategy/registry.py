@@ -1,26 +1,21 @@
-"""Finding strategies and engines by name, among the entry points of installed packages.
+"""Finding strategies, engines and trackers by name, among the entry points of installed packages.
 
-A package registers a strategy under the group ``lightrft.strategies`` and an engine under ``lightrft.engines``; the
-value is the class. Nothing is imported until it is asked for.
+A package registers a strategy under the group ``lightrft.strategies``, an engine under ``lightrft.engines`` and a tracker
+under ``lightrft.trackers``; the value is the class. Nothing is imported until it is asked for.
 """
 
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
 from lightrft.config import BackendNotInstalledError, ConfigError, nearest
+from lightrft.config.packages import ENGINES as ENGINES
+from lightrft.config.packages import PACKAGES
+from lightrft.config.packages import STRATEGIES as STRATEGIES
+from lightrft.config.packages import TRACKERS as TRACKERS
 from lightrft.config.validation import shown
 
 Base = TypeVar("Base")
-STRATEGIES, ENGINES = "lightrft.strategies", "lightrft.engines"
-_WORDS = {STRATEGIES: "strategy", ENGINES: "engine"}
-_PACKAGES = {
-    (STRATEGIES, "deepspeed"): "lightrft-deepspeed",
-    (STRATEGIES, "fsdp"): "lightrft-fsdp",
-    (ENGINES, "transformers"): "lightrft-engines[transformers]",
-    (ENGINES, "vllm"): "lightrft-engines[vllm]",
-    (ENGINES, "sglang"): "lightrft-engines[sglang]",
-}
-"""What to install for a name that is not installed; serves error messages only."""
+_WORDS = {STRATEGIES: "strategy", ENGINES: "engine", TRACKERS: "tracker"}
 
 
 def registered(group: str) -> dict[str, EntryPoint]:
@@ -52,10 +47,10 @@ def _load(group: str, name: str) -> Any:
         return _import(points[name], group)
     if all(part.isidentifier() for part in name.replace(":", ".", 1).split(".")) and ":" in name:
         return _import(EntryPoint(name=name, value=name, group=group), group)
-    package = _PACKAGES.get((group, name))
+    package = PACKAGES.get((group, name))
     if package is not None:
         raise BackendNotInstalledError(f"{word} {name!r} is not installed; install it with: pip install {package!r}")
-    likely = nearest(name, [*points, *(known for known_group, known in _PACKAGES if known_group == group)])
+    likely = nearest(name, [*points, *(known for known_group, known in PACKAGES if known_group == group)])
     hint = f"did you mean {likely!r}? " if likely else ""
     raise ConfigError(f"there is no {word} {name!r}; {hint}registered names: {', '.join(sorted(points)) or 'none'}")
 
@@ -64,7 +59,7 @@ def _import(point: EntryPoint, group: str) -> Any:
     try:
         return point.load()
     except ImportError as error:
-        package = _PACKAGES.get((group, point.name))
+        package = PACKAGES.get((group, point.name))
         remedy = f"pip install {package!r}" if package else "install its package and the dependencies of that package"
         raise BackendNotInstalledError(
             f"{_WORDS[group]} {point.name!r} ({point.value}) cannot be imported: {error}. To repair it: {remedy}"

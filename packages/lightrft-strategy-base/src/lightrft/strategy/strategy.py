@@ -1,6 +1,7 @@
 """`get_strategy`: from settings to a strategy that is ready for use."""
 
 from lightrft.config import ConfigError, StrategyConfig
+from lightrft.strategy import supported_settings
 from lightrft.strategy.registry import STRATEGIES, load
 from lightrft.strategy.strategy_base import StrategyBase
 
@@ -17,13 +18,15 @@ def get_strategy(args: object = None) -> StrategyBase:
     Raises:
         BackendNotInstalledError: The strategy is not installed; the message has the pip command.
         ConfigError: There is no such strategy, it does not support a setting, or a name in a mapping is a misspelled
-            setting. Other names that are not settings are warned of once.
+            setting. Other names that are not settings are warned of once, and so are settings that only a trainer reads.
     """
     try:
         config = StrategyConfig() if args is None else StrategyConfig.from_args(args)
+        strategy = strategy_class(strategy_name(config))(config)
     except ConfigError as error:  # every rank prints it: without the frames below this one
         raise error.with_traceback(None) from None
-    return strategy_class(strategy_name(config))(config)
+    supported_settings.warn_of_trainer_settings(strategy.config)
+    return strategy
 
 
 def strategy_name(config: StrategyConfig) -> str:

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -59,7 +60,10 @@ from lightrft.strategy.checkpoint.checkpoint_items import Models, RunState
 from lightrft.strategy.checkpoint.compatibility import LoadOptions
 from lightrft.strategy.checkpoint.load_checkpoint import load_checkpoint
 from lightrft.strategy.checkpoint.save_checkpoint import CheckpointSaver
+from lightrft.strategy.compat import LightRFTMembers
+from lightrft.strategy.data import planning
 from lightrft.strategy.data.loaders import ResumableLoader, make_loader
+from lightrft.strategy.data.micro_batches import MicroBatch
 from lightrft.strategy.distributed.collectives import Collectives, ReduceOp
 from lightrft.strategy.distributed.operations import Operations, Watch
 from lightrft.strategy.distributed.rank_consensus import RankConsensus
@@ -67,18 +71,23 @@ from lightrft.strategy.distributed.stop_request import StopRequest
 from lightrft.strategy.distributed.world import World, current_rank, local_rank
 from lightrft.strategy.export import load_model, save_model
 from lightrft.strategy.export.load_model import LoadedNames
+from lightrft.strategy.log_probs import LogProbs
+from lightrft.strategy.models import token_log_probs
 from lightrft.strategy.models.meta import weights_on_rank_0
 from lightrft.strategy.models.optimizers import check_kinds
 from lightrft.strategy.models.prepare import Preparation
 from lightrft.strategy.models.registry import ModelRegistry
+from lightrft.strategy.parallel.sequence import SequenceDataProcessor, SequenceParallel
 from lightrft.strategy.rollout.engine import Completion, RolloutEngine
+from lightrft.strategy.rollout.multimodal import InputsBuilder, multimodal_inputs
 from lightrft.strategy.rollout.rollout import EngineStatus, Rollout
 from lightrft.strategy.step import update
 from lightrft.strategy.step.moving_average import MovingAverages
+from lightrft.strategy.step.result import StepResult
 from lightrft.strategy.step.schedules import cosine_schedule
-from lightrft.strategy.step.update import StepResult
 from lightrft.strategy.storage.files import user_path
 from lightrft.strategy.telemetry import log, memory
+from lightrft.strategy.telemetry.tracking import Tracking
 
 T = TypeVar("T")
 T1 = TypeVar("T1")
@@ -102,18 +111,26 @@ _MOVED = {
 """The strategy hooks of version 0.1, and the hook of `lightrft.strategy.backend.Backend` that replaces each."""
 
 
+_OF_ONE_RANK = frozenset({"extra_args", "local_rank", "log_dir", "log_name", "log_project"})
+"""Settings that may differ between ranks. Rank 0 alone reads those of trackers, which scripts make of the time."""
 _OPEN: "weakref.WeakSet[StrategyBase]" = weakref.WeakSet()
 """The strategies that are not closed."""
+
+
+def open_strategies() -> "list[StrategyBase]":
+    """Return the strategies of this process that are not closed."""
+    return list(_OPEN)
 
 
 @atexit.register
 def _end_process_groups_of_open_strategies() -> None:
     """Run as the interpreter ends, for scripts that do not close a strategy. Leaves the engine, which ends by itself."""
-    for strategy in list(_OPEN):
+    for strategy in open_strategies():
+        strategy._tracking.close()
         strategy._end_process_groups()
 
 
-class StrategyBase:
+class StrategyBase(LightRFTMembers):
     """Trains models and generates from them, on one process or many, with the same behaviour on every backend.
 
     The constructor joins the other ranks, and `close` frees everything; a strategy is also a context manager. Every
@@ -128,12 +145,18 @@ class StrategyBase:
             backend_class = MyBackend
     """
 
+    sequence_parallel: SequenceParallel
+    """The ranks that share the sequences of this rank; splits batches, and gathers per-token values."""
+    sp_data_processor: SequenceDataProcessor
+    """Lists whose items these ranks hold in parts, under LightRFT's name."""
     name: ClassVar[str]
     """The name under which the strategy is registered."""
     backend_class: ClassVar[type[ReplicatedBackend]] = ReplicatedBackend
     """The class that `make_backend` instantiates; its `join` finds the other ranks."""
     supported_settings: ClassVar[frozenset[str]] = frozenset()
     """The optional settings that this strategy supports; see `lightrft.strategy.supported_settings`."""
+    _build_multimodal_inputs: InputsBuilder = staticmethod(multimodal_inputs)
+    """A script may replace it on a strategy, to pass audio to the engine for example, as LightRFT's scripts do."""
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
@@ -209,13 +232,21 @@ class StrategyBase:
                 self.backend = backend = self.make_backend(self.config, world)
             on_failure.callback(backend.close)
             self.config = backend.config
+            self.sequence_parallel = SequenceParallel(world, operations, consensus, backend.config.sp_size)
+            self.sp_data_processor = SequenceDataProcessor(self.sequence_parallel)
             self._models = ModelRegistry()
-            self._preparation = Preparation(backend, self._models, operations, consensus, self.accumulated_gradient)
+            self._preparation = Preparation(
+                backend, self._models, operations, consensus, self.sequence_parallel, self.accumulated_gradient
+            )
             self._averages = MovingAverages(backend, consensus)
             self._run_state = RunState(self.name, backend, self._models, self._preparation, consensus, self._averages)
             self._checkpoint_saver = CheckpointSaver(self._run_state, operations)
             self._stop = StopRequest(consensus)
-            self._rollout = Rollout(world, consensus, backend.config)
+            self._rollout = Rollout(world, consensus, self.sequence_parallel, backend.config)
+            with consensus.together("get_strategy", "loading trackers"):
+                self._tracking = Tracking.begin(self.config, self.name, world.rank, world.size, world.device)
+            recorder = self._tracking.recorder
+            operations.timer = None if recorder is None else recorder.phases
             world.impose_timeout()
             on_failure.pop_all()
         self._watch = Watch(operations) if world.size > 1 and world.device.type == "cuda" else None
@@ -227,7 +258,8 @@ class StrategyBase:
     def close(self) -> None:
         """Free the engine, process groups and threads of this strategy, and restore the environment. Idempotent.
 
-        Waits for a checkpoint that is being written. All ranks must call this.
+        Waits for a checkpoint that is being written and, for half a minute at most, for each tracker. All ranks must
+        call this.
 
         Raises:
             CheckpointError: Writing that checkpoint failed; everything is freed nevertheless.
@@ -236,21 +268,22 @@ class StrategyBase:
             return
         self._open = False
         _OPEN.discard(self)
-        try:
-            self._checkpoint_saver.finish()
-        finally:
-            self._rollout.shutdown()
-            self._models.clear()
-            self._end_process_groups()
+        with ExitStack() as freeing:  # from the last to the first; an error or an interruption in one skips no other
+            freeing.callback(lambda: log.set_rank(current_rank()))  # the rank of another strategy in this process
             if self._watch is not None:
-                self._watch.close()
-            log.set_rank(current_rank())  # the rank of another strategy in this process
+                freeing.callback(self._watch.close)
+            freeing.callback(self._end_process_groups)
+            freeing.callback(self._models.clear)
+            freeing.callback(self._rollout.shutdown)
+            freeing.callback(self._tracking.close)
+            self._checkpoint_saver.finish()
 
     def _end_process_groups(self) -> None:
         """Destroy the process groups of this strategy, and drop every reference to them; see `World.close`."""
         self.backend.close()
         self._checkpoint_saver.release_group()
         self._rollout.release_groups()
+        self.sequence_parallel.release_group()
         self.world.close()
 
     @final
@@ -303,15 +336,17 @@ class StrategyBase:
 
     @property
     def accumulated_gradient(self) -> int:
-        """K: the number of micro-batches of one update on one rank.
+        """K: the number of micro-batches of one update on one rank. Ranks that share sequences count as one.
 
         Raises:
             ConfigError: On every rank, if it is not an integer.
         """
         total, micro, ranks = self.config.train_batch_size, self.config.micro_train_batch_size, self.world.size
+        sharing = self.sequence_parallel.size
+        ranks, counted = ranks // sharing, "ranks" if sharing == 1 else f"(ranks / sp_size={sharing})"
         if total % (micro * ranks):
             raise ConfigError(
-                f"train_batch_size={total} is not a multiple of micro_train_batch_size x ranks = {micro} x {ranks} = "
+                f"train_batch_size={total} is not a multiple of micro_train_batch_size x {counted} = {micro} x {ranks} = "
                 f"{micro * ranks}; every rank must get the same number of micro-batches. Change one of the two batch sizes"
             )
         return total // (micro * ranks)
@@ -330,6 +365,27 @@ class StrategyBase:
     def print(self, *message: object) -> None:
         """Print with the time, on rank 0 only. Any rank may call this."""
         log.say(*message)
+
+    @final
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Write metrics, and the layer's own since the last call, to the trackers of the run. Any rank may call this.
+
+        Rank 0 writes its own values and waits for no other rank: reduce them with `all_reduce` first. It appends to
+        ``metrics.jsonl`` in ``log_dir``, and passes them to ``trackers`` in the background. The layer's own are, among
+        others, "model/loss", "model/grad_norm", "seconds/backward" and "rollout/staleness"; docs/trackers.md lists
+        them. A metric of yours replaces one of the same name. A tracker that fails is reported once; training continues.
+
+        Args:
+            metrics: By name: numbers, tensors of one number, or nested dicts of these, whose names are joined with "/".
+                May be empty. NaN and infinity are allowed. Tensors on the device are waited for, on rank 0, once.
+            step: At least 0, for example the number of updates so far. It may repeat.
+
+        Raises:
+            ArgumentError, ArgumentTypeError: On every rank that passes them, for a value that is not a number, a name
+                that occurs twice or is "step" or "time", or an invalid ``step``.
+        """
+        with self._running("log"):
+            self._tracking.log(metrics, step, self.is_rank_0())
 
     @final
     def set_seed(self, seed: int) -> None:
@@ -630,6 +686,8 @@ class StrategyBase:
     ) -> DataLoader[Any]:  # fmt: skip
         """Return a loader over this rank's share of a map-style dataset. All ranks must call this.
 
+        Ranks that share sequences (``sp_size``) have the same share, and count as one rank below.
+
         The order depends only on the seed and the epoch (``loader.set_epoch``). While the loader exists, every
         checkpoint stores its position. Loaders are matched by the order in which they were created: the n-th loader of
         a resumed run gets the position of the n-th loader, whether it is created before or after `load_ckpt`.
@@ -637,7 +695,7 @@ class StrategyBase:
         Args:
             replay_buffer: The dataset.
             batch_size: Samples per batch on this rank.
-            pin_memory: Copy batches to pinned memory.
+            pin_memory: Copy batches to pinned memory; has no effect without CUDA.
             shuffle: Shuffle each epoch.
             collate_fn: Turns a list of samples into a batch.
             drop_last: Drop samples that do not fill the last batch on every rank. If False, fewer samples than there
@@ -657,38 +715,133 @@ class StrategyBase:
             collate_fn=(collate_fn, FUNCTION), drop_last=(drop_last, FLAG), consumed_samples=(consumed_samples, INDEX),
         )  # fmt: skip
         loader = make_loader(
-            replay_buffer, int(batch_size), rank=self.world.rank, ranks=self.world.size, seed=self.config.seed,
-            shuffle=shuffle, drop_last=drop_last, sampler=sampler, consumed_samples=int(consumed_samples),
-            collate_fn=collate_fn, pin_memory=pin_memory,
+            replay_buffer, int(batch_size), rank=self.sequence_parallel.data_rank, ranks=self.sequence_parallel.data_ranks,
+            seed=self.config.seed, shuffle=shuffle, drop_last=drop_last, sampler=sampler,
+            consumed_samples=int(consumed_samples), collate_fn=collate_fn,
+            pin_memory=pin_memory and self.world.device.type == "cuda",
         )  # fmt: skip
         if isinstance(loader, ResumableLoader):
             self._run_state.loaders.add(loader)
         return loader
 
+    @final
+    def plan_micro_batches(
+        self, lengths: Sequence[int] | np.ndarray | torch.Tensor, *, max_tokens: int, padded: bool
+    ) -> tuple[MicroBatch, ...]:
+        """Return this rank's sequences as micro-batches within a token budget, the same number on every rank.
+
+        Ranks may have different sequences, and different numbers of them. Each rank makes as many micro-batches as the rank
+        that needs the most, the costly ones first, and divides its sequences as evenly as the budget allows. The plan depends
+        only on the arguments of all ranks. All ranks must call this.
+
+        A rank with fewer sequences than micro-batches gets fillers, with ``weight`` 0 and no ``indices``. Forward and
+        backward passes of a sharded model wait for every rank, so a filler needs them too: pass any short sequence, and
+        multiply its loss and denominator by 0. One update, of micro-batches that are packed or padded by ``collate``::
+
+            for micro_batch in strategy.plan_micro_batches(lengths, max_tokens=8192, padded=True):
+                batch = collate([sequences[index] for index in micro_batch.indices] or [shortest])
+                losses, tokens = losses_of(model, batch)  # a sum over tokens, and their number
+                weight = micro_batch.weight
+                strategy.backward(weight * losses, model, optimizer, denominator=weight * tokens)
+                strategy.optimizer_step(optimizer, model, boundary=micro_batch.last)
+
+        Args:
+            lengths: Tokens of each sequence of this rank, at least 1: integers, in a list, a 1-D tensor or a 1-D array.
+                May be empty.
+            max_tokens: The most that a micro-batch may cost, in tokens; the same on all ranks.
+            padded: Whether sequences are padded to the longest of their micro-batch, which then costs count x longest.
+                False if they are packed; it then costs the sum of its lengths. The same on all ranks.
+
+        Returns:
+            The micro-batches, in the order in which all ranks must go through them. Empty if no rank has a sequence.
+
+        Raises:
+            ArgumentError: On every rank, if any rank has a sequence that is longer than ``max_tokens`` or another invalid
+                argument, or if ranks pass a different ``max_tokens`` or ``padded``.
+        """
+        with self._running("plan_micro_batches"):
+            return planning.plan_micro_batches(self._consensus, lengths, max_tokens, padded)
+
     # Training
 
     @final
+    def token_log_probs(
+        self, model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, *,
+        targets: torch.Tensor | None = None, temperature: float = 1.0, entropy: bool = False, **inputs: Any,
+    ) -> LogProbs:  # fmt: skip
+        """Return the log-probability of each token given those before it, in one forward pass. All ranks must call this.
+
+        With the setting ``fused_linear_logprob``, the logits of the batch are never in memory: the head of the model
+        computes them for a few tokens at a time, and again in the backward pass. The result is the same. The first call
+        for a model also runs two tokens through it, to check that it does not change what its head computes.
+
+        Ranks that share sequences (``sp_size``) pass the same batch, and each computes a slice of it; all of them get the
+        whole result.
+
+        Args:
+            model: A prepared language model, or the actor that wraps it, whose own ``forward`` is not called.
+            input_ids: (B, T), T of at least 2. Token ids.
+            attention_mask: (B, T). 0 at padding. None: no padding.
+            targets: (B, T - 1). The token whose log-probability is read at each position but the last; -100 leaves a
+                position out, at no cost. Default: the next token, ``input_ids[:, 1:]``, and -100 where it is padding.
+            temperature: Positive number by which logits are divided.
+            entropy: Return the entropy of each distribution too, with its gradient.
+            **inputs: Further arguments of the model's forward, such as ``position_ids`` or ``pixel_values``.
+
+        Returns:
+            ``(log_probs, entropy)``, each (B, T - 1) in fp32; 0 where a position is left out. ``entropy`` is None unless requested.
+
+        Raises:
+            ArgumentError, ArgumentTypeError: A shape, dtype or value does not fit.
+            StrategyError: The model was not prepared, or is offloaded.
+            UnsupportedOperationError: With ``fused_linear_logprob``, the model has no plain linear head, or changes its
+                logits in an unknown way.
+        """
+        with self._running(token_log_probs.CALL):
+            prepared = self._models.require_ready(model, token_log_probs.CALL)
+            _check(token_log_probs.CALL, entropy=(entropy, FLAG))
+            request = token_log_probs.request(input_ids, attention_mask, targets, temperature, bool(entropy), inputs)
+            compute = (
+                partial(token_log_probs.fused, prepared, consensus=self._consensus)
+                if self.config.fused_linear_logprob
+                else partial(token_log_probs.from_logits, prepared)
+            )
+            return token_log_probs.of_sequences(self.sequence_parallel, request, compute)
+
+    @final
     def backward(
-        self, loss: torch.Tensor, model: nn.Module, optimizer: Optimizer, *, retain_graph: bool = False
-    ) -> None:
+        self, loss: torch.Tensor, model: nn.Module, optimizer: Optimizer, *,
+        denominator: float | torch.Tensor | None = None, retain_graph: bool = False,
+    ) -> None:  # fmt: skip
         """Add the gradient of a loss to the update in progress. All ranks must call this.
 
         May be called any number of times. The update uses the mean of the losses over micro-batches and ranks: do not
-        divide the loss by their number.
+        divide the loss by their number. With denominators, it uses the sum of the losses over the sum of the denominators:
+        for a loss per token, whatever the number of tokens in each micro-batch::
+
+            strategy.backward((loss_BT * mask_BT).sum(), model, optimizer, denominator=mask_BT.sum())
 
         Args:
             loss: A scalar whose graph leads to parameters of ``model``.
             model: The model in training.
             optimizer: Its optimizer.
+            denominator: The number of items, tokens for example, that the loss is a sum over: at least 0; a number or a
+                tensor of one number. All losses of an update have one, on every rank, or none has. A tensor on the device
+                is not waited for.
             retain_graph: Keep the graph for another backward pass.
 
         Raises:
-            ArgumentError: The loss is not a scalar tensor.
-            StrategyError: The loss has no graph or comes from another model, or the optimizer is another model's.
+            ArgumentError, ArgumentTypeError: The loss is not a scalar tensor, or the denominator not a number; on a single
+                rank, the denominator is negative or not finite.
+            StrategyError: The loss has no graph or comes from another model, or the optimizer is another model's; on a
+                single rank, some losses of the update have a denominator and others do not. The last two drop the update
+                in progress; with several ranks, or for a value on the device, `optimizer_step` raises them.
         """
         with self._running("backward"):
             trained = self._trained(model, optimizer, "backward")
-            update.backward(self.backend, trained, loss, retain_graph=retain_graph)
+            if self.config.sp_size > 1:
+                self.sequence_parallel.check_loss(loss)
+            update.backward(self.backend, trained, loss, denominator=denominator, retain_graph=retain_graph)
 
     @final
     def optimizer_step(
@@ -697,8 +850,8 @@ class StrategyBase:
     ) -> StepResult:  # fmt: skip
         """End a micro-batch. The K-th since the last update makes an update: reduce, clip, step, schedule.
 
-        If the gradient is not finite on any rank, all ranks skip the update: parameters, optimizer state, schedule and
-        step counter do not change. All ranks must call this.
+        If the gradient is not finite on any rank, or the denominators of the update add up to 0, all ranks skip the update:
+        parameters, optimizer state, schedule and step counter do not change. All ranks must call this.
 
         Args:
             optimizer: The model's optimizer.
@@ -709,18 +862,22 @@ class StrategyBase:
                 to K.
 
         Returns:
-            Whether the update was applied or skipped, and the gradient norm before clipping.
+            Whether the update was applied or skipped, the gradient norm before clipping, and the sum of the denominators.
 
         Raises:
+            ArgumentError: On every rank, if a denominator was negative or not finite on any; the update was dropped.
             StrategyError: `backward` was not called; the ranks pass different values of ``boundary``; or, on every
-                rank, ``max_skipped_updates`` consecutive updates were skipped.
+                rank, losses of the update came with and without a denominator on any, or ``max_skipped_updates``
+                consecutive updates were not finite.
         """
         with self._running("optimizer_step" if name == "model" else f"optimizer_step of {name}"):
             trained = self._trained(model, optimizer, "optimizer_step")
             if trained.optimizer_offloaded:
                 self._load_optimizer(trained, None)
-            agree = lambda value: self._consensus.agree("optimizer_step", value)  # noqa: E731
-            result = update.optimizer_step(self.backend, trained, scheduler, boundary, agree)
+            rate = trained.optimizer.param_groups[0]["lr"] + 0.0  # a copy: a schedule may change a tensor in place
+            result = update.optimizer_step(self.backend, trained, scheduler, boundary, self._consensus)
+            if self._tracking.recorder is not None:
+                self._tracking.recorder.updated(trained, name, result, rate)
             if self._stop.is_watching and not self._models.has_pending_gradient:
                 self._stop.agree()
             return result
@@ -1066,8 +1223,8 @@ class StrategyBase:
 
     @property
     def inference_engine(self) -> RolloutEngine | None:
-        """The rollout engine; None before `setup_inference_engine`, or if another rank holds it."""
-        return self._rollout.engine
+        """The rollout engine; None before `setup_inference_engine`. If another rank holds the engine, an object that refuses calls."""
+        return self._rollout.handle
 
     @property
     def inference_engine_status(self) -> EngineStatus:
@@ -1098,7 +1255,7 @@ class StrategyBase:
             actor: A model in training.
 
         Returns:
-            The engine; None on ranks that share an engine held by another rank.
+            The engine; on ranks that share an engine held by another rank, an object that refuses calls.
 
         Raises:
             ConfigError, BackendNotInstalledError: The engine is unknown, or not installed.
@@ -1115,7 +1272,7 @@ class StrategyBase:
         if actor is not None:
             self.update_engine_weights(actor)
         self.maybe_sleep_inference_engine()
-        return self._rollout.engine
+        return self._rollout.handle
 
     @final
     def maybe_sleep_inference_engine(self) -> None:
@@ -1133,8 +1290,8 @@ class StrategyBase:
     def update_engine_weights(self, actor: nn.Module) -> None:
         """Send all weights of ``actor`` to the engine. All ranks must call this.
 
-        Without an engine, it prints a message and does nothing. For a model with PEFT adapters, it sends the base
-        model's weights with the active adapters merged in. The engine then ends sequences at the end-of-sequence tokens
+        Without an engine, it prints a message and does nothing, whatever the model. For a model with PEFT adapters, it sends
+        the base model's weights with the active adapters merged in. The engine then ends sequences at the end-of-sequence tokens
         that the actor's configurations name at this time. After a failure the engine is stale and refuses to generate
         until a sync succeeds.
 
@@ -1146,7 +1303,11 @@ class StrategyBase:
                 checkpoint.
         """
         with self._running("update_engine_weights"):
-            self._rollout.sync(self.backend, self._models.require_ready(actor, "update_engine_weights"))
+            _check("update_engine_weights", actor=(actor, MODULE))
+            self._rollout.sync(self.backend, self._models, actor)
+            if self._tracking.recorder is not None and self._rollout.handle is not None:
+                prepared = self._models.require_known(actor, "update_engine_weights")
+                self._tracking.recorder.synced(prepared.trained, self._rollout.handle.weight_version)
 
     @final
     def engine_generate_local(
@@ -1168,7 +1329,7 @@ class StrategyBase:
             EngineError: There is no engine, or another rank holds it.
         """
         with self._running("engine_generate_local"):
-            return self._rollout.generate_local(sampling_params, prompt_token_ids, multi_modal_inputs)
+            return self._recorded(self._rollout.generate_local(sampling_params, prompt_token_ids, multi_modal_inputs))
 
     @final
     def gather_and_generate(
@@ -1178,6 +1339,9 @@ class StrategyBase:
         videos_num: Sequence[int] | None = None,
     ) -> list[Completion]:  # fmt: skip
         """Complete the prompts of each rank; their number may differ between ranks. All ranks must call this.
+
+        If ranks that share sequences (``sp_size``) pass the same prompts, without images and videos, each of them completes
+        a part, and all get the same completions.
 
         Args:
             sampling_params: A `Sampling`, a dict, vLLM's ``SamplingParams`` or transformers' ``GenerationConfig``.
@@ -1200,10 +1364,17 @@ class StrategyBase:
                 "gather_and_generate", all_images=(all_images, LIST), sleep_engine=(sleep_engine, FLAG),
                 images_num=(images_num, LIST), all_videos=(all_videos, LIST), videos_num=(videos_num, LIST),
             )  # fmt: skip
-            return self._rollout.gather_and_generate(
-                sampling_params, sleep_engine, all_prompt_token_ids, all_prompts, all_images, images_num, all_videos,
-                videos_num,
-            )  # fmt: skip
+            return self._recorded(self._rollout.gather_and_generate(
+                sampling_params, sleep_engine, self._build_multimodal_inputs, all_prompt_token_ids, all_prompts, all_images,
+                images_num, all_videos, videos_num,
+            ))  # fmt: skip
+
+    def _recorded(self, completions: list[Completion]) -> list[Completion]:
+        if self._tracking.recorder is not None:
+            truncated = sum(completion.finish_reason == "length" for completion in completions)
+            lengths = [len(completion.output_token_ids) for completion in completions]
+            self._tracking.recorder.generated(lengths, truncated)
+        return completions
 
 
 def _check(call: str, **arguments: tuple[object, Kind]) -> None:
@@ -1219,5 +1390,5 @@ def _check(call: str, **arguments: tuple[object, Kind]) -> None:
 
 def _shared_settings(config: StrategyConfig) -> list[list[object]]:
     """Return the settings that must be the same on all ranks, as JSON values."""
-    shared = {name: value for name, value in config.to_dict().items() if name not in ("extra_args", "local_rank")}
+    shared = {name: value for name, value in config.to_dict().items() if name not in _OF_ONE_RANK}
     return [[name, list(value) if isinstance(value, tuple) else value] for name, value in shared.items()]

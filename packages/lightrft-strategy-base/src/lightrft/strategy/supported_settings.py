@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from lightrft.config import ConfigError, StrategyConfig
 from lightrft.strategy.telemetry.log import is_silent
 
-OPTIONAL = frozenset({"grad_accum_dtype", "sp_size"})
+OPTIONAL = frozenset({"grad_accum_dtype"})
 """Settings of any strategy that only some support."""
 OPTIONAL_FOR_ENGINES = frozenset({"engine_mem_util"})
 SAME_AS_DEFAULT = {"grad_accum_dtype": "fp32"}
@@ -38,15 +38,12 @@ def validate(config: StrategyConfig, strategy: str, supported: Collection[str]) 
     """Return ``config`` with the settings that ``strategy`` does not support reset to their defaults, with a warning.
 
     Raises:
-        ConfigError: Instead of the warning, if the config was built directly; and always for ``sp_size``, which
-            changes the meaning of a batch.
+        ConfigError: Instead of the warning, if the config was built directly.
     """
     names = unsupported(config, strategy, supported)
     if not names:
         return config
     message = _refusal(config, f"strategy {strategy!r}", names)
-    if "sp_size" in names:
-        raise ConfigError(f"{message}: sequence parallelism is not supported yet. Use sp_size=1")
     _refuse(config, message, "choose another strategy")
     return config.replace(**{name: StrategyConfig.model_fields[name].default for name in names})
 
@@ -70,6 +67,17 @@ def warn_of_unknown_names(config: StrategyConfig) -> None:
             f"get_strategy: {', '.join(map(repr, names[:8]))}{more} are not settings and have no effect; they are kept in "
             f"extra_args. Correct them, or pass the script's own values as extra_args={{...}}",
             stacklevel=4,
+        )
+
+
+def warn_of_trainer_settings(config: StrategyConfig) -> None:
+    """Warn once, in one line, of the settings that are set and that only a trainer such as LightRFT's reads."""
+    names = [name for name in config.changed() if config.owner(name) == "trainer" and name != "extra_args"]
+    if names and not is_silent():
+        warnings.warn(
+            f"get_strategy: a trainer such as LightRFT's has to act on {', '.join(names)}; the strategy only carries them, in "
+            f"strategy.config",
+            stacklevel=3,
         )
 
 

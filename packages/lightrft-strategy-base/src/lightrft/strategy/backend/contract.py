@@ -6,7 +6,7 @@ checkpoints. A backend implements what differs. It is a separate object, created
 some groups of hooks. Every rank calls every hook, in the same order.
 
     Lifecycle    join, close                                      process groups, threads, caches
-    Preparing    check_model, wrap, check_optimizer, bind, ...    wrapping models, binding optimizers
+    Preparing    unshard, check_model, wrap, check_optimizer, bind, ...    wrapping models, binding optimizers
     Step         backward, reduce, gradient_shards, fused_step    one update; see `lightrft.strategy.step.update`
     Sharding     gathered, full_shape, shards, state_slices,      weights and optimizer state, sharded and full
                  reshard, sync_from_master, resume_optimizer
@@ -53,6 +53,13 @@ class Lifecycle(Protocol):
 
 class Preparing(Protocol):
     """Turning the caller's model and optimizer into the ones that train."""
+
+    def unshard(self, module: nn.Module) -> None:
+        """Give ``module`` full parameters, if the library's own tools sharded it while the caller built it.
+
+        Rank 0 gets their values, the other ranks may get meta tensors. Parameters may be replaced. Called first, with
+        every model that shares no parameters with a prepared one.
+        """
 
     def check_model(self, module: nn.Module, options: WrapOptions) -> None:
         """Raise if this backend does not support ``module``. An error on one rank is raised on all, before `wrap`."""
@@ -118,7 +125,8 @@ class Step(Protocol):
         """Reduce, scale by a factor, clip and step in one call; None to use the separate steps.
 
         The call returns the norm before clipping, equal on all ranks. If the norm is not finite, it must leave
-        parameters and optimizer state unchanged. It always clears the gradients.
+        parameters and optimizer state unchanged. It always clears the gradients. A factor of NaN, which all ranks then
+        pass, means that there is nothing to update from.
         """
 
 

@@ -46,6 +46,9 @@ class ReplicatedBackend:
 
     # Preparing
 
+    def unshard(self, module: nn.Module) -> None:
+        pass
+
     def check_model(self, module: nn.Module, options: WrapOptions) -> None:
         pass
 

@@ -128,6 +128,10 @@ class TrainedModel:
         """Calls of `optimizer_step` since the last update."""
         self.backwards = 0
         """Calls of `backward` since the last update."""
+        self.denominators: list[float | torch.Tensor | None] = []
+        """What each of them was called with; see `lightrft.strategy.step.denominators`."""
+        self.losses: list[torch.Tensor] = []
+        """The loss of each of them: 0-d, fp64, on its device."""
         self.updates = 0
         """Updates applied."""
         self.skipped = 0

@@ -69,7 +69,8 @@ class CheckpointItem:
             raise StrategyError(
                 f"expected {type(self.module).__name__} to be between two updates, got a gradient that no update has used yet "
                 f"({self.trained.micro_batches} of {self.trained.accumulation_steps} micro-batches). Call this where "
-                f"optimizer_step returned applied or skipped, or end the update with boundary=True"
+                f"optimizer_step returned applied or skipped. If the micro-batches do not fill the last update, pass "
+                f"boundary=True to the last optimizer_step, which updates with those that there are"
             )
 
 

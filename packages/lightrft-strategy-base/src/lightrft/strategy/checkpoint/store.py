@@ -98,9 +98,9 @@ class Store:
 
     def committed(self) -> list[Committed]:
         """Return the checkpoints whose manifests are intact, oldest first."""
-        return sorted(self._scan()[0], key=lambda checkpoint: checkpoint.manifest.sequence)
+        return sorted(self.scan()[0], key=lambda checkpoint: checkpoint.manifest.sequence)
 
-    def _scan(self) -> tuple[list[Committed], dict[str, CheckpointError]]:
+    def scan(self) -> tuple[list[Committed], dict[str, CheckpointError]]:
         """Return the checkpoints with intact manifests, and the errors of the others by tag."""
         committed, damaged = [], {}
         with files.explain_os_errors(self.directory, "cannot list"):
@@ -134,7 +134,7 @@ class Store:
             CheckpointError: Its manifest is damaged, or that of a checkpoint that may be the newest: whether to go back
                 further is for the caller to decide.
         """
-        committed, damaged = self._scan()
+        committed, damaged = self.scan()
         if tag is None:
             return self._newest(damaged)
         check_tag(tag)

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightrft.config import ArgumentError, ArgumentTypeError
 from lightrft.config.validation import shown
+from lightrft.strategy.compat import recognised_by_lightrft
 
 
 class ElasticSampler(Sampler[int]):
@@ -177,4 +178,5 @@ def make_loader(
         len(dataset), rank=rank, ranks=ranks, shuffle=shuffle, seed=seed, drop_last=drop_last,
         consumed_samples=consumed_samples,
     )  # fmt: skip
+    recognised_by_lightrft(elastic)
     return ResumableLoader(dataset, elastic, **settings)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from lightrft.config import StrategyError
+from lightrft.strategy.telemetry.phases import PhaseTimer
 
 _GLOO = re.compile(
     r"\[[^\]]*/gloo/gloo/[^\]]*:\d+\] |Gloo connectFullMesh failed with |Application timeout caused pair closure"
@@ -36,6 +37,8 @@ class Operations:
         self.rank, self.size, self.timeout = rank, size, timeout
         self.current: str | None = None
         self.since = 0.0
+        self.timer: PhaseTimer | None = None
+        """Measures the outermost calls, for `log`."""
 
     @contextmanager
     def running(self, name: str) -> Iterator[None]:
@@ -50,6 +53,7 @@ class Operations:
         if self.current is not None:
             yield
             return
+        began = None if self.timer is None else self.timer.begin(name)
         self.current, self.since = name, time.monotonic()
         try:
             if name == "forward" or not torch.is_inference_mode_enabled():
@@ -63,6 +67,8 @@ class Operations:
             raise StrategyError(self.lost_peer(name)) from error
         finally:
             self.current = None
+            if began is not None and self.timer is not None:
+                self.timer.end(began)
 
     def lost_peer(self, name: str) -> str:
         """Return the message for a rank that lost a peer in the call ``name``."""

@@ -52,10 +52,11 @@ def load_model(
     with consensus.together(CALL, "opening"):
         backend.reshard(model.module)
         source = open_source(path, allow_pickle=allow_pickle)
-        form = _form(model, source)
+        loaded = model.exported
+        form = _form(loaded, source)
         reader = Reader(backend, form, source)
-        left = LoadedNames(missing=tuple(reader.missing), unexpected=tuple(_unexpected(model.module, form, reader)))
-        _check(model.module, path, reader, left, strict)
+        left = LoadedNames(missing=tuple(reader.missing), unexpected=tuple(_unexpected(loaded.module, form, reader)))
+        _check(loaded.module, path, reader, left, strict)
     with consensus.together(CALL, "reading"):
         reader.fill(Target(backend, model.module))
     backend.sync_from_master(model.module)

@@ -6,6 +6,7 @@ it to its positions in the files, and the bucket is freed before the next one.
 
 import math
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -23,9 +24,10 @@ from lightrft.strategy.export.atomic_directory import AtomicDirectory
 from lightrft.strategy.export.parts import Part, parts_of
 from lightrft.strategy.export.tensor_files import FileLayout, TensorWriter, file_layouts
 from lightrft.strategy.models import hf_metadata, weight_stream
-from lightrft.strategy.models.registry import PreparedModel
+from lightrft.strategy.models.registry import PreparedModel, outside_of_wrapped
 from lightrft.strategy.models.state_dict_adapter import Unit
 from lightrft.strategy.storage import files
+from lightrft.strategy.telemetry.log import is_silent
 
 CALL = "save_model"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -47,8 +49,11 @@ def save_model(
                 processors=processors,
             )  # fmt: skip
             backend.reshard(model.module)
-            parts = parts_of(model.module, model.names_model, model.model_class, merge_adapters=options.merge_adapters)
-            plans = [TensorPlan(backend, model.module, part, options) for part in parts]
+            saved = model.exported
+            if saved is not model:
+                _warn_of_weights_outside(model.module)
+            parts = parts_of(saved.module, saved.names_model, saved.model_class, merge_adapters=options.merge_adapters)
+            plans = [TensorPlan(backend, saved.module, part, options) for part in parts]
             if backend.world.rank == 0:
                 output = stack.enter_context(Output(target, plans, options))
         with consensus.together(CALL, "writing"):
@@ -56,6 +61,17 @@ def save_model(
             if output is not None:
                 output.publish()
     return target
+
+
+def _warn_of_weights_outside(wrapper: nn.Module) -> None:
+    """Warn of weights that are not written because ``is_actor`` asks for the model in the wrapper alone."""
+    names = outside_of_wrapped(wrapper)
+    if names and not is_silent():
+        warnings.warn(
+            f"save_model: {type(wrapper).__name__} has is_actor, so only its .model is written, without {', '.join(names[:3])} "
+            f"({len(names)} outside of it). Remove is_actor to write all weights",
+            stacklevel=5,
+        )
 
 
 def bytes_of_size(size: int | str) -> int:

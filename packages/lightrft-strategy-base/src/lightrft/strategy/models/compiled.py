@@ -7,9 +7,14 @@ wrapper; here the same is done with the compiler of the wrapper.
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ParamSpec, TypeVar
 
+import torch
 from torch import nn
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -74,3 +79,18 @@ def _frame_around(target: Any) -> Callable[..., Any]:
 
 def _redirect(wrapper: Any, target: nn.Module) -> None:
     wrapper.forward = lambda *args, **kwargs: target(*args, **kwargs)
+
+
+def eagerly(module: nn.Module) -> AbstractContextManager[object]:
+    """Return the context in which ``module``, if a part of it is compiled, runs without its compiler."""
+    return torch.compiler.set_stance("force_eager") if _has_compiled_part(module) else nullcontext()
+
+
+def not_compiled(function: Callable[P, R], module: nn.Module) -> Callable[P, R]:
+    """Return ``function``, which ``module`` calls, so that a compiler of the module does not trace it."""
+    disabled: Callable[P, R] = torch.compiler.disable(function) if _has_compiled_part(module) else function
+    return disabled
+
+
+def _has_compiled_part(module: nn.Module) -> bool:
+    return any(part._compiled_call_impl is not None for part in module.modules())

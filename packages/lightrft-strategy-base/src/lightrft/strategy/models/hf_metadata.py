@@ -43,7 +43,7 @@ def write_configuration(
         config.dtype = str(dtype).removeprefix("torch.")
     if untied:
         config.get_text_config().tie_word_embeddings = config.tie_word_embeddings = False
-    if code.is_remote_code():
+    if code._auto_class is not None:  # its code is not in transformers
         from transformers.dynamic_module_utils import custom_object_save
 
         custom_object_save(code.__new__(model_class), folder, config=config)  # which reads only the class

@@ -2,12 +2,12 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 
 from lightrft.config import LightRFTError, StrategyError
-from lightrft.strategy.models.transformers_patches import META_LOADING, check, loading_on_meta
+from lightrft.strategy.models import transformers_4, transformers_patches
 
 
 @contextmanager
@@ -21,13 +21,13 @@ def weights_on_rank_0(rank: int) -> Iterator[None]:
         StrategyError: The installed transformers lacks what is patched on ranks other than 0; raised on every rank. Or
             a constructor reads the values of tensors.
     """
-    uses_transformers = "transformers" in sys.modules
-    if uses_transformers:
-        check("init_model_context(meta_init=True)", META_LOADING)
+    version = transformers_4 if transformers_patches.is_version_4() else transformers_patches
+    patches = version.META_LOADING if "transformers" in sys.modules else ()
+    transformers_patches.check("init_model_context(meta_init=True)", patches)
     if rank == 0:
         yield
         return
-    with _explaining(), torch.device("meta"), loading_on_meta() if uses_transformers else nullcontext():
+    with _explaining(), torch.device("meta"), transformers_patches.applied(patches):
         yield
 
 

@@ -35,6 +35,7 @@ from lightrft.strategy.models.modules import (
 from lightrft.strategy.models.optimizers import check_belongs, check_kinds, check_steps, check_zero_grad, guard, rebind
 from lightrft.strategy.models.registry import ModelRegistry, PreparedModel, inner_model
 from lightrft.strategy.models.sharing import ParameterMemory
+from lightrft.strategy.parallel.sequence import SequenceParallel
 from lightrft.strategy.telemetry.log import logger
 from lightrft.strategy.tensors import is_dtensor
 
@@ -44,10 +45,10 @@ class Preparation:
 
     def __init__(
         self, backend: Backend, models: ModelRegistry, operations: Operations, consensus: RankConsensus,
-        accumulation_steps: int,
+        sequence_parallel: SequenceParallel, accumulation_steps: int,
     ) -> None:  # fmt: skip
         self._backend, self._models, self._accumulation_steps = backend, models, accumulation_steps
-        self._operations, self._consensus = operations, consensus
+        self._operations, self._consensus, self._sequence_parallel = operations, consensus, sequence_parallel
         self._warned_of_unprepared = False
 
     def prepare(self, argument: Any) -> Any:
@@ -78,6 +79,10 @@ class Preparation:
         if optimizer is None:
             return self.model(model, WrapOptions(training=True)), None, scheduler
         check_kinds("prepare", model, optimizer)
+        waiting = self._without_scheduler(model, optimizer)
+        if waiting is not None and scheduler is not None:
+            waiting.scheduler = scheduler
+            return model, optimizer, scheduler
         inner = self._models.unwrap(model)
         self._check_free(optimizer, inner)
         if self._models.find(model) is None:
@@ -85,6 +90,10 @@ class Preparation:
                 self._models.check_unshared(inner, "prepare")
             compile_in_place(model, inner)
         check_belongs(optimizer, inner, "prepare")
+        if self._models.find(model) is None:
+            names = {id(parameter): name for name, parameter in inner.named_parameters()}
+            self._backend.unshard(inner)
+            rebind(optimizer, names, inner)
         check_steps(optimizer, "prepare")
         with self._consensus.together("prepare", "trying the optimizer"):
             self._backend.check_optimizer(optimizer)
@@ -106,14 +115,17 @@ class Preparation:
                 )
             return model
         inner = inner_model(model)
-        compile_in_place(model, inner)
-        with self._consensus.together("prepare"):
+        with self._consensus.together("prepare"):  # first: `unshard` would replace parameters of a prepared model
             self._models.check_unshared(inner, "prepare")
+        compile_in_place(model, inner)
+        self._backend.unshard(inner)
+        with self._consensus.together("prepare"):
             if options.training:
                 check_actor(model)
                 check_gradients(inner)
             check_materialized(inner, self._backend.world)
             check_attributes(inner)
+            self._sequence_parallel.check_model(inner)
             self._backend.check_model(inner, options)
             meta_model = meta_copy(inner) if options.training else None
         model_class, memory = type(inner), ParameterMemory(inner)
@@ -187,6 +199,12 @@ class Preparation:
                 "prepare((model, optimizer, scheduler)), and use what it returns", type(model).__name__,
             )  # fmt: skip
 
+    def _without_scheduler(self, model: nn.Module, optimizer: Optimizer) -> TrainedModel | None:
+        """Return a model in training that was wrapped before its optimizer was created, until it gets its scheduler."""
+        prepared = self._models.find(model)
+        trained = None if prepared is None else prepared.trained
+        return trained if trained is not None and trained.optimizer is optimizer and trained.scheduler is None else None
+
     def _check_free(self, optimizer: Optimizer, module: nn.Module) -> None:
         for prepared in (self._models.owner(optimizer), self._models.find(module)):
             if prepared is not None and prepared.trained is not None:
@@ -203,6 +221,7 @@ class Preparation:
             lambda: check_zero_grad(prepared.trained, "zero_grad of the model"),
         )
         prepared.undo.callback(undo)
+        prepared.undo.callback(self._sequence_parallel.attach(prepared.module))
         if any(self._is_sharded(parameter) for parameter in prepared.module.parameters()):
             prepared.undo.callback(refuse_save_pretrained(prepared.module, prepared.class_name))
         self._models.add(prepared)

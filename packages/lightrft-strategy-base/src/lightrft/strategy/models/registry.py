@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 from torch.optim import Optimizer
@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from lightrft.config import StrategyError
 from lightrft.strategy.backend.types import TrainedModel, WrapOptions
 from lightrft.strategy.models.compiled import uncompiled
+from lightrft.strategy.models.heads import Head
 from lightrft.strategy.models.sharing import ParameterMemory
 
 
@@ -52,6 +53,8 @@ class PreparedModel:
     """Its optimizer and counters; None if it does not train."""
     offloaded: bool = False
     """Whether it is in host memory, until `reload_model`."""
+    head: Head | None = None
+    """Its output embedding, once it was found and checked."""
 
     @property
     def names_model(self) -> nn.Module:
@@ -62,6 +65,30 @@ class PreparedModel:
     def class_name(self) -> str:
         """Name of the model's class, for messages."""
         return self.model_class.__name__
+
+    @property
+    def exported(self) -> "PreparedModel":
+        """The model that is exported and synced, as if it had been prepared alone: the model in a wrapper, or itself.
+
+        LightRFT's scripts prepare averages and reward models with their wrapper, whose ``.model`` is a model of
+        transformers, and which has no other weights; or mark it with ``is_actor`` only after it was prepared.
+        """
+        inner = getattr(self.module, "model", None)
+        if not isinstance(inner, nn.Module) or hasattr(type(self.module), "from_pretrained"):
+            return self
+        if not is_actor(self.module) and (
+            not hasattr(type(inner), "from_pretrained") or outside_of_wrapped(self.module)
+        ):
+            return self
+        named: nn.Module = self.names_model.model  # type: ignore[assignment]
+        return replace(
+            self, module=inner, model_class=type(named), meta_model=None if self.meta_model is None else named
+        )
+
+
+def outside_of_wrapped(wrapper: nn.Module) -> list[str]:
+    """Return the names of the weights and persistent buffers of ``wrapper`` that are not in its ``.model``."""
+    return [name for name in wrapper.state_dict(keep_vars=True) if not name.startswith("model.")]
 
 
 class ModelRegistry:

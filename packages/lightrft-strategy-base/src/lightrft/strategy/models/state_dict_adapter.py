@@ -15,11 +15,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from lightrft.strategy.models import transformers_4
 from lightrft.strategy.models.transformers_patches import (
     CONVERSION,
     attached_conversions,
     check,
     is_transformers_model,
+    is_version_4_model,
 )
 from lightrft.strategy.tensors import grouped
 
@@ -95,6 +97,8 @@ def ignored_names(module: nn.Module) -> set[str]:
 
 def tied_aliases(module: nn.Module) -> set[str]:
     """Return the names under which transformers does not save a tied tensor, because it saves it under another."""
+    if is_version_4_model(module):
+        return transformers_4.tied_aliases(module, (name for name, _ in all_tensors(module)))
     return set(getattr(module, "all_tied_weights_keys", None) or ())
 
 
@@ -106,6 +110,8 @@ def units(module: nn.Module, names: Iterable[str]) -> list[Unit]:
 
 def convert(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return ``tensors``, whole units from memory, converted to the names and layout of a checkpoint."""
+    if is_version_4_model(module):
+        return transformers_4.convert(module, tensors)
     conversions = _conversions(module)
     if conversions is None:
         return dict(tensors)
@@ -128,7 +134,7 @@ def remember_conversions(module: nn.Module) -> None:
         StrategyError: The installed transformers lacks what the conversion uses.
     """
     if is_transformers_model(module):
-        check("prepare", CONVERSION)
+        check("prepare", transformers_4.NAMING if is_version_4_model(module) else CONVERSION)
     conversions = _conversions(module)
     if conversions is not None:
         _remembered[module] = conversions
@@ -136,7 +142,7 @@ def remember_conversions(module: nn.Module) -> None:
 
 def _conversions(module: nn.Module) -> list[Any] | None:
     """Return transformers' conversions from checkpoint to memory for this model, or None if it needs none."""
-    if not is_transformers_model(module):
+    if not is_transformers_model(module) or is_version_4_model(module):
         return None
     conversions = _remembered.get(module) or getattr(module, "_weight_conversions", None)
     if conversions is None:  # not made by from_pretrained
@@ -169,6 +175,8 @@ def _converted_key(name: str, converters: Sequence[Any]) -> str:
 
 def restore(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return ``tensors``, whole units of a checkpoint, converted to the names and layout in memory."""
+    if is_version_4_model(module):
+        return transformers_4.restore(module, tensors)
     conversions = _conversions(module)
     if conversions is None:
         return dict(tensors)

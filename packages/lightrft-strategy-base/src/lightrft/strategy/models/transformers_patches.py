@@ -1,7 +1,7 @@
-"""Patches of transformers, and the internals of it that this package uses. Importing this module imports no transformers.
+"""Patches of transformers 5, and the internals of it that this package uses. Importing this module imports no transformers.
 
 The targets are checked where they are needed: those of `META_LOADING` on entering `init_model_context(meta_init=True)`,
-those of `CONVERSION` when a model of transformers is prepared.
+those of `CONVERSION` when a model of transformers is prepared. Those of transformers 4.57 are in `transformers_4.py`.
 """
 
 import sys
@@ -19,6 +19,7 @@ from lightrft.strategy.patching import Patch, Target, around, require
 _SOURCE = "https://github.com/huggingface/transformers/blob/v5.19.0/src/transformers"
 _REFUSAL = "https://github.com/huggingface/transformers/pull/40942"
 VERSIONS = ">=5.10,<6"
+VERSIONS_4 = ">=4.57,<5"
 _UNTIL = "from_pretrained can build a model on the meta device, with the conversions of its checkpoint."
 
 
@@ -28,9 +29,19 @@ def is_transformers_model(module: nn.Module) -> bool:
     return transformers is not None and isinstance(module, transformers.PreTrainedModel)
 
 
+def is_version_4() -> bool:
+    """Return whether transformers is imported and of version 4."""
+    return getattr(sys.modules.get("transformers"), "__version__", "").startswith("4.")
+
+
+def is_version_4_model(module: nn.Module) -> bool:
+    """Return whether ``module`` is a model of transformers 4."""
+    return is_version_4() and is_transformers_model(module)
+
+
 def check(call: str, targets: Iterable[Target]) -> None:
     """Raise `StrategyError` if the installed transformers lacks one of ``targets``, which ``call`` needs."""
-    require(call, "transformers", VERSIONS, targets)
+    require(call, "transformers", VERSIONS_4 if is_version_4() else VERSIONS, targets)
 
 
 # from_pretrained on the meta device
@@ -58,16 +69,17 @@ def _read_nothing(
     return torch.empty(tensor.get_shape(), dtype=dtype, device="meta")
 
 
+FROM_PRETRAINED = Patch(
+    target="transformers.modeling_utils:PreTrainedModel.from_pretrained",
+    replacement=around(_on_cpu_by_default),
+    why="transformers refuses `from_pretrained` if meta is the default device. Ranks that receive their weights "
+    "from rank 0 need the model without values: names, shapes, dtypes and conversions.",
+    upstream=_REFUSAL,
+    versions=">=4.57,<6",
+    until=_UNTIL,
+)
 META_LOADING = (
-    Patch(
-        target="transformers.modeling_utils:PreTrainedModel.from_pretrained",
-        replacement=around(_on_cpu_by_default),
-        why="transformers refuses `from_pretrained` if meta is the default device. Ranks that receive their weights "
-        "from rank 0 need the model without values: names, shapes, dtypes and conversions.",
-        upstream=_REFUSAL,
-        versions=VERSIONS,
-        until=_UNTIL,
-    ),
+    FROM_PRETRAINED,
     Patch(
         target="transformers.modeling_utils:PreTrainedModel._load_pretrained_model",
         parameters=("model", "state_dict", "checkpoint_files", "load_config"),
@@ -91,10 +103,10 @@ META_LOADING = (
 
 
 @contextmanager
-def loading_on_meta() -> Iterator[None]:
-    """In the body, `from_pretrained` builds models on the meta device and reads no weights."""
+def applied(patches: Iterable[Patch]) -> Iterator[None]:
+    """Apply ``patches`` in the body."""
     with ExitStack() as undoing:
-        for patch in META_LOADING:
+        for patch in patches:
             undoing.callback(patch.apply())
         yield
 

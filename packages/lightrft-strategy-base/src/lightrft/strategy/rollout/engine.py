@@ -9,7 +9,7 @@ import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, ParamSpec, Protocol, Self, TypeVar, final, runtime_checkable
 
 import torch
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lightrft.config import ArgumentError, EngineError, LightRFTError, StaleWeightsError, StrategyConfig
+from lightrft.strategy.compat import LLMEngine, TokenIds
 from lightrft.strategy.models.weight_stream import Bucket
 from lightrft.strategy.registry import ENGINES, load
 from lightrft.strategy.rollout.sampling import Sampling
@@ -42,6 +43,8 @@ class Prompt:
     images: tuple[Any, ...] = ()
     """In any form that the engine's processor accepts."""
     videos: tuple[Any, ...] = ()
+    audios: tuple[Any, ...] = ()
+    """Each an array of samples with its sampling rate, in Hz."""
 
     def __post_init__(self) -> None:
         if self.token_ids is None and self.text is None:
@@ -49,13 +52,19 @@ class Prompt:
         if not self.token_ids and self.text is not None:
             object.__setattr__(self, "token_ids", None)
 
+    @property
+    def has_media(self) -> bool:
+        """Whether there are images, videos or audio."""
+        return bool(self.images or self.videos or self.audios)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
     """One completion of one prompt."""
 
     prompt_token_ids: tuple[int, ...]
-    """As given, or of the given text; placeholders of images and videos are not expanded."""
+    """As given, or of the given text; placeholders of images and videos are not expanded. Without tokens that
+    ``truncate_prompt_tokens`` removed. A list can be added to it, and to the new tokens."""
     output_token_ids: tuple[int, ...]
     """The new tokens, with the end-of-sequence token if there is one."""
     logprobs: tuple[float, ...] | None
@@ -67,6 +76,10 @@ class Completion:
     text: str | None = None
     """The new tokens as text, if the engine has a tokenizer."""
 
+    def __post_init__(self) -> None:
+        for name in ("prompt_token_ids", "output_token_ids"):
+            object.__setattr__(self, name, TokenIds(getattr(self, name)))
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineCapabilities:
@@ -74,6 +87,8 @@ class EngineCapabilities:
 
     multimodal: bool = False
     """Accepts images and videos."""
+    audio: bool = False
+    """Accepts audio."""
     stop_strings: bool = False
     """Accepts ``Sampling.stop``."""
     seeds_by_prompt: bool = False
@@ -232,6 +247,11 @@ class EngineBase(ABC):
     # Behaviour of all engines
 
     @property
+    def llm_engine(self) -> LLMEngine:
+        """What LightRFT's trainers read of vLLM's engine: ``llm_engine.model_config.max_model_len``."""
+        return LLMEngine.of(self.longest)
+
+    @property
     def weight_version(self) -> int:
         return self._version
 
@@ -271,6 +291,7 @@ class EngineBase(ABC):
                 f"{self._name}.generate: expected an engine that is awake, but {', '.join(sorted(PARTS - self._awake))} are "
                 f"asleep. Call wake_up first"
             )
+        prompts = [self._truncated(prompt, index, sampling) for index, prompt in enumerate(prompts)]
         self._check(prompts, sampling)
         try:
             return self._generate(prompts, sampling) if prompts else []
@@ -386,6 +407,20 @@ class EngineBase(ABC):
                 f"setup_inference_engine again"
             )
 
+    def _truncated(self, prompt: Prompt, index: int, sampling: Sampling) -> Prompt:
+        """Return ``prompt`` with its last ``truncate_prompt_tokens`` tokens only."""
+        limit = sampling.truncate_prompt_tokens
+        size = len(prompt.token_ids if prompt.token_ids is not None else (prompt.text or "").encode())  # tokens at most
+        if limit is None or size <= limit:
+            return prompt
+        if prompt.token_ids is None or prompt.has_media:
+            raise EngineError(
+                f"{self._name}.generate: expected token ids without media to keep the last truncate_prompt_tokens={limit} of, "
+                f"got {'media' if prompt.has_media else 'text'} in prompt {index}, which is longer. Shorten it, or pass a "
+                f"larger truncate_prompt_tokens"
+            )
+        return replace(prompt, token_ids=prompt.token_ids[-limit:], text=None)
+
     def _check(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
         for index, prompt in enumerate(prompts):
             if not prompt.token_ids and not prompt.text:
@@ -397,6 +432,11 @@ class EngineBase(ABC):
             raise EngineError(
                 f"{self._name}.generate: expected prompts without images and videos, which this engine does not support, got "
                 f"some. Use a multimodal engine"
+            )
+        if not self.capabilities.audio and any(prompt.audios for prompt in prompts):
+            raise EngineError(
+                f"{self._name}.generate: expected prompts without audio, which this engine does not support, got some. Use "
+                f"engine 'vllm'"
             )
         if sampling.stop and not self.capabilities.stop_strings:
             raise EngineError(

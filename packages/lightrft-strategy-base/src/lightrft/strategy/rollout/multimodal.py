@@ -7,13 +7,51 @@ images, the placeholders of images are removed; the same holds for videos.
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, Protocol
 
 from lightrft.config import ArgumentError
 from lightrft.strategy.rollout.engine import Prompt
 
 _IMAGE = re.compile(r"<\|vision_start\|>(?:<\|image_pad\|>)+<\|vision_end\|>")
+_KINDS = ("image", "video", "audio")
 _VIDEO = re.compile(r"<\|vision_start\|>(?:<\|video_pad\|>)+<\|vision_end\|>")
+
+
+class InputsBuilder(Protocol):
+    """LightRFT's hook ``_build_multimodal_inputs``, which a script may replace, for example to pass audio."""
+
+    def __call__(
+        self, *, all_prompts: Any, all_images: Any, images_num: Any, all_videos: Any, videos_num: Any
+    ) -> list[dict[str, Any]]:
+        """Return ``{"prompt": text, "multi_modal_data": {"image": [...], "video": [...], "audio": [...]}}`` by prompt."""
+
+
+def multimodal_inputs(
+    *, all_prompts: Any, all_images: Any, images_num: Any, all_videos: Any, videos_num: Any
+) -> list[dict[str, Any]]:
+    """Return images and videos by prompt, in LightRFT's form; see `InputsBuilder`."""
+    prompts = build_prompts(None, all_prompts, all_images, images_num, all_videos, videos_num)
+    return [
+        {"prompt": prompt.text, "multi_modal_data": {"image": [*prompt.images], "video": [*prompt.videos]}}
+        for prompt in prompts
+    ]
+
+
+def build_prompts_with(
+    build_inputs: InputsBuilder, token_ids: Any, texts: Any, images: Any, images_num: Any, videos: Any, videos_num: Any
+) -> list[Prompt]:
+    """Return what `build_prompts` does, or, if a script replaced ``build_inputs``, what that does with media."""
+    if build_inputs is multimodal_inputs or not (_any_present(images) or _any_present(videos)):
+        return build_prompts(token_ids, texts, images, images_num, videos, videos_num)
+    return prompts_of_inputs(
+        build_inputs(
+            all_prompts=texts, all_images=images, images_num=images_num, all_videos=videos, videos_num=videos_num
+        )
+    )
+
+
+def _any_present(media: Sequence[Any] | None) -> bool:
+    return media is not None and any(item is not None for item in media)
 
 
 def build_prompts(
@@ -123,7 +161,7 @@ def strip_placeholders(text: str, images: Sequence[Any], videos: Sequence[Any]) 
 
 
 def prompts_of_inputs(inputs: Sequence[dict[str, Any]]) -> list[Prompt]:
-    """Return prompts from LightRFT's dicts: ``{"prompt": text, "multi_modal_data": {"image": [...], "video": [...]}}``."""
+    """Return prompts from LightRFT's dicts; see `InputsBuilder`."""
     prompts = []
     for item in inputs:
         if not isinstance(item, Mapping) or not isinstance(item.get("prompt"), str):
@@ -132,11 +170,20 @@ def prompts_of_inputs(inputs: Sequence[dict[str, Any]]) -> list[Prompt]:
                 f"each prompt"
             )
         media = item.get("multi_modal_data") or {}
-        images, videos = _listed(media.get("image")), _listed(media.get("video"))
+        unknown = [kind for kind in media if kind not in _KINDS]
+        if unknown:
+            raise ArgumentError(
+                f"engine_generate_local: expected multi_modal_data with {', '.join(_KINDS)}, got {unknown[0]!r}. Rename or "
+                f"remove it"
+            )
+        images, videos, audios = (_listed(media.get(kind)) for kind in _KINDS)
         text = strip_placeholders(item["prompt"], images, videos)
         prompts.append(
-            Prompt(text=text, token_ids=_optional_ints(item.get("prompt_token_ids")), images=images, videos=videos)
-        )
+            Prompt(
+                text=text, token_ids=_optional_ints(item.get("prompt_token_ids")), images=images, videos=videos,
+                audios=audios,
+            )
+        )  # fmt: skip
     return prompts
 
 

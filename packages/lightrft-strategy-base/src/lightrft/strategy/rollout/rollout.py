@@ -4,6 +4,7 @@ A rollout step wakes the weights, syncs, wakes the KV cache, generates and sleep
 every engine and every backend.
 """
 
+import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,12 +23,22 @@ from lightrft.strategy.distributed.world import World
 from lightrft.strategy.models import weight_stream
 from lightrft.strategy.models.adapters import has_adapters
 from lightrft.strategy.models.modules import with_buffers_of
-from lightrft.strategy.models.registry import PreparedModel
+from lightrft.strategy.models.registry import ModelRegistry, PreparedModel
 from lightrft.strategy.models.state_dict_adapter import StateDictAdapter
 from lightrft.strategy.models.weight_stream import Bucket
+from lightrft.strategy.parallel.sequence import SequenceParallel
 from lightrft.strategy.rollout import multimodal
 from lightrft.strategy.rollout.embedded import end_ids_of_model
-from lightrft.strategy.rollout.engine import Completion, EngineBase, EngineRequest, Prompt, RolloutEngine, engine_class
+from lightrft.strategy.rollout.engine import (
+    PARTS,
+    Completion,
+    EngineBase,
+    EngineRequest,
+    Prompt,
+    RolloutEngine,
+    engine_class,
+)
+from lightrft.strategy.rollout.held_elsewhere import HeldElsewhere
 from lightrft.strategy.rollout.sampling import Sampling
 from lightrft.strategy.supported_settings import validate_engine
 from lightrft.strategy.telemetry.log import say
@@ -44,10 +55,19 @@ class EngineStatus(Enum):
 class Rollout:
     """The rollout engine of this rank, which it may share with other ranks."""
 
-    def __init__(self, world: World, consensus: RankConsensus, config: StrategyConfig) -> None:
-        self._world, self._consensus, self._config = world, consensus, config
+    def __init__(
+        self, world: World, consensus: RankConsensus, sequence_parallel: SequenceParallel, config: StrategyConfig
+    ) -> None:
+        self._world, self._consensus, self._sequence_parallel, self._config = (
+            world,
+            consensus,
+            sequence_parallel,
+            config,
+        )
         self.engine: RolloutEngine | None = None
-        self._status = EngineStatus.ABSENT  # of an engine that another rank holds
+        """The engine that this rank holds."""
+        self._elsewhere: HeldElsewhere | None = None
+        """In place of the engine, if another rank holds it for this one."""
         self._engine_config = config
         self.mp_group, self.dp_group = self._make_groups()
 
@@ -73,9 +93,15 @@ class Rollout:
     @property
     def status(self) -> EngineStatus:
         """Absent, awake or asleep; awake as soon as the weights have memory."""
-        if self.engine is None:
-            return self._status
-        return EngineStatus.AWAKE if "weights" in self.engine.awake else EngineStatus.ASLEEP
+        engine = self.handle
+        if engine is None:
+            return EngineStatus.ABSENT
+        return EngineStatus.AWAKE if "weights" in engine.awake else EngineStatus.ASLEEP
+
+    @property
+    def handle(self) -> RolloutEngine | None:
+        """The engine, or the `HeldElsewhere` if another rank holds it; None if there is none."""
+        return self.engine or self._elsewhere
 
     def setup(self, engine_type: str, config: StrategyConfig, actor: PreparedModel | None) -> RolloutEngine | None:
         """Build the engine; see `StrategyBase.setup_inference_engine`. All ranks must call this.
@@ -86,7 +112,7 @@ class Rollout:
             actor: The model whose architecture the engine may run.
 
         Returns:
-            The engine; None if another rank holds it.
+            `handle`.
         """
         if config.engine_tp_size != self._config.engine_tp_size:
             raise ConfigError(
@@ -95,6 +121,7 @@ class Rollout:
             )
         self.shutdown()
         self._engine_config = config
+        actor = None if actor is None else actor.exported
         try:
             with self._consensus.together("setup_inference_engine"):
                 cls = engine_class(engine_type)
@@ -104,10 +131,12 @@ class Rollout:
         except BaseException:
             self.shutdown()  # another rank failed
             raise
-        self._status = EngineStatus.AWAKE
+        if cls.leader_only and config.engine_tp_size > 1:
+            longest = self._consensus.exchange("setup_inference_engine", getattr(self.engine, "longest", None))
+            self._elsewhere = HeldElsewhere(longest[self._leader]) if self.engine is None else None
         if actor is not None:
             self._end_like(actor)
-        return self.engine
+        return self.handle
 
     def _end_like(self, actor: PreparedModel) -> None:
         """Let sequences end at the token ids that the configuration of ``actor`` names now."""
@@ -136,7 +165,7 @@ class Rollout:
     def shutdown(self) -> None:
         """End the engine, if there is one. Idempotent."""
         engine, self.engine = self.engine, None
-        self._status = EngineStatus.ABSENT
+        self._elsewhere = None
         if engine is not None:
             engine.shutdown()
 
@@ -169,8 +198,14 @@ class Rollout:
             with self._consensus.together(call, tell=lambda: self.status.value) as told:
                 yield
         finally:
-            if told and self.engine is None:  # also after an error
-                self._status = EngineStatus(told[self._world.rank - self._world.rank % self._config.engine_tp_size])
+            if told and self._elsewhere is not None:  # also after an error
+                is_awake = EngineStatus(told[self._leader]) is EngineStatus.AWAKE
+                self._elsewhere.awake = PARTS if is_awake else frozenset()
+
+    @property
+    def _leader(self) -> int:
+        """The first of the ranks that share this rank's engine."""
+        return self._world.rank - self._world.rank % self._config.engine_tp_size
 
     # Weights
 
@@ -181,18 +216,21 @@ class Rollout:
         backend.reshard(model.module)
         limit = backend.config.weight_sync_bucket_bytes if bucket_bytes is None else bucket_bytes
         stream_dtype = dtype or (torch.bfloat16 if backend.config.bf16 else None)
-        yield from weight_stream.full_parameters(backend, StateDictAdapter.of(model.module), limit, stream_dtype)
+        form = StateDictAdapter.of(model.exported.module)
+        yield from weight_stream.full_parameters(backend, form, limit, stream_dtype)
 
-    def sync(self, backend: Backend, actor: PreparedModel) -> None:
-        """Send all weights of ``actor``, and its end-of-sequence token ids, to the engine. All ranks must call this.
+    def sync(self, backend: Backend, models: ModelRegistry, model: nn.Module) -> None:
+        """Send all weights of ``model``, and its end-of-sequence token ids, to the engine. All ranks must call this.
 
         Compares names and shapes first, then streams. A sync that fails on one rank is revoked on all.
         """
         if self.status is EngineStatus.ABSENT:
             say("update_engine_weights: there is no engine, so nothing was sent. setup_inference_engine makes one")
             return
+        actor = models.require_ready(model, "update_engine_weights")
         with self._consensus.together("update_engine_weights"):
             backend.reshard(actor.module)
+            actor = actor.exported
             form = weight_stream.form_for_engines(actor.module, actor.meta_model)
             self._check_coverage(weight_stream.full_shapes(backend, form))
         dtype = torch.bfloat16 if self._engine_config.bf16 or backend.config.bf16 else None
@@ -202,6 +240,8 @@ class Rollout:
                 bucket_bytes = self._engine_config.weight_sync_bucket_bytes
                 self._send(weight_stream.full_parameters(backend, form, bucket_bytes, dtype))
             self._end_like(actor)
+            if self._elsewhere is not None:
+                self._elsewhere.weight_version += 1
         except BaseException:
             if self.engine is not None and self.engine.weight_version != before:
                 self.engine.revoke_weights("the last weight sync failed on another rank")
@@ -263,19 +303,28 @@ class Rollout:
                 f"{call}: expected an engine, got none. Call setup_inference_engine(args, engine_type, actor=actor) first"
             )
 
-    def gather_and_generate(self, sampling: object, sleep: bool, *prompts_and_media: Any) -> list[Completion]:
+    def gather_and_generate(
+        self, sampling: object, sleep: bool, build_inputs: multimodal.InputsBuilder, *prompts_and_media: Any
+    ) -> list[Completion]:
         """Complete this rank's prompts; see `StrategyBase.gather_and_generate`. All ranks must call this.
 
         Args:
             sampling: What `Sampling.of` reads.
             sleep: Put the engine to sleep afterwards, if ``enable_engine_sleep`` is set.
+            build_inputs: Builds prompts with media, if it is not `multimodal.multimodal_inputs`.
             *prompts_and_media: The arguments of `multimodal.build_prompts`.
         """
-        with self._consensus.together("gather_and_generate"):
+        told: list[object] = []
+        with self._consensus.together("gather_and_generate", tell=lambda: told) as all_told:
             self._require_engine("gather_and_generate")
-            prompts, settings = multimodal.build_prompts(*prompts_and_media), Sampling.of(sampling)
+            settings = Sampling.of(sampling)
+            prompts = multimodal.build_prompts_with(build_inputs, *prompts_and_media)
+            told.append(_digest(prompts, settings) if self._sequence_parallel.size > 1 else None)
+        share = self._sequence_parallel.share(prompts, all_told)
         with self._together("gather_and_generate"):
-            completions = self._generate_shared(prompts, settings)
+            completions = self._generate_shared(prompts if share is None else share, settings)
+        if share is not None:
+            completions = self._sequence_parallel.combine(completions, len(prompts), settings.n)
         if sleep:
             self.sleep()
         return completions
@@ -313,6 +362,14 @@ class Rollout:
                 "gather_and_generate: expected completions from the rank that holds this rank's engine, but it failed. See its error"
             )
         return outcome[0]
+
+
+def _digest(prompts: Sequence[Prompt], sampling: Sampling) -> str | None:
+    """Return a checksum of what to generate; None if prompts have media, which are too large to compare."""
+    if any(prompt.has_media for prompt in prompts):
+        return None
+    texts = [(prompt.token_ids, prompt.text) for prompt in prompts]
+    return hashlib.sha256(repr((texts, sampling)).encode()).hexdigest()
 
 
 def _model_path(pretrain: object) -> str | None:

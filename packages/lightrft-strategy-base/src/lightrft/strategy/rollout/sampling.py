@@ -20,7 +20,10 @@ from lightrft.config import ArgumentError, nearest
 
 _ALIASES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "sampling_seed": "seed"}
 """SGLang's names, and vLLM's for the same settings."""
-_NEUTRAL = {"logprobs": (None, True, False, 0), "detokenize": (True, False), "no_stop_trim": (None, True, False)}
+_NEUTRAL = {
+    "logprobs": (None, True, False, 0), "detokenize": (True, False), "no_stop_trim": (None, True, False),
+    "spaces_between_special_tokens": (True, False),
+}  # fmt: skip
 """Settings of engines that change what is returned, not what is drawn, with the values that change nothing here."""
 _OF_GENERATION_CONFIG = {
     "max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "num_return_sequences": "n", "stop_strings": "stop",
@@ -43,7 +46,7 @@ _TYPES: dict[str, tuple[Any, str]] = {
     **dict.fromkeys(("temperature", "top_p", "min_p"), _REAL),
     **dict.fromkeys(("repetition_penalty", "presence_penalty", "frequency_penalty"), _REAL),
     **dict.fromkeys(("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"), _FLAG),
-    "seed": ((Integral, type(None)), "an integer or None"),
+    **dict.fromkeys(("seed", "truncate_prompt_tokens"), ((Integral, type(None)), "an integer or None")),
 }
 
 
@@ -72,6 +75,8 @@ class Sampling:
     """Maximum number of new tokens."""
     min_tokens: int = 0
     """Number of new tokens before which no end-of-sequence or stop token is drawn."""
+    truncate_prompt_tokens: int | None = None
+    """Keep at most this many tokens of each prompt, the last ones; None keeps all."""
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -97,6 +102,11 @@ class Sampling:
             ("min_p", 0 <= self.min_p <= 1, ">= 0 and <= 1"),
             ("max_tokens", self.max_tokens >= 1, ">= 1"),
             ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, ">= 0 and <= max_tokens"),
+            (
+                "truncate_prompt_tokens",
+                self.truncate_prompt_tokens is None or self.truncate_prompt_tokens >= 1,
+                ">= 1, or None",
+            ),
             ("repetition_penalty", 0 < self.repetition_penalty <= 2, "> 0 and <= 2"),
             ("presence_penalty", -2 <= self.presence_penalty <= 2, ">= -2 and <= 2"),
             ("frequency_penalty", -2 <= self.frequency_penalty <= 2, ">= -2 and <= 2"),

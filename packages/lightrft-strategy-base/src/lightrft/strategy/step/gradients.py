@@ -1,6 +1,6 @@
-"""The gradient of one update: whether a loss depends on the parameters, the global norm, and the clip factor.
+"""The gradient of one update: whether a loss leads to it, whether a script has touched it, its global norm, its clip factor.
 
-Pure functions over tensors. A gradient may consist of several sets of shards, each sharded over one process group (FSDP2
+A gradient may consist of several sets of shards, each sharded over one process group (FSDP2
 meshes, for example). Every element counts once in the norm, whichever rank holds it.
 """
 
@@ -12,7 +12,12 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import BackwardCFunction
 
-from lightrft.strategy.backend.types import GradientShards
+from lightrft.config import ArgumentError, StrategyError, UnsupportedOperationError
+from lightrft.config.validation import shown
+from lightrft.strategy import log_probs
+from lightrft.strategy.backend.contract import Backend
+from lightrft.strategy.backend.types import GradientShards, TrainedModel
+from lightrft.strategy.parallel.exchange import OWN_NODES
 
 
 def depends_on(loss: torch.Tensor, leaves: Collection[int], transparent: Collection[str] = ()) -> bool:
@@ -45,11 +50,11 @@ def depends_on(loss: torch.Tensor, leaves: Collection[int], transparent: Collect
 def global_norm(shards: Sequence[GradientShards]) -> torch.Tensor:
     """Return the 2-norm over all elements of all shards on all ranks: fp32, 0-dim, equal on every rank of the groups.
 
-    Every rank of the groups must call this. As in DeepSpeed, the norm is infinite if its square exceeds fp32, even if
-    every element is finite.
+    The host does not wait for the device. Every rank of the groups must call this. As in DeepSpeed, the norm is infinite if
+    its square exceeds fp32, even if every element is finite.
     """
-    total = sum((_squared_norm(part) for part in shards), start=torch.zeros((), dtype=torch.float64))
-    return total.float().sqrt()
+    squares = [_squared_norm(part) for part in shards] or [torch.zeros((), dtype=torch.float64)]
+    return torch.stack([square.to(squares[0].device) for square in squares]).sum().float().sqrt()
 
 
 def _squared_norm(shards: GradientShards) -> torch.Tensor:
@@ -60,7 +65,7 @@ def _squared_norm(shards: GradientShards) -> torch.Tensor:
     )
     if shards.group is not None:
         dist.all_reduce(squared, group=shards.group)
-    return squared.cpu()
+    return squared
 
 
 def clip_factor(norm: float, max_norm: float | None) -> float:
@@ -77,3 +82,84 @@ def scale(shards: Sequence[GradientShards], factor: float) -> None:
         for part in shards:
             if part.tensors:
                 torch._foreach_mul_(list(part.tensors), factor)
+
+
+# What a script may have done
+
+
+def check_loss(backend: Backend, trained: TrainedModel, loss: object) -> None:
+    """Raise unless ``loss`` is a scalar tensor with a graph that leads to the parameters of ``trained``."""
+    if not isinstance(loss, torch.Tensor):
+        raise ArgumentError(f"backward: expected the loss to be a scalar tensor, got {shown(loss)}")
+    if loss.numel() != 1 or loss.ndim > 1:
+        raise ArgumentError(
+            f"backward: expected the loss to be a scalar, got shape {tuple(loss.shape)}. Reduce it, for example with .mean()"
+        )
+    if not loss.requires_grad:
+        raise StrategyError(
+            "backward: expected a loss with a graph, got requires_grad=False. The loss was detached, computed under "
+            "torch.no_grad, or depends on no trainable parameter. Compute it from the model's outputs, with gradients enabled"
+        )
+    if not depends_on(loss, backend.graph_leaves(trained), backend.transparent | OWN_NODES | log_probs.TRANSPARENT):
+        raise StrategyError(
+            f"backward: expected a loss that depends on a trainable parameter of {trained.class_name}, got one that does "
+            f"not. Pass the model that computed it"
+        )
+
+
+def check_untouched(trained: TrainedModel, call: str) -> None:
+    """Raise `StrategyError` for what a script did to the optimizer or the gradients since the last call."""
+    if [len(group["params"]) for group in trained.optimizer.param_groups] != trained.group_sizes:
+        raise StrategyError(
+            f"{call}: expected the parameter groups with which {trained.class_name} was prepared, got others. Give the optimizer "
+            f"all parameters before prepare, those that train later with a learning rate of 0 until then"
+        )
+    for (now, version), (left, left_version) in zip(versions(trained), trained.gradients_seen, strict=True):
+        if now is not left or version != left_version:
+            raise StrategyError(
+                f"{call}: expected gradients of {trained.class_name} that strategy.backward made, got some that were cleared, made "
+                f"or changed by hand, or by a backward that failed. Leave out zero_grad, loss.backward and clip_grad_norm_: strategy.backward adds up the "
+                f"gradients of an update, and optimizer_step clips and clears them"
+            )
+
+
+def versions(trained: TrainedModel) -> list[tuple[torch.Tensor | None, int]]:
+    """Return the gradients of the first and the last parameter with their versions: enough to notice what a script does."""
+    gradients = [parameter.grad for parameter in trained.parameters[:1] + trained.parameters[-1:]]
+    local = [
+        getattr(gradient, "_local_tensor", gradient) for gradient in gradients
+    ]  # a DTensor has no version of its own
+    return [(gradient, 0 if part is None else part._version) for gradient, part in zip(gradients, local, strict=True)]
+
+
+def check_dense(trained: TrainedModel) -> None:
+    """Raise if a parameter of ``trained`` has a sparse gradient, and drop the gradient."""
+    sparse = [parameter for parameter in trained.parameters if parameter.grad is not None and parameter.grad.is_sparse]
+    if not sparse:
+        return
+    for parameter in trained.parameters:
+        parameter.grad = None
+    raise UnsupportedOperationError(
+        f"optimizer_step: expected dense gradients of {trained.class_name}, got a sparse one for a parameter of shape "
+        f"{tuple(sparse[0].shape)}. Pass sparse=False to its embedding"
+    )
+
+
+def require_gradient(trained: TrainedModel) -> None:
+    """Raise if no parameter of ``trained`` has a gradient."""
+    if all(parameter.grad is None for parameter in trained.parameters):
+        raise StrategyError(
+            f"optimizer_step: expected a gradient of {trained.class_name}, got none, although backward was called. The "
+            f"loss was another model's, or depends on no parameter"
+        )
+
+
+def check_frozen(trained: TrainedModel) -> None:
+    """Raise if a parameter that was frozen when it was prepared is to train now."""
+    unfrozen = [name for name, parameter in trained.frozen.items() if parameter.requires_grad]
+    if unfrozen:
+        raise StrategyError(
+            f"optimizer_step: expected the {len(unfrozen)} parameters of {trained.class_name} that were frozen when it was "
+            f"prepared to stay frozen, got requires_grad=True ({unfrozen[0]} first). Prepare the model with every parameter "
+            f"trainable that is to train later"
+        )

@@ -5,7 +5,7 @@ applied after it was prepared.
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -41,7 +41,8 @@ class MovingAverages:
         names = {name for name, _ in average.named_parameters()}
         moved_from = self._sources.get(average)
         for source in trained:
-            if source.model is moved_from or (moved_from is None and trainable(source.model).keys() <= names):
+            found = set(_names_in(names, trainable(source.model)).values()) <= names
+            if source.model is moved_from or (moved_from is None and found):
                 return source.updates_in(average)
         return None
 
@@ -57,7 +58,7 @@ class MovingAverages:
 
         Args:
             source: The model that trains.
-            average: Unwrapped, with the parameter names of ``source``.
+            average: With the parameter names of ``source``, or a wrapper of a model that has them.
             beta: In [0, 1).
             device: Device to compute on. Default: the device of the average.
 
@@ -71,8 +72,11 @@ class MovingAverages:
         self._backend.reshard(source.model)
         self._backend.reshard(average)
         weights = trainable(source.model)
-        targets = {shard.name: shard for shard in self._backend.shards(average)}
-        unknown = [name for name in weights if name not in dict(average.named_parameters())]
+        parameters = dict(average.named_parameters())
+        names = _names_in(parameters, weights)
+        shards = {shard.name: shard for shard in self._backend.shards(average)}
+        targets = {name: shards[found] for name, found in names.items() if found in shards}
+        unknown = [name for name, found in names.items() if found not in parameters]
         if unknown:
             raise ArgumentError(
                 f"moving_average: expected an average with the parameters of {source.class_name}, but the average has no "
@@ -97,17 +101,28 @@ class MovingAverages:
         """Return whether average and source are sharded alike on every rank, so that nothing must be gathered."""
         alike = all(
             (name in sources) == (name in targets)
-            and (name not in sources or sources[name].range == targets[name].range)
+            and (name not in sources or sources[name].range[1:] == targets[name].range[1:])
             for name in names
         )
         return all(self._consensus.exchange("moving_average", alike))
 
 
+def _names_in(average: Collection[str], names: Collection[str]) -> dict[str, str]:
+    """Return, by name in a model, the name in its average. Either may wrap a model of the other's class, as ``.model``."""
+    same: Callable[[str], str] = str
+    for rename in (same, "model.".__add__, lambda name: name.removeprefix("model.")):
+        renamed = {name: rename(name) for name in names}
+        if len(set(renamed.values())) == len(renamed) and set(renamed.values()) <= set(average):
+            return renamed
+    return {name: name for name in names}
+
+
 def _warn_of_buffers(source: TrainedModel, average: nn.Module) -> None:
     """Warn if training changes persistent buffers of ``source``, which averages do not include."""
     persistent, buffers = source.model.state_dict(keep_vars=True), dict(average.named_buffers())
-    for name, buffer in source.model.named_buffers():
-        copy = buffers.get(name)
+    changing = dict(source.model.named_buffers())
+    for name, found in _names_in(buffers, changing).items():
+        buffer, copy = changing[name], buffers.get(found)
         if name in persistent and copy is not None and not torch.equal(copy.to(buffer.device), buffer):
             if not is_silent():
                 warnings.warn(

@@ -2,56 +2,64 @@
 
 An update takes K micro-batches on each rank. In a micro-batch `backward` may be called any number of times and
 `optimizer_step` once; the K-th `optimizer_step` makes the update from the mean of the losses over the micro-batches and
-the ranks. What differs between backends is behind the hooks of `lightrft.strategy.backend.contract.Step`.
+the ranks or, with denominators, from the sum of the losses over the sum of the denominators. What differs between
+backends is behind the hooks of `lightrft.strategy.backend.contract.Step`.
 """
 
 import math
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
-from lightrft.config import ArgumentError, ArgumentTypeError, StrategyError
+from lightrft.config import ArgumentTypeError, LightRFTError, StrategyError
 from lightrft.config.validation import shown
 from lightrft.strategy.backend.contract import Backend
 from lightrft.strategy.backend.replicated import fill_missing
-from lightrft.strategy.backend.types import TrainedModel
-from lightrft.strategy.step.gradients import clip_factor, depends_on, global_norm, scale
+from lightrft.strategy.backend.types import GradientShards, TrainedModel
+from lightrft.strategy.distributed.rank_consensus import RankConsensus
+from lightrft.strategy.step import denominators
+from lightrft.strategy.step.denominators import Denominator, PendingTotals, Totals
+from lightrft.strategy.step.gradients import (
+    check_dense,
+    check_frozen,
+    check_loss,
+    check_untouched,
+    clip_factor,
+    global_norm,
+    require_gradient,
+    scale,
+    versions,
+)
+from lightrft.strategy.step.result import BETWEEN_UPDATES, StepResult
+from lightrft.strategy.step.schedules import check_scheduler
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """What one `optimizer_step` did."""
-
-    applied: bool
-    """Whether the weights were updated."""
-    skipped: bool
-    """Whether the update was skipped, because the gradient was not finite on some rank."""
-    grad_norm: float | None
-    """Global 2-norm of the gradient before clipping; None between updates; not finite if skipped."""
-
-
-BETWEEN_UPDATES = StepResult(applied=False, skipped=False, grad_norm=None)
-
-
-def backward(backend: Backend, trained: TrainedModel, loss: torch.Tensor, *, retain_graph: bool) -> None:
+def backward(
+    backend: Backend, trained: TrainedModel, loss: torch.Tensor, *, denominator: object, retain_graph: bool
+) -> None:
     """Add the gradient of ``loss``, a scalar with a graph, to the gradient of the update in progress."""
-    _check_loss(backend, trained, loss)
+    check_loss(backend, trained, loss)
+    items = denominators.accepted(denominator, backend.world.device)
     if not isinstance(retain_graph, bool):
         raise ArgumentTypeError(f"backward: expected retain_graph to be True or False, got {shown(retain_graph)}")
-    _check_untouched(trained, "backward")
+    check_untouched(trained, "backward")
+    _check_denominator(backend, trained, items)
     # The mean over K micro-batches; `optimizer_step` corrects it if an update has another number of them.
-    share = loss if trained.accumulation_steps == 1 else loss / trained.accumulation_steps
+    share = loss if items is not None or trained.accumulation_steps == 1 else loss / trained.accumulation_steps
     backend.backward(trained, share, retain_graph=retain_graph)
     trained.backwards += 1
-    trained.gradients_seen = _gradients(trained)
+    trained.denominators.append(items)
+    value = getattr(loss, "_local_tensor", loss).detach().reshape(())
+    trained.losses.append(value.to(backend.world.device, torch.float64, copy=True))
+    trained.gradients_seen = versions(trained)
 
 
 def optimizer_step(
     backend: Backend, trained: TrainedModel, scheduler: LRScheduler | None, boundary: bool | None,
-    agree: Callable[[object], None],
+    consensus: RankConsensus,
 ) -> StepResult:  # fmt: skip
     """End a micro-batch and, if it is the last of its update, make the update. All ranks must call this.
 
@@ -60,66 +68,136 @@ def optimizer_step(
         trained: The model and its optimizer.
         scheduler: Stepped after an update that was applied.
         boundary: Whether this micro-batch is the last. None: the K-th is.
-        agree: Raises on every rank unless all ranks pass the same value. A counted boundary needs no agreement,
-            because all ranks count alike.
+        consensus: Checks that all ranks pass the same ``boundary``. A counted boundary needs no agreement, because all
+            ranks count alike.
 
     Raises:
-        StrategyError: There was no backward since the last update, or too many updates in a row were not finite.
+        ArgumentError: A denominator of the update was negative or not finite.
+        StrategyError: There was no backward since the last update, losses came with and without denominators, or too many
+            updates in a row were not finite.
     """
-    _check_scheduler(trained, scheduler)
-    _check_untouched(trained, "optimizer_step")
+    if scheduler is not None:
+        check_scheduler(trained, scheduler)
+    check_untouched(trained, "optimizer_step")
     if not (boundary is None or isinstance(boundary, bool)):
         raise ArgumentTypeError(
             f"optimizer_step: expected boundary to be True, False or None, got {shown(boundary)}. Pass a bool"
         )
-    trained.micro_batches += 1
-    if boundary is not None:
-        agree({"boundary": boundary, "micro-batches": trained.micro_batches})
-    if not (trained.micro_batches >= trained.accumulation_steps if boundary is None else boundary):
-        return BETWEEN_UPDATES
-    if not trained.backwards:
-        trained.micro_batches = 0
-        raise StrategyError(
-            f"optimizer_step: expected a backward since the last update of this model ({trained.class_name}), got none. "
-            f"Call strategy.backward(loss, model, optimizer) for each micro-batch"
-        )
-    _check_frozen(trained)
-    factor = trained.accumulation_steps / trained.micro_batches  # for the mean over the actual number of micro-batches
-    trained.updating = True
-    try:
-        if backend.fused_step is not None:
-            norm = backend.fused_step(trained, factor)
-        else:
-            norm = reduce_clip_and_step(backend, trained, factor)
-    finally:
-        trained.updating = False
-    trained.gradients_seen = _gradients(trained)
-    trained.micro_batches = trained.backwards = 0
+    with _micro_batch(trained):
+        if boundary is not None:
+            consensus.agree("optimizer_step", {"boundary": boundary, "micro-batches": trained.micro_batches})
+        if not (trained.micro_batches >= trained.accumulation_steps if boundary is None else boundary):
+            return BETWEEN_UPDATES
+        if not trained.backwards:
+            trained.micro_batches = 0
+            raise StrategyError(
+                f"optimizer_step: expected a backward since the last update of this model ({trained.class_name}), got "
+                f"none. Call strategy.backward(loss, model, optimizer) for each micro-batch"
+            )
+        check_frozen(trained)
+        totals, norm, loss = _make_update(backend, trained)
+    given = _end_update(trained)
+    if totals.mistaken:
+        reports = consensus.exchange("optimizer_step: denominators", denominators.report(given))
+        raise denominators.mistake("optimizer_step", trained.class_name, reports)
+    if totals.denominator == 0:
+        trained.skipped += 1
+        return StepResult(applied=False, skipped=True, grad_norm=None, denominator=0.0)
     if not math.isfinite(norm):
-        return _skip(trained, norm, backend.config.max_skipped_updates)
+        return _skip(trained, norm, totals.denominator, loss, backend.config.max_skipped_updates)
     trained.updates += 1
     trained.skipped_in_a_row = 0
     _schedule(trained, scheduler)
-    return StepResult(applied=True, skipped=False, grad_norm=norm)
+    return StepResult(applied=True, skipped=False, grad_norm=norm, denominator=totals.denominator, loss=loss)
+
+
+@contextmanager
+def _micro_batch(trained: TrainedModel) -> Iterator[None]:
+    """Count a micro-batch, unless the body refuses to end it: a call that is repeated must not count it again."""
+    trained.micro_batches += 1
+    try:
+        yield
+    except LightRFTError:
+        if trained.micro_batches:
+            trained.micro_batches -= 1
+        raise
+
+
+@contextmanager
+def _dropping(trained: TrainedModel) -> Iterator[None]:
+    """End the update if the body raises because there is no gradient, or none any more."""
+    try:
+        yield
+    except LightRFTError:
+        _end_update(trained)
+        raise
+
+
+def _make_update(backend: Backend, trained: TrainedModel) -> tuple[Totals, float, float | None]:
+    """Reduce, normalise, clip and step, unless the norm is not finite or there is nothing to update from; clear the gradient.
+
+    Returns:
+        The totals of the denominators, the norm before clipping, and the loss, equal on all ranks.
+    """
+    sharing = backend.config.sp_size
+    data_ranks = backend.world.size // sharing
+    # summed over the ranks while the gradient is reduced
+    pending = PendingTotals(trained.denominators, backend.world, sharing=sharing, losses=trained.losses)
+    # For the mean over the actual number of micro-batches.
+    mean = trained.accumulation_steps / trained.micro_batches
+    trained.updating = True
+    try:
+        if backend.fused_step is not None:
+            totals = pending.read()
+            norm = backend.fused_step(trained, totals.factor(data_ranks, mean))
+        else:
+            shards = _reduced_gradient(backend, trained)
+            totals, norm = pending.read_with(global_norm(shards))
+            norm = _clip_and_step(backend, trained, shards, norm, totals.factor(data_ranks, mean))
+        return totals, norm, totals.mean_of(pending.losses(), data_ranks * trained.micro_batches)
+    finally:
+        trained.updating = False
 
 
 def reduce_clip_and_step(backend: Backend, trained: TrainedModel, factor: float) -> float:
-    """Reduce the gradient, multiply it by ``factor``, clip it, step the optimizer, and clear the gradient.
+    """Do what a `fused_step` does, with the separate hooks."""
+    shards = _reduced_gradient(backend, trained)
+    return _clip_and_step(backend, trained, shards, global_norm(shards).item(), factor)
+
+
+def _reduced_gradient(backend: Backend, trained: TrainedModel) -> Sequence[GradientShards]:
+    with _dropping(trained):
+        check_dense(trained)
+    backend.reduce(trained)
+    with _dropping(trained):
+        require_gradient(trained)
+    fill_missing(trained.parameters)
+    return backend.gradient_shards(trained)
+
+
+def _clip_and_step(
+    backend: Backend, trained: TrainedModel, shards: Sequence[GradientShards], norm: float, factor: float
+) -> float:
+    """Multiply the gradient, which has ``norm``, by ``factor``, clip it, step the optimizer, and clear the gradient.
 
     Returns:
-        The norm before clipping, equal on all ranks. If it is not finite, every rank skips the optimizer's step.
+        The norm before clipping. If it is not finite, the optimizer does not step.
     """
-    backend.reduce(trained)
-    _require_gradient(trained)
-    fill_missing(trained.parameters)
-    shards = backend.gradient_shards(trained)
-    norm = global_norm(shards).item() * factor
+    norm *= factor
     if math.isfinite(norm):
         scale(shards, factor * clip_factor(norm, backend.config.max_norm))
         trained.optimizer.step()
     for parameter in trained.parameters:
         parameter.grad = None
     return norm
+
+
+def _end_update(trained: TrainedModel) -> list[Denominator]:
+    """Begin to count micro-batches anew, after the gradient was cleared. Return the denominators of the update."""
+    given, trained.denominators, trained.losses = trained.denominators, [], []
+    trained.micro_batches = trained.backwards = 0
+    trained.gradients_seen = versions(trained)
+    return given
 
 
 def _schedule(trained: TrainedModel, scheduler: LRScheduler | None) -> None:
@@ -135,8 +213,10 @@ def _schedule(trained: TrainedModel, scheduler: LRScheduler | None) -> None:
         )
 
 
-def _skip(trained: TrainedModel, norm: float, max_skipped_updates: int) -> StepResult:
-    """Count a skipped update. Raise `StrategyError` after ``max_skipped_updates`` in a row; 0 means never."""
+def _skip(
+    trained: TrainedModel, norm: float, denominator: float | None, loss: float | None, max_skipped_updates: int
+) -> StepResult:
+    """Count an update that is not finite. Raise `StrategyError` after ``max_skipped_updates`` in a row; 0 means never."""
     trained.skipped += 1
     trained.skipped_in_a_row += 1
     if max_skipped_updates and trained.skipped_in_a_row >= max_skipped_updates:
@@ -145,89 +225,23 @@ def _skip(trained: TrainedModel, norm: float, max_skipped_updates: int) -> StepR
             f"in a row that are not finite (norm {norm}). The weights are those of update {trained.updates}. Check the "
             f"loss and the learning rate, or raise max_skipped_updates={max_skipped_updates} to tolerate more"
         )
-    return StepResult(applied=False, skipped=True, grad_norm=norm)
+    return StepResult(applied=False, skipped=True, grad_norm=norm, denominator=denominator, loss=loss)
 
 
 # Guards
 
 
-def _check_loss(backend: Backend, trained: TrainedModel, loss: object) -> None:
-    """Raise unless ``loss`` is a scalar tensor with a graph that leads to the parameters of ``trained``."""
-    if not isinstance(loss, torch.Tensor):
-        raise ArgumentError(f"backward: expected the loss to be a scalar tensor, got {shown(loss)}")
-    if loss.numel() != 1 or loss.ndim > 1:
-        raise ArgumentError(
-            f"backward: expected the loss to be a scalar, got shape {tuple(loss.shape)}. Reduce it, for example with .mean()"
-        )
-    if not loss.requires_grad:
-        raise StrategyError(
-            "backward: expected a loss with a graph, got requires_grad=False. The loss was detached, computed under "
-            "torch.no_grad, or depends on no trainable parameter. Compute it from the model's outputs, with gradients enabled"
-        )
-    if not depends_on(loss, backend.graph_leaves(trained), backend.transparent):
-        raise StrategyError(
-            f"backward: expected a loss that depends on a trainable parameter of {trained.class_name}, got one that does "
-            f"not. Pass the model that computed it"
-        )
+def _check_denominator(backend: Backend, trained: TrainedModel, denominator: Denominator) -> None:
+    """Raise, on a single rank, for a denominator that no update can be made with, and drop the update in progress.
 
-
-def _check_scheduler(trained: TrainedModel, scheduler: LRScheduler | None) -> None:
-    """Raise, before anything changes, if ``scheduler`` cannot be stepped with an update of ``trained``."""
-    if scheduler is None:
+    One of several ranks must not raise alone, because the others go on. There, `optimizer_step` raises on all.
+    """
+    if backend.world.size > 1 or not denominators.is_mistake(denominator, trained.denominators):
         return
-    name = type(scheduler).__name__
-    if not callable(getattr(scheduler, "step", None)):
-        raise ArgumentTypeError(f"optimizer_step: expected a scheduler with step(), got {shown(scheduler)}")
-    if isinstance(scheduler, ReduceLROnPlateau):
-        raise ArgumentError(
-            f"optimizer_step: expected a scheduler that steps by updates, got {name}, which steps by a metric. Step it "
-            f"yourself, and pass no scheduler"
-        )
-    if getattr(scheduler, "optimizer", trained.optimizer) is not trained.optimizer:
-        raise StrategyError(
-            f"optimizer_step: expected the scheduler of this model's optimizer ({trained.class_name}), got a {name} of "
-            f"another optimizer"
-        )
-
-
-def _gradients(trained: TrainedModel) -> list[tuple[torch.Tensor | None, int]]:
-    """Return the gradients of the first and the last parameter with their versions: enough to notice what a script does."""
-    gradients = [parameter.grad for parameter in trained.parameters[:1] + trained.parameters[-1:]]
-    local = [
-        getattr(gradient, "_local_tensor", gradient) for gradient in gradients
-    ]  # a DTensor has no version of its own
-    return [(gradient, 0 if part is None else part._version) for gradient, part in zip(gradients, local, strict=True)]
-
-
-def _check_untouched(trained: TrainedModel, call: str) -> None:
-    """Raise `StrategyError` for what a script did to the optimizer or the gradients since the last call."""
-    if [len(group["params"]) for group in trained.optimizer.param_groups] != trained.group_sizes:
-        raise StrategyError(
-            f"{call}: expected the parameter groups with which {trained.class_name} was prepared, got others. Give the optimizer "
-            f"all parameters before prepare, those that train later with a learning rate of 0 until then"
-        )
-    for (now, version), (left, left_version) in zip(_gradients(trained), trained.gradients_seen, strict=True):
-        if now is not left or version != left_version:
-            raise StrategyError(
-                f"{call}: expected gradients of {trained.class_name} that strategy.backward made, got some that were cleared, made "
-                f"or changed by hand, or by a backward that failed. Leave out zero_grad, loss.backward and clip_grad_norm_: strategy.backward adds up the "
-                f"gradients of an update, and optimizer_step clips and clears them"
-            )
-
-
-def _check_frozen(trained: TrainedModel) -> None:
-    unfrozen = [name for name, parameter in trained.frozen.items() if parameter.requires_grad]
-    if unfrozen:
-        raise StrategyError(
-            f"optimizer_step: expected the {len(unfrozen)} parameters of {trained.class_name} that were frozen when it was "
-            f"prepared to stay frozen, got requires_grad=True ({unfrozen[0]} first). Prepare the model with every parameter "
-            f"trainable that is to train later"
-        )
-
-
-def _require_gradient(trained: TrainedModel) -> None:
-    if all(parameter.grad is None for parameter in trained.parameters):
-        raise StrategyError(
-            f"optimizer_step: expected a gradient of {trained.class_name}, got none, although backward was called. The "
-            f"loss was another model's, or depends on no parameter"
-        )
+    given = [*trained.denominators, denominator]
+    if trained.backwards and backend.fused_step is not None:
+        backend.fused_step(trained, math.nan)
+    for parameter in trained.parameters:
+        parameter.grad = None
+    _end_update(trained)
+    raise denominators.mistake("backward", trained.class_name, [denominators.report(given)])

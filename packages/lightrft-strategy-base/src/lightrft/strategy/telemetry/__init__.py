@@ -1,1 +1,1 @@
-"""Log lines and memory reports."""
+"""Log lines, memory reports, and metrics with their trackers."""

@@ -1,0 +1,1 @@
+"""LightRFT's module paths, for scripts written for it; see docs/migrating.md."""

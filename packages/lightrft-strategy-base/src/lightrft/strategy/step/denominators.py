@@ -1,0 +1,208 @@
+"""The denominators of one update: the numbers of items, such as tokens, that its losses are sums over.
+
+The update uses the sum of all losses divided by the sum of all denominators, over micro-batches and ranks. A mean of means
+would give a token of a short micro-batch more weight than one of a long micro-batch.
+
+Values on the device stay there. One vector has the sums of denominators and losses, and the numbers of losses with a
+denominator, without one, and with an invalid one. One collective sums it over all ranks while the gradient is reduced, and
+the host reads it together with the gradient norm. With several ranks, every update makes this collective, even without
+denominators: otherwise, a rank that is the only one to pass them, or to leave them out, would block the others.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+
+import torch
+import torch.distributed as dist
+
+from lightrft.config import ArgumentError, LightRFTError, StrategyError
+from lightrft.strategy.arguments import Kind, refusal
+from lightrft.strategy.distributed.world import World
+
+Denominator = float | torch.Tensor | None
+"""As stored until the update: a number, a 0-d fp64 tensor on an accelerator, or None for a loss without a denominator."""
+
+_KIND = Kind("a number, a tensor of one number, or None", (Real, torch.Tensor), (bool,))
+
+
+def accepted(denominator: object, device: torch.device) -> Denominator:
+    """Return the argument ``denominator`` of `backward` in the form in which it is stored. Does not wait for ``device``.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: It is not a number. Its value is checked later, see `mistake`.
+    """
+    if denominator is None:
+        return None
+    if isinstance(denominator, torch.Tensor):
+        if denominator.numel() != 1 or denominator.is_complex() or denominator.dtype is torch.bool:
+            raise refusal("backward", "denominator", denominator, _KIND, "Pass the number of tokens in the loss")
+        if denominator.device.type != "cpu":
+            return denominator.detach().reshape(()).to(device, torch.float64, copy=True)
+        return float(denominator)
+    if isinstance(denominator, bool) or not isinstance(denominator, Real):
+        raise refusal("backward", "denominator", denominator, _KIND, "Pass the number of tokens in the loss")
+    try:
+        return float(denominator)
+    except OverflowError:  # an integer above 1.8e308
+        return math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """The denominators of one update, over micro-batches and ranks."""
+
+    items: float
+    """The sum of the denominators."""
+    counted: int
+    """Losses with a denominator."""
+    uncounted: int
+    """Losses without one."""
+    invalid: int
+    """Losses whose denominator is negative or not finite."""
+
+    @property
+    def denominator(self) -> float | None:
+        """The sum of the denominators; None for an update without them."""
+        return self.items if self.counted else None
+
+    @property
+    def mistaken(self) -> bool:
+        """Whether no update can be made from them."""
+        return self.invalid > 0 or (self.counted > 0 and self.uncounted > 0)
+
+    def factor(self, ranks: int, without: float) -> float:
+        """Return what to multiply the mean of the gradients over ``ranks`` ranks by; NaN if there is nothing to update from.
+
+        Args:
+            ranks: The number of ranks; ranks that share sequences count as one. Multiplied by the mean, it gives the sum.
+            without: The factor of an update without denominators.
+        """
+        if not self.counted and not self.mistaken:
+            return without
+        return math.nan if self.mistaken or self.items == 0 else ranks / self.items
+
+    def mean_of(self, losses: float, without: int) -> float | None:
+        """Return the loss of the update, from the sum of all losses; None if the denominators add up to 0.
+
+        Args:
+            losses: The sum over micro-batches and ranks.
+            without: What to divide by in an update without denominators.
+        """
+        divisor = self.items if self.counted else without
+        return losses / divisor if divisor else None
+
+
+class PendingTotals:
+    """The totals of one update while they are summed over the ranks."""
+
+    def __init__(
+        self,
+        denominators: Sequence[Denominator],
+        world: World,
+        *,
+        sharing: int = 1,
+        losses: Sequence[torch.Tensor] = (),
+    ) -> None:
+        """Start the sum. All ranks must call this.
+
+        Args:
+            denominators: Those of this rank, one for each `backward` of the update.
+            world: All ranks that train together.
+            sharing: Ranks that share each sequence: all of them pass its denominator and loss, which count once.
+            losses: Those of this rank, 0-d fp64 tensors on its device.
+        """
+        self._sharing = sharing
+        self._losses: torch.Tensor | float = torch.stack(list(losses)).sum() if losses else 0.0
+        numbers = [value for value in denominators if isinstance(value, float)]
+        on_device = [value for value in denominators if isinstance(value, torch.Tensor)]
+        counted = len(numbers) + len(on_device)
+        self._values = [sum(numbers), counted, len(denominators) - counted, sum(map(_is_invalid, numbers)), 0.0]
+        self._vector: torch.Tensor | None = None
+        self._work: dist.Work | None = None
+        if world.size > 1 or on_device:
+            self._vector = _without_waiting(self._values, world.device)
+            self._vector[4] += self._losses
+            if on_device:
+                values = torch.stack(on_device)
+                self._vector[0] += values.sum()
+                self._vector[3] += (~(values.isfinite() & (values >= 0))).sum()
+        if world.size > 1:
+            self._work = dist.all_reduce(self._vector, group=world.payload, async_op=True)
+
+    def read(self) -> Totals:
+        """Wait for the sum, and return it. All ranks get the same."""
+        return self._totals(self._values if self._vector is None else self._summed().tolist())
+
+    def read_with(self, norm: torch.Tensor) -> tuple[Totals, float]:
+        """Return the totals, and the value of ``norm``, a 0-d tensor. The host waits for the device once, for both."""
+        if self._vector is None:
+            losses = torch.as_tensor(self._losses, dtype=torch.float64)
+            number, self._losses = torch.stack([norm.to(losses), losses]).tolist()
+            return self.read(), number
+        summed = self._summed()
+        *values, number = torch.cat([summed, norm.to(summed).reshape(1)]).tolist()
+        return self._totals(values), number
+
+    def losses(self) -> float:
+        """Return the sum of the losses over micro-batches and ranks. Does not wait once the norm was read."""
+        return float(self._losses) / self._sharing
+
+    def _summed(self) -> torch.Tensor:
+        assert self._vector is not None
+        if self._work is not None:
+            self._work.wait()
+        return self._vector
+
+    def _totals(self, values: Sequence[float]) -> Totals:
+        items, *counts, losses = values
+        if self._vector is not None:
+            self._losses = losses
+        counted, uncounted, invalid = map(int, counts)
+        return Totals(items=items / self._sharing, counted=counted, uncounted=uncounted, invalid=invalid)
+
+
+def is_mistake(denominator: Denominator, earlier: Sequence[Denominator]) -> bool:
+    """Return whether no update can be made from ``denominator`` after the ``earlier`` ones, as far as the host knows."""
+    mixed = bool(earlier) and (denominator is None) != (earlier[0] is None)
+    return mixed or (isinstance(denominator, float) and _is_invalid(denominator))
+
+
+def report(denominators: Sequence[Denominator]) -> list[str]:
+    """Describe the denominators of one rank for `mistake`: the invalid ones, and the counts. Waits for the device."""
+    values = [value if value is None else float(value) for value in denominators]
+    invalid = [
+        f"{value:g} in backward {index}"
+        for index, value in enumerate(values, start=1)
+        if value is not None and _is_invalid(value)
+    ]
+    uncounted = values.count(None)
+    return [", ".join(invalid[:3]), f"{len(values) - uncounted} with and {uncounted} without"]
+
+
+def mistake(call: str, class_name: str, reports: Sequence[Sequence[str]]) -> LightRFTError:
+    """Return the error of an update that was dropped, from the `report` of each rank."""
+    several = len(reports) > 1
+    invalid = "; ".join(f"rank {rank}: {text}" if several else text for rank, (text, _) in enumerate(reports) if text)
+    dropped = f"The update was dropped, and nothing of {class_name} changed"
+    if invalid:
+        return ArgumentError(
+            f"{call}: expected denominators that are finite and not negative, got {invalid} of the update. {dropped}. "
+            f"Pass the number of items that the loss is a sum over, 0 if there are none"
+        )
+    counts = "; ".join(f"rank {rank}: {text}" if several else text for rank, (_, text) in enumerate(reports))
+    return StrategyError(
+        f"{call}: expected a denominator with every loss of an update, or with none, got {counts}. {dropped}. Pass "
+        f"denominator= to each backward, on every rank, 0 for a loss over no items"
+    )
+
+
+def _is_invalid(value: float) -> bool:
+    return not (math.isfinite(value) and value >= 0)
+
+
+def _without_waiting(values: Sequence[float], device: torch.device) -> torch.Tensor:
+    """Return ``values`` on ``device``, in fp64. A copy from pageable memory would wait for the device."""
+    vector = torch.tensor(values, dtype=torch.float64, pin_memory=device.type == "cuda")
+    return vector.to(device, non_blocking=True)

@@ -1,0 +1,5 @@
+"""A group of processes, started once."""
+
+from workers import two
+
+__all__ = ["two"]
