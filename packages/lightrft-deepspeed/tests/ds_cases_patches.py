@@ -10,6 +10,7 @@ import ds_cases
 import pytest
 import torch.distributed as dist
 from programs import RATE, Program, loss_of, mixed, tokens
+from removal import remove
 from torch import nn
 
 from lightrft.config import LightRFTError
@@ -30,21 +31,10 @@ def message_without_each_target() -> dict[str, str]:
 def _message_without(target: Target) -> str:
     patches.require_deepspeed.cache_clear()
     with pytest.MonkeyPatch.context() as monkeypatch:
-        _remove(target, monkeypatch)
+        remove(target, TARGETS, monkeypatch)
         message, left = _failure(zero_stage=1, adam_offload=target in OFFLOAD)
     assert left == [], target
     return message
-
-
-def _remove(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    owner = target.owner()
-    if not isinstance(owner, type):
-        monkeypatch.delattr(owner, target.name)
-        return
-    path = target.target.rpartition(".")[0]
-    others = {other.name for other in TARGETS if other.target.rpartition(".")[0] == path} - {target.name}
-    stand_in = type(owner.__name__, (), dict.fromkeys(others, lambda **arguments: None))
-    monkeypatch.setattr(import_module(path.partition(":")[0]), owner.__name__, stand_in)
 
 
 def _failure(**settings: Any) -> tuple[str, list[str]]:

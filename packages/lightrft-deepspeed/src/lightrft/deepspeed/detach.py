@@ -3,6 +3,9 @@
 The attached objects hold engines, master weights and process groups, and with them threads and sockets.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import nn
 
 from lightrft.config import StrategyError
@@ -44,11 +47,20 @@ def check_not_sharded(module: nn.Module) -> None:
     if any(hasattr(parameter, SHARDED) for parameter in module.parameters()):
         raise StrategyError(
             f"prepare: expected full parameters, got a {type(module).__name__} that is sharded already, by a strategy that "
-            f"was closed or by deepspeed.zero.Init. Build the model again, in init_model_context"
+            f"was closed. Build the model again, in init_model_context"
         )
+
+
+def without_deepspeeds(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the attributes of a parameter that are not DeepSpeed's."""
+    return {name: value for name, value in attributes.items() if not _is_deepspeeds(name, _ON_PARAMETERS)}
+
+
+def _is_deepspeeds(name: str, names: frozenset[str]) -> bool:
+    return name in names or name.startswith("ds_")
 
 
 def _delete_attributes(holder: object, names: frozenset[str]) -> None:
     for name in list(vars(holder)):
-        if (name in names or name.startswith("ds_")) and name != SHARDED:
+        if _is_deepspeeds(name, names) and name != SHARDED:
             delattr(holder, name)

@@ -15,7 +15,8 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from lightrft.config import StrategyError
-from lightrft.strategy.backend import World, broadcast
+from lightrft.deepspeed.detach import without_deepspeeds
+from lightrft.strategy.backend import World, attributes_of, broadcast, set_attributes
 
 
 def shard_module(module: nn.Module, world: World, group: ProcessGroup, secondary: ProcessGroup | None) -> None:
@@ -44,6 +45,27 @@ def shard_module(module: nn.Module, world: World, group: ProcessGroup, secondary
 
     _replace(module, lambda submodule: submodule._parameters, sharded)
     _replace(module, lambda submodule: submodule._buffers, replicated)
+
+
+def unshard(module: nn.Module, world: World) -> None:
+    """Give ``module`` full parameters if it was built under ``deepspeed.zero.Init``. All ranks must call this.
+
+    Rank 0 gets the values, in host memory, the others meta tensors, one parameter at a time.
+    """
+
+    def full(parameter: Any) -> Any:
+        if not hasattr(parameter, "ds_tensor"):
+            return parameter
+        with GatheredParameters([parameter]):
+            device = "cpu" if world.rank == 0 else "meta"
+            values = torch.empty_like(parameter, device=device)
+            if world.rank == 0:
+                values.copy_(parameter.data)
+        replacement = nn.Parameter(values, parameter.requires_grad)
+        set_attributes(replacement, without_deepspeeds(attributes_of(parameter)))
+        return replacement
+
+    _replace(module, lambda submodule: submodule._parameters, full)
 
 
 def _on_device(tensor: Any, world: World) -> Any:
@@ -104,27 +126,25 @@ def gather_in_forward(module: nn.Module) -> Callable[[], None]:
     return stop
 
 
-def refuse_state_dict(module: nn.Module) -> Callable[[], None]:
+def refuse_state_dict(module: nn.Module) -> None:
     """Make ``state_dict`` of ``module`` and its submodules raise where parameters are not gathered, and so are empty.
 
-    With ``keep_vars`` it returns the parameters themselves, and is allowed. Returns what undoes this, also twice.
+    Also after the strategy is closed, since the parameters stay in parts. With ``keep_vars`` it returns the parameters
+    themselves, and is allowed.
     """
-    handles = [part.register_state_dict_pre_hook(_refuse_empty) for part in module.modules()]
-
-    def undo() -> None:
-        for handle in handles:
-            handle.remove()
-
-    return undo
+    for part in module.modules():
+        part.register_state_dict_pre_hook(_refuse_empty)
 
 
 def _refuse_empty(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     if not keep_vars and any(map(_is_empty, module._parameters.values())):
         raise StrategyError(
             f"state_dict: expected a model with all of its weights, got a prepared {type(module).__name__}, whose parameters "
-            f"ZeRO-3 keeps in parts. Save with strategy.save_model or save_ckpt, or read strategy.full_parameters"
+            f"ZeRO-3 keeps in parts. Save with strategy.save_model or save_ckpt, or read strategy.full_parameters, before the strategy is closed"
         )
 
 
 def _is_empty(parameter: Any) -> bool:
-    return is_zero_param(parameter) and parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE
+    """Whether ZeRO-3 keeps ``parameter`` in parts. After the strategy is closed it has no status, and stays empty."""
+    status = getattr(parameter, "ds_status", ZeroParamStatus.NOT_AVAILABLE)
+    return is_zero_param(parameter) and status is ZeroParamStatus.NOT_AVAILABLE

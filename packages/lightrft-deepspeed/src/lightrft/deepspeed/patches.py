@@ -155,6 +155,29 @@ GRADIENT_NORM = Patch(
 )
 
 
+NO_NORM = Patch(
+    target="deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.scaled_global_norm",
+    replacement=lambda norm_of: lambda *args, **kwargs: torch.tensor(-1.0),
+    why="a gradient can be discarded only by a step that finds a norm that is not finite, for which -1 stands",
+    upstream=f"{_SOURCE}/deepspeed/runtime/zero/stage_1_and_2.py#L3033-L3068",
+    versions="0.19.8",
+    until="DeepSpeed has a call that discards the accumulated gradient at every stage",
+)
+NO_NORM_AT_STAGE_3 = Patch(
+    target="deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._get_norm_groups",
+    replacement=lambda norms_of: lambda: [torch.tensor(-1.0)],
+    why=NO_NORM.why,
+    upstream=f"{_SOURCE}/deepspeed/runtime/zero/stage3.py#L2886-L2894",
+    versions="0.19.8",
+    until=NO_NORM.until,
+)
+
+
+def without_norm(optimizer: object) -> Patch:
+    """Return the patch with which a step of ``optimizer`` discards the gradient."""
+    return NO_NORM if hasattr(optimizer, NO_NORM.name) else NO_NORM_AT_STAGE_3
+
+
 def before_reduction(check: Callable[[], None]) -> Patch:
     """Return the patch that calls ``check`` in each backward pass, when all gradients are there."""
 
@@ -244,6 +267,8 @@ PATCHES = [
     ALL_GATHER,
     REDUCE_SCATTER,
     GRADIENT_NORM,
+    NO_NORM,
+    NO_NORM_AT_STAGE_3,
     before_reduction(lambda: None),
 ]
 """All patches, except those of ``adam_offload``."""

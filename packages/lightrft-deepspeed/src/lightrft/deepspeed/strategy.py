@@ -44,6 +44,12 @@ class DeepspeedStrategy(StrategyBase):
         backend_class = (Zero0Backend, Zero1Backend, Zero2Backend, Zero3Backend)[config.zero_stage]
         return backend_class(config, world, train_config=self.get_ds_train_config, eval_config=self.get_ds_eval_config)
 
+    @property
+    def stage(self) -> int:
+        """The setting ``zero_stage``, under LightRFT's name for it."""
+        return self.config.zero_stage
+
+    @override
     def get_ds_train_config(self, is_actor: bool = False) -> dict[str, Any]:
         """Return DeepSpeed's configuration of a model in training.
 
@@ -54,6 +60,7 @@ class DeepspeedStrategy(StrategyBase):
         """
         return ds_config.train_config(self.config, pin_memory=self.world.device.type == "cuda")
 
+    @override
     def get_ds_eval_config(self, offload: bool = False) -> dict[str, Any]:
         """Return DeepSpeed's configuration of a model that does not train. A subclass may override this.
 

@@ -65,7 +65,7 @@ class Zero3Backend(Zero1Backend):
         secondary = groups._get_zero_param_intra_parallel_group() if options.training else None
         self._undo.callback(detach, module)
         shard_module(module, self.world, groups._get_data_parallel_group(), secondary)
-        self._undo.callback(refuse_state_dict(module))
+        refuse_state_dict(module)
         if options.training:
             self._stop_gathering[module] = gather_in_forward(module)
             self._undo.callback(self._stop_gathering[module])

@@ -21,6 +21,7 @@ from lightrft.deepspeed.cpu_adam import resume_cpu_adam
 from lightrft.deepspeed.detach import check_not_sharded, detach
 from lightrft.deepspeed.ds_config import fit_bucket
 from lightrft.deepspeed.model_offload import OffloadedStorages
+from lightrft.deepspeed.parameter_sharding import unshard
 from lightrft.deepspeed.zero_checks import check_groups
 from lightrft.deepspeed.zero_engine import ZeroEngine
 from lightrft.strategy.backend import ReplicatedBackend, TrainedModel, World, WrapOptions, tensors_of
@@ -67,6 +68,10 @@ class ZeroBackend(ReplicatedBackend):
         gc.collect()  # engines are cycles, which would keep process groups, their threads and sockets, for a while
 
     # Preparing
+
+    @override
+    def unshard(self, module: nn.Module) -> None:
+        unshard(module, self.world)
 
     @override
     def check_model(self, module: nn.Module, options: WrapOptions) -> None:

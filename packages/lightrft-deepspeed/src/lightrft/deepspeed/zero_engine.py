@@ -1,6 +1,7 @@
 """One model's DeepSpeed engine: reduces, clips, steps, and keeps the master weights."""
 
 import io
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import is_dataclass
@@ -13,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightrft.deepspeed import patches
 from lightrft.strategy.patching import Patch
 
 
@@ -60,7 +62,7 @@ class ZeroEngine(DeepSpeedEngine):  # type: ignore[misc]  # DeepSpeed has no typ
         self.backward(loss, retain_graph=retain_graph, scale_wrt_gas=False)
 
     def update(self, factor: float) -> float:
-        """Reduce what is not reduced yet, multiply by ``factor``, clip and step.
+        """Reduce what is not reduced yet, multiply by ``factor``, clip and step; discard the gradient if ``factor`` is NaN.
 
         Returns:
             The norm before clipping. If it is not finite on any rank, no rank has stepped.
@@ -89,6 +91,12 @@ class ZeroEngine(DeepSpeedEngine):  # type: ignore[misc]  # DeepSpeed has no typ
         elif isinstance(self.optimizer, BF16_Optimizer):  # has no loss scale
             torch._foreach_mul_(self.optimizer.fp32_groups_gradients_flat, factor)
             yield
+        elif math.isnan(factor):  # with a loss scale of NaN, DeepSpeed would find a finite norm and step
+            restore = patches.without_norm(self.optimizer).apply(self.optimizer)
+            try:
+                yield
+            finally:
+                restore()
         else:
             self.optimizer.override_loss_scale(1 / factor)
             try:
