@@ -91,7 +91,6 @@ def _step_without_backward(made: FSDPV2Strategy) -> None:
 MISTAKES: dict[str, Callable[[], None]] = {
     "unknown strategy": _settings(strategy="fdsp"),
     "batch that does not divide": _settings(train_batch_size=3),
-    "sequence parallelism": _settings(sp_size=2),
     "no CUDA": _settings(device="cuda"),
     "unknown engine": _with_strategy(lambda made: made.setup_inference_engine(made.config, "transformer")),
     "generating without an engine": _with_strategy(lambda made: made.gather_and_generate({}, [[1]])),

@@ -8,7 +8,6 @@ from workers import Workers
 WORDS = {
     "unknown strategy": ("ConfigError", "there is no strategy 'fdsp'", "did you mean 'fsdp'?", "registered names: "),
     "batch that does not divide": ("ConfigError", "train_batch_size=3", "1 x 2 = 2", "the same number"),
-    "sequence parallelism": ("ConfigError", "sp_size=2", "not supported yet", "Use sp_size=1"),
     "no CUDA": ("ConfigError", "device='cuda'", "no CUDA device", "Use device='cpu' or 'auto'"),
     "unknown engine": ("ConfigError", "there is no engine 'transformer'", "did you mean 'transformers'?"),
     "generating without an engine": ("EngineError", "gather_and_generate", "setup_inference_engine"),

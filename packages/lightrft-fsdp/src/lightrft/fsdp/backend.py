@@ -48,11 +48,12 @@ class FSDPBackend(ReplicatedBackend):
     transparent = frozenset({"RegisterPostBackwardFunctionBackward"})
 
     def __init__(self, config: StrategyConfig, world: World) -> None:
+        patches.require_fsdp()
         super().__init__(config, world)
         self._wrapped: WeakSet[nn.Module] = WeakSet()
         self._meshes: dict[int, DeviceMesh] = {}
         sharding.clear_mesh_caches()  # a script may have used the parameters of a closed strategy
-        self._undo: list[Callable[[], None]] = [patches.MUON.apply()]
+        self._undo: list[Callable[[], None]] = [] if patches.MUON.missing() else [patches.MUON.apply()]
 
     @override
     def close(self) -> None:

@@ -1,5 +1,9 @@
-"""The patch of torch for FSDP2."""
+"""The patch of torch for FSDP2, and the internals of FSDP2 that we override or use.
 
+`require_fsdp` checks the internals when a backend is made, so that a name that torch drops is an error there.
+"""
+
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from lightrft.fsdp import sharding
-from lightrft.strategy.patching import Patch, around
+from lightrft.strategy.patching import Patch, Target, around, require
 
 
 def _on_whole_matrix(orthogonalize: Callable[..., torch.Tensor], matrix: torch.Tensor, *args: Any) -> torch.Tensor:
@@ -27,3 +31,40 @@ MUON = Patch(
     versions="2.11 to 2.13",
     until="Muon gathers sharded matrices",
 )
+"""Applied where its target exists. Without it, the probe of `FSDPBackend.check_optimizer` refuses Muon on several ranks."""
+
+
+def _internals(owner: str, *names: str) -> list[Target]:
+    return [Target(target=f"{owner}.{name}") for name in names]
+
+
+USED = [
+    *_internals(
+        "torch.distributed.fsdp._fully_shard._fsdp_param:FSDPParam",
+        "init_all_gather_outputs", "init_unsharded_param", "to_sharded", "to_unsharded",
+        "_module_info", "_param_fqn", "_unsharded_param", "orig_dtype", "reduce_dtype", "sharded_param",
+    ),
+    Target(
+        target="torch.distributed.fsdp._fully_shard._fsdp_param_group:FSDPParamGroup.pre_forward",
+        parameters=("module", "args", "kwargs"),
+    ),
+    *_internals(
+        "torch.distributed.fsdp._fully_shard._fsdp_param_group:FSDPParamGroup",
+        "_init_mp_dtypes", "_orig_dtype", "_reduce_dtype", "fsdp_params", "is_unsharded", "mesh_info",
+        "post_forward_mesh_info",
+    ),
+    *_internals("torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState", "_fsdp_param_group", "_lazy_init"),
+    Target(target="torch.distributed.fsdp:FSDPModule._get_fsdp_state"),
+    Target(target="torch.distributed.tensor:DTensor._op_dispatcher"),
+    Target(target="torch.distributed.tensor._sharding_prop:ShardingPropagator.propagate_op_sharding"),
+]  # fmt: skip
+
+
+@functools.cache
+def require_fsdp() -> None:
+    """Check, once in a process, that the installed torch has all internals of FSDP2 that we override or use.
+
+    Raises:
+        StrategyError: Names the version, what it lacks and the remedy.
+    """
+    require("strategy 'fsdp'", "torch", ">=2.11", USED)
