@@ -23,10 +23,11 @@ def test_a_seed_depends_on_sampling_seed_prompt_and_sample() -> None:
         Prompt(token_ids=(1, 2)), Prompt(token_ids=(1,)), Prompt(text="a"), Prompt(text="a", images=(picture(1),)),
         Prompt(text="a", images=(picture(2),)), Prompt(text="a", videos=([picture(1), picture(2)],)),
         Prompt(text="a", images=(np.zeros((2, 2, 3)),)), Prompt(text="a", videos=("a path.mp4",)),
+        Prompt(text="a", audios=((np.zeros(4), 16000),)), Prompt(text="a", audios=((np.ones(4), 16000),)),
     ]  # fmt: skip
     samplings = [SEEDED, Sampling(seed=2)]
     seeds = [completion_seed(*arguments) for arguments in itertools.product(prompts, samplings, range(3))]
-    assert len(set(seeds)) == len(seeds) == 48
+    assert len(set(seeds)) == len(seeds) == 60
     assert seeds == [completion_seed(*arguments) for arguments in itertools.product(prompts, samplings, range(3))]
     assert all(seed is not None and 0 <= seed < 2**62 for seed in seeds)
 

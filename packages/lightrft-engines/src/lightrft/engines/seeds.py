@@ -25,8 +25,9 @@ def completion_seed(prompt: Prompt, sampling: Sampling, sample: int = 0) -> int 
 
 
 def _digests(prompt: Prompt) -> Iterator[bytes]:
-    """Digests of the images and videos whose values can be read."""
-    for media in (*map(to_rgb, prompt.images), *map(to_frames, prompt.videos)):
+    """Digests of the images, videos and audio whose values can be read."""
+    sounds = (audio[0] if isinstance(audio, tuple) else audio for audio in prompt.audios)  # without the sampling rate
+    for media in (*map(to_rgb, prompt.images), *map(to_frames, prompt.videos), *sounds):
         with suppress(TypeError, ValueError):  # a tensor on a GPU, or a form that only the engine knows
             values = np.asarray(media)
             if values.dtype != object:

@@ -59,6 +59,7 @@ class VLLMEngine(EngineBase):
         self.vocabulary, self.end_ids = source.vocabulary, source.end_ids
         self.capabilities = EngineCapabilities(
             multimodal=True,
+            audio=True,
             stop_strings=source.has_tokenizer,
             seeds_by_prompt=True,
             sleep_levels=frozenset({1, 2}) if request.config.enable_engine_sleep else frozenset(),

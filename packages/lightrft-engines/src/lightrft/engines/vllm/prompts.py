@@ -23,6 +23,8 @@ def request(prompt: Prompt) -> dict[str, Any]:
         media["image"] = [to_rgb(image) for image in prompt.images]
     if prompt.videos:
         media["video"] = [to_frames(video) for video in prompt.videos]
+    if prompt.audios:
+        media["audio"] = list(prompt.audios)
     return {**base, "multi_modal_data": media} if media else base
 
 
@@ -100,7 +102,7 @@ def _given_tokens(
     """The prompt's token ids, without the placeholders that vLLM expanded."""
     if prompt.token_ids is not None:
         return prompt.token_ids
-    if tokenizer is not None and (prompt.images or prompt.videos):
+    if tokenizer is not None and prompt.has_media:
         return tuple(map(int, tokenizer(prompt.text, add_special_tokens=False)["input_ids"]))
     return tuple(map(int, answer.prompt_token_ids))
 
