@@ -1,5 +1,7 @@
 """Certify LightRFT strategies and rollout engines against the contract."""
 
+# What takes long to import (torch, hypothesis, the contract) is imported by the command that needs it.
+
 import json
 import os
 import sys
@@ -7,21 +9,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from typer.core import TyperGroup
 from typing_extensions import override
 
-from lightrft.conformance.certification import Report, Request, certify, processes, selected, setting
-from lightrft.conformance.contract import CONTRACT
-from lightrft.conformance.judge import ClauseResult
 from lightrft.conformance.profiles import PROFILES
-from lightrft.conformance.rendering import certificate, failure
-from lightrft.conformance.saboteurs.corpus import corpus
-from lightrft.conformance.saboteurs.runner import Outcome, run_corpus
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lightrft.conformance.certification import Report, Request
+    from lightrft.conformance.judge import ClauseResult
+    from lightrft.conformance.saboteurs.runner import Outcome
 
 
 class Commands(TyperGroup):
@@ -41,7 +42,12 @@ class Commands(TyperGroup):
 
 
 INVALID_USAGE: Any = typer.BadParameter.__base__  # typer has its own copy of click, or depends on it
-app = typer.Typer(add_completion=False, invoke_without_command=True, help=__doc__, cls=Commands)
+app = typer.Typer(
+    invoke_without_command=True,
+    help=__doc__,
+    cls=Commands,
+    rich_markup_mode="rich" if sys.stdout.isatty() else None,  # importing rich takes longer than the rest
+)
 CORES = len(os.sched_getaffinity(0))
 MARKS = {
     "pass": "green",
@@ -144,8 +150,10 @@ def run_engine(
 def _request(
     world: int, device: str, profile: str, clauses: list[str] | None, seed: int, settings: list[str] | None,
     expectations: Path | None, *, strategy: str, engine: str = "",
-) -> Request:  # fmt: skip
+) -> "Request":  # fmt: skip
     """Build the request. Raises typer.BadParameter for an invalid setting."""
+    from lightrft.conformance.certification import Request, setting
+
     try:
         parsed = dict(map(setting, settings or []))
     except ValueError as error:
@@ -162,7 +170,9 @@ def _jobs(profile: str, world: int, device: str) -> int:
     return max(1, CORES // world) if draws_many else 1
 
 
-def _run(requests: Sequence[Request], report: Path | None, jobs: int = 1) -> None:
+def _run(requests: Sequence["Request"], report: Path | None, jobs: int = 1) -> None:
+    from rich.console import Console
+
     console = Console(soft_wrap=True)
     outcomes = []
     for request in requests:
@@ -173,7 +183,7 @@ def _run(requests: Sequence[Request], report: Path | None, jobs: int = 1) -> Non
     raise typer.Exit(exit_code if report is None or _written(console, outcomes, report) else 2)
 
 
-def _written(console: Console, outcomes: Sequence[Report], path: Path) -> bool:
+def _written(console: "Console", outcomes: Sequence["Report"], path: Path) -> bool:
     reports = [outcome.to_json() for outcome in outcomes]
     try:
         path.write_text(json.dumps(reports[0] if len(reports) == 1 else reports, indent=1), encoding="utf-8")
@@ -183,14 +193,18 @@ def _written(console: Console, outcomes: Sequence[Report], path: Path) -> bool:
     return True
 
 
-def _with_progress(console: Console, request: Request, jobs: int) -> Report:
+def _with_progress(console: "Console", request: "Request", jobs: int) -> "Report":
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from lightrft.conformance.certification import certify, processes, selected
+
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
     with processes(jobs) as pool, Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(
             request.engine or request.strategy, total=len(list(selected(request.clauses, engine=bool(request.engine))))
         )
 
-        def tell(result: ClauseResult) -> None:
+        def tell(result: "ClauseResult") -> None:
             progress.advance(task)
             progress.update(task, description=f"{request.engine or request.strategy} {result.id}")
             _show(console, request, result)
@@ -198,7 +212,10 @@ def _with_progress(console: Console, request: Request, jobs: int) -> Report:
         return certify(request, tell, pool)
 
 
-def _show(console: Console, request: Request, result: ClauseResult) -> None:
+def _show(console: "Console", request: "Request", result: "ClauseResult") -> None:
+    from lightrft.conformance.contract import CONTRACT
+    from lightrft.conformance.rendering import failure
+
     style = MARKS[result.verdict]
     facts = f"{result.examples} programs, {result.seconds:.1f} s" if result.examples else result.message
     console.print(f"[{style}]{result.verdict:5}[/] {result.id:8} {result.level:6} [dim]{facts}[/]", highlight=False)
@@ -207,7 +224,7 @@ def _show(console: Console, request: Request, result: ClauseResult) -> None:
             console.print(f"      {line}", highlight=False, markup=False)
 
 
-def _conclude(console: Console, outcome: Report, seconds: float) -> None:
+def _conclude(console: "Console", outcome: "Report", seconds: float) -> None:
     if outcome.unjudged:
         name = outcome.request.engine or outcome.request.strategy
         console.print(
@@ -227,6 +244,8 @@ def certificate_(
     file: Annotated[Path, typer.Argument(help="A JSON report from run or run-engine", exists=True, dir_okay=False)],
 ) -> None:
     """Print the certificate of a report, in Markdown, or those of a list of reports."""
+    from lightrft.conformance.rendering import certificate
+
     try:
         reports = json.loads(file.read_text(encoding="utf-8"))
         print("\n".join(map(certificate, reports if isinstance(reports, list) else [reports])), end="")
@@ -247,6 +266,12 @@ def saboteurs(
     A saboteur is a strategy or engine with one deliberate defect, which the clause for that defect must detect (kill). A
     control is unusual but correct, and no clause may fail on it. Exit codes: 0, all as expected; 1, otherwise.
     """
+    from rich.console import Console
+
+    from lightrft.conformance.contract import CONTRACT
+    from lightrft.conformance.saboteurs.corpus import corpus
+    from lightrft.conformance.saboteurs.runner import run_corpus
+
     console = Console(soft_wrap=True)
     unknown = set(only or ()) - {entry.name for entry in corpus()}
     if unknown:
@@ -272,7 +297,7 @@ def saboteurs(
     raise typer.Exit(1 if wrong or uncovered else 0)
 
 
-def _show_outcome(console: Console, outcome: Outcome) -> None:
+def _show_outcome(console: "Console", outcome: "Outcome") -> None:
     entry = outcome.saboteur
     if entry.clause:
         verdict = "killed" if outcome.killed else "SURVIVED"
@@ -288,6 +313,10 @@ def _show_outcome(console: Console, outcome: Outcome) -> None:
 @app.command()
 def clauses() -> None:
     """List the clauses of the contract."""
+    from rich.console import Console
+
+    from lightrft.conformance.contract import CONTRACT
+
     console = Console(soft_wrap=True)
     for clause in CONTRACT:
         conditions = (

@@ -3,7 +3,9 @@
 Everything is reproducible: a model follows from its kind and seed, a batch from its number and the rank.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -11,6 +13,8 @@ from torch import nn
 WIDTH = 6
 OUTPUTS = 3
 VOCABULARY = 17
+PADDING = -100
+"""The target of a padded token."""
 POISONS = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf"), "huge": 1e30}
 """Factors that make the gradient of a loss, or its norm, non-finite."""
 
@@ -233,10 +237,32 @@ class LanguageModel(nn.Module):
         return result
 
 
-class Actor(nn.Module):
-    """A wrapper with ``.model``, marked as an actor, as in LightRFT."""
+class Policy(LanguageModel):
+    """A language model that names its head, takes a mask, and returns what the head computes."""
 
-    is_actor = True
+    factor = 1
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, tokens: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        hidden = self.embedding(tokens)
+        if attention_mask is not None:
+            hidden = hidden * attention_mask.unsqueeze(-1)
+        for mixer in self.mixers:
+            hidden = mixer(hidden)
+        result: torch.Tensor = self.head(hidden)
+        return result if self.factor == 1 else self.factor * result
+
+
+class ScaledPolicy(Policy):
+    """A policy that changes its logits after the head."""
+
+    factor = 3
+
+
+class Wrapper(nn.Module):
+    """A wrapper with ``.model``, as in LightRFT, that is not marked as an actor."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -244,6 +270,12 @@ class Actor(nn.Module):
 
     def forward(self, *args: object, **kwargs: object) -> object:
         return self.model(*args, **kwargs)
+
+
+class Actor(Wrapper):
+    """A wrapper with ``.model``, marked as an actor, as in LightRFT."""
+
+    is_actor = True
 
 
 def llama() -> nn.Module:
@@ -259,6 +291,28 @@ def llama() -> nn.Module:
     return model
 
 
+def _transformer(name: str, **settings: object) -> nn.Module:
+    """A tiny causal language model of transformers, with four heads of one key-value head unless ``settings`` say otherwise."""
+    import transformers
+
+    common = {
+        "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 4, "max_position_embeddings": 64,
+        "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+    }  # fmt: skip
+    family, _, head = name.partition(" ")
+    config = getattr(transformers, f"{family}Config")(**{**common, **settings})
+    model: nn.Module = getattr(transformers, f"{family}For{head or 'CausalLM'}")(config)
+    return model
+
+
+def _recomputed() -> nn.Module:
+    model: Any = _transformer("Llama", num_key_value_heads=2)
+    model.gradient_checkpointing_enable()
+    model.train()
+    return cast(nn.Module, model)
+
+
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "regressor": Regressor,
     "frozen": Frozen,
@@ -272,7 +326,16 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "deep": Deep,
     "matrices": Matrices,
     "language": LanguageModel,
+    "policy": Policy,
+    "scaled policy": ScaledPolicy,
     "llama": llama,
+    "grouped": partial(_transformer, "Llama"),
+    "windowed": partial(_transformer, "Mistral", num_key_value_heads=2, sliding_window=3),
+    "recomputed": _recomputed,
+    "odd heads": partial(_transformer, "Llama", num_attention_heads=3, hidden_size=12),
+    "capped": partial(_transformer, "Gemma2", attn_logit_softcapping=30.0, layer_types=2 * ["full_attention"]),
+    "recurrent": partial(_transformer, "Mamba"),
+    "pooled": partial(_transformer, "Llama SequenceClassification"),
 }
 
 
@@ -293,9 +356,8 @@ def build(kind: str, seed: int) -> nn.Module:
 
 
 def is_language(model: nn.Module) -> bool:
-    """Whether ``model`` takes tokens."""
-    inner = model.model if isinstance(model, Actor) else model
-    return isinstance(inner, LanguageModel) or hasattr(inner, "get_input_embeddings")
+    """Whether ``model``, or the model that it wraps, takes tokens."""
+    return any(isinstance(part, LanguageModel) or hasattr(part, "get_input_embeddings") for part in model.modules())
 
 
 def every_other_row(gradient: torch.Tensor) -> torch.Tensor:
@@ -316,6 +378,20 @@ def batch(number: int, rank: int, rows: int, language: bool) -> tuple[torch.Tens
     return inputs, targets
 
 
+def padded_batch(number: int, rank: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (rows, 8) of one micro-batch on one rank, padded at both ends, and their mask."""
+    tokens = batch(number, rank, rows, language=True)
+    mask = torch.ones(rows, 8, dtype=torch.int64)
+    mask[0, :2] = mask[-1, -3:] = 0
+    return torch.cat([tokens[0], tokens[1][:, -1:]], dim=1), mask
+
+
+def policy_loss(log_probs: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
+    """A policy gradient in which each token has a weight of its own, with an entropy bonus."""
+    weights = torch.linspace(-1, 2, log_probs.numel(), device=log_probs.device).view_as(log_probs)
+    return (weights * log_probs.exp()).mean() - 0.1 * entropy.mean()
+
+
 def logits_of(model: nn.Module, inputs: torch.Tensor, **more: object) -> torch.Tensor:
     """The outputs of ``model`` as a tensor, also if it returns them in an object."""
     outputs = model(inputs, **more)
@@ -329,3 +405,34 @@ def loss_of(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> to
     if targets.dtype == torch.int64:
         return nn.functional.cross_entropy(outputs.flatten(0, 1), targets.flatten())
     return nn.functional.mse_loss(outputs, targets)
+
+
+def items_in(sequence: int) -> int:
+    """The number of items, tokens or rows, of a sequence."""
+    return 1 + 5 * sequence % 7
+
+
+def loss_over(model: nn.Module, sequences: Sequence[int]) -> torch.Tensor:
+    """The sum of the losses of all items of ``sequences``, in fp32; 0 with a graph if there are none.
+
+    Tokens are padded to the longest sequence.
+    """
+    language, chosen = is_language(model), list(sequences) or [0]
+    pairs = [batch(5_000 + sequence, 0, items_in(sequence), language) for sequence in chosen]
+    device = next(model.parameters()).device
+    if not language:
+        inputs, targets = (torch.cat(parts).to(device) for parts in zip(*pairs, strict=True))
+        losses = nn.functional.mse_loss(logits_of(model, inputs).float(), targets, reduction="none").mean(dim=1)
+        return losses.sum() * bool(sequences)
+    longest = max(map(items_in, chosen))
+    rows = [
+        (tokens[0, : items_in(number)], following[0, : items_in(number)])
+        for number, (tokens, following) in zip(chosen, pairs, strict=True)
+    ]
+    padded = [nn.functional.pad(tokens, (0, longest - len(tokens))) for tokens, _ in rows]
+    wanted = [nn.functional.pad(following, (0, longest - len(following)), value=PADDING) for _, following in rows]
+    logits = logits_of(model, torch.stack(padded).to(device)).float().flatten(0, 1)
+    loss = nn.functional.cross_entropy(
+        logits, torch.stack(wanted).to(device).flatten(), ignore_index=PADDING, reduction="sum"
+    )
+    return loss * bool(sequences)

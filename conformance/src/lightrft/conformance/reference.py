@@ -8,14 +8,14 @@ each micro-batch.
 import copy
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from lightrft.conformance import models
+from lightrft.conformance import models, sequences
 from lightrft.conformance.values import Record
 
 Family = Literal["once", "each"]
@@ -37,6 +37,8 @@ class ReferenceModel:
     decay: float | None = None
     pending: list[list[torch.Tensor]] = field(default_factory=list)
     """The accumulated gradient of each rank; with the family "each", one for all ranks."""
+    given: list[list[float | None]] = field(default_factory=list)
+    """The denominators of the ranks, for each backward of the update."""
     micro_batches: int = 0
     updates: int = 0
     scheduled: int = 0
@@ -69,39 +71,111 @@ class ReferenceModel:
 
     def backward(self, batch: int, rows: int, weight: float, poison: str | None, poisoned_rank: int) -> list[float]:
         """Add the gradients of one batch on every rank; returns the losses."""
-        losses, gradients = [], []
-        for rank in range(self.world):
+
+        def loss_on(rank: int) -> torch.Tensor:
             inputs, targets = models.batch(batch, rank, rows, models.is_language(self.module))
             loss = weight * models.loss_of(self.on(rank), inputs, targets)
-            if poison is not None and rank == poisoned_rank:
-                loss = loss * models.POISONS[poison]
+            return loss * models.POISONS[poison] if poison is not None and rank == poisoned_rank else loss
+
+        return self._add_gradients(loss_on)
+
+    def policy_backward(self, batch: int, rows: int, temperature: float) -> list[dict[str, torch.Tensor]]:
+        """Add the gradients of a policy's loss on every rank; returns log-probabilities and entropies by rank."""
+        seen: list[dict[str, torch.Tensor]] = []
+
+        def loss_on(rank: int) -> torch.Tensor:
+            tokens, mask = models.padded_batch(batch, rank, rows)
+            logits = models.logits_of(self.on(rank), tokens, attention_mask=mask)[:, :-1] / temperature
+            distribution, kept = torch.distributions.Categorical(logits=logits), mask[:, 1:]
+            log_probs, entropy = distribution.log_prob(tokens[:, 1:]) * kept, distribution.entropy() * kept
+            seen.append({"log_probs": log_probs.detach(), "entropy": entropy.detach()})
+            return models.policy_loss(log_probs, entropy)
+
+        self._add_gradients(loss_on)
+        return seen
+
+    def _add_gradients(self, loss_on: Callable[[int], torch.Tensor]) -> list[float]:
+        """Add the gradients of the losses of every rank; returns the losses."""
+        losses, gradients = [], []
+        for rank in range(self.world):
+            loss = loss_on(rank)
             losses.append(loss.item())
-            partial = torch.autograd.grad(loss / self.accumulation_steps, self.parameters, allow_unused=True)
-            pairs = zip(partial, self.parameters, strict=True)
-            gradients.append([torch.zeros_like(p) if g is None else g for g, p in pairs])
-        self._add(gradients)
+            gradients.append(self._gradient_of(loss / self.accumulation_steps))
+        self._add(gradients, [None] * self.world)
         return losses
 
-    def _add(self, gradients: list[list[torch.Tensor]]) -> None:
+    def backward_over(
+        self, sequences: Sequence[Sequence[int]], denominators: Sequence[float | None] | None, weight: float
+    ) -> list[float]:
+        """Add the gradients of the sums of the losses of each rank's sequences; returns the losses."""
+        losses = [weight * models.loss_over(self.on(rank), own) for rank, own in enumerate(sequences)]
+        items = [float(sum(map(models.items_in, own))) for own in sequences]
+        self._add([self._gradient_of(loss) for loss in losses], items if denominators is None else denominators)
+        if self.world == 1 and self._mistaken:  # backward itself must raise
+            self._drop()
+        return [loss.item() for loss in losses]
+
+    def sequence_backward(
+        self, batch: int, form: str, length: int, data_of: int | None, denominator: bool
+    ) -> list[Record]:
+        """Add the gradients of one batch of sequences on every data-parallel rank; the losses and log-probabilities."""
+        records, gradients, given = [], [], []
+        for rank in range(self.world):
+            whole = sequences.batch(batch, rank if data_of is None else data_of, form, length)
+            values, items = sequences.log_probs(self.module, whole), sequences.items_in(whole["labels"])
+            loss = sequences.loss_of(values, whole["labels"]) * (items if denominator else 1)
+            records.append({"loss": loss.item(), "log_probs": values.detach()})
+            gradients.append(self._gradient_of(loss if denominator else loss / self.accumulation_steps))
+            given.append(float(items) if denominator else None)
+        self._add(gradients, given)
+        return records
+
+    def _gradient_of(self, loss: torch.Tensor) -> list[torch.Tensor]:
+        partial = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for g, p in zip(partial, self.parameters, strict=True)]
+
+    def _add(self, gradients: list[list[torch.Tensor]], given: Sequence[float | None]) -> None:
+        self.given.append(list(given))
         new = gradients if self.family == "once" else [_mean(gradients)]
         self.pending = [_sum(old, more) for old, more in zip(self.pending, new, strict=True)] if self.pending else new
 
     def step(self, boundary: bool | None, scheduled: bool) -> Record:
         """End a micro-batch and make an update if it is the last one."""
         self.micro_batches += 1
+        nothing: Record = {"applied": False, "skipped": False, "grad_norm": None, "denominator": None}
         if not (self.micro_batches >= self.accumulation_steps if boundary is None else boundary):
-            return {"applied": False, "skipped": False, "grad_norm": None}
-        gradient = [part * (self.accumulation_steps / self.micro_batches) for part in _mean(self.pending)]
-        self.pending, self.micro_batches = [], 0
+            return nothing
+        if self._mistaken:
+            self._drop()
+            return nothing
+        given = [value for of_ranks in self.given for value in of_ranks if value is not None]
+        denominator = sum(given) if given else None
+        if denominator == 0:
+            self._drop()
+            return {"applied": False, "skipped": True, "grad_norm": None, "denominator": 0.0}
+        factor = self.accumulation_steps / self.micro_batches if denominator is None else self.world / denominator
+        gradient = [part * factor for part in _mean(self.pending)]
+        self._drop()
         squared = sum(float(part.double().pow(2).sum()) for part in gradient)
         if not math.isfinite(squared) or squared > FP32_MAX:
-            return {"applied": False, "skipped": True, "grad_norm": math.inf}
+            return {"applied": False, "skipped": True, "grad_norm": math.inf, "denominator": denominator}
         norm = math.sqrt(squared)
         self._apply(gradient, norm)
         if scheduled:
             self.scheduled += 1
             self._set_rate()
-        return {"applied": True, "skipped": False, "grad_norm": norm}
+        return {"applied": True, "skipped": False, "grad_norm": norm, "denominator": denominator}
+
+    @property
+    def _mistaken(self) -> bool:
+        """Whether the denominators of the update are invalid."""
+        given = [value for of_ranks in self.given for value in of_ranks]
+        missing = given.count(None)
+        return 0 < missing < len(given) or any(it is not None and not 0 <= it < math.inf for it in given)
+
+    def _drop(self) -> None:
+        """End the update."""
+        self.pending, self.given, self.micro_batches = [], [], 0
 
     def _apply(self, gradient: list[torch.Tensor], norm: float) -> None:
         factor = min(1.0, self.max_norm / (norm + 1e-6)) if self.max_norm else 1.0
@@ -212,6 +286,7 @@ class Reference:
 
     def run(self, settings: Record, operations: Sequence[Record]) -> list[Any]:
         """The prediction for each operation, or None if there is none."""
+        self.world //= settings.get("sp_size", 1)  # ranks that share sequences count as one
         accumulation_steps = settings.get("train_batch_size", 128) // (
             settings.get("micro_train_batch_size", 1) * self.world
         )
@@ -284,8 +359,36 @@ class Reference:
     ) -> list[float]:
         return self.models[model].backward(batch, rows, weight, poison, poisoned_rank)
 
+    def _backward_over(
+        self, model: str, sequences: Sequence[Sequence[int]], denominators: Sequence[float | None] | None = None,
+        weight: float = 1.0, **_: object,
+    ) -> list[float]:  # fmt: skip
+        return self.models[model].backward_over(sequences, denominators, weight)
+
+    def _sequence_backward(
+        self, model: str, batch: int, form: str, length: int = 13, gathered: bool = True, data_of: int | None = None,
+        denominator: bool = False,
+    ) -> list[Record] | None:  # fmt: skip
+        return self.models[model].sequence_backward(batch, form, length, data_of, denominator) if gathered else None
+
+    def _sequence_forward(self, model: str, batch: int, form: str, length: int = 13, **_: object) -> list[torch.Tensor]:
+        module = self.models[model].module
+        with torch.no_grad():
+            return [
+                sequences.log_probs(module, sequences.batch(batch, rank, form, length)) for rank in range(self.world)
+            ]
+
+    def _policy_backward(
+        self, model: str, batch: int, rows: int = 2, temperature: float = 1.0
+    ) -> list[dict[str, torch.Tensor]]:
+        return self.models[model].policy_backward(batch, rows, temperature)
+
     def _step(self, model: str, boundary: bool | None = None, scheduled: bool = False, **_: object) -> Record:
         return self.models[model].step(boundary, scheduled)
+
+    def _train_planned(self, model: str, sequences: Sequence[Sequence[int]], **_: object) -> Record:
+        self.models[model].backward_over(sequences, None, 1.0)
+        return self.models[model].step(boundary=True, scheduled=False)
 
     def _weights(self, model: str) -> dict[str, torch.Tensor]:
         return self.models[model].weights()

@@ -201,7 +201,8 @@ class OwnSettings(FollowsReference):
 class Averages(Clause):
     """moving_average updates the average once per applied update, as the reference does, and changes nothing else. It
     averages parameters: by default, an average keeps its own buffers. An average does not move for updates before it was
-    made. A model can have several averages. An average keeps its own dtype, also with bf16."""
+    made. A model can have several averages. An average keeps its own dtype, also with bf16. It may be in a wrapper that
+    is not marked as an actor, while the model is in one that is."""
 
     id = "OPT-19"
 
@@ -209,14 +210,21 @@ class Averages(Clause):
     def pinned_examples(self, target: Target) -> Sequence[Program]:
         programs = [self._program(target, 0.9, [None, None]), self._program(target, 0.5, [None, "nan", None])]
         buffers = self._program(target, 0.5, [None, None], "tracked")
-        return [*programs, buffers, self._late(target), self._half(target)]
+        return [*programs, buffers, self._late(target), self._late(target, wrapped=True), self._half(target)]
 
-    def _late(self, target: Target) -> Program:
+    def _late(self, target: Target, wrapped: bool = False) -> Program:
         """An average of other weights, made after three updates."""
         average: Operation = {"do": "average", "model": "a", "into": "ema", "beta": 0.5}
-        late = [*self._copy("ema", "regressor"), average, self.look("ema")]
+        late = [*self._copy("ema", "regressor", wrapped=wrapped), average, self.look("ema")]
         return program(
-            target, *trained(seed=3), *updates(3), *late, *updates(1, first=9), average, average, self.look("ema")
+            target,
+            *trained(seed=3, actor=wrapped),
+            *updates(3),
+            *late,
+            *updates(1, first=9),
+            average,
+            average,
+            self.look("ema"),
         )
 
     def _half(self, target: Target) -> Program:
@@ -234,8 +242,9 @@ class Averages(Clause):
             precision=BF16,
         )
 
-    def _copy(self, name: str, kind: str) -> list[Operation]:
-        return [{"do": "build", "model": name, "kind": kind, "seed": 2}, {"do": "prepare_inference", "model": name}]
+    def _copy(self, name: str, kind: str, **more: object) -> list[Operation]:
+        build: Operation = {"do": "build", "model": name, "kind": kind, "seed": 2, **more}
+        return [build, {"do": "prepare_inference", "model": name}]
 
     @staticmethod
     def look(model: str) -> Operation:

@@ -507,16 +507,17 @@ class OnePath(Clause):
 class WholeSet(Clause):
     """prepare_models_and_optimizers returns ((actor, optimizer, scheduler), (critic, optimizer, scheduler),
     reward_models, initial_model), with (None, None, None) if there is no critic. Actor and critic have their own
-    learning rates."""
+    learning rates. The actor may have been prepared by prepare_model before."""
 
     id = "PREP-7"
 
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
-        return [self._program(target, critic, rewards) for critic in (False, True) for rewards in (0, 2)]
+        programs = [self._program(target, critic, rewards) for critic in (False, True) for rewards in (0, 2)]
+        return [*programs, self._program(target, critic=True, rewards=0, prepared=True)]
 
-    def _program(self, target: Target, critic: bool, rewards: int) -> Program:
-        prepare: Operation = {"do": "prepare_set", "critic": critic, "rewards": rewards}
+    def _program(self, target: Target, critic: bool, rewards: int, prepared: bool = False) -> Program:
+        prepare: Operation = {"do": "prepare_set", "critic": critic, "rewards": rewards, "prepared": prepared}
         return program(
             target,
             prepare,

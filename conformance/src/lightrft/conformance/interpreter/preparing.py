@@ -12,11 +12,13 @@ from lightrft.conformance.interpreter.session import Entry, Session, operation
 @operation
 def build(
     session: Session, model: str, kind: str = "regressor", seed: int = 0, differ: bool = False, dtype: str = "float32",
-    meta: bool = False, actor: bool = False, compiled: bool = False, of: str | None = None, shares: str = "",
+    meta: bool = False, actor: bool = False, wrapped: bool = False, compiled: bool = False, of: str | None = None,
+    shares: str = "",
 ) -> None:  # fmt: skip
     """Build a model.
 
     ``differ``: each rank builds different weights; ``meta``: build inside init_model_context(meta_init=True);
+    ``actor``, ``wrapped``: in a wrapper that is marked as an actor, or not;
     ``compiled``: torch.compile, with its eager backend; ``of``, ``shares``: what it shares with another model of its
     kind: a "module", a "parameter" or the "memory" of one.
     """
@@ -30,7 +32,7 @@ def build(
     module = module.to(getattr(torch, dtype))
     if of is not None:
         _share(module, session.models[of].module, shares)
-    wrapper: Any = models.Actor(module) if actor else module
+    wrapper: Any = models.Actor(module) if actor else models.Wrapper(module) if wrapped else module
     if compiled:
         wrapper = torch.compile(wrapper, backend="eager")
     session.models[model] = Entry(module=module, model=wrapper)
@@ -126,12 +128,17 @@ def _structure(value: object) -> object:
 
 
 @operation
-def prepare_set(session: Session, critic: bool, rewards: int, steps: int = 10) -> dict[str, object]:
+def prepare_set(
+    session: Session, critic: bool, rewards: int, steps: int = 10, prepared: bool = False
+) -> dict[str, object]:
     """prepare_models_and_optimizers; the structure of the result, the actor's first learning rate, and the peak learning
-    rates of actor and critic."""
+    rates of actor and critic. ``prepared``: prepare_model(actor, is_training=True) comes first."""
     reward_models = [models.build("regressor", 10 + index) for index in range(rewards)] if rewards else None
+    actor: nn.Module = models.Actor(models.build("language", 1))
+    if prepared:
+        actor = session.strategy.prepare_model(actor, is_training=True)
     back = session.strategy.prepare_models_and_optimizers(
-        models.Actor(models.build("language", 1)),
+        actor,
         models.build("regressor", 2) if critic else None,
         reward_models,
         models.build("language", 3),

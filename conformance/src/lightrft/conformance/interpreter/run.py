@@ -16,7 +16,19 @@ import torch
 import torch.distributed as dist
 
 from lightrft.config import StrategyConfig
-from lightrft.conformance.interpreter import by_hand, checkpoints, exporting, lifecycle, preparing, rollouts, training  # noqa: F401 - each module registers its operations
+from lightrft.conformance.interpreter import (  # noqa: F401 - each module registers its operations
+    by_hand,
+    checkpoints,
+    denominators,
+    exporting,
+    lifecycle,
+    micro_batches,
+    preparing,
+    rollouts,
+    sequence_parallel,
+    tracking,
+    training,
+)
 from lightrft.conformance.interpreter.session import OPERATIONS, Session
 from lightrft.conformance.values import Record, encode, error_record
 from lightrft.strategy import StrategyBase

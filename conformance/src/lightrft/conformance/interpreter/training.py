@@ -56,6 +56,19 @@ def bad_backward(session: Session, model: str, what: str, batch: int = 0) -> Non
 
 
 @operation
+def policy_backward(
+    session: Session, model: str, batch: int, rows: int = 2, temperature: float = 1.0
+) -> dict[str, torch.Tensor]:
+    """token_log_probs of one padded batch, and the backward of a loss from it; what it returned."""
+    entry, device = session.models[model], session.strategy.device
+    tokens, mask = (part.to(device) for part in models.padded_batch(batch, session.rank, rows))
+    found = session.strategy.token_log_probs(entry.model, tokens, mask, temperature=temperature, entropy=True)
+    assert found.entropy is not None
+    session.strategy.backward(models.policy_loss(found.log_probs, found.entropy), entry.model, session.optimizer(model))
+    return {"log_probs": found.log_probs.detach(), "entropy": found.entropy.detach()}
+
+
+@operation
 def step(
     session: Session, model: str, boundary: bool | None = None, scheduled: bool = False, optimizer_of: str | None = None
 ) -> dict[str, object]:
@@ -66,14 +79,24 @@ def step(
     if scheduled:
         arguments["scheduler"] = entry.scheduler
     result = session.strategy.optimizer_step(owner, entry.model, **arguments)
-    return {"applied": result.applied, "skipped": result.skipped, "grad_norm": result.grad_norm}
+    return {
+        "applied": result.applied,
+        "skipped": result.skipped,
+        "grad_norm": result.grad_norm,
+        "denominator": result.denominator,
+        "loss": result.loss,
+    }
 
 
 @operation
 def weights(session: Session, model: str) -> dict[str, torch.Tensor]:
     """All parameters, unsharded, in fp32."""
     trained = {name for name, _ in session.models[model].module.named_parameters(remove_duplicate=False)}
-    return {name: tensor for name, tensor in session.weights(session.models[model].model) if name in trained}
+    streamed = session.weights(session.models[model].model)
+    own = [
+        (name if name in trained else name.removeprefix("model."), tensor) for name, tensor in streamed
+    ]  # of a wrapper
+    return {name: tensor for name, tensor in own if name in trained}
 
 
 @operation

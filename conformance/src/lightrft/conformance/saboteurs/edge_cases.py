@@ -209,8 +209,8 @@ class ListsTrain(FakeStrategy):
 class ScalesTheLoss(FakeStrategy):
     """backward divides the loss by K in place."""
 
-    def backward(self, loss: Tensor, model: nn.Module, optimizer: Optimizer, *, retain_graph: bool = False) -> None:
-        super().backward(loss, model, optimizer, retain_graph=retain_graph)
+    def backward(self, loss: Tensor, model: nn.Module, optimizer: Optimizer, **more: Any) -> None:
+        super().backward(loss, model, optimizer, **more)
         loss.data.div_(self.accumulated_gradient)
 
 
@@ -269,6 +269,17 @@ class OneAverage(FakeStrategy):
         self, model: nn.Module, model_ema: nn.Module, beta: float = 0.992, device: Device = None
     ) -> None:
         if model_ema is self.__dict__.setdefault("_first", model_ema):
+            super().moving_average(model, model_ema, beta, device)
+
+
+@saboteur("OPT-19")
+class WrappedAverageStays(FakeStrategy):
+    """An average in a wrapper that is not marked as an actor does not move."""
+
+    def moving_average(
+        self, model: nn.Module, model_ema: nn.Module, beta: float = 0.992, device: Device = None
+    ) -> None:
+        if not hasattr(model_ema, "model"):
             super().moving_average(model, model_ema, beta, device)
 
 

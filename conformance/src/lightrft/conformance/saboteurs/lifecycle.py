@@ -85,14 +85,14 @@ class NamesNothing(PlainStrategy):
 
 @saboteur("LIFE-3", world=2)
 class WaitsInLaterUpdates(ReplicatedBackend):
-    """From the fourth update on, averaging gradients waits for a lost rank without a timeout."""
+    """From the fourth update on, an update waits for a lost rank without a timeout."""
 
     @override
-    def reduce(self, trained: TrainedModel) -> None:
+    def backward(self, trained: TrainedModel, loss: torch.Tensor, *, retain_graph: bool) -> None:
         if trained.updates >= 3:
             for group in {self.world.payload, self.world.control}:
                 dist.distributed_c10d._set_pg_timeout(timedelta(hours=1), group)
-        super().reduce(trained)
+        super().backward(trained, loss, retain_graph=retain_graph)
 
 
 @saboteur("LIFE-4")

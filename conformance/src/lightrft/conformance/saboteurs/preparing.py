@@ -248,6 +248,16 @@ class NoWarmUp(FakeStrategy):
         return result
 
 
+@saboteur("PREP-7")
+class PreparesOnce(FakeStrategy):
+    """An actor that prepare_model has prepared does not get an optimizer later."""
+
+    def prepare_models_and_optimizers(self, *arguments: Any, **more: Any) -> Any:
+        prepared = self._models.find(arguments[0]) is not None
+        actor, *others = super().prepare_models_and_optimizers(*arguments, **more)
+        return (actor[0], None, None) if prepared else actor, *others
+
+
 @saboteur("PREP-8")
 class NewOptimizer(FakeStrategy):
     """prepare returns a copy of the caller's optimizer."""

@@ -1,0 +1,88 @@
+"""LOGP: per-token log-probabilities and entropies."""
+
+from collections.abc import Sequence
+
+from hypothesis import strategies as st
+from typing_extensions import override
+
+from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Target, is_error
+from lightrft.conformance.contract import tolerances
+from lightrft.conformance.contract.program_parts import SEEDS, program, trained
+from lightrft.conformance.contract.reference_checks import LOOK, assert_close
+
+VALUES = 1e-5
+"""Bound on the error of a log-probability or an entropy in fp32."""
+
+
+def policy_updates(kind: str, temperature: float, count: int = 3, seed: int = 5, **more: object) -> list[Operation]:
+    """Train a policy for ``count`` updates."""
+    operations = trained(kind=kind, seed=seed)
+    for batch in range(count):
+        operations += [
+            {"do": "policy_backward", "model": "a", "batch": batch, "temperature": temperature, **more},
+            {"do": "step", "model": "a"},
+        ]
+    return operations
+
+
+def assert_values(clause: Clause, execution: Execution) -> None:
+    """Require log-probabilities and entropies to match the reference on every rank, and 0 at padding."""
+    for index, _, seen in execution.each("policy_backward"):
+        for rank, found in enumerate(seen):
+            mismatch = tolerances.absolute(found, execution.predicted()[index][rank], VALUES)
+            clause.require(mismatch is None, f"rank {rank}, policy_backward (operation {index}): {mismatch}")
+
+
+@CONTRACT.add
+class TokenLogProbs(Clause):
+    """token_log_probs returns the log-probability of each next token and the entropy of its distribution, at a given
+    temperature, and 0 at padding. Values, gradients and updates equal the reference, with and without
+    fused_linear_logprob."""
+
+    id = "LOGP-1"
+
+    @override
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
+        return [self._program(target, fused, temperature) for fused in (True, False) for temperature in (1.0, 0.5)]
+
+    def _program(self, target: Target, fused: bool, temperature: float, seed: int = 5, rows: int = 2) -> Program:
+        operations = policy_updates("policy", temperature, seed=seed, rows=rows)
+        return program(target, *operations, LOOK, fused_linear_logprob=fused)
+
+    @override
+    def programs(self, target: Target) -> st.SearchStrategy[Program]:
+        temperatures = st.sampled_from([0.3, 1.0, 2.0])
+        return st.builds(self._program, st.just(target), st.booleans(), temperatures, SEEDS, st.integers(1, 3))
+
+    @override
+    def check(self, execution: Execution) -> None:
+        assert_values(self, execution)
+        assert_close(self, execution)
+
+
+@CONTRACT.add
+class ChangedLogits(Clause):
+    """With fused_linear_logprob, token_log_probs of a model that changes its logits after the head is correct, or
+    raises UnsupportedOperationError and names the setting. Without it, it is correct."""
+
+    id = "LOGP-2"
+
+    @override
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
+        return [
+            program(target, *policy_updates("scaled policy", 1.0, count=1, may_fail=fused), fused_linear_logprob=fused)
+            for fused in (True, False)
+        ]
+
+    @override
+    def check(self, execution: Execution) -> None:
+        fused = execution.program.settings["fused_linear_logprob"]
+        for index, _, seen in execution.each("policy_backward"):
+            for rank, found in enumerate(seen):
+                where = f"rank {rank}, policy_backward (operation {index})"
+                if is_error(found):
+                    self.require(fused, f"{where}: expected log-probabilities from the logits, got {found['message']}")
+                    words = ("token_log_probs", "fused_linear_logprob")
+                    self.require_error(found, "UnsupportedOperationError", *words, where=where)
+                    return
+        assert_values(self, execution)
