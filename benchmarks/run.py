@@ -28,11 +28,17 @@ class Benchmark:
 
 BENCHMARKS = {
     "steps.fake": Benchmark("steps.py", ("fake", "--rounds=1000")),
+    "steps.fake.denominators": Benchmark("steps.py", ("fake", "--rounds=1000", "--denominators")),
     "steps.fsdp": Benchmark("steps.py", ("fsdp",), ranks=2),
+    "steps.fsdp.denominators": Benchmark("steps.py", ("fsdp", "--denominators"), ranks=2),
     "steps.zero2": Benchmark("steps.py", ("zero2",), ranks=2),
     "steps.zero3": Benchmark("steps.py", ("zero3",), ranks=2),
     "checkpoints": Benchmark("checkpoints.py"),
     "memory": Benchmark("memory.py", ("fsdp",)),
+    "planning": Benchmark("planning.py"),
+    "log_probs": Benchmark("log_probs.py"),
+    "sequence_parallel": Benchmark("sequence_parallel.py", ranks=2),
+    "imports": Benchmark("imports.py"),
 }
 SYNCS = {
     f"weight_sync.{engine}.{name}": Benchmark("weight_sync.py", (engine, f"--strategy={strategy}"), ranks=ranks)

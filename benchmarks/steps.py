@@ -2,6 +2,8 @@
 
 ``python steps.py fake`` or ``torchrun --nproc-per-node 2 steps.py fsdp|zero2|zero3``. Both loops train the same model on
 the same batches, with clipping. They alternate in one process, so that other load on the machine affects both alike.
+With ``--denominators``, both loops go through the strategy, one without denominators and one with them. Both clip: to divide
+by the denominators, an update multiplies its gradient by one factor, which is that of clipping too.
 """
 
 import argparse
@@ -22,6 +24,8 @@ from lightrft.strategy import StrategyBase, get_strategy
 Step = Callable[[torch.Tensor], object]
 
 MAX_NORM, RATE = 1.0, 1e-4
+LOW_NORM = 1e-6
+"""Every gradient is clipped to it."""
 WARM_UP = 5
 
 
@@ -33,11 +37,18 @@ def main() -> None:
     parser.add_argument(
         "--large", action="store_true", help="SmolLM2-135M's shape on 4,096 tokens, instead of a small model"
     )
+    parser.add_argument("--denominators", action="store_true", help="Compare updates with and without denominators")
     args = parser.parse_args()
-    with get_strategy({**settings(args.strategy), "device": args.device}) as strategy:
+    more = {"device": args.device, **({"max_norm": LOW_NORM} if args.denominators else {})}
+    with get_strategy({**settings(args.strategy), **more}) as strategy:
         make, batch = LARGE if args.large else MODELS[args.strategy]
-        bare = BARE[args.strategy](make().to(strategy.device))
-        steps = {"bare": bare, "ours": with_strategy(strategy, make())}
+        if args.denominators:
+            steps = {
+                "without": with_strategy(strategy, make()),
+                "with denominators": with_strategy(strategy, make(), denominators=True),
+            }
+        else:
+            steps = {"bare": BARE[args.strategy](make().to(strategy.device)), "ours": with_strategy(strategy, make())}
         seconds = alternate(steps, batch().to(strategy.device), args.rounds)
         report(strategy, args.strategy, seconds)
 
@@ -59,11 +70,13 @@ def alternate(steps: dict[str, Step], batch: torch.Tensor, rounds: int) -> dict[
 
 
 def report(strategy: StrategyBase, name: str, seconds: dict[str, list[float]]) -> None:
-    bare, ours = (1000 * median(seconds[loop]) for loop in ("bare", "ours"))
-    ratios = [step / baseline for step, baseline in zip(seconds["ours"], seconds["bare"], strict=True)]
+    """Print the medians of the two loops, and the second over the first."""
+    (first, baselines), (second, others) = seconds.items()
+    bare, ours = 1000 * median(baselines), 1000 * median(others)
+    ratios = [step / baseline for step, baseline in zip(others, baselines, strict=True)]
     low, middle, high = quantiles(ratios)
     strategy.print(
-        f"step, {name}, {strategy.world_size} rank(s): bare {bare:.3f} ms, ours {ours:.3f} ms "
+        f"step, {name}, {strategy.world_size} rank(s): {first} {bare:.3f} ms, {second} {ours:.3f} ms "
         f"({ours - bare:+.3f} ms), ratio {middle:.3f} [{low:.3f}, {high:.3f}] of {len(ratios)} pairs"
     )
 
@@ -71,13 +84,14 @@ def report(strategy: StrategyBase, name: str, seconds: dict[str, list[float]]) -
 # The loops
 
 
-def with_strategy(strategy: StrategyBase, model: nn.Module) -> Step:
+def with_strategy(strategy: StrategyBase, model: nn.Module, *, denominators: bool = False) -> Step:
     """The loop with a strategy."""
     optimizer = strategy.create_optimizer(model, lr=RATE)
     model, optimizer, _ = strategy.prepare((model, optimizer, None))
 
     def step(batch: torch.Tensor) -> None:
-        strategy.backward(loss_of(model, batch), model, optimizer)
+        items = batch.numel() if denominators else None
+        strategy.backward(loss_of(model, batch), model, optimizer, denominator=items)
         strategy.optimizer_step(optimizer, model)
 
     return step

@@ -77,6 +77,18 @@ class Display:
             table.add_column(column, justify="right")
         table.add_row(f"{before:.1%}", f"{after:.1%}", f"{100 * (after - before):+.1f} points")
         self._console.print(table)
+        self._say_padding()
+
+    def _say_padding(self) -> None:
+        tokens, padding, fixed = (
+            int(sum(row.get(name, 0) for row in self._rows)) for name in ("tokens", "padding", "fixed_padding")
+        )
+        if fixed:
+            self._console.print(
+                f"padding: {padding:,} tokens beside {tokens:,} of sequences; in micro-batches of a fixed size it would "
+                f"be {fixed:,}: {1 - padding / fixed:.0%} saved",
+                highlight=False,
+            )
 
 
 def _facts(row: dict[str, Any]) -> str:
@@ -87,7 +99,8 @@ def _facts(row: dict[str, Any]) -> str:
         f"{name} {row[f'seconds_{name}']:.1f}s" for name in ("rollout", "train", "sync") if f"seconds_{name}" in row
     )
     facts = f"reward {row['reward']:.2f}  kl {row['kl']:.3f}  norm {row['grad_norm']:.2f}  skipped {row['skipped']}"
-    return f"{exact_match}{facts}  {seconds}"
+    padding = f"padding {row['padding'] / max(1, row['tokens']):.1%}"
+    return f"{exact_match}{facts}  {padding}  {seconds}"
 
 
 def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:

@@ -1,10 +1,11 @@
 """GRPO on arithmetic questions: SmolLM2 learns to answer in the requested format, on any strategy and any engine.
 
 Group-normalised advantages, clipped ratio, k3 estimate of the KL divergence from the initial model (Shao et al.,
-"DeepSeekMath", 2024). The questions of a step, the completions sampled for them and the groups used for training
-depend only on the seed, not on the number of ranks, so a run is the same on one process and on two.
+"DeepSeekMath", 2024), and a loss per token (Yu et al., "DAPO", 2025): every token of an update weighs the same, however the
+sequences are divided into micro-batches and ranks. The questions of a step, the completions sampled for them and the groups
+used for training depend only on the seed, not on the number of ranks, so a run is the same on one process and on two.
 
-Shapes: B sequences, T tokens of prompt and response, R tokens of response.
+Shapes: B sequences, T tokens of prompt and response.
 """
 
 import argparse
@@ -26,6 +27,8 @@ from lightrft.strategy import Completion, Sampling, StrategyBase, StrategyConfig
 CLIP, KL_WEIGHT = 0.2, 0.02
 MAX_TOKENS = 14
 """Maximum length of a response; the longest correct one has 12 tokens."""
+NOT_PREDICTED = -100
+"""Target where no token of a response is predicted."""
 
 
 def main() -> None:
@@ -79,27 +82,30 @@ def gather(
     samples = args.n_samples_per_prompt
     texts = [tokenizer.decode(completion.output_token_ids) for completion in completions]
     rewards = [reward(local[index // samples], text) for index, text in enumerate(texts)]
-    width = max(len(tokenizer(question.prompt, add_special_tokens=False)["input_ids"]) for question in asked)
+    prompts = [list(completion.prompt_token_ids) for completion in completions]
+    outputs = [list(completion.output_token_ids) for completion in completions]
+    width = MAX_TOKENS + max(len(tokenizer(it.prompt, add_special_tokens=False)["input_ids"]) for it in asked)
     rows = {
         "position": torch.tensor(
             [asked.index(local[index // samples]) * samples + index % samples for index in range(len(texts))]
         ),
-        "prompts": padded([completion.prompt_token_ids for completion in completions], width, left=True),
-        "responses": padded([completion.output_token_ids for completion in completions], MAX_TOKENS),
-        "old_logprobs": padded([completion.logprobs or () for completion in completions], MAX_TOKENS, torch.float32),
+        "tokens": padded([prompt + output for prompt, output in zip(prompts, outputs, strict=True)], width),
+        "prompt_lengths": torch.tensor([len(prompt) for prompt in prompts]),
+        "lengths": torch.tensor([len(prompt) + len(output) for prompt, output in zip(prompts, outputs, strict=True)]),
+        "old_logprobs": padded(
+            [[0.0] * len(prompt) + list(completion.logprobs or ()) for prompt, completion in zip(prompts, completions, strict=True)],
+            width, torch.float32,
+        ),
         "rewards": torch.tensor(rewards),
-    }
+    }  # fmt: skip
     everyone = strategy.all_gather(rows)
     order = everyone["position"].argsort()
     return {name: rows[order] for name, rows in everyone.items()}
 
 
-def padded(
-    rows: Sequence[Sequence[float]], width: int, dtype: torch.dtype = torch.int64, *, left: bool = False
-) -> torch.Tensor:
-    """Return ``rows`` as one tensor, padded with -1, which is not a token or the log-probability of a sample."""
-    filled = [[*[-1] * (width - len(row)), *row] if left else [*row, *[-1] * (width - len(row))] for row in rows]
-    return torch.tensor(filled, dtype=dtype).reshape(len(rows), width)
+def padded(rows: Sequence[Sequence[float]], width: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """Return ``rows`` as one tensor, padded with 0."""
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], dtype=dtype).reshape(len(rows), width)
 
 
 def exact_match(strategy: StrategyBase, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Question]) -> float:
@@ -139,49 +145,84 @@ def update(
     strategy: StrategyBase, actor: PreTrainedModel, initial: PreTrainedModel, optimizer: torch.optim.Optimizer,
     batch: dict[str, torch.Tensor], args: argparse.Namespace,
 ) -> dict[str, float]:  # fmt: skip
-    """Make the updates of one rollout; each micro-batch is this rank's share of the next sequences."""
-    divergences, norms, skipped = [], [], 0
-    size, ranks = args.micro_train_batch_size, strategy.world_size
-    for start in range(0, len(batch["rewards"]), size * ranks):
-        rows = slice(start + strategy.get_rank(), start + size * ranks, ranks)
-        micro = {name: tensor[rows].to(strategy.device) for name, tensor in batch.items()}
-        with torch.no_grad():
-            micro["initial_logprobs"] = response_logprobs(initial, micro)
-        loss, divergence = grpo_loss(response_logprobs(actor, micro), micro)
-        strategy.backward(loss, actor, optimizer)
-        result = strategy.optimizer_step(optimizer, actor)
-        divergences.append(divergence.item())
-        skipped += result.skipped
-        norms += [result.grad_norm] if result.applied else []
-    kl = strategy.all_reduce(sum(divergences) / max(1, len(divergences)))
-    return {"kl": kl, "grad_norm": sum(norms) / max(1, len(norms)), "skipped": skipped}
+    """Make the updates of one rollout, each from this rank's share of the next sequences, in planned micro-batches."""
+    sums = dict.fromkeys(("divergence", "items", "tokens", "planned", "fixed"), 0.0)
+    norms, skipped, count = [], 0, len(batch["lengths"])
+    shortest = batch["lengths"].argsort()[:1].tolist()
+    for start in range(0, count, args.train_batch_size):
+        end = min(start + args.train_batch_size, count)
+        ranks = strategy.sequence_parallel  # those that share sequences have the same share
+        share = list(range(start + ranks.data_rank, end, ranks.data_ranks))
+        lengths = batch["lengths"][share].tolist()
+        plan = strategy.plan_micro_batches(lengths, max_tokens=args.max_tokens_per_micro_batch, padded=True)
+        for micro_batch in plan:
+            rows = [share[index] for index in micro_batch.indices] or shortest  # a filler passes through the model too
+            micro = micro_batch_of(batch, rows, strategy.device)
+            with torch.no_grad():
+                micro["initial_logprobs"] = response_logprobs(strategy, initial, micro)
+            logprobs_BT = response_logprobs(strategy, actor, micro)
+            loss, divergence, items = (micro_batch.weight * it for it in grpo_loss(logprobs_BT, micro, args))
+            strategy.backward(loss, actor, optimizer, denominator=items)
+            result = strategy.optimizer_step(optimizer, actor, boundary=micro_batch.last)
+            skipped += result.skipped
+            norms += [result.grad_norm] if result.applied else []
+            sums["divergence"] += divergence.item()
+            sums["items"] += items.item()
+        sums["tokens"] += sum(lengths)
+        sums["planned"] += sum(micro_batch.tokens for micro_batch in plan)
+        sums["fixed"] += tokens_of_fixed(lengths, args.max_tokens_per_micro_batch)
+    sums = {name: value / strategy.sequence_parallel.size for name, value in strategy.all_reduce(sums, "sum").items()}
+    return {
+        "kl": sums["divergence"] / max(1.0, sums["items"]), "grad_norm": sum(norms) / max(1, len(norms)),
+        "skipped": skipped, "tokens": sums["tokens"], "padding": sums["planned"] - sums["tokens"],
+        "fixed_padding": sums["fixed"] - sums["tokens"],
+    }  # fmt: skip
 
 
-def response_logprobs(model: PreTrainedModel, micro: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return the log-probability of each response token, (B, R); the LM head runs only on response positions."""
-    tokens_BT = torch.cat([micro["prompts"], micro["responses"]], dim=1)
-    mask_BT = (tokens_BT >= 0).long()
-    logits_BRV = model(
-        tokens_BT.clamp(min=0), attention_mask=mask_BT, position_ids=(mask_BT.cumsum(dim=1) - 1).clamp(min=0),
-        use_cache=False, logits_to_keep=MAX_TOKENS + 1,
-    ).logits[:, :-1]  # fmt: skip
-    chosen_BR1 = micro["responses"].clamp(min=0)[..., None]
-    return logits_BRV.float().log_softmax(dim=-1).gather(-1, chosen_BR1).squeeze(-1)
+def tokens_of_fixed(lengths: Sequence[int], max_tokens: int) -> int:
+    """Return the tokens, padding included, of micro-batches in order, each of as many sequences as fit for certain."""
+    size = max_tokens // max(lengths, default=1)
+    batches = [lengths[start : start + size] for start in range(0, len(lengths), size)]
+    return sum(len(batch) * max(batch) for batch in batches)
 
 
-def grpo_loss(logprobs_BR: torch.Tensor, micro: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the loss and the KL divergence, each averaged over the tokens of a sequence, then over sequences."""
-    mask_BR = micro["responses"] >= 0
-    ratio_BR = (logprobs_BR - micro["old_logprobs"]).where(mask_BR, 0.0).exp()
+def micro_batch_of(
+    batch: dict[str, torch.Tensor], rows: Sequence[int], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Return ``rows`` of the batch, without columns that are all padding, with masks of tokens and of response tokens."""
+    micro = {name: tensor[rows].to(device) for name, tensor in batch.items()}
+    columns_T = torch.arange(int(batch["lengths"][rows].max()), device=device)
+    micro |= {name: micro[name][:, : len(columns_T)] for name in ("tokens", "old_logprobs")}
+    micro["mask"] = columns_T < micro["lengths"][:, None]
+    micro["in_response"] = micro["mask"] & (columns_T >= micro["prompt_lengths"][:, None])
+    return micro
+
+
+def response_logprobs(strategy: StrategyBase, model: PreTrainedModel, micro: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the log-probability of each response token, (B, T - 1); 0 elsewhere, where the LM head does not run."""
+    targets_BT = micro["tokens"].where(micro["in_response"], NOT_PREDICTED)
+    return strategy.token_log_probs(
+        model, micro["tokens"], micro["mask"].long(), targets=targets_BT[:, 1:], use_cache=False
+    ).log_probs
+
+
+def grpo_loss(
+    logprobs_BT: torch.Tensor, micro: dict[str, torch.Tensor], args: argparse.Namespace
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the loss and the KL divergence, summed over tokens, and the number of items that they are sums over.
+
+    An item is a token of a response. With ``--loss-normalisation sequence`` it is a response: the tokens of each together
+    weigh 1.
+    """
+    mask_BT = micro["in_response"][:, 1:]
+    share_BT = mask_BT / mask_BT.sum(dim=1, keepdim=True) if args.loss_normalisation == "sequence" else mask_BT.float()
+    ratio_BT = (logprobs_BT - micro["old_logprobs"][:, 1:]).exp()
     advantages_B1 = micro["advantages"][:, None]
-    gain_BR = torch.minimum(ratio_BR * advantages_B1, ratio_BR.clamp(1 - CLIP, 1 + CLIP) * advantages_B1)
-    difference_BR = micro["initial_logprobs"] - logprobs_BR
-    divergence_BR = difference_BR.exp() - difference_BR - 1  # k3: unbiased, and never negative
-
-    def mean(values_BR: torch.Tensor) -> torch.Tensor:
-        return (values_BR.where(mask_BR, 0.0).sum(dim=1) / mask_BR.sum(dim=1)).mean()
-
-    return mean(KL_WEIGHT * divergence_BR - gain_BR), mean(divergence_BR.detach())
+    gain_BT = torch.minimum(ratio_BT * advantages_B1, ratio_BT.clamp(1 - CLIP, 1 + CLIP) * advantages_B1)
+    difference_BT = micro["initial_logprobs"] - logprobs_BT
+    divergence_BT = difference_BT.exp() - difference_BT - 1  # k3: unbiased, and never negative
+    loss = (share_BT * (KL_WEIGHT * divergence_BT - gain_BT)).sum()
+    return loss, (share_BT * divergence_BT.detach()).sum(), share_BT.sum()
 
 
 # The script
@@ -197,7 +238,8 @@ def shuffled(training: Sequence[Question], seed: int, count: int) -> list[Questi
 
 
 def title(args: argparse.Namespace, strategy: StrategyBase) -> str:
-    return f"{strategy.name}, {strategy.world_size} rank{'s' * (strategy.world_size > 1)}, {args.engine_type}"
+    shared = f", {args.sp_size} to a sequence" if args.sp_size > 1 else ""
+    return f"{strategy.name}, {strategy.world_size} rank{'s' * (strategy.world_size > 1)}{shared}, {args.engine_type}"
 
 
 def arguments() -> argparse.Namespace:
@@ -209,11 +251,21 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=count, default=8, help="rollouts")
     parser.add_argument("--prompts", type=count, default=16, help="questions of one rollout")
     parser.add_argument("--updates-per-rollout", type=count, default=2)
+    parser.add_argument(
+        "--max-tokens-per-micro-batch",
+        type=count,
+        default=320,
+        help="sequences x longest, prompts and padding included",
+    )
+    parser.add_argument(
+        "--loss-normalisation", choices=("token", "sequence"), default="token",
+        help="mean over all tokens of an update, or over sequences of the means over their tokens",
+    )  # fmt: skip
     parser.add_argument("--eval-every", type=count, default=2, help="steps between measurements on held-out questions")
     parser.add_argument("--engine", dest="engine_type", default="transformers", help="rollout engine")
     parser.set_defaults(
         strategy="fsdp", engine_type="transformers", bf16=False, train_batch_size=32, micro_train_batch_size=16,
-        actor_learning_rate=2e-5,
+        actor_learning_rate=2e-5, fused_linear_logprob=True,
     )  # fmt: skip
     return parser.parse_args()
 
