@@ -82,9 +82,11 @@ def test_has_license_and_description(package):
     assert len(str(metadata.get_payload()).splitlines()) > 5, "the README describes the package"
 
 
-def test_readme_example_runs(complete):
-    (example,) = re.findall(r"```python\n(.*?)```", (complete.sources / "README.md").read_text("utf-8"), re.DOTALL)
-    complete.run(example)
+def test_readme_examples_run(complete):
+    examples = re.findall(r"```python\n(.*?)```", (complete.sources / "README.md").read_text("utf-8"), re.DOTALL)
+    assert examples
+    for example in examples:
+        complete.run(example)
 
 
 def test_metadata_has_no_pins(package):

@@ -35,19 +35,24 @@ def refusals(strategy: str, path: str, **settings: Any) -> dict[str, str]:
         own = f"{path}{made.get_rank()}"
         calls: dict[str, Callable[[], object]] = {
             "critic": lambda: made.prepare((critic, optimizer, None)),
+            "critic that does not train": lambda: made.prepare(critic),
             "reference": lambda: made.prepare(reference),
             "save_pretrained": lambda: model.save_pretrained(own),
             "save_pretrained of a part": lambda: model.model.save_pretrained(own),
             "state_dict": lambda: model.state_dict(),
         }
-        said = {}
-        for name, call in calls.items():
-            try:
-                call()
-            except LightRFTError as error:
-                said[name] = str(error)
+        said = {name: str(error) for name, call in calls.items() if (error := _refusal(call)) is not None}
         in_training(made, llama(), updates=1)  # goes on
-        return said
+    after = _refusal(lambda: model.state_dict())
+    return said if after is None else {**said, "state_dict after close": str(after)}
+
+
+def _refusal(call: Callable[[], object]) -> LightRFTError | None:
+    try:
+        call()
+    except LightRFTError as error:
+        return error
+    return None
 
 
 def compiled(strategy: str, path: str, **settings: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], int]:
