@@ -22,7 +22,11 @@ FAMILIES = {
     "COLL": "Collectives",
     "PREP": "Preparing models",
     "DATA": "Data",
+    "SP": "Sequence parallelism",
     "OPT": "Gradients and updates",
+    "NORM": "Losses over items",
+    "BATCH": "Micro-batches by token budget",
+    "LOGP": "Log-probabilities",
     "OFF": "Offloading",
     "EMA": "Moving averages",
     "CKPT": "Checkpoints",
@@ -38,6 +42,11 @@ OWNERS = {
     "engine": "Read by the rollout engine",
     "trainer": "Read by the trainer",
 }
+NOTES = {
+    "trainer": "The strategy stores these in `strategy.config` and does not use them. `get_strategy` warns once of those that "
+    "differ from their defaults.",
+}
+"""What a group of settings has in common."""
 
 
 def contract_page() -> str:
@@ -99,7 +108,8 @@ def settings_page() -> str:
         "Values are stored exactly or rejected. A float setting also accepts an integer, if a float holds it exactly.",
     ]
     for owner, title in OWNERS.items():
-        lines += ["", f"## {title}", "", "| setting | type | default | meaning |", "|---|---|---|---|"]
+        lines += ["", f"## {title}", *(["", NOTES[owner]] if owner in NOTES else [])]
+        lines += ["", "| setting | type | default | meaning |", "|---|---|---|---|"]
         lines += [_setting_row(name, field) for name, field in properties.items() if field.get("owner") == owner]
     return "\n".join(lines) + "\n"
 
