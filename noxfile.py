@@ -287,6 +287,22 @@ def versions(session: nox.Session, engine: str) -> None:
 
 
 @session(default=False)
+def oldest(session: nox.Session) -> None:
+    """Run tests and smoke certifications with the oldest supported versions.
+
+    torch stays at 2.13.0: on PyPI, 2.11 for Linux is the CUDA build alone.
+    """
+    packages = ("lightrft-strategy-base", "lightrft-fsdp", "lightrft-deepspeed")
+    needed = [requirement for name in packages for requirement in group("test", FOLDERS[name])]
+    requirements = ("lightrft-conformance[transformers]", *packages, *needed)
+    environment = Environment(requirements, pins="constraints/oldest.txt", lowest=True)
+    _pytest(session, environment, *(FOLDERS[name] / "tests" for name in packages), "--installed")
+    for name in ("fake", "fsdp", "zero3"):
+        options = (f"--world-size={max(STRATEGIES[name].worlds)}", "--profile=smoke")
+        _judge(session, environment, "run", *STRATEGIES[name].arguments, *options, posargs=())
+
+
+@session(default=False)
 def docs(session: nox.Session) -> None:
     """Generate the documentation."""
     packages = ("lightrft-conformance", "lightrft-deepspeed", "lightrft-engines", "lightrft-fsdp")
@@ -329,7 +345,7 @@ def nightly(session: nox.Session) -> None:
     os.environ["LIGHTRFT_CYCLES"] = "100"  # cycles of wake, sync, generate and sleep in the engines' tests
     for name in ("lint", "typecheck", "wheels", "tests", "saboteurs", "examples", "third_party", "bench", "docs"):
         session.notify(name, posargs=())
-    for name in ("learning", "syncs", "versions"):
+    for name in ("learning", "syncs", "versions", "oldest"):
         session.notify(name, posargs=())
     for name in ("checkpoints", "faults"):
         session.notify(name, posargs=("--all",))
@@ -362,10 +378,12 @@ def _certify(session: nox.Session, environment: Environment, command: str, *argu
     _judge(session, environment, command, *arguments, f"--report={report(session, '.json')}")
 
 
-def _judge(session: nox.Session, environment: Environment, *arguments: str) -> None:
+def _judge(
+    session: nox.Session, environment: Environment, *arguments: str, posargs: Sequence[str] | None = None
+) -> None:
     """Run the suite. Without a terminal, print only unexpected outcomes and the last line."""
     environment.prepare(session)
-    command = ("lightrft-conformance", *arguments, *session.posargs)
+    command = ("lightrft-conformance", *arguments, *(session.posargs if posargs is None else posargs))
     if session.interactive:
         environment.run(session, *command, OMP_NUM_THREADS="1")
         return

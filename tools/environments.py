@@ -32,6 +32,8 @@ class Environment:
     pins: str = "constraints/cpu.txt"
     exact: bool = False
     """Install ``pins`` as a list, without resolving. (Its torchvision is loaded without compiled operators.)"""
+    lowest: bool = False
+    """Install the lowest versions that the metadata of our packages allows. ``pins`` hold what must be higher."""
     replacements: tuple[str, ...] = ()
     """Pins to replace those in ``pins``; for exact environments."""
     torch: str = "cpu"
@@ -48,6 +50,7 @@ class Environment:
             self.unresolved,
             pins,
             self.exact,
+            self.lowest,
             self.replacements,
             self.torch,
             sys.version,
@@ -107,7 +110,8 @@ class Environment:
             return
         extras, others = closure(self.requirements)
         ours = [f"{path}[{','.join(sorted(extras[name]))}]" if extras[name] else path for name, path in wheels.items()]
-        self._install(session, "--constraints", ROOT / self.pins, *ours, *others)
+        resolution = "lowest-direct" if self.lowest else "highest"
+        self._install(session, "--constraints", ROOT / self.pins, f"--resolution={resolution}", *ours, *others)
         uv(session, "pip", "check", "--python", self.python)
         if self.unresolved:
             self._install(session, "--constraints", ROOT / self.pins, "--no-deps", *self.unresolved)
