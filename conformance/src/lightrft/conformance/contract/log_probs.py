@@ -11,12 +11,16 @@ from lightrft.conformance.contract.program_parts import SEEDS, program, trained
 from lightrft.conformance.contract.reference_checks import LOOK, assert_close
 
 VALUES = 1e-5
-"""Bound on the error of a log-probability or an entropy in fp32."""
+"""Bound on the error of log-probabilities and entropies in fp32, relative to the largest of a batch if that exceeds 1."""
 
 
 def policy_updates(kind: str, temperature: float, count: int = 3, seed: int = 5, **more: object) -> list[Operation]:
-    """Train a policy for ``count`` updates."""
-    operations = trained(kind=kind, seed=seed)
+    """Train a policy for ``count`` updates.
+
+    With a large eps, the rounding of small gradients, which differs between the two computations, stays small in Adam.
+    """
+    build, optimizer, *prepare = trained(kind=kind, seed=seed)
+    operations: list[Operation] = [build, {**optimizer, "eps": 1e-3}, *prepare]
     for batch in range(count):
         operations += [
             {"do": "policy_backward", "model": "a", "batch": batch, "temperature": temperature, **more},
@@ -29,7 +33,9 @@ def assert_values(clause: Clause, execution: Execution) -> None:
     """Require log-probabilities and entropies to match the reference on every rank, and 0 at padding."""
     for index, _, seen in execution.each("policy_backward"):
         for rank, found in enumerate(seen):
-            mismatch = tolerances.absolute(found, execution.predicted()[index][rank], VALUES)
+            expected = execution.predicted()[index][rank]
+            scale = max(1.0, *(value.abs().max().item() for value in expected.values()))
+            mismatch = tolerances.absolute(found, expected, VALUES * scale)
             clause.require(mismatch is None, f"rank {rank}, policy_backward (operation {index}): {mismatch}")
 
 
@@ -43,7 +49,11 @@ class TokenLogProbs(Clause):
 
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
-        return [self._program(target, fused, temperature) for fused in (True, False) for temperature in (1.0, 0.5)]
+        extreme = self._program(target, False, 0.3, seed=460, rows=1)  # log-probabilities down to -78
+        return [
+            *(self._program(target, fused, temperature) for fused in (True, False) for temperature in (1.0, 0.5)),
+            extreme,
+        ]
 
     def _program(self, target: Target, fused: bool, temperature: float, seed: int = 5, rows: int = 2) -> Program:
         operations = policy_updates("policy", temperature, seed=seed, rows=rows)
@@ -57,7 +67,7 @@ class TokenLogProbs(Clause):
     @override
     def check(self, execution: Execution) -> None:
         assert_values(self, execution)
-        assert_close(self, execution)
+        assert_close(self, execution, bound=tolerances.ACROSS_FAMILIES)
 
 
 @CONTRACT.add

@@ -12,10 +12,10 @@ LOOK: Operation = {"do": "weights", "model": "a"}
 STATE: Operation = {"do": "state", "model": "a"}
 
 
-def assert_close(clause: Clause, execution: Execution, model: str = "a") -> None:
+def assert_close(clause: Clause, execution: Execution, model: str = "a", bound: float = tolerances.ABSOLUTE) -> None:
     """Require the last weights of ``model`` to match the reference of either family, within rounding."""
     index, _, seen = [look for look in execution.each("weights") if look[1]["model"] == model][-1]
-    mismatch = first_mismatch(execution, index, seen[0])
+    mismatch = first_mismatch(execution, index, seen[0], bound)
     clause.require(mismatch is None, f"the weights do not match the reference: {mismatch}")
     clause.require_alike(execution, "weights")
 

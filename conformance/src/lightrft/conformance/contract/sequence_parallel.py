@@ -13,7 +13,7 @@ from lightrft.conformance.contract import tolerances
 from lightrft.conformance.contract.data import interleaved
 from lightrft.conformance.contract.denominators import assert_denominators
 from lightrft.conformance.contract.program_parts import FP32, trained
-from lightrft.conformance.contract.reference_checks import LOOK, assert_norms, close, first_mismatch
+from lightrft.conformance.contract.reference_checks import LOOK, assert_close, assert_norms, close
 
 REFUSED = {
     "regressor": ("transformers",),
@@ -80,15 +80,7 @@ class SharedSequences(Clause):
     def check(self, execution: Execution) -> None:
         _assert_losses(self, execution)
         assert_norms(self, execution)
-        _assert_weights(self, execution)
-
-
-def _assert_weights(clause: Clause, execution: Execution) -> None:
-    """Require the last weights of the reference, up to the order in which gradients of tokens are summed."""
-    index, _, seen = list(execution.each("weights"))[-1]
-    mismatch = first_mismatch(execution, index, seen[0], tolerances.ACROSS_FAMILIES)
-    clause.require(mismatch is None, f"the weights do not match the reference: {mismatch}")
-    clause.require_alike(execution, "weights")
+        assert_close(self, execution, bound=tolerances.ACROSS_FAMILIES)
 
 
 def _assert_losses(clause: Clause, execution: Execution) -> None:
@@ -235,7 +227,7 @@ class PortableSequences(Clause):
         assert execution.afterwards is not None
         saved, continued = (execution.last_of("weights", number) for number in (0, 1))
         loaded, others = (execution.afterwards.last_of("weights", number) for number in (0, 1))
-        _assert_weights(self, execution)
+        assert_close(self, execution, bound=tolerances.ACROSS_FAMILIES)
         for rank in range(execution.target.world):
             self.require_same(saved[rank], loaded[rank], f"rank {rank}, weights loaded with sp_size=1")
             mismatch = tolerances.absolute(others[rank], continued[rank], tolerances.ACROSS_FAMILIES)
@@ -327,4 +319,4 @@ class LossOfSequences(Clause):
                     self.require_error(observed, "StrategyError", "backward", "gather", where=where)
         assert_denominators(self, execution)
         assert_norms(self, execution)
-        _assert_weights(self, execution)
+        assert_close(self, execution, bound=tolerances.ACROSS_FAMILIES)
