@@ -114,7 +114,7 @@ class PendingTotals:
             losses: Those of this rank, 0-d fp64 tensors on its device.
         """
         self._sharing = sharing
-        self._losses: torch.Tensor | float = torch.stack(list(losses)).sum() if losses else 0.0
+        self._losses: torch.Tensor | float = _sum(losses)
         numbers = [value for value in denominators if isinstance(value, float)]
         on_device = [value for value in denominators if isinstance(value, torch.Tensor)]
         counted = len(numbers) + len(on_device)
@@ -137,6 +137,9 @@ class PendingTotals:
 
     def read_with(self, norm: torch.Tensor) -> tuple[Totals, float]:
         """Return the totals, and the value of ``norm``, a 0-d tensor. The host waits for the device once, for both."""
+        if self._vector is None and norm.device.type == "cpu":  # nothing to wait for
+            self._losses = float(self._losses)
+            return self.read(), norm.item()
         if self._vector is None:
             losses = torch.as_tensor(self._losses, dtype=torch.float64)
             number, self._losses = torch.stack([norm.to(losses), losses]).tolist()
@@ -196,6 +199,12 @@ def mistake(call: str, class_name: str, reports: Sequence[Sequence[str]]) -> Lig
         f"{call}: expected a denominator with every loss of an update, or with none, got {counts}. {dropped}. Pass "
         f"denominator= to each backward, on every rank, 0 for a loss over no items"
     )
+
+
+def _sum(losses: Sequence[torch.Tensor]) -> torch.Tensor | float:
+    if len(losses) > 1:
+        return torch.stack(list(losses)).sum()
+    return losses[0] if losses else 0.0
 
 
 def _is_invalid(value: float) -> bool:
