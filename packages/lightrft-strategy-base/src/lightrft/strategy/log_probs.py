@@ -300,7 +300,7 @@ def _check_tensors(call: str, hidden: torch.Tensor, weight: torch.Tensor, bias: 
                 f"them, or call this under torch.autocast"
             )
     if hidden.ndim < 1 or weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
-        empty = ". ZeRO-3 keeps weights empty outside of the forward pass: call strategy.token_log_probs"
+        empty = ". A sharded model has no weights outside of its forward pass: call strategy.token_log_probs"
         raise ArgumentError(
             f"{call}: expected hidden (..., H) and weight (V, H), got {tuple(hidden.shape)} and {tuple(weight.shape)}"
             f"{'. Pass the weight of the head as nn.Linear has it' if weight.numel() else empty}"

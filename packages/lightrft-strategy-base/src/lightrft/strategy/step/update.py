@@ -141,7 +141,7 @@ def _make_update(backend: Backend, trained: TrainedModel) -> tuple[Totals, float
     """
     sharing = backend.config.sp_size
     data_ranks = backend.world.size // sharing
-    # summed over the ranks while the gradient is reduced
+    # Summed over the ranks while the gradient is reduced.
     pending = PendingTotals(trained.denominators, backend.world, sharing=sharing, losses=trained.losses)
     # For the mean over the actual number of micro-batches.
     mean = trained.accumulation_steps / trained.micro_batches
@@ -193,7 +193,7 @@ def _clip_and_step(
 
 
 def _end_update(trained: TrainedModel) -> list[Denominator]:
-    """Begin to count micro-batches anew, after the gradient was cleared. Return the denominators of the update."""
+    """Reset the counters of the update, after its gradient was cleared. Return its denominators."""
     given, trained.denominators, trained.losses = trained.denominators, [], []
     trained.micro_batches = trained.backwards = 0
     trained.gradients_seen = versions(trained)

@@ -60,7 +60,7 @@ class PhaseTimer:
     def take(self) -> tuple[dict[str, float], float]:
         """Return the seconds by phase since the last `take`, and all seconds since then or since the first phase.
 
-        Work that the device has not finished is included in a later `take`.
+        Phases that are still running on the device are reported by a later `take`.
         """
         self._read()
         now = time.monotonic()
