@@ -178,7 +178,7 @@ def test_yaml_reads_exponents_as_numbers(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "content", "words"), [
-    ("c.yaml", "seed: [", "c.yaml: not valid YAML"), ("c.json", "{", "c.json: Expecting property name"), ("c.json", "[1]", "expected a mapping of setting names to values, got list"),
+    ("c.yaml", "seed: [", "c.yaml: expected valid YAML"), ("c.json", "{", "c.json: expected valid JSON, got: Expecting property name"), ("c.json", "[1]", "expected a mapping of setting names to values, got list"),
     ("c.yaml", "1: 2", "expected a mapping of setting names"), ("c.yaml", "sed: 3", "Did you mean 'seed'"), ("c.json", '{"l2": NaN}', r"l2: expected a number >= 0, got float \(nan\)"),
     ("c.json", '{"seed": "1"}', "c.json: .*seed: expected an integer"), ("c.yaml", "self: 1", "'self' is not a setting"),
 ])  # fmt: skip
@@ -238,7 +238,7 @@ def test_a_string_that_looks_like_something_else_stays_a_string(tmp_path, text):
      ([float("nan")], r"\['mine'\]\[0\]: .*, got float \(nan\)"), ({"a": object()}, r"\['mine'\]\['a'\]")],
 )  # fmt: skip
 @pytest.mark.parametrize("form", ["json", "yaml"])
-def test_what_would_not_come_back_as_it_is_is_not_written(tmp_path, value, words, form):
+def test_a_value_that_would_not_be_read_back_unchanged_is_not_written(tmp_path, value, words, form):
     config = StrategyConfig(extra_args={"mine": value})
     with pytest.raises(ConfigError, match=words):
         getattr(config, f"to_{form}")(tmp_path / "config")
@@ -275,7 +275,7 @@ def test_an_attribute_that_cannot_be_read_is_named():
 @pytest.mark.parametrize(
     ("name", "meant"), [("fspd", "fsdp"), ("bf61", "bf16"), ("sed", "seed"), ("zgp", "zpg"), ("timeuot", "timeout")]
 )
-def test_a_slip_in_a_short_name_is_noticed(name, meant):
+def test_a_typo_in_a_short_name_is_noticed(name, meant):
     with pytest.warns(UserWarning, match=f"Did you mean '{meant}'"):
         StrategyConfig.from_args(argparse.Namespace(**{name: 1}))
     with pytest.raises(ConfigError, match=f"'{name}' is not a setting. Did you mean '{meant}'.*extra_args"):
@@ -328,7 +328,7 @@ def test_json_texts_are_read_as_files_are():
         ('{"seed": "7"}', r"model_validate_json: .*seed: expected an integer.*got str \('7'\)"),
         ('{"sed": 7}', "model_validate_json: .*'sed' is not a setting.*Did you mean 'seed'"),
         ('{"seed": 7, "seed": 8}', "duplicate key 'seed'"),
-        ("{", "model_validate_json: Expecting"),
+        ("{", "model_validate_json: expected valid JSON, got: Expecting"),
         ("[1]", "model_validate_json: .*expected a mapping of settings, got list"),
         (5, "expected a JSON text, got int"),
     ]:

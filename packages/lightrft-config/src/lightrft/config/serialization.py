@@ -6,6 +6,11 @@ from lightrft.config.errors import ConfigError
 from lightrft.config.validation import shown
 
 
+def invalid(language: str, reason: object) -> ConfigError:
+    """Return the error for a text that cannot be parsed."""
+    return ConfigError(f"expected valid {language}, got: {reason}. Correct it there")
+
+
 def without_duplicates(pairs: list[tuple[object, object]]) -> dict[object, object]:
     """Return the pairs of a JSON object or a YAML mapping as a dict. Raises ConfigError if a key occurs twice."""
     mapping: dict[object, object] = {}

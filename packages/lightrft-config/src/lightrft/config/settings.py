@@ -68,7 +68,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True, defer_build=True
-    )  # defer_build: `StrategyConfig` builds a validator of its own
+    )  # defer_build: `StrategyConfig` builds its own validator
 
     # Strategy and device
     strategy: str = setting("strategy", "auto", min_length=1)

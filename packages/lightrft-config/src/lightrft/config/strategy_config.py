@@ -3,8 +3,7 @@
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -12,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Self, cast
 from pydantic import ConfigDict, PrivateAttr, ValidationError
 
 from lightrft.config.conflicts import conflicts, conflicts_of_others
-from lightrft.config.errors import ConfigError, ConfigFileError
+from lightrft.config.errors import ConfigError
+from lightrft.config.files import as_path, file_errors, load_json, naming, read_file
 from lightrft.config.names import near_miss, nearest
-from lightrft.config.serialization import check_serializable, without_duplicates
+from lightrft.config.serialization import check_serializable
 from lightrft.config.settings import Owner, Settings
 from lightrft.config.sources import read_settings
 from lightrft.config.validation import combined_error, invalid_settings, shown
@@ -88,7 +88,7 @@ class StrategyConfig(Settings):
         if not isinstance(json_data, (str, bytes, bytearray)):
             raise ConfigError(f"{call}: expected a JSON text, got {shown(json_data)}")
         try:
-            return cls.model_validate(json.loads(json_data, object_pairs_hook=without_duplicates))
+            return cls.model_validate(load_json(json_data))
         except ValueError as error:  # ConfigError too
             raise ConfigError(f"{call}: {error}") from None
 
@@ -164,28 +164,28 @@ class StrategyConfig(Settings):
         return config
 
     @classmethod
-    def from_yaml(cls, path: str | Path) -> Self:
-        """Read a YAML file.
+    def from_file(cls, path: str | Path) -> Self:
+        """Read a file of settings: YAML, JSON or TOML, by its suffix.
 
-        Booleans and numbers follow YAML 1.2: ``1e-5`` is a number; ``no``, ``010`` and ``1:30`` are strings.
+        Booleans and numbers in YAML follow YAML 1.2: ``1e-5`` is a number; ``no``, ``010`` and ``1:30`` are strings. The
+        section ``engine`` has the settings and extra arguments of rollout engines, without ``engine_`` in their names.
 
         Args:
-            path: The file. An empty file means the defaults.
+            path: The file: ``.yaml``, ``.yml``, ``.json`` or ``.toml``. An empty YAML or TOML file means the defaults.
 
         Returns:
             The config.
 
         Raises:
-            ConfigError: The file is not valid YAML, or a setting is unknown or invalid.
+            ConfigError: The file has another suffix or is not valid, a name occurs twice, or a setting is unknown or
+                invalid.
             ConfigFileError: The file cannot be read.
         """
-        from lightrft.config.yaml_format import load_yaml
-
-        return cls._from_file("from_yaml", path, load_yaml)
+        return cls._from_file("from_file", path)
 
     @classmethod
-    def from_json(cls, path: str | Path) -> Self:
-        """Read a JSON file.
+    def from_yaml(cls, path: str | Path) -> Self:
+        """Read a YAML file of any name, as `from_file` does.
 
         Args:
             path: The file.
@@ -194,30 +194,32 @@ class StrategyConfig(Settings):
             The config.
 
         Raises:
-            ConfigError: The file is not valid JSON, or a setting is unknown or invalid.
-            ConfigFileError: The file cannot be read.
+            ConfigError, ConfigFileError: As `from_file`.
         """
-        return cls._from_file("from_json", path, partial(json.loads, object_pairs_hook=without_duplicates))
+        from lightrft.config.yaml_format import load_yaml
+
+        return cls._from_file("from_yaml", path, load_yaml)
 
     @classmethod
-    def _from_file(cls, call: str, path: str | Path, load: Callable[[str], object]) -> Self:
-        file = _path(call, path)
-        try:
-            with _file_errors(call, "read", file):
-                text = file.read_text(encoding="utf-8")
-            content = load(text)
-            if content is None:
-                content = {}
-            if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-                raise ConfigError(f"expected a mapping of setting names to values, got {shown(content)}")
-            check_serializable(content.get("extra_args"), "extra_args")
-            return cls(**content)
-        except ConfigFileError:
-            raise
-        except ValueError as error:  # ConfigError, invalid JSON or UTF-8, an integer with too many digits
-            named = ConfigError(f"{path}: {error}")
-            named.messages = error.messages if isinstance(error, ConfigError) else ()
-            raise named from error
+    def from_json(cls, path: str | Path) -> Self:
+        """Read a JSON file of any name, as `from_file` does.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The config.
+
+        Raises:
+            ConfigError, ConfigFileError: As `from_file`.
+        """
+        return cls._from_file("from_json", path, load_json)
+
+    @classmethod
+    def _from_file(cls, call: str, path: str | Path, load: Callable[[str], object] | None = None) -> Self:
+        settings = read_file(f"StrategyConfig.{call}", path, load)
+        with naming(path):
+            return cls(**settings)
 
     @staticmethod
     def add_arguments(parser: "argparse.ArgumentParser") -> "argparse.ArgumentParser":
@@ -226,8 +228,14 @@ class StrategyConfig(Settings):
         Hyphens may replace underscores. A flag (``--bf16``) has an opposite (``--no-bf16``). ``none`` is accepted where
         a setting may be None. Options that the parser already has are not replaced.
 
+        ``--config FILE`` reads settings from a file, as `from_file` does. Its ``extra_args`` may name any option or
+        positional argument of the script. Other options of the command line override the file, wherever they stand. A later
+        file overrides an earlier one; mappings in both are merged. ``--engine.NAME VALUE`` sets a setting or an extra
+        argument of rollout engines, and ``--engine.NAME.KEY VALUE`` one value in it.
+
         Args:
-            parser: The parser. Pass what it parses to `from_args`.
+            parser: The parser. Pass what it parses to `from_args`. A parser that takes this one as one of its ``parents``
+                does not read files: add the options to it directly.
 
         Returns:
             ``parser``.
@@ -255,7 +263,7 @@ class StrategyConfig(Settings):
         """Whether `from_args` made this config. If so, a setting that the strategy does not support warns; if not, it raises."""
         return self._source is not None
 
-    def get_extra_arg(self, name: str, default: Any = None) -> Any:
+    def get_extra_arg(self, name: str, default: object = None) -> Any:
         """Return a value from ``extra_args``.
 
         Args:
@@ -298,7 +306,7 @@ class StrategyConfig(Settings):
 
     # Writing
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, **changes: object) -> Self:
         """Return a copy with some settings changed. The copy keeps `args`.
 
         Args:
@@ -368,10 +376,11 @@ class StrategyConfig(Settings):
         self._write("to_yaml", path, dump_yaml)
 
     def _write(self, call: str, path: str | Path, dump: Callable[[dict[str, object]], str]) -> None:
-        file = _path(call, path)
+        call = f"StrategyConfig.{call}"
+        file = as_path(call, path)
         check_serializable(self.extra_args, f"{path}: extra_args")
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in self.to_dict().items()}
-        with _file_errors(call, "write", file):
+        with file_errors(call, "write", file):
             file.write_text(dump(plain), encoding="utf-8")
 
     @classmethod
@@ -419,23 +428,3 @@ def _with_names(settings: Mapping[Any, Any], call: str) -> dict[str, Any]:
         if not isinstance(name, str):
             raise ConfigError(f"{call}: expected names that are strings, got {shown(name)}")
     return dict(settings)
-
-
-def _path(call: str, path: str | Path) -> Path:
-    """Return ``path`` with the home directory for ``~``."""
-    if not isinstance(path, (str, os.PathLike)):
-        raise ConfigError(f"StrategyConfig.{call}: expected the path of a file, got {shown(path)}")
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise ConfigFileError(f"StrategyConfig.{call}: cannot find {path}: {error}. Check the path") from error
-
-
-@contextmanager
-def _file_errors(call: str, verb: str, path: Path) -> Iterator[None]:
-    """Convert an `OSError` of the body to a `ConfigFileError` that names ``path``."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise ConfigFileError(f"StrategyConfig.{call}: cannot {verb} {path}: {reason}. Check the path") from error

@@ -24,11 +24,11 @@ _LONGEST_REPR = 200
 
 
 def shown(value: object) -> str:
-    """Return the type and the shortened repr of ``value``: ``int (3)``."""
+    """Return the type and the shortened repr of ``value``, in one line: ``int (3)``."""
     if value is None:
         return "None"
     try:
-        text = repr(value)
+        text = " ".join(repr(value).split())
     except ValueError:  # more digits than Python converts
         text = "too many digits to show"
     return f"{type(value).__name__} ({text if len(text) <= _LONGEST_REPR else text[:_LONGEST_REPR] + '...'})"
@@ -71,7 +71,7 @@ def _message(error: ErrorDetails, given: dict[str, object]) -> str:
     name = str(error["loc"][0])
     if error["type"] == "extra_forbidden":
         likely = nearest(name, Settings.model_fields)
-        remedy = f"Did you mean {likely!r}?" if likely else "StrategyConfig.from_args keeps other names in extra_args."
+        remedy = f"Did you mean {likely!r}?" if likely else "Values that are not settings belong in extra_args."
         return f"{name!r} is not a setting, got {shown(given.get(name))}. {remedy}"
     expected = describe(Settings.model_json_schema()["properties"][name])
     remedy = f". {error['ctx']['error']}" if error["type"] == "value_error" else ""

@@ -5,8 +5,7 @@ from typing import Any
 
 import yaml
 
-from lightrft.config.errors import ConfigError
-from lightrft.config.serialization import without_duplicates
+from lightrft.config.serialization import invalid, without_duplicates
 
 _SCALARS = [
     ("bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF"),
@@ -57,7 +56,7 @@ def load_yaml(text: str) -> object:
     try:
         return yaml.load(text, Loader=YamlLoader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"not valid YAML: {error}") from error
+        raise invalid("YAML", error) from error
 
 
 def dump_yaml(settings: dict[str, object]) -> str:
