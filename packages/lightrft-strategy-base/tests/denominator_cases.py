@@ -49,7 +49,7 @@ def collectives_of_an_update(denominator: float | None) -> list[tuple[int, bool]
     return made
 
 
-def errors_of_unequal_ranks(others: float | None, mine: float | None, rank: int) -> tuple[str, list[float]]:
+def errors_of_unequal_ranks(others: float | None, mine: Any, rank: int) -> tuple[str, list[float]]:
     """The error on this rank if ``rank`` alone passes ``mine``, and the weights after one more update of 4 items."""
     with Plain(device="cpu", bf16=False, train_batch_size=2, max_norm=None) as strategy:
         model, optimizer = prepared(strategy)

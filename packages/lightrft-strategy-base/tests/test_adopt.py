@@ -134,14 +134,14 @@ def test_undo_leaves_the_environment_as_it_was(environment, clone):
     assert "the __init__ of the clone" in environment.python("train.py", cwd=clone, code=1)
 
 
-def test_a_clone_that_was_deleted_does_no_harm(environment, clone):
+def test_a_deleted_clone_is_ignored(environment, clone):
     environment.lightrft("adopt", clone)
     clone.rename(clone.with_name("moved"))
     assert environment.python("-c", "import lightrft.config; print('found')") == "found"
 
 
 @pytest.mark.parametrize("argument", ["lightrft", "examples", "nothing", "train.py", "..", "examples/nothing"])
-def test_what_is_no_clone_is_refused(environment, clone, argument):
+def test_a_directory_that_is_no_clone_is_refused(environment, clone, argument):
     told = environment.lightrft("adopt", clone / argument, code=2)
     remedy = "Pass the directory that git cloned" if "/" in argument or argument == ".." else f"Pass {clone}"
     assert told.startswith("lightrft adopt: expected a clone of LightRFT (a directory with lightrft/trainer)")
@@ -162,7 +162,7 @@ def test_adopting_or_undoing_twice_is_refused(environment, clone):
 
 
 @pytest.mark.parametrize("arguments", [(), ("--undo", "--status"), (".", "--undo")])
-def test_one_thing_at_a_time(environment, arguments):
+def test_adopt_and_undo_cannot_be_combined(environment, arguments):
     assert "expected PATH, --undo or --status" in environment.lightrft("adopt", *arguments, code=2)
 
 
@@ -192,7 +192,7 @@ def test_a_clone_that_hides_our_packages_is_named_with_the_command(environment, 
         f"lightrft convert: the clone of LightRFT in {clone} hides the packages of this layer. Run: lightrft adopt {clone}"
     )
     environment.lightrft("adopt", clone, path=[clone])
-    assert "checkpoint" in environment.lightrft("convert", "checkpoint", "output", path=[clone], code=1)
+    assert "checkpoint" in environment.lightrft("convert", "checkpoint", "output", path=[clone], code=2)
 
 
 def test_another_package_that_hides_ours_is_named(environment, tmp_path):

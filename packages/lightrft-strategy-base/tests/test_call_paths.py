@@ -10,7 +10,7 @@ from call_paths import call_paths
 ARCHITECTURE = Path(__file__).parents[3] / "docs/architecture.md"
 
 LIMITS = {
-    "step": 8,
+    "step": 7,
     "save_ckpt": 15,
     "load_ckpt": 18,
     "update_engine_weights": 14,

@@ -53,7 +53,7 @@ def test_links_are_neither_cleaned_up_nor_rotated_nor_replaced(strategy, model, 
 # What cannot be removed
 
 
-def test_what_cannot_be_removed_is_a_warning_with_its_path(strategy, model, tmp_path, monkeypatch, caplog):
+def test_a_path_that_cannot_be_removed_is_named_in_a_warning(strategy, model, tmp_path, monkeypatch, caplog):
     strategy.save_ckpt(model, tmp_path, tag="a")
     shutil.copytree(tmp_path / "a", tmp_path / ".x.writing")
     unlink = Path.unlink
@@ -68,7 +68,9 @@ def test_what_cannot_be_removed_is_a_warning_with_its_path(strategy, model, tmp_
         for tag in ("b", "b", "c"):
             strategy.save_ckpt(model, tmp_path, tag=tag, max_num=1)
     for name in (".x.writing", ".b.replaced", ".a.removing"):
-        assert any(f"fix {tmp_path / name}" in it and "Permission denied" in it for it in caplog.messages)
+        assert any(
+            f"fix {tmp_path / name}" in message and "Permission denied" in message for message in caplog.messages
+        )
     assert strategy.load_ckpt(model, tmp_path)[0].name == "c"
     monkeypatch.undo()
     strategy.save_ckpt(model, tmp_path, tag="d", max_num=1)
@@ -78,7 +80,7 @@ def test_what_cannot_be_removed_is_a_warning_with_its_path(strategy, model, tmp_
 # Files of somebody's
 
 
-def test_files_that_somebody_put_into_a_checkpoint_outlive_it(strategy, model, tmp_path, caplog):
+def test_foreign_files_in_a_checkpoint_are_kept_when_it_is_removed(strategy, model, tmp_path, caplog):
     path = strategy.save_ckpt(model, tmp_path, tag="a")
     (path / "notes.txt").write_text("mine")
     strategy.save_ckpt(model, tmp_path, tag="a")
@@ -91,7 +93,7 @@ def test_files_that_somebody_put_into_a_checkpoint_outlive_it(strategy, model, t
 
 
 @pytest.mark.parametrize("instant", ["moved away", "given back"])
-def test_files_of_somebody_outlive_a_killed_rotation(strategy, model, tmp_path, instant):
+def test_foreign_files_are_kept_after_a_killed_rotation(strategy, model, tmp_path, instant):
     path = strategy.save_ckpt(model, tmp_path, tag="a")
     (path / "notes.txt").write_text("mine")
     path.rename(tmp_path / ".a.removing")
@@ -106,7 +108,7 @@ def test_files_of_somebody_outlive_a_killed_rotation(strategy, model, tmp_path, 
 # Two writers
 
 
-def test_what_another_process_is_saving_is_left_alone(strategy, model, tmp_path):
+def test_a_save_in_progress_in_another_process_is_left_alone(strategy, model, tmp_path):
     other = TagWriter(tmp_path, "t")
     other.begin("token", {})
     strategy.save_ckpt(model, tmp_path, tag="u", max_num=1)
@@ -143,7 +145,7 @@ def test_a_checkpoint_that_another_process_is_replacing_is_not_rotated_away(stra
     assert names(tmp_path) == ["a", "b", "latest"]
 
 
-def test_a_killed_process_holds_nothing(strategy, model, tmp_path):
+def test_a_killed_process_holds_no_lock(strategy, model, tmp_path):
     code = f"""
 from pathlib import Path
 from lightrft.strategy.checkpoint.save_checkpoint import TagWriter
@@ -157,7 +159,7 @@ os.kill(os.getpid(), 9)
     assert names(tmp_path) == ["latest", "t"]
 
 
-def test_a_lock_is_had_by_one_and_leaves_no_file(tmp_path):
+def test_one_process_at_a_time_holds_a_lock_and_its_file_is_removed(tmp_path):
     one, other = Lock(tmp_path, "t"), Lock(tmp_path, "t")
     assert one.acquire() and not other.acquire()
     one.release()
@@ -166,7 +168,7 @@ def test_a_lock_is_had_by_one_and_leaves_no_file(tmp_path):
     assert not names(tmp_path)
 
 
-def test_a_lock_that_its_holder_removed_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+def test_a_lock_file_that_was_removed_meanwhile_is_created_again(tmp_path, monkeypatch):
     one, other = Lock(tmp_path, "t"), Lock(tmp_path, "t")
     assert one.acquire()
     opened = os.open
@@ -182,7 +184,7 @@ def test_a_lock_that_its_holder_removed_meanwhile_is_taken_anew(tmp_path, monkey
     other.release()
 
 
-def test_a_file_system_without_locks_is_written_to_all_the_same(strategy, model, tmp_path, monkeypatch):
+def test_a_file_system_without_locks_can_be_written_to(strategy, model, tmp_path, monkeypatch):
     def none(*_):
         raise OSError(37, "No locks available")
 
@@ -217,7 +219,7 @@ def test_checkpoints_of_other_runs_of_these_models_are_named_once(tmp_path, capl
     assert "has 1 checkpoints of these models from other runs (one1), which max_num" in said[0]
 
 
-def test_a_run_that_goes_on_says_nothing_of_its_own_checkpoints(tmp_path, caplog):
+def test_a_resumed_run_does_not_warn_of_its_own_checkpoints(tmp_path, caplog):
     for run in ("one", "two"):
         with FakeStrategy(bf16=False, train_batch_size=1) as strategy:
             model = strategy.prepare_model(nn.Linear(3, 2))
@@ -259,7 +261,7 @@ def test_keep_is_a_list_of_tags(strategy, model, tmp_path, keep, kind, message):
     assert not names(tmp_path)
 
 
-def test_rotation_goes_on_where_a_run_does(tmp_path):
+def test_rotation_includes_the_checkpoints_of_a_resumed_run(tmp_path):
     for run in ("one", "two"):
         with FakeStrategy(bf16=False, train_batch_size=1) as strategy:
             model = strategy.prepare_model(nn.Linear(3, 2))
@@ -270,7 +272,7 @@ def test_rotation_goes_on_where_a_run_does(tmp_path):
     assert names(tmp_path) == ["latest", "two0", "two1"]
 
 
-def test_weights_alone_do_not_make_a_run_go_on(tmp_path):
+def test_loading_weights_alone_does_not_resume_a_run(tmp_path):
     for tag in ("one", "two"):
         with FakeStrategy(bf16=False, train_batch_size=1) as strategy:
             model = strategy.prepare_model(nn.Linear(3, 2))
@@ -313,7 +315,7 @@ def test_a_checkpoint_of_other_models_is_not_replaced(strategy, model, tmp_path)
         (5, "check the file system"),
     ],
 )
-def test_what_the_system_refuses_is_said_with_the_file_and_what_to_do(tmp_path, number, remedy):
+def test_an_error_of_the_system_names_the_file_and_the_remedy(tmp_path, number, remedy):
     with (
         pytest.raises(CheckpointError, match=rf"cannot write {tmp_path}/t/file: .*; {remedy}"),
         files.explain_os_errors(tmp_path, "cannot write"),
@@ -321,7 +323,7 @@ def test_what_the_system_refuses_is_said_with_the_file_and_what_to_do(tmp_path, 
         raise OSError(number, os.strerror(number), str(tmp_path / "t" / "file"))
 
 
-def test_a_missing_file_is_named_with_the_tag_and_what_to_do(strategy, model, tmp_path):
+def test_a_missing_file_is_named_with_its_tag_and_the_remedy(strategy, model, tmp_path):
     path = strategy.save_ckpt(model, tmp_path, tag="t")
     (path / "rank-00000-of-00001.safetensors").unlink()
     with pytest.raises(
@@ -331,7 +333,7 @@ def test_a_missing_file_is_named_with_the_tag_and_what_to_do(strategy, model, tm
 
 
 @pytest.mark.parametrize(("module", "step"), [(files, "write_text"), (format, "write_tensors"), (files, "synchronise")])
-def test_a_failed_save_leaves_nothing(strategy, model, tmp_path, monkeypatch, module, step):
+def test_a_failed_save_leaves_no_files(strategy, model, tmp_path, monkeypatch, module, step):
     strategy.save_ckpt(model, tmp_path, tag="a")
     done = getattr(module, step)
 

@@ -128,7 +128,7 @@ def test_saving_under_a_tag_again_replaces_it_and_makes_it_the_newest(strategy, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "latest"]
 
 
-def test_what_is_not_to_be_the_latest_is_found_by_its_tag_alone(strategy, tmp_path):
+def test_a_checkpoint_saved_without_save_latest_loads_only_by_its_tag(strategy, tmp_path):
     model, _ = in_training(strategy)
     strategy.save_ckpt(model, tmp_path, tag="a")
     strategy.save_ckpt(model, tmp_path, tag="b", save_latest=False)
@@ -152,7 +152,7 @@ def test_rotation_keeps_what_is_loaded_without_a_tag(strategy, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d", "latest"]
 
 
-def test_latest_never_names_what_may_not_be_loaded_without_its_tag(strategy, tmp_path):
+def test_latest_never_names_a_checkpoint_saved_without_save_latest(strategy, tmp_path):
     model, _ = in_training(strategy)
     for tag in ("a", "b"):
         strategy.save_ckpt(model, tmp_path, tag=tag)
@@ -172,7 +172,7 @@ def spoil(path):
 
 @pytest.mark.parametrize("damage", [spoil, Path.unlink])
 @pytest.mark.parametrize("named", [True, False])
-def test_a_damaged_newest_checkpoint_is_named_with_those_that_are_whole(strategy, tmp_path, damage, named):
+def test_a_damaged_newest_checkpoint_is_named_with_the_undamaged_ones(strategy, tmp_path, damage, named):
     model, _ = in_training(strategy)
     for tag in ("a", "b", "c"):
         strategy.save_ckpt(model, tmp_path, tag=tag)
@@ -207,7 +207,7 @@ def test_a_directory_that_cannot_be_read_is_named(strategy, tmp_path, monkeypatc
         strategy.load_ckpt(model, tmp_path)
 
 
-def test_a_directory_of_somebody_else_is_not_replaced(strategy, tmp_path):
+def test_a_directory_that_is_no_checkpoint_is_not_replaced(strategy, tmp_path):
     model, _ = in_training(strategy)
     (tmp_path / "t").mkdir()
     with pytest.raises(
@@ -216,7 +216,7 @@ def test_a_directory_of_somebody_else_is_not_replaced(strategy, tmp_path):
         strategy.save_ckpt(model, tmp_path, tag="t")
 
 
-def test_a_replaced_checkpoint_counts_until_the_new_one_is_there(strategy, tmp_path):
+def test_a_replaced_checkpoint_counts_until_the_new_one_is_committed(strategy, tmp_path):
     model, optimizer = in_training(strategy)
     strategy.save_ckpt(model, tmp_path, tag="t")
     (tmp_path / "t").rename(tmp_path / ".t.replaced")  # killed between the two renames
@@ -226,7 +226,7 @@ def test_a_replaced_checkpoint_counts_until_the_new_one_is_there(strategy, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "t", "u"]
 
 
-def test_a_strangers_hidden_directory_is_not_cleaned_up(strategy, tmp_path):
+def test_a_foreign_hidden_directory_is_not_cleaned_up(strategy, tmp_path):
     model, _ = in_training(strategy)
     (tmp_path / ".mine.writing").mkdir()
     (tmp_path / ".mine.writing" / "notes.txt").touch()
@@ -261,7 +261,7 @@ def test_limits_that_are_no_numbers(strategy, tmp_path, limits):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_tag_names_those_that_are_there(strategy, tmp_path):
+def test_a_missing_tag_lists_the_available_ones(strategy, tmp_path):
     model, _ = in_training(strategy)
     path = strategy.save_ckpt(model, tmp_path, tag="t")
     with pytest.raises(CheckpointNotFoundError, match=r"expected checkpoint 'u' in .*Available: t"):
@@ -285,7 +285,7 @@ def test_a_model_of_another_shape_is_refused_by_name(strategy, tmp_path):
         strategy.load_ckpt(other, tmp_path, load_module_strict=False)
 
 
-def test_damage_is_named_also_where_the_model_does_not_fit(strategy, tmp_path):
+def test_damage_is_reported_before_a_mismatch_of_the_model(strategy, tmp_path):
     (model, _), (other, _) = in_training(strategy), in_training(strategy, width=5)
     file = strategy.save_ckpt(model, tmp_path) / "rank-00000-of-00001.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\xff")
@@ -293,7 +293,7 @@ def test_damage_is_named_also_where_the_model_does_not_fit(strategy, tmp_path):
         strategy.load_ckpt(other, tmp_path)
 
 
-def test_weights_alone_go_where_an_optimizer_is_only_when_asked(strategy, tmp_path):
+def test_weights_without_optimizer_state_load_only_if_requested(strategy, tmp_path):
     model, _ = in_training(strategy)
     alone = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
     strategy.prepare(alone)
@@ -345,7 +345,7 @@ def stepwise(strategy, *parts):
 
 
 @pytest.mark.parametrize("here", [[ConstantLR] * 2, [ConstantLR] * 4, [ConstantLR, ConstantLR, LinearLR]])
-def test_a_schedule_of_other_parts_is_refused_before_anything_changes(strategy, tmp_path, here):
+def test_a_schedule_with_other_parts_is_refused_before_anything_changes(strategy, tmp_path, here):
     strategy.save_ckpt(stepwise(strategy, *[ConstantLR] * 3), tmp_path)
     model = stepwise(strategy, *here)
     before = weights(model)
@@ -371,7 +371,7 @@ class Copies(FakeStrategy):
     supported_settings = frozenset({"adam_offload"})
 
 
-def test_the_state_of_an_offloaded_optimizer_is_loaded_to_where_it_is(tmp_path):
+def test_the_state_of_an_offloaded_optimizer_is_loaded_on_its_device(tmp_path):
     with Copies(None, bf16=False, train_batch_size=1, adam_offload=True) as strategy:
         model, optimizer = in_training(strategy)
         update(strategy, model, optimizer)
@@ -385,7 +385,7 @@ def test_the_state_of_an_offloaded_optimizer_is_loaded_to_where_it_is(tmp_path):
 
 
 @pytest.mark.parametrize(("there", "here"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float32)])
-def test_state_takes_the_type_of_its_parameter_as_weights_do(strategy, tmp_path, there, here):
+def test_state_is_cast_to_the_dtype_of_its_parameter(strategy, tmp_path, there, here):
     model = nn.Linear(3, 2).to(there)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(3, dtype=there)).sum().backward()
@@ -400,7 +400,7 @@ def test_state_takes_the_type_of_its_parameter_as_weights_do(strategy, tmp_path,
     assert strategy.optimizer_step(its, other, boundary=True).applied
 
 
-def test_bare_models_are_taken_with_the_optimizer_that_is_passed(strategy, tmp_path):
+def test_unprepared_models_are_saved_with_the_optimizer_that_is_passed(strategy, tmp_path):
     model = nn.Linear(3, 1)
     optimizer = torch.optim.AdamW(model.parameters())
     update(strategy, model, optimizer)
@@ -410,7 +410,7 @@ def test_bare_models_are_taken_with_the_optimizer_that_is_passed(strategy, tmp_p
     assert same(weights(model), weights(other))
 
 
-def test_tensors_whose_memory_is_in_another_order_come_back_as_they_were(strategy, tmp_path):
+def test_tensors_with_another_memory_order_are_restored_exactly(strategy, tmp_path):
     def in_another_order():
         model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten(), nn.Linear(4, 1)).to(memory_format=torch.channels_last)
         model.register_buffer("transposed", torch.randn(2, 3).t())
@@ -450,7 +450,7 @@ def test_a_moving_average_of_tensors_in_another_order(strategy):
     assert torch.equal(average.weight, before * 0.5 + model.weight * 0.5)
 
 
-def test_a_type_that_files_cannot_hold_is_named(strategy, tmp_path):
+def test_a_dtype_that_files_cannot_store_is_named(strategy, tmp_path):
     model, _ = in_training(strategy)
     model.register_buffer("wave", torch.zeros(2, dtype=torch.complex64))
     with pytest.raises(
@@ -466,7 +466,7 @@ def test_a_single_element_has_bytes_whatever_its_stride(dtype):
     assert bytes(memory_of(single)) == bytes(memory_of(torch.ones(1, dtype=dtype)))
 
 
-def test_a_failure_in_the_background_is_raised_by_close(tmp_path, monkeypatch):
+def test_close_raises_a_failed_background_save(tmp_path, monkeypatch):
     strategy = FakeStrategy(bf16=False, train_batch_size=1, async_ckpt=True)
     model, _ = in_training(strategy)
 
@@ -498,13 +498,13 @@ def ended_while_saving(folder):
     return subprocess.run([sys.executable, "-c", ENDING, str(folder)], capture_output=True, text=True, timeout=100)
 
 
-def test_a_process_that_ends_waits_for_its_last_checkpoint(tmp_path):
+def test_a_process_waits_for_its_last_checkpoint_before_it_exits(tmp_path):
     assert ended_while_saving(tmp_path).stderr == ""
-    with CheckpointReader(tmp_path / "t") as found:
-        found.verify()
+    with CheckpointReader(tmp_path / "t") as got:
+        got.verify()
 
 
-def test_a_failure_that_nobody_asks_for_is_written_to_stderr(tmp_path):
+def test_an_unobserved_failure_is_written_to_stderr(tmp_path):
     (tmp_path / "t").mkdir()
     assert (
         f"rank 0: {tmp_path}/t was not saved: CheckpointError: save_ckpt: expected {tmp_path}/t to be new"
@@ -531,7 +531,7 @@ def test_a_save_waits_for_the_one_in_the_background(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "latest"]
 
 
-def test_a_relative_directory_is_meant_as_it_was_when_save_ckpt_was_called(tmp_path, monkeypatch):
+def test_a_relative_directory_is_resolved_when_save_ckpt_is_called(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     (tmp_path / "there").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -570,7 +570,7 @@ def test_sigterm_requests_a_stop_at_the_next_update_and_saves_as_the_block_is_le
     strategy.close()
 
 
-def test_nothing_is_saved_where_no_stop_was_requested_or_the_block_failed(strategy, tmp_path):
+def test_nothing_is_saved_without_a_requested_stop_or_if_the_block_failed(strategy, tmp_path):
     model, _ = in_training(strategy)
     with strategy.saving_on_sigterm(lambda: strategy.save_ckpt(model, tmp_path)):
         pass
@@ -579,7 +579,7 @@ def test_nothing_is_saved_where_no_stop_was_requested_or_the_block_failed(strate
     assert not list(tmp_path.iterdir())
 
 
-def test_saving_on_sigterm_wants_the_main_thread(strategy):
+def test_saving_on_sigterm_requires_the_main_thread(strategy):
     raised = []
 
     def enter():
@@ -605,7 +605,7 @@ PLAIN = st.recursive(
 
 
 @given(PLAIN)
-def test_plain_values_come_back_equal_and_of_their_types(value):
+def test_plain_values_are_restored_with_their_types(value):
     import json
 
     assert repr(from_json(json.loads(json.dumps(to_json(value, "v"))))) == repr(value)
@@ -624,7 +624,7 @@ class Level(enum.IntEnum):
     [Mode.FAST, Level.HIGH, np.float64(0.5), np.int64(1), np.bool_(True), OrderedDict(a=1), StepResult(applied=True, skipped=False, grad_norm=None)],
     ids=repr,
 )  # fmt: skip
-def test_what_would_come_back_as_something_else_is_refused_before_anything_is_written(strategy, tmp_path, value):
+def test_a_value_that_json_would_change_is_refused_before_anything_is_written(strategy, tmp_path, value):
     model, _ = in_training(strategy)
     with pytest.raises(
         ArgumentTypeError,
@@ -639,12 +639,12 @@ def test_a_key_may_be_a_number_of_more_digits_than_python_writes():
     assert from_json(to_json(value, "client_state")) == value
 
 
-def test_a_key_that_would_come_back_as_something_else_is_refused():
+def test_a_key_that_json_would_change_is_refused():
     with pytest.raises(ArgumentTypeError, match=r"v \(key\): expected .* got a .*\.Mode, which"):
         to_json({Mode.FAST: 1}, "v")
 
 
-def test_rates_that_are_numpys_do_not_keep_a_run_from_being_saved(strategy, tmp_path):
+def test_numpy_learning_rates_can_be_saved(strategy, tmp_path):
     model = nn.Linear(3, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=np.float64(0.5))
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, np.float64(0.5))
@@ -655,7 +655,7 @@ def test_rates_that_are_numpys_do_not_keep_a_run_from_being_saved(strategy, tmp_
     assert (optimizer.param_groups[0]["lr"], scheduler.gamma) == (0.5, 0.5)
 
 
-def test_what_has_no_safe_form_is_named_by_its_place():
+def test_a_value_without_a_safe_form_is_named_by_its_path():
     with pytest.raises(ArgumentTypeError, match=r"v\['a'\]\[1\]: expected .* got a builtins.object"):
         to_json({"a": [1, object()]}, "v")
 
@@ -669,19 +669,19 @@ RANGES = st.lists(
 @given(RANGES)
 def test_each_range_is_written_by_one_of_its_holders(held):
     chosen = choose_writers(held)
-    assert set(chosen) == {it for ranges in held for it in ranges}
-    assert all(it in held[rank] for it, rank in chosen.items())
+    assert set(chosen) == {value for ranges in held for value in ranges}
+    assert all(value in held[rank] for value, rank in chosen.items())
 
 
 def test_replicas_share_the_writing():
-    whole = [(entry, 0, 10) for entry in range(8)]
-    chosen = list(choose_writers([whole, whole, whole, whole]).values())
+    ranges = [(entry, 0, 10) for entry in range(8)]
+    chosen = list(choose_writers([ranges, ranges, ranges, ranges]).values())
     assert [chosen.count(rank) for rank in range(4)] == [2, 2, 2, 2]
 
 
 @given(st.integers(0, 20), st.lists(st.integers(0, 20), max_size=4), st.data())
-def test_any_range_is_put_together_from_any_pieces(numel, cuts, data):
-    bounds = sorted({0, numel, *(it for it in cuts if it < numel)})
+def test_any_range_is_assembled_from_any_pieces(numel, cuts, data):
+    bounds = sorted({0, numel, *(value for value in cuts if value < numel)})
     pieces = [
         (0, Piece(entry="e", dtype=torch.uint8, shape=(numel,), offset=begin, numel=end - begin))
         for begin, end in itertools.pairwise(bounds)
@@ -702,7 +702,7 @@ def test_a_gap_is_an_error():
         check_covered("e", 10, [(5, 5), (0, 4)])
 
 
-def test_a_header_says_what_was_put_into_it():
+def test_a_header_describes_its_pieces():
     pieces = [
         Piece(entry=f"m/parameters/{name}", dtype=dtype, shape=(4, 2), offset=offset, numel=numel, checksum="0" * 8)
         for name, dtype, offset, numel in [("a", torch.float32, 0, 5), ("b@1", torch.bfloat16, 3, 5)]
@@ -710,12 +710,12 @@ def test_a_header_says_what_was_put_into_it():
     stamp = Stamp(tag="t", nonce="n")
     header = encode_header(pieces, stamp)
     assert header_length(header[:8], 10**6) == len(header)
-    found, its = decode_header(header)
+    got, its = decode_header(header)
     assert its == stamp
-    assert [(it.entry, it.dtype, it.offset, it.numel) for it in found] == [
-        (it.entry, it.dtype, it.offset, it.numel) for it in pieces
+    assert [(piece.entry, piece.dtype, piece.offset, piece.numel) for piece in got] == [
+        (piece.entry, piece.dtype, piece.offset, piece.numel) for piece in pieces
     ]
-    assert found[1].position - found[0].position == 20
+    assert got[1].position - got[0].position == 20
 
 
 def test_the_files_are_safetensors(strategy, tmp_path):
@@ -727,23 +727,23 @@ def test_the_files_are_safetensors(strategy, tmp_path):
     assert torch.equal(stored["model/parameters/0.weight@0"], model[0].weight.detach().view(-1))
 
 
-def test_what_fills_lines_of_cache_begins_at_one_and_the_rest_at_a_multiple_of_its_element(strategy, tmp_path):
+def test_pieces_of_full_cache_lines_are_aligned_to_lines_and_others_to_their_elements(strategy, tmp_path):
     model, optimizer = in_training(strategy, width=16)
     update(strategy, model, optimizer)
-    with CheckpointReader(strategy.save_ckpt(model, tmp_path)) as found:
-        pieces = [piece for _, piece in found.pieces]
-    whole = [it for it in pieces if it.nbytes % 64 == 0]
-    assert whole and len(whole) < len(pieces)
-    assert all(it.position % 64 == 0 for it in whole)
-    assert all(it.position % it.dtype.itemsize == 0 for it in pieces)
+    with CheckpointReader(strategy.save_ckpt(model, tmp_path)) as got:
+        pieces = [piece for _, piece in got.pieces]
+    full_lines = [piece for piece in pieces if piece.nbytes % 64 == 0]
+    assert full_lines and len(full_lines) < len(pieces)
+    assert all(piece.position % 64 == 0 for piece in full_lines)
+    assert all(piece.position % piece.dtype.itemsize == 0 for piece in pieces)
 
 
 def test_a_checkpoint_is_read_without_a_strategy(strategy, tmp_path):
     model, _ = in_training(strategy)
-    with CheckpointReader(strategy.save_ckpt(model, tmp_path)) as found:
-        found.verify()
-        assert found.models == ["model"]
-        assert torch.equal(found.tensor("model/parameters/0.weight"), model[0].weight)
+    with CheckpointReader(strategy.save_ckpt(model, tmp_path)) as got:
+        got.verify()
+        assert got.models == ["model"]
+        assert torch.equal(got.tensor("model/parameters/0.weight"), model[0].weight)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "rank-00000-of-00001.safetensors"])
@@ -764,9 +764,9 @@ def test_every_changed_character_of_a_manifest_is_found(strategy, tmp_path):
     text = (strategy.save_ckpt(model, tmp_path) / "manifest.json").read_text()
     assert Manifest.from_text(text).to_text() == text
     draw = random.Random(0)
-    for place in draw.sample(range(len(text)), 50):
+    for position in draw.sample(range(len(text)), 50):
         with pytest.raises(CheckpointError):
-            Manifest.from_text(text[:place] + chr(ord(text[place]) ^ 1) + text[place + 1 :])
+            Manifest.from_text(text[:position] + chr(ord(text[position]) ^ 1) + text[position + 1 :])
 
 
 @pytest.mark.parametrize("lacking", ["models", "loaders", "client_state"])
@@ -780,39 +780,42 @@ def test_a_manifest_that_lacks_something_is_named(strategy, tmp_path, lacking):
         strategy.load_ckpt(model, tmp_path, tag="t")
 
 
-def test_a_store_lists_what_is_committed_oldest_first(strategy, tmp_path):
+def test_a_store_lists_committed_checkpoints_oldest_first(strategy, tmp_path):
     model, _ = in_training(strategy)
     for tag in ("b", "c", "a"):
         strategy.save_ckpt(model, tmp_path, tag=tag)
-    assert [it.tag for it in Store(Path(tmp_path)).committed()] == ["b", "c", "a"]
+    assert [checkpoint.tag for checkpoint in Store(Path(tmp_path)).committed()] == ["b", "c", "a"]
 
 
 def test_copies_are_made_in_the_same_memory_each_time():
     staging = Staging()
     tensors = [torch.arange(5.0), torch.arange(3, dtype=torch.uint8), torch.zeros(0), torch.arange(4).bfloat16()]
     first = staging.copies(tensors)
-    assert all(torch.equal(it, wanted) and it.dtype == wanted.dtype for it, wanted in zip(first, tensors, strict=True))
-    second = staging.copies([it + 1 for it in tensors])
-    assert [it.data_ptr() for it in second] == [it.data_ptr() for it in first]
+    assert all(
+        torch.equal(tensor, wanted) and tensor.dtype == wanted.dtype
+        for tensor, wanted in zip(first, tensors, strict=True)
+    )
+    second = staging.copies([tensor + 1 for tensor in tensors])
+    assert [tensor.data_ptr() for tensor in second] == [tensor.data_ptr() for tensor in first]
     assert torch.equal(first[0], tensors[0] + 1)
     assert torch.equal(staging.copies([torch.ones(1000)])[0], torch.ones(1000))
 
 
-def test_loading_fills_the_optimizer_state_that_is_there(strategy, tmp_path):
+def test_loading_fills_existing_optimizer_state_in_place(strategy, tmp_path):
     model, optimizer = in_training(strategy)
     update(strategy, model, optimizer)
     strategy.save_ckpt(model, tmp_path)
     before = [state["exp_avg"] for state in optimizer.state.values()]
-    wanted = [it.clone() for it in before]
-    for it in before:
-        it.zero_()
+    wanted = [tensor.clone() for tensor in before]
+    for tensor in before:
+        tensor.zero_()
     strategy.load_ckpt(model, tmp_path)
     after = [state["exp_avg"] for state in optimizer.state.values()]
-    assert all(it is old for it, old in zip(after, before, strict=True))
-    assert all(torch.equal(it, old) for it, old in zip(after, wanted, strict=True))
+    assert all(tensor is old for tensor, old in zip(after, before, strict=True))
+    assert all(torch.equal(tensor, old) for tensor, old in zip(after, wanted, strict=True))
 
 
-def test_checksums_are_of_the_kind_that_was_asked_for_and_any_strategy_reads_them(strategy, tmp_path):
+def test_checksums_use_the_configured_algorithm_and_any_strategy_reads_them(strategy, tmp_path):
     with get_fake_strategy(bf16=False, train_batch_size=1, ckpt_checksum="sha256") as other:
         model, _ = in_training(other)
         path = other.save_ckpt(model, tmp_path, tag="t")
@@ -862,9 +865,9 @@ with get_fake_strategy(bf16=False, train_batch_size=1) as strategy:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-def test_nobody_holds_a_second_copy_of_the_model(tmp_path):
+def test_no_process_holds_a_second_copy_of_the_model(tmp_path):
     """Of 100 MB of weights, 300 with state: two chunks of 16 MB, and what Python needs, at most."""
     command = [sys.executable, "-c", MEMORY, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
-    found = [float(it) for it in done.stdout.split()]
-    assert len(found) == 3 and max(found) < 0.5, found
+    got = [float(number) for number in done.stdout.split()]
+    assert len(got) == 3 and max(got) < 0.5, got

@@ -94,7 +94,7 @@ def test_verify_of_one_checkpoint_with_a_damaged_manifest(directory):
     assert "manifest.json" in listed("checkpoint", "verify", directory / "step1", code=1)[0]["error"]
 
 
-def test_what_is_not_there_is_one_line(directory, tmp_path):
+def test_a_missing_path_is_an_error_of_one_line(directory, tmp_path):
     assert "Available: step1, step2" in refused("checkpoint", "show", directory, "--tag=step3")
     assert "expected a directory of checkpoints" in refused("checkpoint", "list", tmp_path / "nothing")
     assert "expected a directory of checkpoints" in refused("checkpoint", "list", directory / "latest")

@@ -38,7 +38,7 @@ def test_show_all_lists_every_setting(write):
     assert shown["seed"] == 7
 
 
-def test_defaults_alone_are_said_to_be_so(write):
+def test_defaults_are_reported_as_such(write):
     file = write("run.yaml", "")
     assert lightrft("config", "show", file) == "All settings have their default values.\n"
     assert listed("config", "show", file) == []
@@ -56,6 +56,17 @@ def test_check_names_every_error_at_once(write):
     assert not judged["valid"] and len(judged["errors"]) == 4
 
 
+def test_toml_and_sections_are_read_as_the_script_reads_them(write):
+    file = write("run.toml", 'seed = 7\nengine.type = "sglang"\n[engine.arguments]\nmax_running_requests = 8\n')
+    assert {row["setting"]: row["value"] for row in listed("config", "show", file)} == {
+        "seed": 7, "engine_type": "sglang", "extra_args['engine_arguments']": {"max_running_requests": 8},
+    }  # fmt: skip
+    misspelled = write("typo.toml", "[engine]\ntp_sise = 2\n")
+    assert listed("config", "check", misspelled, code=1)["errors"] == [
+        "'engine_tp_sise' is not a setting. Did you mean 'engine_tp_size'?"
+    ]
+
+
 def test_a_conflict_with_an_invalid_setting_is_not_reported(write):
     file = write("run.yaml", "train_batch_size: many\nmicro_train_batch_size: 3\n")
     assert len(listed("config", "check", file, code=1)["errors"]) == 1
@@ -71,11 +82,18 @@ def test_check_of_a_valid_file(write):
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("broken.json", '{"seed":', "Expecting value"),
-        ("broken.yaml", "seed: [1\n", "not valid YAML"),
+        (
+            "broken.json",
+            '{"seed":',
+            "expected valid JSON, got: Expecting value: line 1 column 9 (char 8). Correct it there",
+        ),
+        ("broken.yaml", "seed: [1\n", "expected valid YAML, got: "),
         ("twice.yaml", "seed: 1\nseed: 2\n", "duplicate key 'seed'"),
         ("list.yaml", "- 1\n", "expected a mapping of setting names to values"),
-        ("run.toml", "seed = 1\n", "expected a file named .yaml, .yml or .json"),
+        ("broken.toml", "seed = \n", "expected valid TOML, got: "),
+        ("twice.toml", "seed = 1\nseed = 2\n", "duplicate key"),
+        ("twice.yaml", "engine.type: vllm\nengine: {type: sglang}\n", "duplicate key 'type'"),
+        ("run.txt", "seed = 1\n", "expected a file named .yaml, .yml, .json, .toml"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_one_line(write, command, name, text, said):

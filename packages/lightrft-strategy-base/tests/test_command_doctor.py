@@ -30,19 +30,25 @@ def install(tmp_path, monkeypatch):
     return make
 
 
+def test_a_lock_whose_build_ends_meanwhile_is_no_finding(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    (tmp_path / "lock").symlink_to(tmp_path / "gone")  # listed, and not there when it is read
+    assert [finding.name for finding in machine._operator_cache()] == ["TORCH_EXTENSIONS_DIR"]
+
+
 def packages():
     return [finding for finding in doctor.packages() if finding.level != "ok"]
 
 
-def test_what_a_package_requires_and_has_not_is_a_problem_with_the_command(install):
+def test_a_missing_requirement_is_a_problem_with_an_install_command(install):
     before = packages()
     install(
         "lightrft-odd",
         ["typer>=99", "no-such-package>=1; python_version>'3'", "typer>=0.1", "absent; extra=='more'"],
         ["more"],
     )
-    found = [(finding.detail, finding.remedy) for finding in packages() if finding not in before]
-    assert found == [
+    got = [(finding.detail, finding.remedy) for finding in packages() if finding not in before]
+    assert got == [
         (f"expected typer>=99, got {distribution('typer').version}", "pip install 'typer>=99'"),
         ("expected no-such-package>=1, it is not installed", "pip install 'no-such-package>=1'"),
     ]
@@ -139,6 +145,6 @@ def test_the_operator_cache_must_be_writable_and_free_of_locks_of_killed_builds(
     assert refused.level == "problem" and "export TORCH_EXTENSIONS_DIR" in refused.remedy
 
 
-def test_a_process_that_ends_without_words_says_how():
+def test_a_process_that_ends_without_a_message_reports_its_exit_code():
     assert error_of([sys.executable, "-c", "raise SystemExit(7)"]) == "exit status 7"
     assert error_of([sys.executable, "-c", "print('fine')"]) == ""

@@ -1,6 +1,7 @@
 """Losses that are sums over items: what counts as a denominator, what is refused, and what it costs."""
 
 import math
+from typing import Any
 
 import denominator_cases as cases
 import numpy as np
@@ -146,8 +147,8 @@ def test_the_loss_of_an_update_without_denominators_is_a_mean():
     ],
 )
 def test_the_factor_of_an_update(totals, factor):
-    found = totals.factor(ranks=4, without=1.5)
-    assert found == factor or (factor is None and math.isnan(found))
+    got = totals.factor(ranks=4, without=1.5)
+    assert got == factor or (factor is None and math.isnan(got))
 
 
 def test_the_error_names_the_ranks_and_the_first_invalid_values():
@@ -159,13 +160,13 @@ def test_the_error_names_the_ranks_and_the_first_invalid_values():
     assert "got rank 0: 1 with and 0 without; rank 1: 1 with and 1 without" in mixed
 
 
-def test_an_update_sums_one_vector_beside_the_gradient(two: Workers) -> None:
+def test_an_update_sums_one_vector_besides_the_gradient(two: Workers) -> None:
     for denominator in (None, 3):
         assert two.run(cases.collectives_of_an_update, denominator=denominator) == [[(5, True), (2, False)]] * 2
 
 
-@pytest.mark.parametrize(("others", "mine"), [(3, None), (None, 3), (3, -1), (3, math.inf)])
-def test_one_rank_alone_makes_all_raise(two: Workers, others: float | None, mine: float | None) -> None:
+@pytest.mark.parametrize(("others", "mine"), [(3, None), (None, 3), (3, -1), (3, math.inf), (3, "many"), (3, True)])
+def test_one_rank_alone_makes_all_raise(two: Workers, others: float | None, mine: Any) -> None:
     (message, weights), other = two.run(cases.errors_of_unequal_ranks, others=others, mine=mine, rank=1)
     assert other == (message, weights)
     assert "Error: optimizer_step: expected" in message

@@ -39,7 +39,7 @@ def other(build, **settings):
 
 @pytest.mark.parametrize("build", [llama, mixture_of_experts, vision_language])
 @pytest.mark.parametrize("size", ["5GB", "6KB"])
-def test_a_directory_goes_into_a_model_that_was_built_or_loaded(strategy, tmp_path, build, size):
+def test_a_directory_loads_into_a_model_that_was_built_or_loaded(strategy, tmp_path, build, size):
     wanted = build()
     wanted.save_pretrained(tmp_path, max_shard_size=size)
     other(build).save_pretrained(tmp_path / "other")
@@ -75,9 +75,9 @@ def test_buffers_are_read_too(strategy, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["missing", "unexpected"])
-def test_names_must_fit_unless_that_is_waived(strategy, tmp_path, what):
+def test_names_must_match_unless_load_module_strict_is_off(strategy, tmp_path, what):
     wanted = llama()
-    tensors = {name: it.clone() for name, it in wanted.state_dict().items() if name != "lm_head.weight"}
+    tensors = {name: tensor.clone() for name, tensor in wanted.state_dict().items() if name != "lm_head.weight"}
     name = "model.norm.weight" if what == "missing" else "model.more.weight"
     if what == "missing":
         del tensors[name]
@@ -85,10 +85,10 @@ def test_names_must_fit_unless_that_is_waived(strategy, tmp_path, what):
         tensors[name] = torch.zeros(2)
     save_file(tensors, tmp_path / "model.safetensors")
     model = strategy.prepare_model(other(llama))
-    before = {name: it.clone() for name, it in model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(CheckpointError, match=rf"{name}.*strict=False"):
         strategy.load_model(model, tmp_path)
-    assert all(torch.equal(it, before[key]) for key, it in model.state_dict().items())
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     left = strategy.load_model(model, tmp_path, strict=False)
     assert getattr(left, what) == (name,)
     assert torch.equal(model.model.embed_tokens.weight, wanted.model.embed_tokens.weight)
@@ -97,7 +97,7 @@ def test_names_must_fit_unless_that_is_waived(strategy, tmp_path, what):
     )
 
 
-def test_another_shape_is_named_and_never_waived(strategy, tmp_path):
+def test_a_shape_mismatch_always_raises_and_is_named(strategy, tmp_path):
     llama().save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.norm.weight"] = torch.zeros(5)
@@ -110,7 +110,7 @@ def test_another_shape_is_named_and_never_waived(strategy, tmp_path):
 
 def test_a_second_name_of_a_tied_weight_is_known(strategy, tmp_path):
     wanted = llama()
-    save_file({name: it.clone() for name, it in wanted.state_dict().items()}, tmp_path / "model.safetensors")
+    save_file({name: tensor.clone() for name, tensor in wanted.state_dict().items()}, tmp_path / "model.safetensors")
     model = strategy.prepare_model(other(llama))
     strategy.load_model(model, tmp_path)
     assert same_logits(model, wanted)
@@ -138,13 +138,13 @@ def test_damage_is_found_before_anything_changes(strategy, tmp_path, damage):
         shutil.rmtree(folder)
     named = {"elsewhere": index, "no directory": folder}.get(damage, first)
     model = strategy.prepare_model(other(llama))
-    before = {name: it.clone() for name, it in model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises((CheckpointError, CheckpointNotFoundError), match=str(named)):
         strategy.load_model(model, folder)
-    assert all(torch.equal(it, before[name]) for name, it in model.state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_a_directory_without_weights_says_what_it_has(strategy, tmp_path):
+def test_an_error_for_a_directory_without_weights_lists_its_files(strategy, tmp_path):
     (tmp_path / "step_3").mkdir()
     with pytest.raises(CheckpointNotFoundError, match="step_3"):
         strategy.load_model(strategy.prepare_model(llama()), tmp_path)
@@ -168,26 +168,26 @@ def adapted(weights=None):
     return peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], r=2))
 
 
-def test_adapters_and_base_models_go_into_models_with_adapters(strategy, tmp_path):
+def test_adapters_and_base_models_load_into_models_with_adapters(strategy, tmp_path):
     wanted, base = strategy.prepare_model(other(adapted)), other(llama, tied=False)
     strategy.save_model(wanted, None, tmp_path / "adapters")
     base.save_pretrained(tmp_path / "base")
     model = strategy.prepare_model(adapted())
     strategy.load_model(model, tmp_path / "adapters")
-    own, theirs = model.state_dict(), wanted.state_dict()
-    trained = [name for name in own if "lora" in name or "modules_to_save" in name]
-    assert trained and all(torch.equal(own[name], theirs[name]) for name in trained)
-    assert not torch.equal(own["base_model.model.model.norm.weight"], theirs["base_model.model.model.norm.weight"])
+    ours, theirs = model.state_dict(), wanted.state_dict()
+    trained = [name for name in ours if "lora" in name or "modules_to_save" in name]
+    assert trained and all(torch.equal(ours[name], theirs[name]) for name in trained)
+    assert not torch.equal(ours["base_model.model.model.norm.weight"], theirs["base_model.model.model.norm.weight"])
     strategy.load_model(model, tmp_path / "base")
     wanted_base = adapted(base.state_dict()).state_dict()
-    assert all(torch.equal(own[name], theirs[name] if name in trained else wanted_base[name]) for name in own)
+    assert all(torch.equal(ours[name], theirs[name] if name in trained else wanted_base[name]) for name in ours)
 
 
 # Older checkpoints
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_what_torch_distributed_checkpoint_wrote(strategy, tmp_path):
+def test_checkpoints_of_torch_distributed_checkpoint(strategy, tmp_path):
     wanted = other(llama)
     dcp.save(wanted.state_dict(), checkpoint_id=tmp_path, no_dist=True)
     model = strategy.prepare_model(other(llama))
@@ -209,32 +209,32 @@ class Bomb:
         return Path.touch, (self.path,)
 
 
-def hostile(tmp_path, place):
+def hostile(tmp_path, variant):
     """Puts the bomb where a checkpoint of the kind has a pickle, and names that file."""
     bomb = Bomb(tmp_path / "ran")
-    if place == "torch.distributed.checkpoint's metadata":
+    if variant == "torch.distributed.checkpoint's metadata":
         (tmp_path / ".metadata").write_bytes(pickle.dumps(bomb))
         return ".metadata"
-    if place == "its data":
+    if variant == "its data":
         dcp.save(llama().state_dict(), checkpoint_id=tmp_path, no_dist=True)
         data = next(tmp_path.glob("*.distcp"))
         data.write_bytes(pickle.dumps(bomb).ljust(data.stat().st_size, b"."))
         return data.name
-    if place == "DeepSpeed's state":
+    if variant == "DeepSpeed's state":
         torch.save({"module": {}, "bomb": bomb}, tmp_path / "mp_rank_00_model_states.pt")
         return "mp_rank_00_model_states.pt"
-    older = place == "an older state dict"
+    older = variant == "an older state dict"
     torch.save({"bomb": bomb}, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=not older)
     return "pytorch_model.bin"
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize(
-    "place",
+    "variant",
     ["torch.distributed.checkpoint's metadata", "its data", "DeepSpeed's state", "a state dict", "an older state dict"],
 )
-def test_a_hostile_file_runs_nothing(strategy, tmp_path, place):
-    name = hostile(tmp_path, place)
+def test_a_malicious_file_executes_no_code(strategy, tmp_path, variant):
+    name = hostile(tmp_path, variant)
     with pytest.raises(CheckpointError, match=name):
         strategy.load_model(strategy.prepare_model(llama()), tmp_path)
     assert not (tmp_path / "ran").exists()
@@ -242,19 +242,19 @@ def test_a_hostile_file_runs_nothing(strategy, tmp_path, place):
 
 def test_a_member_of_an_enumeration_is_a_plain_value(tmp_path, monkeypatch):
     """As DeepSpeed's files have it, where Python 3.11.0 to 3.11.3 wrote them."""
-    place = "deepspeed.runtime.zero.config"
-    by_name = {"__module__": place, "__reduce__": lambda self: (getattr, (type(self), "weights"))}
+    module = "deepspeed.runtime.zero.config"
+    by_name = {"__module__": module, "__reduce__": lambda self: (getattr, (type(self), "weights"))}
     stage = type("ZeroStageEnum", (), by_name)
     for end in (9, 17, 22, None):
-        monkeypatch.setitem(sys.modules, place[:end], SimpleNamespace(ZeroStageEnum=stage))
+        monkeypatch.setitem(sys.modules, module[:end], SimpleNamespace(ZeroStageEnum=stage))
     torch.save({"stage": stage(), "weights": torch.ones(2)}, tmp_path / "state.pt")
-    found = load_torch_file(tmp_path / "state.pt", allow_pickle=False)
-    assert torch.equal(found["weights"], torch.ones(2))
-    assert type(found["stage"]).__module__.startswith("lightrft")
+    got = load_torch_file(tmp_path / "state.pt", allow_pickle=False)
+    assert torch.equal(got["weights"], torch.ones(2))
+    assert type(got["stage"]).__module__.startswith("lightrft")
 
 
-@pytest.mark.parametrize("known", [Metadata, PosixPath, _get_layout], ids=lambda it: it.__name__)
-def test_a_hostile_metadata_file_changes_no_class_that_belongs_there(strategy, tmp_path, known):
+@pytest.mark.parametrize("known", [Metadata, PosixPath, _get_layout], ids=lambda known: known.__name__)
+def test_a_malicious_metadata_file_changes_no_class(strategy, tmp_path, known):
     state = pickle.dumps((None, {"poisoned": True}), protocol=2)[2:-1]
     (tmp_path / ".metadata").write_bytes(
         b"\x80\x02c%s\n%s\n%sb." % (known.__module__.encode(), known.__name__.encode(), state)
@@ -272,10 +272,10 @@ def test_metadata_names_no_files_elsewhere(strategy, tmp_path):
     for folder in ("here", "there"):
         dcp.save(llama().state_dict(), checkpoint_id=tmp_path / folder, no_dist=True)
     metadata = tmp_path / "here" / ".metadata"
-    found = pickle.loads(metadata.read_bytes())
-    for info in found.storage_data.values():
+    got = pickle.loads(metadata.read_bytes())
+    for info in got.storage_data.values():
         info.relative_path = f"../there/{info.relative_path}"
-    metadata.write_bytes(pickle.dumps(found))
+    metadata.write_bytes(pickle.dumps(got))
     with pytest.raises(CheckpointError, match=r"expected .*\.metadata to name files in its own directory"):
         strategy.load_model(strategy.prepare_model(llama()), tmp_path / "here")
 
@@ -346,10 +346,10 @@ def test_damage_to_state_dicts_is_found_before_anything_changes(strategy, tmp_pa
         "no state dict": f"expected {first} to hold only a state dict",
     }[damage]
     model = strategy.prepare_model(other(llama))
-    before = {name: it.clone() for name, it in model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(CheckpointError, match=expected):
         strategy.load_model(model, tmp_path)
-    assert all(torch.equal(it, before[name]) for name, it in model.state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize(("file", "contents", "expected"), [
@@ -358,7 +358,7 @@ def test_damage_to_state_dicts_is_found_before_anything_changes(strategy, tmp_pa
     ("mp_rank_00_model_states.pt", b"{}", "expected a file of torch.save at {}, got a file that cannot be read"),
     ("mp_rank_00_model_states.pt", {"state": 1}, "expected {} to be a file of a DeepSpeed checkpoint with the key 'module', got one without it"),
 ])  # fmt: skip
-def test_a_file_of_another_kind_is_named_with_what_was_expected(strategy, tmp_path, file, contents, expected):
+def test_a_file_of_another_format_is_named_with_the_expected_one(strategy, tmp_path, file, contents, expected):
     if isinstance(contents, bytes):
         (tmp_path / file).write_bytes(contents)
     else:

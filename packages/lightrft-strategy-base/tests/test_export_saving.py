@@ -38,11 +38,11 @@ def trained(strategy, model):
 
 def tensors_in(folder):
     """All tensors of a directory's files."""
-    return {name: it for file in Path(folder).glob("*.safetensors") for name, it in load_file(file).items()}
+    return {name: tensor for file in Path(folder).glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 @pytest.mark.parametrize("kind", BUILDS)
-def test_what_is_written_is_what_save_pretrained_writes(strategy, tmp_path, kind):
+def test_the_files_equal_those_of_save_pretrained(strategy, tmp_path, kind):
     BUILDS[kind]().save_pretrained(tmp_path / "begin")
     begun = transformers.AutoModelForImageTextToText if kind == "vision" else transformers.AutoModelForCausalLM
     for source in (BUILDS[kind](), begun.from_pretrained(tmp_path / "begin")):
@@ -51,7 +51,7 @@ def test_what_is_written_is_what_save_pretrained_writes(strategy, tmp_path, kind
         model.save_pretrained(tmp_path / "theirs")
         ours, theirs = tensors_in(tmp_path / "ours"), tensors_in(tmp_path / "theirs")
         assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[name], it) for name, it in theirs.items())
+        assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
         config = json.loads((tmp_path / "ours" / "config.json").read_text())
         assert config == json.loads((tmp_path / "theirs" / "config.json").read_text())
         assert same_logits(begun.from_pretrained(tmp_path / "ours"), model)
@@ -59,19 +59,19 @@ def test_what_is_written_is_what_save_pretrained_writes(strategy, tmp_path, kind
 
 def test_files_have_at_most_the_size_that_was_asked_for_and_an_index(strategy, tmp_path):
     model = trained(strategy, llama())
-    found = strategy.save_model(model, None, tmp_path / "out", max_shard_size=4000)
-    sizes = [file.stat().st_size for file in found.glob("model-*-of-*.safetensors")]
-    index = json.loads((found / "model.safetensors.index.json").read_text())
+    got = strategy.save_model(model, None, tmp_path / "out", max_shard_size=4000)
+    sizes = [file.stat().st_size for file in got.glob("model-*-of-*.safetensors")]
+    index = json.loads((got / "model.safetensors.index.json").read_text())
     assert len(sizes) > 3 and max(sizes) < 4000 + 2000  # and the header
-    assert set(index["weight_map"]) == set(tensors_in(found))
-    assert index["metadata"]["total_size"] == sum(it.nbytes for it in tensors_in(found).values())
-    opened = transformers.AutoModelForCausalLM.from_pretrained(found)
+    assert set(index["weight_map"]) == set(tensors_in(got))
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors_in(got).values())
+    opened = transformers.AutoModelForCausalLM.from_pretrained(got)
     assert same_logits(opened, model)
     assert opened.lm_head.weight is opened.model.embed_tokens.weight
 
 
 @pytest.mark.parametrize("size", ["five", -3, "3 parsecs", 0])
-def test_sizes_that_are_none(strategy, tmp_path, size):
+def test_invalid_sizes(strategy, tmp_path, size):
     with pytest.raises(ArgumentError, match="max_shard_size"):
         strategy.save_model(trained(strategy, llama()), None, tmp_path / "out", max_shard_size=size)
 
@@ -80,21 +80,23 @@ def test_the_type_is_that_in_which_the_model_computes_or_the_one_asked_for(tmp_p
     for bf16, dtype, wanted in [(False, None, "float32"), (True, None, "bfloat16"), (True, torch.float32, "float32")]:
         with FakeStrategy(bf16=bf16, train_batch_size=1) as strategy:
             model = trained(strategy, llama())
-            found = strategy.save_model(model, None, tmp_path / "out", dtype=dtype)
-            assert {str(it.dtype) for it in tensors_in(found).values()} == {f"torch.{wanted}"}
-            assert json.loads((found / "config.json").read_text())["dtype"] == wanted
+            got = strategy.save_model(model, None, tmp_path / "out", dtype=dtype)
+            assert {str(tensor.dtype) for tensor in tensors_in(got).values()} == {f"torch.{wanted}"}
+            assert json.loads((got / "config.json").read_text())["dtype"] == wanted
             assert next(model.parameters()).dtype is torch.float32
 
 
 def test_what_transformers_keeps_in_fp32_is_written_in_fp32(strategy, tmp_path):
     model = trained(strategy, llama())
     model._keep_in_fp32_modules_strict = {"q_proj"}
-    found = tensors_in(strategy.save_model(model, None, tmp_path / "out", dtype=torch.bfloat16))
-    assert {name for name, it in found.items() if it.dtype is torch.float32} == {it for it in found if "q_proj" in it}
-    assert torch.equal(found["model.layers.0.self_attn.q_proj.weight"], model.model.layers[0].self_attn.q_proj.weight)
+    got = tensors_in(strategy.save_model(model, None, tmp_path / "out", dtype=torch.bfloat16))
+    assert {name for name, tensor in got.items() if tensor.dtype is torch.float32} == {
+        tensor for tensor in got if "q_proj" in tensor
+    }
+    assert torch.equal(got["model.layers.0.self_attn.q_proj.weight"], model.model.layers[0].self_attn.q_proj.weight)
 
 
-def test_tokenizer_processor_and_generation_configuration_stand_beside_the_weights(strategy, tmp_path):
+def test_tokenizer_processor_and_generation_config_are_saved_with_the_weights(strategy, tmp_path):
     class Writer:
         def __init__(self, name):
             self.name = name
@@ -104,14 +106,14 @@ def test_tokenizer_processor_and_generation_configuration_stand_beside_the_weigh
 
     model = trained(strategy, llama())
     model.generation_config.max_new_tokens = 123
-    found = strategy.save_model(model, Writer("tokenizer.json"), tmp_path / "out", processor=Writer("processor.json"))
+    got = strategy.save_model(model, Writer("tokenizer.json"), tmp_path / "out", processor=Writer("processor.json"))
     assert {"tokenizer.json", "processor.json", "config.json", "model.safetensors"} <= {
-        it.name for it in found.iterdir()
+        path.name for path in got.iterdir()
     }
-    assert transformers.GenerationConfig.from_pretrained(found).max_new_tokens == 123
+    assert transformers.GenerationConfig.from_pretrained(got).max_new_tokens == 123
 
 
-def test_custom_code_comes_along(strategy, tmp_path, monkeypatch):
+def test_custom_code_is_copied(strategy, tmp_path, monkeypatch):
     code = tmp_path / "code"
     llama().save_pretrained(code)
     (code / "modeling_mine.py").write_text(
@@ -133,18 +135,18 @@ def test_custom_code_comes_along(strategy, tmp_path, monkeypatch):
     type(model).register_for_auto_class(
         "AutoModelForCausalLM"
     )  # transformers 4 does not for a configuration of its own
-    found = strategy.save_model(trained(strategy, model), None, tmp_path / "out")
-    assert json.loads((found / "config.json").read_text())["architectures"] == ["Mine"]
-    assert (found / "modeling_mine.py").read_text() == (code / "modeling_mine.py").read_text()
-    again = transformers.AutoModelForCausalLM.from_pretrained(found, trust_remote_code=True)
+    got = strategy.save_model(trained(strategy, model), None, tmp_path / "out")
+    assert json.loads((got / "config.json").read_text())["architectures"] == ["Mine"]
+    assert (got / "modeling_mine.py").read_text() == (code / "modeling_mine.py").read_text()
+    again = transformers.AutoModelForCausalLM.from_pretrained(got, trust_remote_code=True)
     assert type(again).__name__ == "Mine" and same_logits(again, model)
 
 
 def test_a_model_that_is_not_transformers_gives_its_weights(strategy, tmp_path):
     model = strategy.prepare_model(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3)))
-    found = strategy.save_model(model, None, tmp_path / "out")
-    assert [it.name for it in found.iterdir()] == ["model.safetensors"]
-    assert all(torch.equal(tensors_in(found)[name], it) for name, it in model.state_dict().items())
+    got = strategy.save_model(model, None, tmp_path / "out")
+    assert [path.name for path in got.iterdir()] == ["model.safetensors"]
+    assert all(torch.equal(tensors_in(got)[name], tensor) for name, tensor in model.state_dict().items())
 
 
 # Where and when
@@ -157,14 +159,14 @@ def test_an_older_model_is_replaced_and_other_files_stay(strategy, tmp_path):
     (out / "runs" / "log").write_text("mine")
     (out / "notes.txt").write_text("mine")
     strategy.save_model(model, None, out)
-    names = {it.name for it in out.iterdir()}
+    names = {path.name for path in out.iterdir()}
     assert names == {"config.json", "generation_config.json", "model.safetensors", "runs", "notes.txt"}
     assert (out / "runs" / "log").read_text() == "mine"
-    assert [it.name for it in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("instant", ["written", "moved away", "in place", "moving over"])
-def test_a_killed_export_is_brought_to_an_end_by_the_next(strategy, tmp_path, instant):
+def test_the_next_export_completes_a_killed_one(strategy, tmp_path, instant):
     model, out, token = trained(strategy, llama()), tmp_path / "out", "0123456789abcdef"
     strategy.save_model(model, None, out)
     (out / "notes.txt").write_text("mine")
@@ -180,26 +182,26 @@ def test_a_killed_export_is_brought_to_an_end_by_the_next(strategy, tmp_path, in
     (tmp_path / ".out.lightrft-lock").touch()
     strategy.save_model(model, None, out)
     assert (out / "notes.txt").read_text() == "mine"
-    assert [it.name for it in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert same_logits(transformers.AutoModelForCausalLM.from_pretrained(out), model)
 
 
-def test_a_model_does_not_take_the_place_of_checkpoints(strategy, tmp_path):
+def test_a_model_does_not_replace_checkpoints(strategy, tmp_path):
     model = trained(strategy, llama())
     path = strategy.save_ckpt(model, tmp_path / "run")
-    before = {it: it.read_bytes() for it in path.iterdir()}
+    before = {file: file.read_bytes() for file in path.iterdir()}
     for target in (path, path.parent):
         with pytest.raises(CheckpointError, match=r"global_step0.* .*Use another path"):
             strategy.save_model(model, None, target)
     (path / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="to hold no checkpoints"):
         strategy.save_model(model, None, path)
-    assert all(it.read_bytes() == data for it, data in before.items() if it.name != "manifest.json")
-    assert [it.name for it in tmp_path.iterdir()] == ["run"]
+    assert all(tensor.read_bytes() == data for tensor, data in before.items() if tensor.name != "manifest.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 @pytest.mark.parametrize("fixed", [False, True])
-def test_files_that_no_export_wrote_stay_whatever_their_names(strategy, tmp_path, monkeypatch, fixed):
+def test_foreign_files_are_kept_whatever_their_names(strategy, tmp_path, monkeypatch, fixed):
     monkeypatch.setattr(Path, "is_mount", lambda path: fixed)
     model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"], r=2))
     model.add_adapter("other", peft.LoraConfig(target_modules=["v_proj"], r=3))
@@ -214,7 +216,7 @@ def test_files_that_no_export_wrote_stay_whatever_their_names(strategy, tmp_path
     assert [path.read_text() for path in mine] == ["mine"] * len(mine)
 
 
-def test_two_exports_to_one_place_do_not_meet(strategy, tmp_path):
+def test_two_exports_to_one_directory_do_not_mix(strategy, tmp_path):
     model = trained(strategy, llama())
     first = AtomicDirectory(tmp_path / "out")
     with pytest.raises(
@@ -227,7 +229,7 @@ def test_two_exports_to_one_place_do_not_meet(strategy, tmp_path):
     strategy.save_model(model, None, tmp_path / "out")
 
 
-def test_an_export_that_cannot_take_its_place_puts_the_older_model_back(strategy, tmp_path, monkeypatch):
+def test_an_export_that_cannot_be_committed_restores_the_older_model(strategy, tmp_path, monkeypatch):
     model, out = trained(strategy, llama()), tmp_path / "out"
     strategy.save_model(model, None, out)
     rename = files.rename
@@ -240,7 +242,7 @@ def test_an_export_that_cannot_take_its_place_puts_the_older_model_back(strategy
     monkeypatch.setattr(files, "rename", refused)
     with pytest.raises(CheckpointError, match="no"):
         strategy.save_model(model, None, out)
-    assert [it.name for it in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert same_logits(transformers.AutoModelForCausalLM.from_pretrained(out), model)
 
 
@@ -249,7 +251,7 @@ def test_every_file_of_an_export_is_on_disk_before_it_appears(strategy, tmp_path
     synchronise = files.synchronise
     monkeypatch.setattr(files, "synchronise", lambda path: (synchronised.append(path), synchronise(path)))
     out = strategy.save_model(trained(strategy, llama()), None, tmp_path / "new" / "out")
-    assert {it.name for it in synchronised} >= {it.name for it in out.iterdir()}
+    assert {path.name for path in synchronised} >= {path.name for path in out.iterdir()}
     assert {tmp_path, tmp_path / "new"} <= set(synchronised)
 
 
@@ -267,16 +269,16 @@ def test_a_failure_leaves_the_older_model_as_it_was(strategy, tmp_path, monkeypa
     with pytest.raises(CheckpointError, match=r"Free space, or use another path"):
         strategy.save_model(model, None, out)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
-    assert [it.name for it in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_directory_that_cannot_step_aside_is_filled(strategy, tmp_path, monkeypatch):
+def test_a_directory_that_cannot_be_renamed_is_written_in_place(strategy, tmp_path, monkeypatch):
     model, out = trained(strategy, llama()), tmp_path / "out"
     strategy.save_model(model, None, out, max_shard_size=4000)
     (out / "notes.txt").write_text("mine")
     monkeypatch.setattr(Path, "is_mount", lambda path: path == out)
     strategy.save_model(model, None, out)
-    assert {it.name for it in out.iterdir()} == {
+    assert {path.name for path in out.iterdir()} == {
         "config.json",
         "generation_config.json",
         "model.safetensors",
@@ -332,42 +334,42 @@ ADAPTERS = [
 @pytest.mark.parametrize("settings", ADAPTERS, ids=str)
 def test_adapters_are_saved_alone_and_peft_opens_them(strategy, tmp_path, settings):
     model, base = with_adapters(strategy, lambda: llama(tied=False), **settings)
-    found = strategy.save_model(model, None, tmp_path / "out")
-    assert {it.name for it in found.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
-    assert same_logits(peft.PeftModel.from_pretrained(base, found), model)
+    got = strategy.save_model(model, None, tmp_path / "out")
+    assert {path.name for path in got.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert same_logits(peft.PeftModel.from_pretrained(base, got), model)
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings", "ignore:Model with `tie_word_embeddings")
 @pytest.mark.parametrize("settings", ADAPTERS, ids=str)
 @pytest.mark.parametrize("tied", [True, False])
-def test_adapters_merged_give_a_whole_model_and_leave_the_base_alone(strategy, tmp_path, settings, tied):
+def test_merged_adapters_give_a_full_model_and_do_not_change_the_base(strategy, tmp_path, settings, tied):
     model, _ = with_adapters(strategy, lambda: llama(tied=tied), **settings)
-    before = {name: it.clone() for name, it in model.named_parameters()}
-    found = strategy.save_model(model, None, tmp_path / "out", merge_adapters=True)
-    opened = transformers.AutoModelForCausalLM.from_pretrained(found)
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    got = strategy.save_model(model, None, tmp_path / "out", merge_adapters=True)
+    opened = transformers.AutoModelForCausalLM.from_pretrained(got)
     assert (opened(TOKENS).logits - model(TOKENS).logits).abs().max() < 1e-5
-    assert all(torch.equal(before[name], it) for name, it in model.named_parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.named_parameters())
 
 
 def test_merging_is_done_in_full_precision(tmp_path):
     with FakeStrategy(bf16=True, train_batch_size=1) as strategy:
         model, _ = with_adapters(strategy)
-        found = tensors_in(strategy.save_model(model, None, tmp_path / "out", merge_adapters=True))
+        got = tensors_in(strategy.save_model(model, None, tmp_path / "out", merge_adapters=True))
         wanted = model.merge_and_unload().state_dict()
-        assert all(torch.equal(it, wanted[name].bfloat16()) for name, it in found.items())
+        assert all(torch.equal(tensor, wanted[name].bfloat16()) for name, tensor in got.items())
 
 
 def test_several_adapters_have_folders_of_their_own(strategy, tmp_path):
     model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"], r=2))
     model.add_adapter("other", peft.LoraConfig(target_modules=["v_proj"], r=3))
     model = strategy.prepare_model(model)
-    found = strategy.save_model(model, None, tmp_path / "out")
-    for folder, rank in ((found, 2), (found / "other", 3)):
-        assert {it.shape[0] for name, it in tensors_in(folder).items() if "lora_A" in name} == {rank}
+    got = strategy.save_model(model, None, tmp_path / "out")
+    for folder, rank in ((got, 2), (got / "other", 3)):
+        assert {tensor.shape[0] for name, tensor in tensors_in(folder).items() if "lora_A" in name} == {rank}
         assert peft.PeftConfig.from_pretrained(folder).r == rank
 
 
-def test_adapters_that_were_activated_after_preparing_are_not_merged_unseen(strategy, tmp_path):
+def test_adapters_that_were_activated_after_preparing_are_refused(strategy, tmp_path):
     model, _ = with_adapters(strategy)
     inner = strategy.unwrap_model(model)
     inner.add_adapter("other", inner.peft_config["default"])
@@ -376,7 +378,7 @@ def test_adapters_that_were_activated_after_preparing_are_not_merged_unseen(stra
         strategy.save_model(model, None, tmp_path / "out", merge_adapters=True)
 
 
-def test_what_cannot_be_merged_is_refused_by_name(strategy, tmp_path):
+def test_adapters_that_cannot_be_merged_are_refused_by_name(strategy, tmp_path):
     model, _ = with_adapters(strategy, lora_bias=True, target_modules=["q_proj"], build=lambda: llama(biases=True))
     with pytest.raises(UnsupportedOperationError, match=r"q_proj.*merge_and_unload"):
         strategy.save_model(model, None, tmp_path / "out", merge_adapters=True)
@@ -409,14 +411,14 @@ def name_of(config):
 @pytest.mark.parametrize("config", METHODS, ids=name_of)
 def test_prompts_are_saved_alone_and_peft_opens_them(strategy, tmp_path, config):
     model = adapted(strategy, config)
-    found = strategy.save_model(model, None, tmp_path / "out")
-    opened = peft.PeftModel.from_pretrained(llama(), found).eval()
+    got = strategy.save_model(model, None, tmp_path / "out")
+    opened = peft.PeftModel.from_pretrained(llama(), got).eval()
     with torch.no_grad():
         assert torch.equal(opened(input_ids=TOKENS).logits, model(input_ids=TOKENS).logits)
 
 
 @pytest.mark.parametrize("config", METHODS, ids=name_of)
-def test_what_changes_no_weight_is_neither_merged_nor_streamed(strategy, tmp_path, config):
+def test_prompt_learning_is_neither_merged_nor_streamed(strategy, tmp_path, config):
     model = adapted(strategy, config)
     with pytest.raises(UnsupportedOperationError, match=rf"got {name_of(config)}, which changes no weight"):
         strategy.save_model(model, None, tmp_path / "out", merge_adapters=True)

@@ -46,7 +46,7 @@ def test_a_process_group_of_several_ranks_is_refused(monkeypatch):
         FakeStrategy()
 
 
-def test_under_torchrun_every_rank_is_told(tmp_path):
+def test_under_torchrun_every_rank_raises(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "from lightrft.strategy import get_strategy\n"
@@ -71,7 +71,7 @@ def test_a_model_that_was_not_prepared_is_named_once(caplog, tmp_path):
     ]
 
 
-def test_a_prepared_model_is_used_without_a_word(caplog, tmp_path):
+def test_a_prepared_model_causes_no_warning(caplog, tmp_path):
     with FakeStrategy(bf16=False, train_batch_size=1) as strategy:
         model, optimizer = bare()
         strategy.prepare((model, optimizer, None))

@@ -29,7 +29,7 @@ def test_basic_usage():
     strategy.close()
 
 
-def test_the_choice_by_args():
+def test_args_choose_the_strategy():
     assert strategy_name(StrategyConfig.from_args(Namespace(fsdp=True))) == "fsdp"
     assert strategy_name(StrategyConfig.from_args(Namespace())) == "deepspeed"
 

@@ -46,7 +46,7 @@ def test_the_class_of_a_strategy_is_the_registered_one(name, path, class_name):
     assert issubclass(names["found"], StrategyBase) and names["found"].name == name
 
 
-def test_a_path_holds_nothing_else():
+def test_a_path_has_no_other_attribute():
     with pytest.raises(ImportError, match="FSDPStrategy"):
         from lightrft.strategy.fsdp.fsdpv2 import FSDPStrategy  # noqa: F401
 

@@ -190,7 +190,7 @@ def test_a_wrapped_model_is_saved_as_the_model_in_it(strategy, tmp_path, marked)
     assert torch.equal(wrapper.model.model.embed_tokens.weight, opened["model.embed_tokens.weight"])
 
 
-def test_a_wrapper_with_a_head_is_saved_whole_unless_it_is_marked(strategy, tmp_path):
+def test_a_wrapper_with_a_head_is_saved_with_its_head_unless_it_is_marked(strategy, tmp_path):
     wrapper = strategy.prepare(Wrapper(head=True))
     strategy.save_model(wrapper, None, tmp_path / "whole")
     assert not (tmp_path / "whole" / "config.json").exists()
@@ -256,7 +256,7 @@ def test_the_longest_sequence_is_where_vllm_has_it(strategy):
     assert engine.llm_engine.model_config.max_model_len == 32
 
 
-def test_a_rank_whose_engine_another_rank_holds_has_a_stand_in():
+def test_a_rank_whose_engine_is_on_another_rank_has_a_proxy():
     stand_in = HeldElsewhere(longest=64)
     assert is_engine(stand_in) and stand_in.llm_engine.model_config.max_model_len == 64
     calls = {
@@ -274,7 +274,7 @@ def test_a_sync_without_an_engine_does_nothing_whatever_the_model(strategy, caps
         strategy.update_engine_weights("actor")
 
 
-def test_prompts_with_other_audio_are_not_taken_for_the_same():
+def test_prompts_that_differ_in_audio_are_different_prompts():
     sounds = [[Prompt(text="hear", audios=((sound, 16000),))] for sound in ("one", "other")]
     assert [_digest(prompts, Sampling()) for prompts in sounds] == [None, None]
     assert _digest([Prompt(text="hear")], Sampling()) is not None
@@ -312,7 +312,7 @@ def test_a_script_replaces_how_prompts_with_media_are_built(strategy, monkeypatc
 # Checkpoints
 
 
-def test_a_checkpoint_between_updates_says_how_to_end_the_update(tmp_path: Path):
+def test_saving_within_an_update_names_the_remedy(tmp_path: Path):
     with FakeStrategy(bf16=False, train_batch_size=2) as made:
         model = nn.Linear(2, 1)
         optimizer = made.create_optimizer(model, lr=0.1)

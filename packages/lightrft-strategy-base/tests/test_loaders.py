@@ -26,27 +26,27 @@ def rest(loader):
 
 def begun(strategy, folder, *loaders):
     """Save after another number of batches of each loader; what is left of each."""
-    iterators = [iter(it) for it in loaders]
+    iterators = [iter(loader) for loader in loaders]
     for count, iterator in enumerate(iterators, 1):
         for _ in range(count):
             next(iterator)
     strategy.save_ckpt(nn.Linear(1, 1), folder)
-    return [[sample for batch in it for sample in batch.tolist()] for it in iterators]
+    return [[sample for batch in iterator for sample in batch.tolist()] for iterator in iterators]
 
 
 @pytest.mark.parametrize("before", [0, 1, 2])
-def test_loaders_go_on_whether_they_are_made_before_loading_or_after(strategy, tmp_path, before):
+def test_loaders_resume_whether_created_before_or_after_loading(strategy, tmp_path, before):
     left = begun(strategy, tmp_path, loader(strategy), loader(strategy, EXTRA))
     with get_fake_strategy() as other:
         made = [loader(other, data) for data in (PROMPTS, EXTRA)[:before]]
         other.load_ckpt(nn.Linear(1, 1), tmp_path)
         made += [loader(other, data) for data in (PROMPTS, EXTRA)[before:]]
-        assert [rest(it) for it in made] == left
+        assert [rest(loader) for loader in made] == left
         third = loader(other)
         assert sorted(rest(third)) == PROMPTS
 
 
-def test_positions_that_wait_are_saved_again(strategy, tmp_path):
+def test_positions_not_yet_restored_are_saved_again(strategy, tmp_path):
     left = begun(strategy, tmp_path, loader(strategy), loader(strategy, EXTRA))
     for _ in range(2):
         with get_fake_strategy() as other:
@@ -56,7 +56,7 @@ def test_positions_that_wait_are_saved_again(strategy, tmp_path):
             assert [rest(first), rest(loader(other, EXTRA))] == left
 
 
-def test_a_loader_that_is_sent_elsewhere_stays_there(strategy, tmp_path):
+def test_a_position_set_by_hand_overrides_the_loaded_one(strategy, tmp_path):
     begun(strategy, tmp_path, loader(strategy))
     with get_fake_strategy() as other:
         other.load_ckpt(nn.Linear(1, 1), tmp_path)
@@ -92,7 +92,7 @@ def test_the_position_of_another_loader_is_refused_by_name(strategy, tmp_path, s
 
 @pytest.mark.parametrize("made_first", [True, False])
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
-def test_a_loader_goes_on_with_another_batch_size(strategy, tmp_path, batch_size, made_first):
+def test_a_loader_resumes_with_another_batch_size(strategy, tmp_path, batch_size, made_first):
     data = list(range(24))
     [left] = begun(strategy, tmp_path, loader(strategy, data, batch_size=12))
     with get_fake_strategy() as other:
@@ -106,7 +106,7 @@ def test_a_loader_goes_on_with_another_batch_size(strategy, tmp_path, batch_size
         assert rest(made) == left
 
 
-def test_a_run_goes_on_with_half_the_micro_batch_size(tmp_path):
+def test_a_run_resumes_with_half_the_micro_batch_size(tmp_path):
     def trained(strategy, count, batch_size, load=False):
         torch.manual_seed(3)
         model = nn.Linear(1, 1)

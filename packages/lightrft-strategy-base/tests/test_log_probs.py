@@ -40,10 +40,10 @@ def plain(hidden, weight, bias, targets, temperature=1.0, soft_cap=None):
     )
 
 
-def gradients(found, inputs, seed=1):
+def gradients(got, inputs, seed=1):
     """Gradients of a loss in which each token has a weight of its own, on log-probability and entropy."""
     generator = torch.Generator().manual_seed(seed)
-    loss = sum((torch.randn(it.shape, generator=generator) * it).sum() for it in found)
+    loss = sum((torch.randn(tensor.shape, generator=generator) * tensor).sum() for tensor in got)
     return torch.autograd.grad(loss, inputs)
 
 
@@ -56,24 +56,24 @@ def gradients(found, inputs, seed=1):
 def test_values_and_gradients_are_those_of_the_logits(dtype, chunk_size, biased, temperature, soft_cap, seed, tokens):
     hidden, weight, bias, targets = tensors(dtype, tokens=tokens, seed=seed)
     inputs = (hidden, weight, bias) if biased else (hidden, weight)
-    found = linear_log_probs(
+    got = linear_log_probs(
         hidden, weight, targets, bias=bias if biased else None, temperature=temperature, soft_cap=soft_cap,
         chunk_size=chunk_size, entropy=True,
     )  # fmt: skip
     wanted = plain(hidden, weight, bias if biased else None, targets, temperature, soft_cap)
     tolerance = {"rtol": 1e-6, "atol": 2e-6} if dtype is torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
-    for mine, its in zip(found, wanted, strict=True):
+    for mine, its in zip(got, wanted, strict=True):
         torch.testing.assert_close(mine, its, **tolerance)
         assert (mine[targets == -100] == 0).all()
-    for mine, its in zip(gradients(found, inputs), gradients(wanted, inputs), strict=True):
+    for mine, its in zip(gradients(got, inputs), gradients(wanted, inputs), strict=True):
         torch.testing.assert_close(mine, its, **(tolerance | {"rtol": 1e-5} if dtype is torch.float32 else tolerance))
 
 
 def test_the_plain_computation_is_that_of_torch_distributions():
     hidden, weight, bias, targets = tensors(torch.float32)
     logits = nn.functional.linear(hidden, weight, bias)
-    found = logit_log_probs(logits, targets, temperature=0.7, entropy=True)
-    for mine, its in zip(found, plain(hidden, weight, bias, targets, 0.7), strict=True):
+    got = logit_log_probs(logits, targets, temperature=0.7, entropy=True)
+    for mine, its in zip(got, plain(hidden, weight, bias, targets, 0.7), strict=True):
         torch.testing.assert_close(mine, its, rtol=1e-6, atol=1e-6)
     assert logit_log_probs(logits, targets).entropy is None
 
@@ -88,12 +88,12 @@ def test_the_gradient_is_the_numeric_one():
 
 
 @pytest.mark.parametrize("used", ["log_probs", "entropy"])
-def test_a_loss_of_one_of_the_two(used):
+def test_a_loss_of_log_probabilities_or_of_entropies_alone(used):
     hidden, weight, bias, targets = tensors(torch.float64)
-    found = linear_log_probs(hidden, weight, targets, bias=bias, chunk_size=4, entropy=True)
+    got = linear_log_probs(hidden, weight, targets, bias=bias, chunk_size=4, entropy=True)
     wanted = plain(hidden, weight, bias, targets)[used == "entropy"]
     for mine, its in zip(
-        gradients([getattr(found, used)], (hidden, weight, bias)),
+        gradients([getattr(got, used)], (hidden, weight, bias)),
         gradients([wanted], (hidden, weight, bias)),
         strict=True,
     ):
@@ -101,7 +101,7 @@ def test_a_loss_of_one_of_the_two(used):
 
 
 @pytest.mark.parametrize("frozen", [*itertools.combinations(range(3), 2)])
-def test_only_what_trains_gets_a_gradient(frozen):
+def test_only_trainable_tensors_get_a_gradient(frozen):
     *inputs, targets = tensors(torch.float32)
     for index in frozen:
         inputs[index].requires_grad_(False)
@@ -114,18 +114,18 @@ def test_entropy_is_left_out_unless_asked_for():
     assert linear_log_probs(hidden, weight, targets).entropy is None
 
 
-def test_half_precision_has_a_softmax_in_fp32_and_weight_gradients_that_are_added_up_in_fp32():
+def test_half_precision_has_its_softmax_and_its_weight_gradients_in_fp32():
     hidden, weight, bias, targets = tensors(torch.bfloat16, tokens=(4, 200))
-    found = linear_log_probs(hidden, weight, targets, bias=bias, chunk_size=8, entropy=True)
+    result = linear_log_probs(hidden, weight, targets, bias=bias, chunk_size=8, entropy=True)
     wanted = plain(hidden, weight, bias, targets)
-    assert found.log_probs.dtype is torch.float32
-    for mine, its in zip(found, wanted, strict=True):
+    assert result.log_probs.dtype is torch.float32
+    for mine, its in zip(result, wanted, strict=True):
         torch.testing.assert_close(mine, its, rtol=1e-6, atol=2e-6)
-    doubles = [it.detach().double().requires_grad_() for it in (hidden, weight, bias)]
+    doubles = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight, bias)]
     exact = gradients(plain(*doubles, targets), doubles)
     errors = [
         [float((mine.double() - its).norm() / its.norm()) for mine, its in zip(got, exact, strict=True)]
-        for got in (gradients(found, (hidden, weight, bias)), gradients(wanted, (hidden, weight, bias)))
+        for got in (gradients(result, (hidden, weight, bias)), gradients(wanted, (hidden, weight, bias)))
     ]
     assert all(mine < 1.5 * its + 1e-3 for mine, its in zip(*errors, strict=True)), errors
 
@@ -133,12 +133,12 @@ def test_half_precision_has_a_softmax_in_fp32_and_weight_gradients_that_are_adde
 def test_autocast_computes_the_product_in_its_dtype():
     hidden, weight, bias, targets = tensors(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        found = linear_log_probs(hidden, weight, targets, bias=bias, entropy=True)
+        result = linear_log_probs(hidden, weight, targets, bias=bias, entropy=True)
         wanted = plain(hidden, weight, bias, targets)
-    for mine, its in zip(found, wanted, strict=True):
+    for mine, its in zip(result, wanted, strict=True):
         torch.testing.assert_close(mine, its, rtol=1e-6, atol=2e-6)
-    got = gradients(found, (hidden, weight, bias))
-    assert [it.dtype for it in got] == 3 * [torch.float32]
+    got = gradients(result, (hidden, weight, bias))
+    assert [tensor.dtype for tensor in got] == 3 * [torch.float32]
     for mine, its in zip(got, gradients(wanted, (hidden, weight, bias)), strict=True):
         torch.testing.assert_close(mine, its, rtol=0.05, atol=0.05)
 
@@ -149,10 +149,10 @@ def test_autocast_computes_the_product_in_its_dtype():
 def test_no_target_at_all_gives_zeros_with_a_graph(targets):
     hidden = torch.randn(*targets.shape, HIDDEN, requires_grad=True)
     weight = torch.randn(VOCABULARY, HIDDEN, requires_grad=True)
-    found = linear_log_probs(hidden, weight, targets, entropy=True)
-    assert found.log_probs.shape == targets.shape
-    assert not found.log_probs.any()
-    (found.log_probs.sum() + found.entropy.sum()).backward()
+    got = linear_log_probs(hidden, weight, targets, entropy=True)
+    assert got.log_probs.shape == targets.shape
+    assert not got.log_probs.any()
+    (got.log_probs.sum() + got.entropy.sum()).backward()
     assert weight.grad is not None
     assert not weight.grad.any()
 
@@ -165,7 +165,7 @@ def test_two_backward_passes_through_one_graph_give_the_same():
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_gradients_nothing_is_kept(mode):
+def test_without_gradients_nothing_is_saved_for_backward(mode):
     hidden, weight, _, targets = tensors(torch.float32)
     with mode():
         assert linear_log_probs(hidden, weight, targets).log_probs.grad_fn is None
@@ -213,7 +213,7 @@ HIDDEN_STATES, WEIGHT, TARGETS = torch.zeros(2, 3, HIDDEN), torch.zeros(VOCABULA
         ({"chunk_size": 1.5}, ArgumentError, "expected chunk_size"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused(change, kind, message):
+def test_shapes_that_do_not_match_are_refused(change, kind, message):
     arguments = {"hidden": HIDDEN_STATES, "weight": WEIGHT, "targets": TARGETS, **change}
     with pytest.raises(LightRFTError, match=message) as caught:
         linear_log_probs(**arguments)

@@ -54,10 +54,12 @@ def test_each_sequence_is_in_one_micro_batch_within_the_budget(lengths, padded, 
 
 
 @given(LENGTHS, st.booleans(), st.integers(0, 4))
-def test_fillers_stand_last_and_only_where_sequences_are_fewer_than_micro_batches(lengths, padded, more):
+def test_fillers_come_last_and_only_if_there_are_fewer_sequences_than_micro_batches(lengths, padded, more):
     plan = planned(lengths, padded, more)
     assert [micro_batch.weight for micro_batch in plan].count(0) == max(0, len(plan) - len(lengths))
-    assert [micro_batch.tokens for micro_batch in plan] == sorted((it.tokens for it in plan), reverse=True)
+    assert [micro_batch.tokens for micro_batch in plan] == sorted(
+        (micro_batch.tokens for micro_batch in plan), reverse=True
+    )
     assert [micro_batch.last for micro_batch in plan] == [False] * (len(plan) - 1) + [True] * bool(plan)
 
 
@@ -72,7 +74,7 @@ def test_padded_needs_the_fewest_micro_batches_and_makes_the_costliest_as_small_
 
 
 @given(LENGTHS)
-def test_packed_is_within_the_bounds_of_the_best_division(lengths):
+def test_packed_plans_are_within_the_bound_of_the_optimum(lengths):
     possible = best(lengths, padded=False)
     fewest = min(number for number, largest in possible.items() if largest <= BUDGET)
     assert fewest <= len(planned(lengths, False)) <= 11 / 9 * fewest + 6 / 9
@@ -98,13 +100,16 @@ def test_a_padded_plan_has_similar_lengths_together_and_the_costly_first():
 
 
 def test_packed_sums_are_even():
-    assert [it.tokens for it in planned([2] * 8, padded=False)] == [8, 8]  # first-fit decreasing: 12 and 4
+    assert [micro_batch.tokens for micro_batch in planned([2] * 8, padded=False)] == [
+        8,
+        8,
+    ]  # first-fit decreasing: 12 and 4
 
 
 def test_packed_falls_back_to_first_fit_decreasing():
     lengths = [6, 6, 4, 4, 4]  # the longest first into the emptiest: 14 and 10
     plan = planned(lengths, padded=False)
-    assert [[lengths[index] for index in it.indices] for it in plan] == [[6, 6], [4, 4, 4]]
+    assert [[lengths[index] for index in micro_batch.indices] for micro_batch in plan] == [[6, 6], [4, 4, 4]]
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +125,7 @@ def strategy():
 def test_lengths_may_be_a_list_a_tuple_a_tensor_or_an_array(strategy, lengths):
     plan = strategy.plan_micro_batches(lengths, max_tokens=np.int64(4), padded=np.bool_(False))
     assert plan == strategy.plan_micro_batches([3, 1, 2], max_tokens=4, padded=False)
-    assert {type(it.tokens) for it in plan} == {int}
+    assert {type(micro_batch.tokens) for micro_batch in plan} == {int}
 
 
 @pytest.mark.parametrize("lengths", [[], (), torch.tensor([], dtype=torch.int64), np.array([], dtype=int)])
@@ -128,7 +133,7 @@ def test_no_sequences_make_no_micro_batches(strategy, lengths):
     assert strategy.plan_micro_batches(lengths, max_tokens=4, padded=True) == ()
 
 
-def test_a_sequence_over_the_budget_is_refused_with_its_place_and_what_would_do(strategy):
+def test_a_sequence_over_the_budget_is_refused_with_its_index_and_the_budget_it_needs(strategy):
     with pytest.raises(ArgumentError, match=r"max_tokens=8, got one of 9 tokens at index 1\. .* at least 11"):
         strategy.plan_micro_batches([8, 9, 11], max_tokens=8, padded=True)
 

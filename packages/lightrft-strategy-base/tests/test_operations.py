@@ -15,7 +15,7 @@ OF_GLOO = [
 
 
 @pytest.mark.parametrize("error", [*map(RuntimeError, OF_GLOO), dist.DistBackendError("NCCL error")], ids=str)
-def test_what_torch_raises_for_a_lost_rank_names_the_call(error):
+def test_an_error_of_torch_for_a_lost_rank_names_the_call(error):
     waited = "backward: rank 0 of 2 waited for another rank"
     with pytest.raises(StrategyError, match=waited) as caught, Operations(0, 2, 3.0).running("backward"):
         raise error
@@ -31,7 +31,7 @@ def test_what_torch_raises_for_a_lost_rank_names_the_call(error):
     ],
     ids=str,
 )
-def test_other_errors_pass_whatever_words_are_in_them(error):
+def test_other_errors_pass_unchanged(error):
     with pytest.raises(type(error)) as caught, Operations(0, 2, 3.0).running("backward"):
         raise error
     assert caught.value is error

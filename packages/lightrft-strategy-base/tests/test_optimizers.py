@@ -79,18 +79,18 @@ def test_an_optimizer_that_treats_each_element_alone_may_get_parts(name, rate):
 
 @pytest.mark.parametrize("rate", [0.0, 1e-6])
 @pytest.mark.parametrize("optimizer_class", [torch.optim.Adafactor, TrustRatio])
-def test_one_that_needs_whole_matrices_is_refused_also_before_a_warm_up(optimizer_class, rate):
+def test_an_optimizer_of_full_matrices_is_refused_also_if_it_starts_with_a_warm_up(optimizer_class, rate):
     with pytest.raises(StrategyError, match=rf"each element alone, got {optimizer_class.__name__}: .*Use another"):
         tried(optimizer_class(matrix_and_bias(), lr=rate), count=1)
 
 
-def test_a_norm_over_all_parameters_is_right_in_one_part_and_refused_in_two():
+def test_an_optimizer_with_a_global_norm_is_accepted_unsharded_and_refused_sharded():
     tried(GlobalNorm(matrix_and_bias()), count=1)
     with pytest.raises(StrategyError, match="got GlobalNorm"):
         tried(GlobalNorm(matrix_and_bias()), count=2)
 
 
-def test_one_that_cannot_be_tried_is_refused_by_name():
+def test_an_optimizer_that_cannot_be_probed_is_refused_by_name():
     with pytest.raises(StrategyError, match="got Muon, which raised ValueError"):
         tried(torch.optim.Muon([nn.Parameter(torch.ones(3, 3))]))
 

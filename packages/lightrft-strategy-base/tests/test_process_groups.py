@@ -33,6 +33,26 @@ def shown(program: str) -> list[int]:
     return [int(line) for line in done.stdout.split()]
 
 
+FORKED = """
+import os, sys
+sys.stdout.flush()
+strategy._end_process_groups = lambda: print(-1)
+if not os.fork():
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(0)  # the end of the interpreter would wait for threads of gloo, which a fork does not copy
+os.wait()
+del strategy._end_process_groups
+strategy.close()
+"""
+
+
+def test_a_child_that_ends_leaves_the_groups_to_its_parent() -> None:
+    running, *closed = shown(PROGRAM + FORKED)
+    assert running > 0
+    assert closed == [0, 0]
+
+
 @pytest.mark.parametrize("end", ["strategy.close()\nshow()", "", "raise SystemExit"])
 def test_threads_of_a_process_group_end_before_the_interpreter(end: str) -> None:
     running, *closed = shown(PROGRAM + end)

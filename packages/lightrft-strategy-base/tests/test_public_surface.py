@@ -116,7 +116,7 @@ def test_the_paths_that_lightrft_users_know():
 
 
 @pytest.mark.parametrize("hook", sorted(MOVED))
-def test_a_strategy_that_overrides_a_hook_of_0_1_is_told_its_new_place(hook):
+def test_a_strategy_that_overrides_a_hook_of_0_1_is_refused_with_its_new_name(hook):
     with pytest.raises(TypeError, match=rf"Old.{hook}: .*override {MOVED[hook]} there, and set backend_class of Old"):
         type("Old", (StrategyBase,), {hook: lambda self: None})
 
@@ -138,7 +138,7 @@ def test_every_hook_is_documented_in_the_contract():
     assert [name for name in hooks if not inspect.getdoc(vars(documented[name])[name])] == []
 
 
-def test_a_type_checker_knows_what_comes_back(tmp_path):
+def test_a_type_checker_knows_the_return_types(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         """

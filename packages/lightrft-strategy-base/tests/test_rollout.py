@@ -98,7 +98,7 @@ def test_an_engine_without_weights_does_not_generate():
         ([[("a", torch.zeros(3)), B]], r"expected a of shape \(2,\).*got \(3,\)"),
     ],
 )
-def test_a_stream_that_is_not_whole_leaves_the_engine_stale(stream, words):
+def test_an_incomplete_stream_leaves_the_engine_stale(stream, words):
     engine = synced()
     with pytest.raises(EngineError, match=words):
         engine.update_weights(stream)
@@ -181,7 +181,7 @@ def test_whatever_building_raises_is_an_error_of_the_engine(monkeypatch):
         strategy.setup_inference_engine(engine_type="small")
 
 
-def test_a_shut_down_engine_says_so():
+def test_a_shut_down_engine_raises():
     engine = synced()
     engine.shutdown()
     engine.shutdown()
@@ -190,7 +190,7 @@ def test_a_shut_down_engine_says_so():
         engine.generate(PROMPT, Sampling())
 
 
-def test_what_an_engine_cannot_do_it_refuses():
+def test_an_engine_refuses_unsupported_requests():
     engine = synced()
     with pytest.raises(EngineError, match="expected prompts without images"):
         engine.generate([Prompt(text="x", images=(1,))], Sampling())
@@ -235,7 +235,7 @@ class SamplingParams:
         self._private = 1
 
 
-def test_sampling_reads_what_trainers_hold():
+def test_sampling_reads_the_objects_that_trainers_pass():
     assert Sampling.of(None) == Sampling()
     assert Sampling.of({"max_new_tokens": 5, "temperature": 0}) == Sampling(max_tokens=5, temperature=0)
     assert Sampling.of(SamplingParams(n=3, max_tokens=7, logprobs=1)) == Sampling(n=3, max_tokens=7)
@@ -276,7 +276,7 @@ def test_drawing_follows_the_distribution():
     ("settings", "allowed"),
     [({"top_k": 2}, {2, 3}), ({"top_p": 0.6}, {3}), ({"top_p": 0.7}, {2, 3}), ({"min_p": 0.5}, {3})],
 )
-def test_filters_leave_out_what_they_say(settings, allowed):
+def test_filters_remove_the_documented_tokens(settings, allowed):
     logits = torch.tensor([[0.05, 0.1, 0.2, 0.65]]).log().expand(500, 4)
     drawn = draw_tokens(logits, Sampling(**settings), [uniform(stream_key(1, [1], row), 0) for row in range(500)])
     assert set(drawn.tolist()) == allowed
@@ -300,7 +300,7 @@ def test_media_nested_or_flat():
     assert media_by_prompt([["f1", "f2"], ["f3"]], [1, 1], 2, "video") == [(["f1", "f2"],), (["f3"],)]
 
 
-def test_one_list_of_tokens_or_several_whatever_holds_them():
+def test_one_or_several_lists_of_tokens_in_any_container():
     for one in ([1, 2], (1, 2), torch.tensor([1, 2]), np.array([1, 2]), [np.int64(1), np.int64(2)]):
         assert prompts_of_tokens(one) == [Prompt(token_ids=(1, 2))]
     for two in ([[1, 2], [3, 4]], torch.tensor([[1, 2], [3, 4]]), [torch.tensor([1, 2]), np.array([3, 4])]):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from llamas import llama, transformers, with_adapter
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from lightrft.config import ConfigError, StrategyError, UnsupportedOperationError
 from lightrft.strategy import FakeStrategy
@@ -96,7 +97,7 @@ def _with_sinks() -> nn.Module:
     ("build", "ranks", "words"),
     [
         (lambda: nn.Linear(2, 2), 2, ["sp_size=2", "transformers", "Linear"]),
-        (llama, 3, ["sp_size=3", "divide by 3", "got 4 heads", "LlamaForCausalLM"]),
+        (llama, 5, ["sp_size=5", "at least 5 attention heads", "got 4", "LlamaForCausalLM"]),
         (lambda: _changed(layer_types=["linear_attention", "full_attention"]), 2, ["1 of linear_attention"]),
         (_with_sinks, 2, ["1 parameters such as", "self_attn.sinks"]),
         (lambda: _changed(attn_logit_softcapping=30.0), 2, ["attn_logit_softcapping=30.0"]),
@@ -114,9 +115,37 @@ def test_a_model_whose_attention_cannot_be_shared_is_refused_with_the_numbers(
 
 
 def test_models_that_can_share_are_accepted() -> None:
-    for ranks in (2, 4):
+    for ranks in (2, 3, 4):
         check_model(llama(), ranks)
         check_model(with_adapter(), ranks)
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups", "ranks", "expected"),
+    [
+        (4, 4, 2, (4, 4)), (4, 2, 2, (4, 2)), (4, 1, 2, (4, 2)), (12, 4, 8, (16, 16)), (24, 6, 4, (24, 12)),
+        (9, 3, 2, (10, 10)), (9, 3, 3, (9, 3)), (9, 3, 4, (12, 4)), (5, 5, 4, (8, 8)), (14, 2, 4, (16, 16)),
+    ],
+)  # fmt: skip
+def test_heads_are_repeated_and_added_as_seldom_as_possible(
+    heads: int, groups: int, ranks: int, expected: tuple[int, int]
+) -> None:
+    query, key = torch.randn(1, heads, 3, 2), torch.randn(1, groups, 3, 2)
+    queries, keys, values = attention.divisible_heads(query, key, -key, ranks)
+    assert (queries.shape[1], keys.shape[1]) == expected
+    assert torch.equal(values, -keys)
+    wanted = scaled_dot_product_attention(query, key, -key, enable_gqa=True)
+    parts = [tensor.chunk(ranks, dim=1) for tensor in (queries, keys, values)]
+    found = torch.cat(
+        [scaled_dot_product_attention(*part, enable_gqa=True) for part in zip(*parts, strict=True)], dim=1
+    )
+    torch.testing.assert_close(found[:, :heads], wanted)
+    assert not found[:, heads:].any()
+
+
+def test_heads_that_divide_are_not_copied() -> None:
+    tensors = torch.randn(1, 4, 3, 2), torch.randn(1, 2, 3, 2), torch.randn(1, 2, 3, 2)
+    assert all(same is tensor for same, tensor in zip(attention.divisible_heads(*tensors, 2), tensors, strict=True))
 
 
 def test_a_model_that_only_names_the_attention_computes_as_before() -> None:

@@ -87,21 +87,21 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_training_without_the_logits_is_training_from_them(name):
-    found = []
+def test_training_without_logits_equals_training_with_logits(name):
+    got = []
     for fused in (True, False):
         with fake(fused) as strategy:
-            found.append(policies.train(strategy, MODELS[name]()))
-    assert found[0].distance(found[1]) < 5e-6
-    assert found[0].parameter_distance(found[1]) < 5e-6
+            got.append(policies.train(strategy, MODELS[name]()))
+    assert got[0].distance(got[1]) < 5e-6
+    assert got[0].parameter_distance(got[1]) < 5e-6
 
 
-def test_training_from_the_logits_is_that_of_plain_torch():
+def test_training_from_logits_equals_plain_torch():
     with fake(fused=False) as strategy:
-        found = policies.train(strategy, llama())
+        got = policies.train(strategy, llama())
     wanted = policies.reference(llama, 1, 0)
-    assert found.distance(wanted) < 5e-6
-    assert found.parameter_distance(wanted) < 5e-6
+    assert got.distance(wanted) < 5e-6
+    assert got.parameter_distance(wanted) < 5e-6
 
 
 def test_the_logits_of_the_batch_are_never_computed():
@@ -116,8 +116,8 @@ def test_the_logits_of_the_batch_are_never_computed():
 
 def test_a_head_of_bfloat16():
     with fake() as fused, fake(fused=False) as plain:
-        found, wanted = (s.token_log_probs(s.prepare(llama().bfloat16()), ids(), entropy=True) for s in (fused, plain))
-    for mine, its in zip(found, wanted, strict=True):
+        got, wanted = (s.token_log_probs(s.prepare(llama().bfloat16()), ids(), entropy=True) for s in (fused, plain))
+    for mine, its in zip(got, wanted, strict=True):
         assert mine.dtype is torch.float32
         torch.testing.assert_close(mine, its, rtol=1e-6, atol=2e-6)
 
@@ -127,12 +127,10 @@ def test_values_are_those_of_torch_distributions(fused):
     tokens, mask = policies.batch(0, 0)
     with fake(fused) as strategy:
         model = strategy.prepare(llama())
-        found = strategy.token_log_probs(model, tokens, mask, temperature=0.5, entropy=True)
+        got = strategy.token_log_probs(model, tokens, mask, temperature=0.5, entropy=True)
         distribution = torch.distributions.Categorical(logits=model(tokens, attention_mask=mask).logits[:, :-1] / 0.5)
-    torch.testing.assert_close(
-        found.log_probs, distribution.log_prob(tokens[:, 1:]) * mask[:, 1:], rtol=1e-5, atol=1e-6
-    )
-    torch.testing.assert_close(found.entropy, distribution.entropy() * mask[:, 1:], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.log_probs, distribution.log_prob(tokens[:, 1:]) * mask[:, 1:], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.entropy, distribution.entropy() * mask[:, 1:], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -142,11 +140,11 @@ def test_targets_choose_what_is_read_at_each_position(fused):
     targets[0, 3], targets[1, 0] = 7, 11
     with fake(fused) as strategy:
         model = strategy.prepare(llama())
-        found = strategy.token_log_probs(model, tokens, targets=targets).log_probs
+        got = strategy.token_log_probs(model, tokens, targets=targets).log_probs
         logs = model(tokens).logits.log_softmax(-1)
     wanted = torch.zeros(2, 5)
     wanted[0, 3], wanted[1, 0] = logs[0, 3, 7], logs[1, 0, 11]
-    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(got, wanted)
 
 
 def test_the_trial_changes_no_random_state_no_buffer_and_no_mode():
@@ -163,14 +161,14 @@ def test_the_trial_changes_no_random_state_no_buffer_and_no_mode():
 
 def test_an_adapter_that_is_switched_off_for_the_reference():
     with fake() as fused, fake(fused=False) as plain:
-        found = []
+        got = []
         for strategy in (fused, plain):
             model = strategy.prepare(with_trained_head())
             on = strategy.token_log_probs(model, ids()).log_probs
             with model.disable_adapter():
-                found.append(strategy.token_log_probs(model, ids()).log_probs)
-            assert not torch.allclose(on, found[-1], atol=1e-2)
-    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=2e-6)
+                got.append(strategy.token_log_probs(model, ids()).log_probs)
+            assert not torch.allclose(on, got[-1], atol=1e-2)
+    torch.testing.assert_close(got[0], got[1], rtol=1e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -191,13 +189,13 @@ def test_a_compiled_model_is_compiled_once_for_each_kind_of_call():
             if index == 2:
                 counters.clear()
             logs = (model(tokens).logits / (1 + index)).log_softmax(-1)
-            found = strategy.token_log_probs(model, tokens, temperature=1 + index).log_probs
+            got = strategy.token_log_probs(model, tokens, temperature=1 + index).log_probs
             wanted = logs[:, :-1].gather(-1, tokens[:, 1:, None]).squeeze(-1)
-            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
         assert counters["frames"]["total"] == 0
 
 
-def test_the_head_is_itself_again_after_a_call_that_failed():
+def test_the_head_is_restored_after_a_failed_call():
     with fake() as strategy:
         model = strategy.prepare(llama())
         strategy.token_log_probs(model, ids())
@@ -226,8 +224,8 @@ def test_the_name_of_the_function_that_a_loss_is_seen_through():
     from lightrft.strategy import linear_log_probs
     from lightrft.strategy.log_probs import TRANSPARENT
 
-    found = linear_log_probs(torch.zeros(4, 2), weight, torch.zeros(4).long()).log_probs
-    node = found.grad_fn
+    got = linear_log_probs(torch.zeros(4, 2), weight, torch.zeros(4).long()).log_probs
+    node = got.grad_fn
     while not isinstance(node, torch.autograd.function.BackwardCFunction):
         node = node.next_functions[0][0]
     assert type(node).__name__ in TRANSPARENT

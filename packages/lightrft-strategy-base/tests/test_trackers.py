@@ -108,7 +108,7 @@ def test_other_metrics_are_refused(metrics, message):
 
 @pytest.mark.parametrize("metrics", [{"a/b": 1, "a": {"b": 2}}, {"step": 1}, {"time": 1}])
 def test_a_name_is_used_once(metrics):
-    with strategy() as made, pytest.raises(ArgumentError, match="log: expected each metric to have a name of its own"):
+    with strategy() as made, pytest.raises(ArgumentError, match="log: expected each metric to have its own name"):
         made.log(metrics, 0)
 
 
@@ -128,7 +128,7 @@ def test_a_closed_strategy_does_not_log():
         made.log({}, 0)
 
 
-def test_without_a_place_to_write_to_it_says_so_once(caplog):
+def test_without_log_dir_and_trackers_it_warns_once(caplog):
     with strategy() as made:
         made.log({"a": 1}, 0)
         made.log({"a": 1}, 1)
@@ -161,14 +161,14 @@ def test_json_lines_hold_steps_that_repeat_and_values_that_are_not_finite(tmp_pa
 
 
 def test_a_run_that_resumes_appends_and_drops_half_a_line(tmp_path):
-    whole = '{"step": 0}\n'
-    (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 1, "lo' + "x" * 70_000)
+    first_line = '{"step": 0}\n'
+    (tmp_path / "metrics.jsonl").write_text(first_line + '{"step": 1, "lo' + "x" * 70_000)
     with strategy(log_dir=str(tmp_path)) as made:
         made.log({}, 1)
     assert [line["step"] for line in lines(tmp_path)] == [0, 1]
 
 
-def test_a_line_that_does_not_fit_on_the_disk_is_dropped_as_a_whole(tmp_path, caplog):
+def test_a_line_that_does_not_fit_on_the_disk_is_dropped(tmp_path, caplog):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with strategy(log_dir=str(tmp_path)) as made:
         made.log({}, 0)
@@ -344,7 +344,7 @@ def test_a_tracker_that_fails_is_reported_once_and_the_others_go_on(tmp_path, ca
     assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2]
 
 
-def test_a_tracker_that_hangs_keeps_nobody_waiting(caplog, monkeypatch):
+def test_a_tracker_that_hangs_blocks_no_caller(caplog, monkeypatch):
     monkeypatch.setattr(Hangs, "released", threading.Event())
     tracker = Hangs()
     run = RunInfo(project="p", name=None, directory=None, strategy="fake", world_size=1, settings={})
@@ -365,7 +365,7 @@ def test_a_tracker_that_hangs_keeps_nobody_waiting(caplog, monkeypatch):
     assert 2 <= len(tracker.calls[1:-1]) <= 3
 
 
-def test_a_tracker_that_does_not_finish_is_left_behind(caplog, monkeypatch):
+def test_closing_abandons_a_tracker_that_does_not_finish(caplog, monkeypatch):
     monkeypatch.setattr(Hangs, "released", threading.Event())
     monkeypatch.setattr(writers, "PATIENCE", 0.2)
     with strategy(trackers=[by_path(Hangs)]) as made:
@@ -378,7 +378,7 @@ def test_a_tracker_that_does_not_finish_is_left_behind(caplog, monkeypatch):
     thread.join(10)
 
 
-def test_an_interruption_while_trackers_are_closed_does_not_keep_the_rest(monkeypatch):
+def test_an_interruption_while_closing_trackers_skips_no_other_cleanup(monkeypatch):
     def interrupt() -> None:
         raise KeyboardInterrupt
 

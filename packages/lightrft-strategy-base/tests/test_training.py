@@ -90,7 +90,7 @@ def test_the_schedule_is_that_of_transformers():
 
 
 @given(sizes=st.lists(st.integers(1, 100), max_size=20), limit=st.integers(1, 200))
-def test_buckets_hold_everything_once_and_no_more_than_they_may(sizes, limit):
+def test_buckets_contain_each_tensor_once_within_their_limit(sizes, limit):
     by_name = {str(index): size for index, size in enumerate(sizes)}
     buckets = list(buckets_of(by_name, [[name] for name in by_name], limit))
     assert [name for bucket in buckets for name in bucket] == list(by_name)
@@ -208,7 +208,7 @@ def a_graph():
 
 
 @pytest.mark.parametrize("make", [threading.Lock, a_file, a_graph, lambda: {"in a dict": [threading.Event()]}])
-def test_what_cannot_be_copied_is_named(make):
+def test_an_attribute_that_cannot_be_copied_is_named(make):
     model = TwoHeads()
     model.head.held = make()
     with get_fake_strategy(bf16=False) as strategy:
@@ -285,10 +285,10 @@ def test_a_compiled_model_trains_as_it_does_uncompiled_and_stays_compiled(build)
                 strategy.backward(output.float().square().sum(), model, optimizer)
                 strategy.optimizer_step(optimizer, model)
             graphs.append(counters["frames"]["ok"])
-            weights.append({name: it for bucket in strategy.full_parameters(model) for name, it in bucket})
+            weights.append({name: tensor for bucket in strategy.full_parameters(model) for name, tensor in bucket})
             assert type(strategy.unwrap_model(model)).__name__ == "TwoHeads"
     assert weights[0].keys() == weights[1].keys()
-    assert all(torch.equal(weights[0][name], it) for name, it in weights[1].items())
+    assert all(torch.equal(weights[0][name], tensor) for name, tensor in weights[1].items())
     assert graphs[0] == 0 and graphs[1] > 0
 
 
@@ -323,7 +323,7 @@ def test_preparing_twice_for_other_ends_is_refused():
             strategy.prepare_model(model, is_training=True)
 
 
-def test_an_offloaded_model_says_so_when_it_is_called():
+def test_calling_an_offloaded_model_raises():
     with get_fake_strategy(bf16=False) as strategy:
         model = strategy.prepare(nn.Linear(2, 2))
         strategy.offload_model(model)
@@ -333,7 +333,7 @@ def test_an_offloaded_model_says_so_when_it_is_called():
         model(torch.ones(1, 2))
 
 
-def test_a_closed_strategy_says_so_and_can_begin_again():
+def test_a_closed_strategy_raises_and_can_be_reopened():
     strategy = get_fake_strategy()
     strategy.close()
     with pytest.raises(StrategyError, match="all_reduce: expected an open strategy, got one that was closed"):
@@ -347,30 +347,30 @@ def loader_of(strategy, length=10):
     return strategy.setup_dataloader(list(range(length)), batch_size=2, drop_last=False)
 
 
-def test_the_loop_over_epochs_goes_on_where_a_loaded_position_stands():
+def test_the_loop_over_epochs_continues_at_a_loaded_position():
     def seen(loader, epochs, until=None):
-        found = []
+        got = []
         for epoch in range(loader.epoch, epochs):
             loader.set_epoch(epoch)
             for batch in loader:
-                found += batch.tolist()
-                if until is not None and len(found) >= until:
-                    return found
-        return found
+                got += batch.tolist()
+                if until is not None and len(got) >= until:
+                    return got
+        return got
 
     with get_fake_strategy() as strategy:
-        whole = seen(loader_of(strategy), 3)
-        assert len(whole) == 30
-        assert len({tuple(whole[start : start + 10]) for start in (0, 10, 20)}) == 3
+        samples = seen(loader_of(strategy), 3)
+        assert len(samples) == 30
+        assert len({tuple(samples[start : start + 10]) for start in (0, 10, 20)}) == 3
         for until in (6, 10, 14, 20):
             first, second = loader_of(strategy), loader_of(strategy)
             begun = seen(first, 3, until)
             second.load_state_dict(first.state_dict())
-            assert begun + seen(second, 3) == whole
+            assert begun + seen(second, 3) == samples
 
 
 @pytest.mark.parametrize("position", [(1, -1), (1, 99), (-1, 0), (1.5, 0)])
-def test_a_position_that_is_none_is_refused(position):
+def test_an_invalid_position_is_refused(position):
     with get_fake_strategy() as strategy, pytest.raises(ArgumentError, match="position of the loader: expected"):
         loader_of(strategy).set_epoch(*position)
 
@@ -398,7 +398,7 @@ def update(strategy, model, optimizer, *arguments):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_what_is_frozen_in_an_optimizer_never_changes(when):
+def test_frozen_parameters_of_an_optimizer_never_change(when):
     with get_fake_strategy(train_batch_size=1, bf16=False) as strategy:
         model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
         if when == "before":
@@ -411,7 +411,7 @@ def test_what_is_frozen_in_an_optimizer_never_changes(when):
         assert same == [True, True, False, False]
 
 
-def test_what_was_frozen_cannot_begin_to_train_unnoticed():
+def test_unfreezing_a_prepared_parameter_raises():
     with get_fake_strategy(train_batch_size=1, bf16=False) as strategy:
         model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
         model[0].requires_grad_(False)
@@ -565,7 +565,7 @@ def average_of(strategy, kind=nn.Linear, *size):
     return strategy.prepare(average)
 
 
-def test_an_average_that_was_refused_did_not_move():
+def test_a_refused_moving_average_does_not_change():
     with get_fake_strategy(bf16=False, train_batch_size=1) as strategy:
         model, optimizer = trained_by_sgd(strategy, nn.Linear(2, 1))
         other = strategy.prepare(nn.Sequential(nn.Linear(2, 1)))
@@ -647,7 +647,7 @@ def test_buffers_that_training_changes_are_not_averaged_which_is_said_once():
             strategy.moving_average(model, average)
 
 
-def test_an_average_inherits_nothing_from_one_that_is_gone():
+def test_a_new_average_inherits_nothing_from_a_deleted_one():
     with get_fake_strategy(bf16=False, train_batch_size=1) as strategy:
         trained_by_sgd(strategy, nn.Linear(2, 1))
         for _ in range(20):  # memory is used again, and so is its address
@@ -666,6 +666,19 @@ class SparseLookup(nn.Module):
 
     def forward(self, indices):
         return nn.functional.embedding(indices, self.table, sparse=True).sum()
+
+
+def test_adapters_whose_ranks_change_are_refused_by_name_until_the_strategy_is_closed():
+    peft = pytest.importorskip("peft")
+    from llamas import llama
+
+    settings = peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10, tinit=1, tfinal=1)
+    model = peft.get_peft_model(llama(), settings)
+    with FakeStrategy(device="cpu") as strategy:
+        strategy.prepare((model, strategy.create_optimizer(model), None))
+        with pytest.raises(UnsupportedOperationError, match=r"update_and_allocate: .*AdaLoRA in PeftModel.* use LoRA"):
+            model.base_model.update_and_allocate(1)
+    assert "update_and_allocate" not in vars(model.base_model)
 
 
 def test_a_sparse_gradient_is_refused_and_dropped():

@@ -1,19 +1,18 @@
 """`lightrft config`: show and check configuration files, as `StrategyConfig` reads them."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lightrft_cli.errors import CommandError, CommandGroup, require_our_packages
+from lightrft_cli.errors import CommandGroup, require_our_packages
 from lightrft_cli.output import Json, Value, print_json, print_rows
 
 if TYPE_CHECKING:
     from lightrft.config import StrategyConfig
 
 app = typer.Typer(cls=CommandGroup, rich_markup_mode=None, help="Show and check configuration files.")
-File = Annotated[Path, typer.Argument(help="A YAML or JSON file: .yaml, .yml or .json")]
+File = Annotated[Path, typer.Argument(help="A file of settings: .yaml, .yml, .json or .toml")]
 
 
 @app.command()
@@ -23,7 +22,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show the settings that differ from their defaults."""
-    config = _reader(file)(file)
+    config = _config_class().from_file(file)
     fields = type(config).model_fields
     names = fields if everything else config.changed()
     rows = [
@@ -41,11 +40,11 @@ def check(file: File, as_json: Json = False) -> None:
 
     Exit codes: 0, it is valid; 1, a setting is unknown, invalid, or conflicts with another; 2, the file cannot be read.
     """
-    read = _reader(file)
+    config_class = _config_class()
     from lightrft.config import ConfigError
 
     try:
-        read(file)
+        config_class.from_file(file)
         errors: tuple[str, ...] = ()
     except ConfigError as error:
         if not error.messages:
@@ -60,14 +59,11 @@ def check(file: File, as_json: Json = False) -> None:
     raise typer.Exit(1 if errors else 0)
 
 
-def _reader(file: Path) -> "Callable[[Path], StrategyConfig]":
+def _config_class() -> "type[StrategyConfig]":
     require_our_packages()
     from lightrft.config import StrategyConfig
 
-    readers = {".yaml": StrategyConfig.from_yaml, ".yml": StrategyConfig.from_yaml, ".json": StrategyConfig.from_json}
-    if file.suffix.lower() not in readers:
-        raise CommandError(f"expected a file named .yaml, .yml or .json, got {file}. Rename it")
-    return readers[file.suffix.lower()]
+    return StrategyConfig
 
 
 def _row(name: str, value: Value, default: Value, owner: str) -> dict[str, Value]:

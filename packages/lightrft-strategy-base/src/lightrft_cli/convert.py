@@ -46,18 +46,13 @@ def convert(
     require_our_packages()
     import torch
 
-    from lightrft.config import LightRFTError
     from lightrft.strategy.export.convert_checkpoint import Conversion
     from lightrft.strategy.export.save_model import bytes_of_size
 
-    try:
-        conversion = Conversion(
-            checkpoint=checkpoint, output=output, base=base, tag=tag, model=model,
-            dtype=None if dtype is None else getattr(torch, dtype), shard_bytes=bytes_of_size(max_shard_size),
-            allow_pickle=allow_pickle, trust_remote_code=trust_remote_code,
-            merge_adapters=merge_adapters,
-        )  # fmt: skip
-        typer.echo(conversion.run())
-    except LightRFTError as error:
-        typer.echo(f"lightrft convert: {error}", err=True)
-        raise typer.Exit(1) from error
+    conversion = Conversion(
+        checkpoint=checkpoint, output=output, base=base, tag=tag, model=model,
+        dtype=None if dtype is None else getattr(torch, dtype), shard_bytes=bytes_of_size(max_shard_size),
+        allow_pickle=allow_pickle, trust_remote_code=trust_remote_code,
+        merge_adapters=merge_adapters,
+    )  # fmt: skip
+    typer.echo(conversion.run())

@@ -5,6 +5,7 @@ command that checks something found it invalid.
 """
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -20,21 +21,12 @@ class CommandError(Exception):
     """A command cannot be carried out; the message says why and what to do."""
 
 
-class CommandGroup(TyperGroup):
-    """A group of commands that reports errors in one line. Without arguments it prints its help."""
+class CommandLine(TyperGroup):
+    """A group of commands that reports an invalid command line in one line. Without arguments it prints its help."""
 
     @override
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, args if args or ctx.resilient_parsing else ["--help"])
-
-    @override
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except Exception as error:
-            if not _is_expected(error):
-                raise
-            _fail(f"{ctx.command_path} {ctx.invoked_subcommand}", str(error))
 
     @override
     def main(self, *args: Any, **more: Any) -> Any:
@@ -45,9 +37,22 @@ class CommandGroup(TyperGroup):
         except Exception as error:
             if not isinstance(error, INVALID_USAGE):
                 raise
-            command = error.ctx.command_path if error.ctx else "lightrft"
+            command = error.ctx.command_path if error.ctx else str(more.get("prog_name") or Path(sys.argv[0]).name)
             message = error.format_message().removesuffix(".")
             _fail(command, f"{message}{'' if message.endswith('?') else '.'} Run: {command} --help")
+
+
+class CommandGroup(CommandLine):
+    """A `CommandLine` whose commands report their errors in one line, too."""
+
+    @override
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if not _is_expected(error):
+                raise
+            _fail(f"{ctx.command_path} {ctx.invoked_subcommand}", str(error))
 
 
 def require_our_packages() -> None:

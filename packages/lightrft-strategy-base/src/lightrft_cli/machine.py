@@ -113,7 +113,10 @@ def _operator_cache() -> Iterator[Finding]:
     built = sorted(library.stem for library in cache.rglob("*.so"))
     yield Finding("operators", name, "ok", f"{cache}, built: {', '.join(built) or 'none'}")
     for lock in cache.rglob("lock"):
-        hours = (time.time() - lock.stat().st_mtime) / 3600
+        try:
+            hours = (time.time() - lock.stat().st_mtime) / 3600
+        except FileNotFoundError:  # the build has ended
+            continue
         if hours * 3600 > STALE_LOCK:
             detail = f"{lock} is {hours:.0f} h old: torch waits for it forever if its build was killed"
             yield Finding("operators", "lock", "warning", detail, f"rm {lock}")

@@ -98,15 +98,15 @@ def _requirements_of(installed: Distribution, extra: str) -> Iterator[Requiremen
 
 
 def _misfit(package: str, requirement: Requirement) -> Misfit | None:
-    found = installed_version(requirement.name)
-    if found and _fits(requirement, found):
+    installed = installed_version(requirement.name)
+    if installed and _fits(requirement, installed):
         return None
     requirement.marker = None
-    return Misfit(package=package, requirement=str(requirement), installed=found)
+    return Misfit(package=package, requirement=str(requirement), installed=installed)
 
 
-def _fits(requirement: Requirement, found: str) -> bool:
+def _fits(requirement: Requirement, installed: str) -> bool:
     try:
-        return requirement.specifier.contains(Version(found), prereleases=True)
+        return requirement.specifier.contains(Version(installed), prereleases=True)
     except InvalidVersion:  # a build with a non-standard version: assume that it fits
         return True

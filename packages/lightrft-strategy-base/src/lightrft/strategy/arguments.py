@@ -14,7 +14,7 @@ from lightrft.config import ArgumentError, ArgumentTypeError
 from lightrft.config.validation import shown
 
 
-class Kind(NamedTuple):
+class Expected(NamedTuple):
     """What an argument may be."""
 
     words: str
@@ -23,27 +23,40 @@ class Kind(NamedTuple):
     least: int | None = None
     below: int | None = None
 
+    def has_type(self, value: object) -> bool:
+        """Return whether ``value`` is of a type that the argument may have."""
+        return isinstance(value, self.types) and not isinstance(value, self.excluded)
+
+    def matches(self, value: Any) -> bool:
+        """Return whether the argument may be ``value``."""
+        if not self.has_type(value):
+            return False
+        return value is None or (
+            (self.least is None or value >= self.least) and (self.below is None or value < self.below)
+        )
+
 
 NONE = type(None)
-FLAG = Kind("True or False", (bool, np.bool_))
-COUNT = Kind("an integer of at least 1", (Integral,), (bool,), least=1)
-INDEX = Kind("an integer of at least 0", (Integral,), (bool,), least=0)
-SEED = Kind("an integer of at least 0 and below 2**32", (Integral,), (bool,), least=0, below=2**32)
-NUMBER = Kind("a number", (Real,), (bool,))
-PATH = Kind("a path", (str, PathLike))
-MODULE = Kind("a torch Module", (nn.Module,))
-OPTIMIZER = Kind("a torch Optimizer", (Optimizer,))
-DTYPE = Kind("a torch.dtype, or None", (torch.dtype, NONE))
-FUNCTION = Kind("a function, or None", (Callable, NONE))  # type: ignore[arg-type]
-LIST = Kind("a list, or None", (Sequence, np.ndarray, torch.Tensor, NONE), (str, bytes))
-SIZE = Kind("an integer of at least 1, or None", (Integral, NONE), (bool,), least=1)
+FLAG = Expected("True or False", (bool, np.bool_))
+COUNT = Expected("an integer of at least 1", (Integral,), (bool,), least=1)
+INDEX = Expected("an integer of at least 0", (Integral,), (bool,), least=0)
+SEED = Expected("an integer of at least 0 and below 2**32", (Integral,), (bool,), least=0, below=2**32)
+NUMBER = Expected("a number", (Real,), (bool,))
+PATH = Expected("a path", (str, PathLike))
+MODULE = Expected("a torch Module", (nn.Module,))
+OPTIMIZER = Expected("a torch Optimizer", (Optimizer,))
+DTYPE = Expected("a torch.dtype, or None", (torch.dtype, NONE))
+FUNCTION = Expected("a function, or None", (Callable, NONE))  # type: ignore[arg-type]
+LIST = Expected("a list, or None", (Sequence, np.ndarray, torch.Tensor, NONE), (str, bytes))
+SIZE = Expected("an integer of at least 1, or None", (Integral, NONE), (bool,), least=1)
 
 
-def refusal(call: str, name: str, value: object, kind: Kind, remedy: str = "") -> ArgumentError | ArgumentTypeError:
+def refusal(
+    call: str, name: str, value: object, expected: Expected, remedy: str = ""
+) -> ArgumentError | ArgumentTypeError:
     """Return the error for ``value`` as the argument ``name`` of ``call``."""
-    right_type = isinstance(value, kind.types) and not isinstance(value, kind.excluded)
-    error = ArgumentError if right_type else ArgumentTypeError
-    return error(f"{call}: expected {name} to be {kind.words}, got {shown(value)}{remedy and f'. {remedy}'}")
+    error = ArgumentError if expected.has_type(value) else ArgumentTypeError
+    return error(f"{call}: expected {name} to be {expected.words}, got {shown(value)}{remedy and f'. {remedy}'}")
 
 
 def device_of(call: str, device: Any) -> torch.device | None:
@@ -53,12 +66,12 @@ def device_of(call: str, device: Any) -> torch.device | None:
     try:
         return torch.device(device)
     except (RuntimeError, TypeError, ValueError) as error:
-        kind = Kind("a torch.device or its name, such as 'cpu' or 'cuda:0'", (str, int))
-        raise refusal(call, "device", device, kind) from error
+        expected = Expected("a torch.device or its name, such as 'cpu' or 'cuda:0'", (str, int))
+        raise refusal(call, "device", device, expected) from error
 
 
 def check_processor(call: str, name: str, value: object) -> None:
     """Raise unless ``value``, an argument of ``call``, is None or can be written with ``save_pretrained``."""
     if value is not None and (isinstance(value, type) or not callable(getattr(value, "save_pretrained", None))):
-        kind = Kind("an object with save_pretrained, or None", ())
-        raise refusal(call, name, value, kind, "Pass the tokenizer or processor itself, not its name or directory")
+        expected = Expected("an object with save_pretrained, or None", ())
+        raise refusal(call, name, value, expected, "Pass the tokenizer or processor itself, not its name or directory")

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from lightrft.config import ArgumentError, UnsupportedOperationError
+from lightrft.strategy.distributed.world import all_gather_objects
 from lightrft.strategy.parallel.exchange import all_to_all
 from lightrft.strategy.strategy import strategy_class
 from lightrft.strategy.strategy_base import StrategyBase, open_strategies
@@ -96,9 +97,7 @@ def gather_inputs_object_for_inference(input_data: list[Item], group: dist.Proce
     """
     if _size(group) == 1:
         return input_data
-    gathered: list[list[Item]] = [[] for _ in range(_size(group))]
-    dist.all_gather_object(gathered, input_data, group=group)
-    return [item for items in gathered for item in items]
+    return [item for items in all_gather_objects(input_data, group) for item in items]
 
 
 def get_sglang_engine(model_name_or_path: str, *arguments: object, **settings: object) -> NoReturn:

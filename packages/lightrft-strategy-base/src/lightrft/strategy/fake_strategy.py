@@ -5,7 +5,6 @@ scripts without a cluster.
 """
 
 import os
-from typing import Any
 
 import torch.distributed as dist
 from typing_extensions import override
@@ -30,7 +29,7 @@ class FakeBackend(ReplicatedBackend):
         if ranks != 1:
             raise ConfigError(
                 f"get_strategy: expected one process for strategy 'fake', got {ranks} (torchrun, or a process group of the "
-                f"caller). Each would train by itself and overwrite the others' checkpoints. Start the script without "
+                f"caller). Each would train by itself and overwrite the others' checkpoints. Start one process, without "
                 f"torchrun, or use another strategy"
             )
         return World.alone(config)
@@ -53,7 +52,7 @@ class FakeStrategy(StrategyBase):
     name = "fake"
     backend_class = FakeBackend
 
-    def __init__(self, config: object = None, *, args: object = None, strict: bool = False, **settings: Any) -> None:
+    def __init__(self, config: object = None, *, args: object = None, strict: bool = False, **settings: object) -> None:
         """Create the backend.
 
         Args:
@@ -78,7 +77,7 @@ class FakeStrategy(StrategyBase):
         return StrictFakeBackend(config, world) if self._strict else super().make_backend(config, world)
 
 
-def get_fake_strategy(args: object = None, *, strict: bool = False, **settings: Any) -> FakeStrategy:
+def get_fake_strategy(args: object = None, *, strict: bool = False, **settings: object) -> FakeStrategy:
     """Return a `FakeStrategy` with the settings of ``args``, or with the defaults.
 
     Args:

@@ -77,11 +77,11 @@ def linear_log_probs(
     hidden_NH = hidden.reshape(-1, hidden.shape[-1])
     if rows.numel() < flat.numel():
         hidden_NH, flat = hidden_NH[rows], flat[rows]
-    found: tuple[torch.Tensor, ...] = ChunkedLogProbs.apply(  # type: ignore[no-untyped-call]
+    computed: tuple[torch.Tensor, ...] = ChunkedLogProbs.apply(  # type: ignore[no-untyped-call]
         hidden_NH, weight, bias, flat, _Options(temperature, soft_cap, chunk_size, entropy, dtype)
     )
-    whole = [_put_back(values, rows, targets.shape) for values in found]
-    return LogProbs(whole[0], whole[1] if entropy else None)
+    results = [_put_back(values, rows, targets.shape) for values in computed]
+    return LogProbs(results[0], results[1] if entropy else None)
 
 
 def logit_log_probs(
@@ -93,11 +93,11 @@ def logit_log_probs(
         (logits.double() if logits.dtype is torch.float64 else logits.float()).div(temperature).log_softmax(-1)
     )
     log_probs = log_softmax_BTV.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    found = LogProbs(torch.where(kept, log_probs, 0.0), None)
+    result = LogProbs(torch.where(kept, log_probs, 0.0), None)
     if entropy:
         entropies = -(log_softmax_BTV.exp() * log_softmax_BTV).sum(-1)
-        found = found._replace(entropy=torch.where(kept, entropies, 0.0))
-    return found
+        result = result._replace(entropy=torch.where(kept, entropies, 0.0))
+    return result
 
 
 def _put_back(values_N: torch.Tensor, rows: torch.Tensor, shape: torch.Size) -> torch.Tensor:

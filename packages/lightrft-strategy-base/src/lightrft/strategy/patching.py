@@ -95,7 +95,7 @@ def around(hook: Callable[..., Any]) -> Callable[[Any], Any]:
 
     def replacement(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
-        def call(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: object, **kwargs: object) -> Any:
             return hook(original, *args, **kwargs)
 
         return call

@@ -6,6 +6,7 @@ A thin facade: every public method checks its call and delegates to a part. What
 """
 
 import atexit
+import os
 import random
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -48,7 +49,7 @@ from lightrft.strategy.arguments import (
     PATH,
     SEED,
     SIZE,
-    Kind,
+    Expected,
     check_processor,
     device_of,
     refusal,
@@ -122,6 +123,9 @@ def open_strategies() -> "list[StrategyBase]":
     return list(_OPEN)
 
 
+os.register_at_fork(after_in_child=_OPEN.clear)  # the strategies are the parent's; a child must not end their groups
+
+
 @atexit.register
 def _end_process_groups_of_open_strategies() -> None:
     """Run as the interpreter ends, for scripts that do not close a strategy. Leaves the engine, which ends by itself."""
@@ -158,7 +162,7 @@ class StrategyBase(LightRFTMembers):
     _build_multimodal_inputs: InputsBuilder = staticmethod(multimodal_inputs)
     """A script may replace it on a strategy, to pass audio to the engine for example, as LightRFT's scripts do."""
 
-    def __init_subclass__(cls, **arguments: Any) -> None:
+    def __init_subclass__(cls, **arguments: object) -> None:
         super().__init_subclass__(**arguments)
         for name in vars(cls):
             if name in _MOVED:
@@ -293,7 +297,7 @@ class StrategyBase(LightRFTMembers):
 
     @final
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_class: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
 
@@ -306,6 +310,11 @@ class StrategyBase(LightRFTMembers):
             )
         with self._operations.running(call):
             yield
+
+    def _check_on_all(self, call: str, **arguments: tuple[object, Expected]) -> None:
+        """Check the arguments of a call that all ranks make, and raise on every rank if one is wrong on any."""
+        with self._consensus.together(call, "checking arguments"):
+            _check(call, **arguments)
 
     # This process and its rank
 
@@ -428,7 +437,7 @@ class StrategyBase(LightRFTMembers):
     @overload
     def all_reduce(self, data: Mapping[Key, Any], op: ReduceOp = ...) -> dict[Key, Any]: ...
     @final
-    def all_reduce(self, data: Any, op: ReduceOp = "mean") -> Any:
+    def all_reduce(self, data: object, op: ReduceOp = "mean") -> Any:
         """Reduce a tensor, a number, or nested dicts of these over all ranks. All ranks must call this.
 
         bf16 and fp16 are reduced in fp32, integers exactly, numbers in 64 bits; the mean of an int is a float.
@@ -453,7 +462,7 @@ class StrategyBase(LightRFTMembers):
     @overload
     def all_gather(self, data: Mapping[Key, Any]) -> dict[Key, Any]: ...
     @final
-    def all_gather(self, data: Any) -> Any:
+    def all_gather(self, data: object) -> Any:
         """Concatenate a tensor, a number, or nested dicts of these over all ranks. All ranks must call this.
 
         Args:
@@ -482,7 +491,8 @@ class StrategyBase(LightRFTMembers):
             StrategyError: With ``meta_init``, on every rank, if building a model failed on some rank, for example
                 because its constructor reads values of tensors.
         """
-        _check("init_model_context", meta_init=(meta_init, FLAG))
+        with self._running("init_model_context"):
+            self._check_on_all("init_model_context", meta_init=(meta_init, FLAG))
         if not meta_init:
             yield
             return
@@ -490,7 +500,7 @@ class StrategyBase(LightRFTMembers):
             yield
 
     @final
-    def create_optimizer(self, model: nn.Module, **settings: Any) -> Optimizer:
+    def create_optimizer(self, model: nn.Module, **settings: object) -> Optimizer:
         """Create AdamW over the trainable parameters; biases and norms are excluded from ``weight_decay``.
 
         All ranks must call this.
@@ -504,32 +514,36 @@ class StrategyBase(LightRFTMembers):
             ArgumentError, ArgumentTypeError: A setting is unknown or invalid.
         """
         with self._running("create_optimizer"):
-            check_kinds("create_optimizer", model)
-            prepared = self._models.find(model)
-            if prepared is not None and prepared.trained is not None:
-                raise StrategyError(
-                    f"create_optimizer: expected a model without an optimizer, got {prepared.class_name}, which has one. Use "
-                    f"the existing optimizer"
-                )
-            if prepared is not None and not prepared.options.training:
-                raise StrategyError(
-                    f"create_optimizer: expected a model to train, got {prepared.class_name}, which was prepared for "
-                    f"inference. Use a copy that is not prepared"
-                )
-            _check("create_optimizer", weight_decay=(settings.get("weight_decay", 0.0), NUMBER))
-            try:
-                optimizer = self.backend.create_optimizer(self._models.unwrap(model), **settings)
-            except (TypeError, ValueError, LookupError) as error:
-                if isinstance(error, LightRFTError):
-                    raise
-                given = ", ".join(f"{name}={shown(value)}" for name, value in settings.items())
-                kind = ArgumentTypeError if isinstance(error, TypeError) else ArgumentError
-                raise kind(
-                    f"create_optimizer: expected settings of torch.optim.AdamW, got {given}: {error}. Correct them"
-                ) from error
+            with self._consensus.together("create_optimizer"):
+                check_kinds("create_optimizer", model)
+                prepared = self._models.find(model)
+                if prepared is not None and prepared.trained is not None:
+                    raise StrategyError(
+                        f"create_optimizer: expected a model without an optimizer, got {prepared.class_name}, which has one. Use "
+                        f"the existing optimizer"
+                    )
+                if prepared is not None and not prepared.options.training:
+                    raise StrategyError(
+                        f"create_optimizer: expected a model to train, got {prepared.class_name}, which was prepared for "
+                        f"inference. Use a copy that is not prepared"
+                    )
+                _check("create_optimizer", weight_decay=(settings.get("weight_decay", 0.0), NUMBER))
+                optimizer = self._make_optimizer(model, settings)
             if prepared is not None:
                 self._preparation.bind(model, optimizer)
             return optimizer
+
+    def _make_optimizer(self, model: nn.Module, settings: dict[str, Any]) -> Optimizer:
+        try:
+            return self.backend.create_optimizer(self._models.unwrap(model), **settings)
+        except (TypeError, ValueError, LookupError) as error:
+            if isinstance(error, LightRFTError):
+                raise
+            given = ", ".join(f"{name}={shown(value)}" for name, value in settings.items())
+            kind = ArgumentTypeError if isinstance(error, TypeError) else ArgumentError
+            raise kind(
+                f"create_optimizer: expected settings of torch.optim.AdamW, got {given}: {error}. Correct them"
+            ) from error
 
     @overload
     def prepare(self, model: T, /, *, is_rlhf: bool = ...) -> T: ...
@@ -542,9 +556,9 @@ class StrategyBase(LightRFTMembers):
         self, first: T1, second: T2, third: T3, fourth: T4, /, *, is_rlhf: bool = ...
     ) -> tuple[T1, T2, T3, T4]: ...
     @overload
-    def prepare(self, *models: Any, is_rlhf: bool = ...) -> tuple[Any, ...]: ...
+    def prepare(self, *models: object, is_rlhf: bool = ...) -> tuple[Any, ...]: ...
     @final
-    def prepare(self, *models: Any, is_rlhf: bool = False) -> Any:
+    def prepare(self, *models: object, is_rlhf: bool = False) -> Any:
         """Prepare models, for training or for inference. All ranks must call this.
 
         Args:
@@ -560,7 +574,8 @@ class StrategyBase(LightRFTMembers):
             StrategyError: On every rank, for a model that this strategy does not support or that is already prepared.
         """
         with self._running("prepare"):
-            self._preparation.check("prepare", models)
+            with self._consensus.together("prepare", "checking arguments"):
+                self._preparation.check("prepare", models)
             results = [self._preparation.prepare(model) for model in models]
             return results[0] if len(results) == 1 else tuple(results)
 
@@ -587,20 +602,25 @@ class StrategyBase(LightRFTMembers):
         if not isinstance(model, nn.Module):
             return model
         flags = {"is_training": (is_training, FLAG), "reshard_after_forward": (reshard_after_forward, FLAG)}
-        _check("prepare_model", **flags)
-        if isinstance(shard_size, bool) or not (isinstance(shard_size, int) and (shard_size == -1 or shard_size > 0)):
-            raise ConfigError(
-                f"prepare_model: expected shard_size to be a number of ranks, or -1 for the setting, got "
-                f"{shown(shard_size)}. Pass -1, or a divisor of the number of ranks"
-            )
         options = WrapOptions(training=is_training, shard_size=shard_size, reshard_after_forward=reshard_after_forward)
         with self._running("prepare_model"):
+            with self._consensus.together("prepare_model", "checking arguments"):
+                _check("prepare_model", **flags)
+                if (
+                    isinstance(shard_size, bool)
+                    or not isinstance(shard_size, int)
+                    or not (shard_size == -1 or shard_size > 0)
+                ):
+                    raise ConfigError(
+                        f"prepare_model: expected shard_size to be a number of ranks, or -1 for the setting, got "
+                        f"{shown(shard_size)}. Pass -1, or a divisor of the number of ranks"
+                    )
             wrapped: Any = self._preparation.model(model, options)
             return wrapped  # type: ignore[no-any-return]
 
     @final
     def prepare_models_and_optimizers(
-        self, actor: nn.Module, critic: nn.Module | None, reward_models: Any, initial_model: nn.Module | None, args: object,
+        self, actor: nn.Module, critic: nn.Module | None, reward_models: object, initial_model: nn.Module | None, args: object,
         max_steps: int,
     ) -> tuple[tuple[Any, Any, Any], tuple[Any, Any, Any], Any, Any]:  # fmt: skip
         """Prepare the models of RLHF: actor and critic with AdamW and a cosine schedule, the others for inference.
@@ -623,11 +643,12 @@ class StrategyBase(LightRFTMembers):
             ArgumentError: ``max_steps`` is not a positive integer.
             StrategyError: As for `create_optimizer` and `prepare`.
         """
-        config = self._config_of(args, "prepare_models_and_optimizers")
-        _check("prepare_models_and_optimizers", max_steps=(max_steps, COUNT))
-        check_kinds("prepare_models_and_optimizers", actor)
-        others = [critic, initial_model, None if config.remote_rm_url else reward_models]
-        self._preparation.check("prepare_models_and_optimizers", others)
+        call = "prepare_models_and_optimizers"
+        with self._running(call), self._consensus.together(call, "checking arguments"):
+            config = self._config_of(args, call)
+            _check(call, max_steps=(max_steps, COUNT))
+            check_kinds(call, actor)
+            self._preparation.check(call, [critic, initial_model, None if config.remote_rm_url else reward_models])
         actor.is_actor = True  # type: ignore[assignment]  # by which LightRFT's trainers recognise it
         trained_actor = self._with_optimizer(actor, config, config.actor_learning_rate, max_steps)
         trained_critic: tuple[Any, Any, Any] = (None, None, None)
@@ -655,9 +676,11 @@ class StrategyBase(LightRFTMembers):
         Raises:
             StrategyError: As for `create_optimizer` and `prepare`.
         """
-        config = self._config_of(args, "prepare_reward_model")
-        check_kinds("prepare_reward_model", reward_model)
-        _check("prepare_reward_model", max_steps=(max_steps, COUNT))
+        call = "prepare_reward_model"
+        with self._running(call), self._consensus.together(call, "checking arguments"):
+            config = self._config_of(args, call)
+            check_kinds(call, reward_model)
+            _check(call, max_steps=(max_steps, COUNT))
         return self._with_optimizer(reward_model, config, config.actor_learning_rate, max_steps)
 
     def _with_optimizer(
@@ -680,7 +703,7 @@ class StrategyBase(LightRFTMembers):
 
     @final
     def setup_dataloader(
-        self, replay_buffer: Any, batch_size: int, pin_memory: bool = False, shuffle: bool = True,
+        self, replay_buffer: object, batch_size: int, pin_memory: bool = False, shuffle: bool = True,
         collate_fn: Callable[[list[Any]], Any] | None = None, drop_last: bool = True, sampler: Sampler[int] | None = None,
         consumed_samples: int = 0,
     ) -> DataLoader[Any]:  # fmt: skip
@@ -767,7 +790,7 @@ class StrategyBase(LightRFTMembers):
     @final
     def token_log_probs(
         self, model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, *,
-        targets: torch.Tensor | None = None, temperature: float = 1.0, entropy: bool = False, **inputs: Any,
+        targets: torch.Tensor | None = None, temperature: float = 1.0, entropy: bool = False, **inputs: object,
     ) -> LogProbs:  # fmt: skip
         """Return the log-probability of each token given those before it, in one forward pass. All ranks must call this.
 
@@ -798,13 +821,15 @@ class StrategyBase(LightRFTMembers):
                 logits in an unknown way.
         """
         with self._running(token_log_probs.CALL):
-            prepared = self._models.require_ready(model, token_log_probs.CALL)
-            _check(token_log_probs.CALL, entropy=(entropy, FLAG))
-            request = token_log_probs.request(input_ids, attention_mask, targets, temperature, bool(entropy), inputs)
-            compute = (
-                partial(token_log_probs.fused, prepared, consensus=self._consensus)
-                if self.config.fused_linear_logprob
-                else partial(token_log_probs.from_logits, prepared)
+            with self._consensus.together(token_log_probs.CALL, "checking arguments"):
+                prepared = self._models.require_ready(model, token_log_probs.CALL)
+                _check(token_log_probs.CALL, entropy=(entropy, FLAG))
+                request = token_log_probs.request(
+                    input_ids, attention_mask, targets, temperature, bool(entropy), inputs
+                )
+            fused = self.config.fused_linear_logprob
+            compute = partial(
+                token_log_probs.fused if fused else token_log_probs.from_logits, prepared, self._consensus
             )
             return token_log_probs.of_sequences(self.sequence_parallel, request, compute)
 
@@ -909,15 +934,17 @@ class StrategyBase(LightRFTMembers):
             StrategyError: A model was not prepared, or is offloaded.
         """
         with self._running("moving_average"):
-            prepared = self._models.require_ready(model, "moving_average")
-            if prepared.trained is None:
-                raise StrategyError(
-                    f"moving_average: expected a model in training, got {prepared.class_name}, which is not. Pass the model "
-                    f"first and its average second"
-                )
-            average = self._models.require_ready(model_ema, "moving_average").module
-            _check("moving_average", beta=(beta, NUMBER))
-            self._averages.move(prepared.trained, average, beta, device_of("moving_average", device))
+            with self._consensus.together("moving_average", "checking arguments"):
+                prepared = self._models.require_ready(model, "moving_average")
+                if prepared.trained is None:
+                    raise StrategyError(
+                        f"moving_average: expected a model in training, got {prepared.class_name}, which is not. Pass the "
+                        f"model first and its average second"
+                    )
+                average = self._models.require_ready(model_ema, "moving_average").module
+                _check("moving_average", beta=(beta, NUMBER))
+                target = device_of("moving_average", device)
+            self._averages.move(prepared.trained, average, beta, target)
 
     @property
     def stop_requested(self) -> bool:
@@ -932,7 +959,8 @@ class StrategyBase(LightRFTMembers):
         """Save when a cluster scheduler announces preemption by SIGTERM. All ranks must enter this.
 
         A SIGTERM on any rank sets `stop_requested` on all ranks at the next update. The training loop checks it and
-        ends, and ``save`` runs on exit from the block. The process is not terminated::
+        ends, and ``save`` runs on exit from the block. The process is not terminated: the script ends with an exit code
+        other than 0 if the scheduler is to start it again::
 
             with strategy.saving_on_sigterm(lambda: strategy.save_ckpt(model, "checkpoints")):
                 for batch in loader:
@@ -998,7 +1026,7 @@ class StrategyBase(LightRFTMembers):
         trained.optimizer_offloaded = False
 
     @final
-    def offload_model(self, models: Any, empty_cache: bool = True) -> None:
+    def offload_model(self, models: object, empty_cache: bool = True) -> None:
         """Move prepared models to host memory; they cannot be called until `reload_model`. All ranks must call this.
 
         Args:
@@ -1008,22 +1036,27 @@ class StrategyBase(LightRFTMembers):
         Raises:
             StrategyError: A model was not prepared.
         """
-        _check("offload_model", empty_cache=(empty_cache, FLAG))
+        with self._running("offload_model"):
+            self._check_on_all("offload_model", empty_cache=(empty_cache, FLAG))
         self._move_models("offload_model", models, torch.device("cpu"), offloaded=True)
         if empty_cache:
             self.sync_and_clear_cache()
 
     @final
-    def reload_model(self, models: Any) -> None:
+    def reload_model(self, models: object) -> None:
         """Undo `offload_model`: move the models back to the device. Idempotent. All ranks must call this."""
         self._move_models("reload_model", models, self.world.device, offloaded=False)
 
-    def _move_models(self, call: str, models: Any, device: torch.device, *, offloaded: bool) -> None:
+    def _move_models(self, call: str, models: object, device: torch.device, *, offloaded: bool) -> None:
         with self._running(call):
-            for model in models if isinstance(models, (list, tuple)) else [models]:
-                if not isinstance(model, nn.Module):
-                    continue
-                prepared = self._models.require_known(model, call)
+            modules = [
+                model
+                for model in (models if isinstance(models, (list, tuple)) else [models])
+                if isinstance(model, nn.Module)
+            ]
+            with self._consensus.together(call, "checking arguments"):
+                known = [self._models.require_known(model, call) for model in modules]
+            for prepared in known:
                 if prepared.offloaded != offloaded:
                     self.backend.reshard(prepared.module)
                     self.backend.move_model(prepared.module, device)
@@ -1035,7 +1068,7 @@ class StrategyBase(LightRFTMembers):
     def save_ckpt(
         self, model: Models, save_dir: str | PathLike[str], tag: str | None = None, max_num: int = 3,
         max_mem: float = 1000, client_state: Mapping[str, Any] | None = None, save_latest: bool = True,
-        optimizer: Optimizer | Mapping[str, Optimizer] | None = None, scheduler: Any = None, *,
+        optimizer: Optimizer | Mapping[str, Optimizer] | None = None, scheduler: object = None, *,
         keep: Collection[str] = (),
     ) -> Path:  # fmt: skip
         """Save the state of the run to ``save_dir/tag``. All ranks must call this.
@@ -1070,8 +1103,7 @@ class StrategyBase(LightRFTMembers):
             CheckpointError: On every rank, if writing fails; older checkpoints stay.
         """
         with self._running("save_ckpt"):
-            with self._consensus.together("save_ckpt", "checking arguments"):
-                _check("save_ckpt", save_dir=(save_dir, PATH), save_latest=(save_latest, FLAG))
+            self._check_on_all("save_ckpt", save_dir=(save_dir, PATH), save_latest=(save_latest, FLAG))
             items = self._run_state.items("save_ckpt", model, optimizer, scheduler)
             return self._checkpoint_saver.save(
                 items, save_dir, tag, max_num, max_mem, client_state, bool(save_latest), keep
@@ -1081,7 +1113,7 @@ class StrategyBase(LightRFTMembers):
     def load_ckpt(
         self, model: Models, load_dir: str | PathLike[str], tag: str | None = None, load_module_strict: bool = True,
         load_optimizer_states: bool = True, load_lr_scheduler_states: bool = True, load_module_only: bool = False,
-        optimizer: Optimizer | Mapping[str, Optimizer] | None = None, scheduler: Any = None,
+        optimizer: Optimizer | Mapping[str, Optimizer] | None = None, scheduler: object = None,
     ) -> tuple[Path, Any]:  # fmt: skip
         """Resume from a checkpoint that any strategy saved on any number of ranks. All ranks must call this.
 
@@ -1108,12 +1140,11 @@ class StrategyBase(LightRFTMembers):
         """
         with self._running("load_ckpt"):
             self._checkpoint_saver.finish()
-            with self._consensus.together("load_ckpt", "checking arguments"):
-                _check(
-                    "load_ckpt", load_dir=(load_dir, PATH), load_module_strict=(load_module_strict, FLAG),
-                    load_optimizer_states=(load_optimizer_states, FLAG),
-                    load_lr_scheduler_states=(load_lr_scheduler_states, FLAG), load_module_only=(load_module_only, FLAG),
-                )  # fmt: skip
+            self._check_on_all(
+                "load_ckpt", load_dir=(load_dir, PATH), load_module_strict=(load_module_strict, FLAG),
+                load_optimizer_states=(load_optimizer_states, FLAG),
+                load_lr_scheduler_states=(load_lr_scheduler_states, FLAG), load_module_only=(load_module_only, FLAG),
+            )  # fmt: skip
             options = LoadOptions.of(
                 strict=load_module_strict, optimizer=load_optimizer_states, scheduler=load_lr_scheduler_states,
                 module_only=load_module_only,
@@ -1123,7 +1154,7 @@ class StrategyBase(LightRFTMembers):
 
     @final
     def save_model(
-        self, model: nn.Module, tokenizer: Any, output_dir: str | PathLike[str], *, processor: Any = None,
+        self, model: nn.Module, tokenizer: object, output_dir: str | PathLike[str], *, processor: object = None,
         dtype: torch.dtype | None = None, max_shard_size: int | str = "5GB", merge_adapters: bool = False,
     ) -> Path:  # fmt: skip
         """Write a prepared model as a directory that ``from_pretrained`` opens. All ranks must call this.
@@ -1147,8 +1178,8 @@ class StrategyBase(LightRFTMembers):
             CheckpointError: On every rank, if it cannot be written.
         """
         with self._running(save_model.CALL):
-            prepared = self._models.require_ready(model, save_model.CALL)
             with self._consensus.together(save_model.CALL, "checking arguments"):
+                prepared = self._models.require_ready(model, save_model.CALL)
                 _check(
                     save_model.CALL, output_dir=(output_dir, PATH), dtype=(dtype, DTYPE),
                     merge_adapters=(merge_adapters, FLAG),
@@ -1181,8 +1212,8 @@ class StrategyBase(LightRFTMembers):
             CheckpointError: On every rank, before anything changes, if files are missing or damaged, or shapes differ.
         """
         with self._running(load_model.CALL):
-            prepared = self._models.require_ready(model, load_model.CALL)
             with self._consensus.together(load_model.CALL, "checking arguments"):
+                prepared = self._models.require_ready(model, load_model.CALL)
                 _check(load_model.CALL, path=(path, PATH), strict=(strict, FLAG), allow_pickle=(allow_pickle, FLAG))
                 source = user_path(path, "path")
             return load_model.load_model(
@@ -1211,8 +1242,9 @@ class StrategyBase(LightRFTMembers):
         Raises:
             StrategyError: The model was not prepared, or is offloaded.
         """
-        _check("full_parameters", bucket_bytes=(bucket_bytes, SIZE), dtype=(dtype, DTYPE))
-        prepared = self._models.require_ready(model, "full_parameters")
+        with self._running("full_parameters"), self._consensus.together("full_parameters", "checking arguments"):
+            _check("full_parameters", bucket_bytes=(bucket_bytes, SIZE), dtype=(dtype, DTYPE))
+            prepared = self._models.require_ready(model, "full_parameters")
         buckets = self._rollout.parameters_of(self.backend, prepared, bucket_bytes, dtype)
         while True:
             with self._running("full_parameters"):
@@ -1260,14 +1292,15 @@ class StrategyBase(LightRFTMembers):
         Raises:
             ConfigError, BackendNotInstalledError: The engine is unknown, or not installed.
         """
-        config = self._config_of(args, "setup_inference_engine")
         with self._running("setup_inference_engine"):
-            prepared = None if actor is None else self._models.find(actor)
-            if actor is not None and (prepared is None or prepared.meta_model is None):
-                raise StrategyError(
-                    f"setup_inference_engine: expected an actor that is prepared for training, got another "
-                    f"{type(actor).__name__}. Call prepare((actor, optimizer, scheduler)) first"
-                )
+            with self._consensus.together("setup_inference_engine", "checking arguments"):
+                config = self._config_of(args, "setup_inference_engine")
+                prepared = None if actor is None else self._models.find(actor)
+                if actor is not None and (prepared is None or prepared.meta_model is None):
+                    raise StrategyError(
+                        f"setup_inference_engine: expected an actor that is prepared for training, got another "
+                        f"{type(actor).__name__}. Call prepare((actor, optimizer, scheduler)) first"
+                    )
             self._rollout.setup(config.engine_type if engine_type is None else engine_type, config, prepared)
         if actor is not None:
             self.update_engine_weights(actor)
@@ -1303,7 +1336,7 @@ class StrategyBase(LightRFTMembers):
                 checkpoint.
         """
         with self._running("update_engine_weights"):
-            _check("update_engine_weights", actor=(actor, MODULE))
+            self._check_on_all("update_engine_weights", actor=(actor, MODULE))
             self._rollout.sync(self.backend, self._models, actor)
             if self._tracking.recorder is not None and self._rollout.handle is not None:
                 prepared = self._models.require_known(actor, "update_engine_weights")
@@ -1311,7 +1344,7 @@ class StrategyBase(LightRFTMembers):
 
     @final
     def engine_generate_local(
-        self, sampling_params: Any, prompt_token_ids: Sequence[Any] | None = None,
+        self, sampling_params: object, prompt_token_ids: Sequence[Any] | None = None,
         multi_modal_inputs: Sequence[dict[str, Any]] | None = None,
     ) -> list[Completion]:  # fmt: skip
         """Complete prompts on this rank's engine, and wake it first. Other ranks need not call this.
@@ -1333,7 +1366,7 @@ class StrategyBase(LightRFTMembers):
 
     @final
     def gather_and_generate(
-        self, sampling_params: Any, all_prompt_token_ids: Sequence[Any] | None = None,
+        self, sampling_params: object, all_prompt_token_ids: Sequence[Any] | None = None,
         all_prompts: Sequence[str] | None = None, all_images: Sequence[Any] | None = None, sleep_engine: bool = True,
         images_num: Sequence[int] | None = None, all_videos: Sequence[Any] | None = None,
         videos_num: Sequence[int] | None = None,
@@ -1360,7 +1393,7 @@ class StrategyBase(LightRFTMembers):
             ArgumentError, EngineError: On every rank, if any rank fails.
         """
         with self._running("gather_and_generate"):
-            _check(
+            self._check_on_all(
                 "gather_and_generate", all_images=(all_images, LIST), sleep_engine=(sleep_engine, FLAG),
                 images_num=(images_num, LIST), all_videos=(all_videos, LIST), videos_num=(videos_num, LIST),
             )  # fmt: skip
@@ -1377,15 +1410,17 @@ class StrategyBase(LightRFTMembers):
         return completions
 
 
-def _check(call: str, **arguments: tuple[object, Kind]) -> None:
-    """Raise `ArgumentTypeError` or `ArgumentError` unless every argument of ``call`` is of its kind."""
-    for name, (value, kind) in arguments.items():
-        accepted: Any = isinstance(value, kind.types) and not isinstance(value, kind.excluded)
+def _check(call: str, **arguments: tuple[object, Expected]) -> None:
+    """Raise `ArgumentTypeError` or `ArgumentError` unless every argument of ``call`` is as expected."""
+    for name, (value, expected) in arguments.items():
+        accepted: Any = isinstance(value, expected.types) and not isinstance(value, expected.excluded)
         if accepted and value is not None:
             number: Any = value
-            accepted = (kind.least is None or number >= kind.least) and (kind.below is None or number < kind.below)
+            accepted = (expected.least is None or number >= expected.least) and (
+                expected.below is None or number < expected.below
+            )
         if not accepted:
-            raise refusal(call, name, value, kind)
+            raise refusal(call, name, value, expected)
 
 
 def _shared_settings(config: StrategyConfig) -> list[list[object]]:

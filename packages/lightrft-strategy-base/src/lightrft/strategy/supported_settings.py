@@ -5,11 +5,11 @@ optional ones, a strategy lists what it supports in `StrategyBase.supported_sett
 `EngineBase.supported_settings`.
 """
 
-import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 
 from lightrft.config import ConfigError, StrategyConfig
+from lightrft.config.files import OF_ENGINES
 from lightrft.strategy.telemetry.log import is_silent
 
 OPTIONAL = frozenset({"grad_accum_dtype"})
@@ -17,10 +17,6 @@ OPTIONAL = frozenset({"grad_accum_dtype"})
 OPTIONAL_FOR_ENGINES = frozenset({"engine_mem_util"})
 SAME_AS_DEFAULT = {"grad_accum_dtype": "fp32"}
 """Values that every strategy supports, because they are what it does by default."""
-
-
-_OF_ENGINES = re.compile(r"(engine_|limit_mm_).*|pretrain$|trust_remote_code$|weight_sync_verify$")
-"""Extra arguments that engines read, and check themselves."""
 
 
 def unsupported(config: StrategyConfig, strategy: str, supported: Collection[str]) -> list[str]:
@@ -60,7 +56,7 @@ def warn_of_unknown_names(config: StrategyConfig) -> None:
     source = config.args
     if not isinstance(source, Mapping) or is_silent():
         return
-    names = [name for name in source if name in config.extra_args and not _OF_ENGINES.match(name)]
+    names = [name for name in source if name in config.extra_args and not OF_ENGINES.match(name)]
     if names:
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         warnings.warn(

@@ -8,6 +8,7 @@ from lightrft.strategy.backend.contract import Backend
 from lightrft.strategy.backend.modules import (
     attributes_of,
     broadcast,
+    check_batch_norms,
     check_gradient_hooks,
     materialize,
     replicate,
@@ -35,6 +36,7 @@ __all__ = [
     "average",
     "broadcast",
     "cast",
+    "check_batch_norms",
     "check_gradient_hooks",
     "check_on_parts",
     "elements",

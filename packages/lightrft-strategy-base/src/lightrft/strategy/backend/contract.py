@@ -15,7 +15,7 @@ some groups of hooks. Every rank calls every hook, in the same order.
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -74,7 +74,7 @@ class Preparing(Protocol):
             The module that the caller uses from now on: ``module``, or a wrapper with an attribute ``module``.
         """
 
-    def create_optimizer(self, module: nn.Module, **settings: Any) -> Optimizer:
+    def create_optimizer(self, module: nn.Module, **settings: object) -> Optimizer:
         """Return the optimizer of `StrategyBase.create_optimizer`."""
 
     def check_optimizer(self, optimizer: Optimizer) -> None:

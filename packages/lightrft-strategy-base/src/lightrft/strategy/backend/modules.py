@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightrft.config import UnsupportedOperationError
 from lightrft.strategy.distributed.world import World
@@ -29,7 +30,7 @@ def attributes_of(parameter: torch.Tensor) -> dict[str, Any]:
 
 
 def set_attributes(parameter: torch.Tensor, attributes: Mapping[str, Any]) -> None:
-    """Set what `attributes_of` returned on a parameter that takes the place of another."""
+    """Set what `attributes_of` returned on a parameter that replaces another."""
     for name, value in attributes.items():
         setattr(parameter, name, value)
 
@@ -45,13 +46,26 @@ def check_gradient_hooks(module: nn.Module, backend: str) -> None:
         )
 
 
-def replace_tensors(module: nn.Module, make: Callable[[torch.Tensor], torch.Tensor], kind: type[torch.Tensor]) -> None:
-    """Replace each parameter and buffer of type ``kind`` by the result of ``make``; tied tensors stay tied."""
+def check_batch_norms(module: nn.Module, backend: str, device: torch.device) -> None:
+    """Raise `UnsupportedOperationError` for batch norms on the CPU whose weights ``backend`` stores in bfloat16."""
+    norms = [name for name, part in module.named_modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
+    if norms and device.type == "cpu":
+        raise UnsupportedOperationError(
+            f"prepare: expected no BatchNorm with bf16=True on the CPU, got {', '.join(norms[:3])} of {type(module).__name__}. "
+            f"{backend} uses their weights in bfloat16, and torch needs those of their fp32 statistics. Use bf16=False, "
+            f"strategy 'fake' or zero_stage=0, or another norm"
+        )
+
+
+def replace_tensors(
+    module: nn.Module, make: Callable[[torch.Tensor], torch.Tensor], tensor_class: type[torch.Tensor]
+) -> None:
+    """Replace each parameter and buffer of type ``tensor_class`` by the result of ``make``; tied tensors stay tied."""
     made: dict[int, torch.Tensor] = {}
     for owner in module.modules():
         for store in (owner._parameters, owner._buffers):
             for name, tensor in store.items():
-                if tensor is None or not isinstance(tensor, kind):
+                if tensor is None or not isinstance(tensor, tensor_class):
                     continue
                 if id(tensor) not in made:
                     new = make(tensor)

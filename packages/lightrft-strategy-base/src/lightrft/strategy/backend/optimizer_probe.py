@@ -70,12 +70,12 @@ def replica(optimizer: Optimizer, group: dict[str, Any], parameters: list[torch.
         raise TypeError(f"{type(optimizer).__name__} has a __del__, so that it cannot be copied")
     made = type(optimizer).__new__(type(optimizer))
     memo: dict[int, Any] = {id(optimizer): made, **{id(parameter): parameter for parameter in parameters_of(optimizer)}}
-    own = {
+    attributes = {
         key: value
         for key, value in vars(optimizer).items()
         if key not in _NOT_COPIED and not (key.startswith("_optimizer_") and key.endswith("_hooks"))
     }
-    vars(made).update(copy.deepcopy(own, memo))
+    vars(made).update(copy.deepcopy(attributes, memo))
     settings = {key: copy.deepcopy(value, memo) for key, value in group.items() if key not in ("params", "param_names")}
     if isinstance(optimizer, torch.optim.Adagrad):  # makes its state in the constructor
         return type(optimizer)(parameters, **{key: settings[key] for key in optimizer.defaults})
@@ -112,17 +112,17 @@ def _difference(
     start = [_uneven(shape, stream).to(device) for shape in shapes]
     gradients = [[_uneven(shape, stream).to(device) for shape in shapes] for _ in range(STEPS)]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        whole = _stepped(optimizer, group, start, gradients)
+        stepped = _stepped(optimizer, group, start, gradients)
         dealt = [deal(tensors) for tensors in gradients]
         parts = [
             _stepped(optimizer, group, tensors, [step[index] for step in dealt])
             for index, tensors in enumerate(deal(start))
         ]
-    largest = max(float((after - before).abs().max()) for after, before in zip(whole, start, strict=True))
+    largest = max(float((after - before).abs().max()) for after, before in zip(stepped, start, strict=True))
     furthest = max(
         (
             float((_local(part) - _local(expected)).abs().max())
-            for got, wanted in zip(parts, deal(whole), strict=True)
+            for got, wanted in zip(parts, deal(stepped), strict=True)
             for part, expected in zip(got, wanted, strict=True)
             if _local(part).numel()
         ),

@@ -48,9 +48,9 @@ class Shard:
         """Return the same range under another name."""
         return Shard(name=name, shape=self.shape, offset=self.offset, values=self.values)
 
-    def of(self, whole: torch.Tensor) -> torch.Tensor:
+    def of(self, full: torch.Tensor) -> torch.Tensor:
         """Return the same range of another full tensor of this shape, shaped like ``values``."""
-        return whole.reshape(-1)[self.offset : self.offset + self.values.numel()].view(self.values.shape)
+        return full.reshape(-1)[self.offset : self.offset + self.values.numel()].view(self.values.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +64,13 @@ class StateSlice:
     """Index of the range's first element in the flattened local part of ``key``, and so in each of its state tensors."""
 
     @property
-    def whole(self) -> bool:
+    def is_full(self) -> bool:
         """Whether ``key`` is the parameter itself, and this rank holds all of it."""
         return self.shard.values.numel() == self.shard.shape.numel() == self.key.numel()
 
     def of(self, values: torch.Tensor, name: str) -> Shard:
         """Return this range of a state tensor with local part ``values`` (see `tensors.elements`)."""
-        part = values if self.whole else values[self.start : self.start + self.shard.values.numel()]
+        part = values if self.is_full else values[self.start : self.start + self.shard.values.numel()]
         return Shard(name=name, shape=self.shard.shape, offset=self.shard.offset, values=part)
 
 

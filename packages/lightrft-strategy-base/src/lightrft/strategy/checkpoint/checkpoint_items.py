@@ -74,7 +74,7 @@ class CheckpointItem:
             )
 
 
-def _scheduler_class(scheduler: Any) -> str:
+def _scheduler_class(scheduler: object) -> str:
     parts = [_scheduler_class(inner) for inner in getattr(scheduler, "_schedulers", ())]
     return type(scheduler).__name__ + (f" of {', '.join(parts)}" if parts else "")
 
@@ -93,7 +93,7 @@ class RunState:
         self.lineages: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
         """By model, an identifier that stays the same when a restarted run loads the model."""
 
-    def items(self, call: str, model: Models, optimizer: Any, scheduler: Any) -> list[CheckpointItem]:
+    def items(self, call: str, model: Models, optimizer: object, scheduler: object) -> list[CheckpointItem]:
         """Return the models of ``call`` with their optimizers and schedulers. All ranks must call this.
 
         Raises:
@@ -104,13 +104,17 @@ class RunState:
             names = _checked_names(model) if isinstance(model, Mapping) else None
             models = dict(model) if isinstance(model, Mapping) else _by_name("model", model, names)
             optimizers, schedulers = _by_name("optimizer", optimizer, names), _by_name("scheduler", scheduler, names)
-            return [self._item(call, name, it, optimizers[name], schedulers[name]) for name, it in models.items()]
+            return [
+                self._item(call, name, module, optimizers[name], schedulers[name]) for name, module in models.items()
+            ]
 
     def updates_averaged(self, item: CheckpointItem) -> int | None:
         """Return the number of updates that ``item`` includes if it is a moving average, else None."""
         return None if item.trained is not None else self.averages.updates_in(item.module, self._models.in_training)
 
-    def _item(self, call: str, name: str, model: object, optimizer: Optimizer | None, scheduler: Any) -> CheckpointItem:
+    def _item(
+        self, call: str, name: str, model: object, optimizer: Optimizer | None, scheduler: object
+    ) -> CheckpointItem:
         if not isinstance(model, nn.Module):
             raise StrategyError(
                 f"{call}: expected a model or a dict of models, got {shown(model)} as {name}. Pass the model "
@@ -149,7 +153,7 @@ def _checked_names(models: Mapping[Any, Any]) -> list[str]:
     return list(models)
 
 
-def _by_name(argument: str, value: Any, names: list[str] | None) -> dict[str, Any]:
+def _by_name(argument: str, value: object, names: list[str] | None) -> dict[str, Any]:
     """Return ``value`` by model name.
 
     Args:

@@ -196,9 +196,9 @@ class CheckpointReader:
         if entry not in self.index:
             raise CheckpointError(f"expected {entry} in {self.path}, found none. Load another tag")
         piece = self.index[entry][0][1]
-        whole = torch.empty(piece.shape, dtype=piece.dtype)
-        self._fill(entry, 0, whole.view(-1))
-        return whole
+        tensor = torch.empty(piece.shape, dtype=piece.dtype)
+        self._fill(entry, 0, tensor.view(-1))
+        return tensor
 
     def _fill(self, entry: str, offset: int, values: torch.Tensor) -> None:
         if values.ndim != 1:  # a full tensor that is not contiguous

@@ -117,7 +117,9 @@ class File:
     """Checksum of the header, which holds the checksums of the data."""
 
 
-def write_tensors(path: Path, pieces: Iterable[tuple[Piece, torch.Tensor]], stamp: Stamp, kind: ChecksumKind) -> File:
+def write_tensors(
+    path: Path, pieces: Iterable[tuple[Piece, torch.Tensor]], stamp: Stamp, checksum_kind: ChecksumKind
+) -> File:
     """Write ``pieces`` to a new safetensors file and synchronise it.
 
     Copies at most `CHUNK` bytes at a time, and nothing if the values are in host memory.
@@ -126,19 +128,19 @@ def write_tensors(path: Path, pieces: Iterable[tuple[Piece, torch.Tensor]], stam
         pieces: Pieces with their values, 1-D on any device.
     """
     ordered = sorted(pieces, key=lambda pair: _alignment(pair[0]))
-    blank = files.checksum_of(b"", kind)
+    blank = files.checksum_of(b"", checksum_kind)
     with files.explain_os_errors(path, "cannot write"), path.open("xb", buffering=0) as file:
         header = encode_header([replace(piece, checksum=blank) for piece, _ in ordered], stamp)
         files.write_all(file.fileno(), header)
         summed = [
-            replace(piece, checksum=_write_values(file.fileno(), values, files.new_checksum(kind)))
+            replace(piece, checksum=_write_values(file.fileno(), values, files.new_checksum(checksum_kind)))
             for piece, values in ordered
         ]
         header = encode_header(summed, stamp)  # as long as before: the checksums are
         os.pwrite(file.fileno(), header, 0)
         os.fsync(file.fileno())
     size = len(header) + sum(piece.nbytes for piece in summed)
-    return File(name=path.name, nbytes=size, header=files.checksum_of(header, kind))
+    return File(name=path.name, nbytes=size, header=files.checksum_of(header, checksum_kind))
 
 
 def _write_values(descriptor: int, values: torch.Tensor, checksum: Checksum) -> str:

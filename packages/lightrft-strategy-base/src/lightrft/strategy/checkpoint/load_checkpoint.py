@@ -6,6 +6,7 @@ differ from those that saved.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -81,18 +82,23 @@ def load_checkpoint(
     return path, client_state
 
 
-def _open(path: Path, opened: list[CheckpointReader]) -> list[str]:
-    """Open the checkpoint; return the checksums of its headers."""
+def _open(path: Path, opened: list[CheckpointReader]) -> str:
+    """Open the checkpoint; return a digest of the checksums of its headers."""
     if not path.is_dir():
         raise CheckpointError(
             f"expected a directory at {path}, as on rank 0, found none. Load from a file system that all hosts share"
         )
     opened.append(CheckpointReader(path))
-    return [file.header for file in opened[0].manifest.files]
+    return digest_of([file.header for file in opened[0].manifest.files])
 
 
-def _check_same(path: Path, headers: Sequence[Any]) -> None:
-    differing = [rank for rank, it in enumerate(headers) if it != headers[0]]
+def digest_of(headers: Sequence[str]) -> str:
+    """Return a digest of a checkpoint's headers: as many ranks as there are files exchange it."""
+    return sha256("\n".join(headers).encode()).hexdigest()
+
+
+def _check_same(path: Path, digests: Sequence[str]) -> None:
+    differing = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if differing:
         raise CheckpointError(
             f"{CALL}: expected all ranks to see the same checkpoint at {path}, got another one on rank {differing[0]}. Load "

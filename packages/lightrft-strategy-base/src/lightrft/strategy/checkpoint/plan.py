@@ -109,7 +109,7 @@ def _describe_groups(trained: TrainedModel) -> list[dict[str, Any]]:
     ]
 
 
-def _number(value: Any) -> Any:
+def _number(value: object) -> Any:
     return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
 
 
@@ -159,8 +159,11 @@ def _held(backend: Backend, items: Sequence[CheckpointItem], shared: Sequence[Se
     for item, same in zip(items, shared, strict=True):
         for name, buffer in item.buffers().items():
             entry = f"{item.name}/buffers/{name}" if name in same else f"{RANKS}/{rank}/buffers/{item.name}/{name}"
-            held.append(_whole(entry, buffer))
-    held += [_whole(f"{RANKS}/{rank}/random/{name}", it) for name, it in random_streams(backend.world.device).items()]
+            held.append(_unsharded(entry, buffer))
+    held += [
+        _unsharded(f"{RANKS}/{rank}/random/{name}", state)
+        for name, state in random_streams(backend.world.device).items()
+    ]
     for shard in held:
         dtype_name(shard.name, shard.values.dtype)
     return [shard for shard in held if shard.values.numel() or not shard.shape.numel()]
@@ -176,19 +179,19 @@ def _model_shards(backend: Backend, item: CheckpointItem) -> Iterator[Shard]:
                     yield _state_shard(part, state, value).renamed(f"{item.name}/optimizer/{state}/{part.shard.name}")
 
 
-def _state_shard(part: StateSlice, state: str, value: Any) -> Shard:
+def _state_shard(part: StateSlice, state: str, value: object) -> Shard:
     """Return the range of an optimizer's ``state``, such as exp_avg: of the parameter's shape, or a single number."""
     parameter = part.shard
     if isinstance(value, (bool, int, float)):
         dtype = torch.float64 if isinstance(value, float) else torch.int64
-        return _whole(state, torch.tensor(value, dtype=dtype))
+        return _unsharded(state, torch.tensor(value, dtype=dtype))
     if isinstance(value, torch.Tensor) and "/" not in state:
         if value.ndim == 0 and (state == "step" or parameter.shape):
-            return _whole(state, value)
+            return _unsharded(state, value)
         values = elements(local_part(value.detach()))
         if values.numel() == local_part(part.key).numel():
             return part.of(values, state)
-        if part.whole:
+        if part.is_full:
             return Shard(name=state, shape=value.shape, offset=0, values=values)
     got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
     raise UnsupportedOperationError(
@@ -198,7 +201,7 @@ def _state_shard(part: StateSlice, state: str, value: Any) -> Shard:
     )
 
 
-def _whole(name: str, tensor: torch.Tensor) -> Shard:
+def _unsharded(name: str, tensor: torch.Tensor) -> Shard:
     return Shard(name=name, shape=tensor.shape, offset=0, values=elements(tensor))
 
 

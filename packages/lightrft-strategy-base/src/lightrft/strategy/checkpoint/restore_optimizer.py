@@ -94,7 +94,7 @@ def _allocation(
             )
         for state in states:
             shape = stored[f"{state}/{name}"]
-            if shape not in (torch.Size(), part.shard.shape) and not part.whole:
+            if shape not in (torch.Size(), part.shard.shape) and not part.is_full:
                 raise CheckpointError(
                     f"expected {state} of {name} to have the parameter's shape {tuple(part.shard.shape)}, got {tuple(shape)}, "
                     f"which cannot be sharded. Load it with a strategy that does not shard"
@@ -160,7 +160,7 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return elements(local_part(tensor.detach()))
 
 
-def _state_tensor(allocation: Allocation, dtype: torch.dtype, present: Any) -> torch.Tensor:
+def _state_tensor(allocation: Allocation, dtype: torch.dtype, present: object) -> torch.Tensor:
     """Return memory like the key's; reuse ``present`` if it fits. Elements that are not filled, such as padding, are zero."""
     key = allocation.key
     if isinstance(present, type(key.data)) and _layout(present) == (key.shape, key.stride(), key.device, dtype):
@@ -189,19 +189,19 @@ def _as_number(
     if isinstance(made, torch.Tensor) and made.numel() == 1:
         return stored.to(made.device, made.dtype).reshape(made.shape)
     if isinstance(made, (int, float)):
-        return _python_number(stored, whole=isinstance(made, int))
+        return _python_number(stored, prefer_int=isinstance(made, int))
     was_python = stored.dtype in (torch.int64, torch.float64)
     from_torch = type(optimizer).__module__.startswith("torch.optim")
     if was_python if same_optimizer else not from_torch:
-        return _python_number(stored, whole=not same_optimizer)
+        return _python_number(stored, prefer_int=not same_optimizer)
     value = stored.to(torch.float32) if was_python else stored
     return value.to(allocation.key.device) if allocation.numbers_on_device else value
 
 
-def _python_number(stored: torch.Tensor, *, whole: bool) -> float:
-    """Return a Python number; with ``whole``, an int if it is a whole number."""
+def _python_number(stored: torch.Tensor, *, prefer_int: bool) -> float:
+    """Return a Python number; with ``prefer_int``, an int if it is a whole number."""
     number: float = stored.item()
-    return int(number) if whole and not isinstance(number, bool) and float(number).is_integer() else number
+    return int(number) if prefer_int and not isinstance(number, bool) and float(number).is_integer() else number
 
 
 def check_groups(trained: TrainedModel, stored: Sequence[Mapping[str, Any]]) -> None:
@@ -225,7 +225,7 @@ def restore_groups(trained: TrainedModel, stored: Sequence[Mapping[str, Any]], s
                 _set(group, key, from_json(value))
 
 
-def _set(group: dict[str, Any], key: str, value: Any) -> None:
+def _set(group: dict[str, Any], key: str, value: object) -> None:
     if isinstance(group.get(key), torch.Tensor):
         group[key].fill_(value)
     else:

@@ -122,7 +122,7 @@ class CheckpointSaver:
         else:
             with consensus.together(CALL, "copying tensors"):
                 copies = self._background.staging.copies([values for _, values in share])
-            copied = replace(write, share=[(piece, it) for (piece, _), it in zip(share, copies, strict=True)])
+            copied = replace(write, share=[(piece, tensor) for (piece, _), tensor in zip(share, copies, strict=True)])
             self._background.start(target.path, copied.run)
         self._saved[target.path] = [weakref.ref(item.module) for item in items]
         return target.path

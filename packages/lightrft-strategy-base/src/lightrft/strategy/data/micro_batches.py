@@ -12,10 +12,17 @@ A plan depends only on its arguments. It takes two steps, between which the rank
   is more than 3/4 of the budget, so first-fit decreasing is within 4/3 too.
 """
 
+import gc
 import heapq
+import itertools
 from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from operator import neg
+
+import numpy as np
 
 Group = Sequence[int]
 """Positions of sequences that go together, the longest first."""
@@ -38,6 +45,18 @@ class MicroBatch:
         return float(bool(self.indices))
 
 
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Pause the cyclic garbage collector, which would search the whole heap for cycles while many small objects are made."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 class Planner:
     """One rank's sequences.
 
@@ -47,70 +66,83 @@ class Planner:
         padded: Whether a micro-batch costs count x longest; otherwise, it costs the sum of its lengths.
     """
 
+    @_without_collector()
     def __init__(self, lengths: Sequence[int], max_tokens: int, *, padded: bool) -> None:
         self._lengths, self._max_tokens, self._padded = lengths, max_tokens, padded
-        self._order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-        if padded:
-            self._groups = longest_together(lengths, self._order, max_tokens)
-        else:
-            self._groups = first_fit(lengths, self._order, max_tokens)
+        values = np.asarray(lengths, dtype=np.int64)
+        order = np.argsort(-values, kind="stable")
+        self._order, self._descending = tuple(order.tolist()), values[order].tolist()
+        self._groups = [] if padded else first_fit(lengths, self._order, max_tokens)
 
     @property
     def fewest(self) -> int:
         """The number of micro-batches that these sequences need."""
-        return len(self._groups)
+        return count_together(self._descending, self._max_tokens) if self._padded else len(self._groups)
 
+    @_without_collector()
     def plan(self, count: int) -> tuple[MicroBatch, ...]:
         """Return ``count`` micro-batches, at least `fewest`, as balanced as the budget allows.
 
         The costly ones come first, because ranks wait for each other at every micro-batch. Fillers come last, and only if
         there are fewer sequences than micro-batches.
         """
-        groups = self._divided(min(count, len(self._lengths)))
-        groups += [()] * (count - len(groups))
-        groups.sort(key=self._cost, reverse=True)
-        return tuple(
-            MicroBatch(tuple(group), self._cost(group), number == count) for number, group in enumerate(groups, 1)
-        )
+        if count < len(self._order):
+            groups = self._divided(count)
+        else:
+            groups = [*zip(self._order), *[()] * (count - len(self._order))]
+        length_of = self._lengths.__getitem__
+        if self._padded:
+            costs = [len(group) * length_of(group[0]) if group else 0 for group in groups]
+        else:
+            costs = [sum(map(length_of, group)) for group in groups]
+        costly_first = sorted(range(count), key=costs.__getitem__, reverse=True)
+        plan = [MicroBatch(tuple(groups[at]), costs[at], False) for at in costly_first]
+        return (*plan[:-1], *(replace(micro_batch, last=True) for micro_batch in plan[-1:]))
 
     def _divided(self, count: int) -> list[Group]:
         if self._padded:
-            budget = smallest_budget(self._lengths, self._order, self._max_tokens, count)
-            return halved(longest_together(self._lengths, self._order, budget), count)
-        even = longest_to_emptiest(self._lengths, self._order, count)
-        if all(self._cost(group) <= self._max_tokens for group in even):
-            return even
-        return halved(self._groups, count)
-
-    def _cost(self, group: Group) -> int:
-        if self._padded and group:
-            return len(group) * self._lengths[group[0]]
-        return sum(map(self._lengths.__getitem__, group))
+            budget = smallest_budget(self._descending, self._max_tokens, count)
+            return halved(longest_together(self._order, self._descending, budget), count)
+        even = longest_to_emptiest(self._lengths, self._order, self._max_tokens, count)
+        return halved(self._groups, count) if even is None else even
 
 
-def longest_together(lengths: Sequence[int], order: Sequence[int], budget: int) -> list[Group]:
+def longest_together(order: Sequence[int], descending: Sequence[int], budget: int) -> list[Group]:
     """Divide ``order``, the longest first, into runs with count x longest within ``budget``: the fewest possible."""
-    groups: list[Group] = []
+    return [
+        order[first : first + size]
+        for start, end, size in _equal_groups(descending, budget)
+        for first in range(start, end, size)
+    ]
+
+
+def count_together(descending: Sequence[int], budget: int) -> int:
+    """Return how many groups `longest_together` makes."""
+    return sum(-(-(end - start) // size) for start, end, size in _equal_groups(descending, budget))
+
+
+def _equal_groups(descending: Sequence[int], budget: int) -> Iterator[tuple[int, int, int]]:
+    """Yield the start, end and size of adjacent groups of `longest_together` that have the same size.
+
+    n sequences have at most sqrt(2 n) different sizes, so this is much faster than group by group.
+    """
     start = 0
-    while start < len(order):
-        end = start + budget // lengths[order[start]]
-        groups.append(order[start:end])
+    while start < len(descending):
+        size = budget // descending[start]
+        longest_of_more = budget // (size + 1)  # the longest sequence that makes a larger group
+        end = bisect_left(descending, -longest_of_more, lo=start, key=neg)
+        end = min(len(descending), start + -(-(end - start) // size) * size)
+        yield start, end, size
         start = end
-    return groups
 
 
-def smallest_budget(lengths: Sequence[int], order: Sequence[int], max_tokens: int, count: int) -> int:
+def smallest_budget(descending: Sequence[int], max_tokens: int, count: int) -> int:
     """Return the smallest budget for which `longest_together` makes at most ``count`` groups; ``max_tokens`` is enough."""
-    descending = [lengths[index] for index in order]
+    least = max(descending[0], -(-sum(descending) // count))
 
     def is_enough(budget: int) -> bool:
-        start = groups = 0
-        while start < len(descending) and groups <= count:
-            start += budget // descending[start]
-            groups += 1
-        return groups <= count
+        return count_together(descending, budget) <= count
 
-    least = max(descending[0], -(-sum(descending) // count)) if count else 0
     return least + bisect_left(range(least, max_tokens), True, key=is_enough)
 
 
@@ -122,9 +154,11 @@ def first_fit(lengths: Sequence[int], order: Sequence[int], budget: int) -> list
     """
     bound = min(len(order), 2 * sum(lengths) // budget + 1)  # any two groups together exceed the budget
     leaves = 1 << max(0, bound - 1).bit_length()
-    room = [budget] * (2 * leaves)
-    groups: list[list[int]] = []
-    position = 0
+    groups = [[index] for index in itertools.takewhile(lambda index: 2 * lengths[index] > budget, order)]
+    room = [0] * leaves + [budget - lengths[index] for (index,) in groups] + [budget] * (leaves - len(groups))
+    for node in range(leaves - 1, 0, -1):
+        room[node] = max(room[2 * node], room[2 * node + 1])
+    position = len(groups)
     while position < len(order):
         length = lengths[order[position]]
         node = 1
@@ -149,29 +183,34 @@ def first_fit(lengths: Sequence[int], order: Sequence[int], budget: int) -> list
     return list(groups)
 
 
-def longest_to_emptiest(lengths: Sequence[int], order: Sequence[int], count: int) -> list[Group]:
-    """Put each of ``order``, the longest first, into the group with the smallest sum so far."""
+def longest_to_emptiest(
+    lengths: Sequence[int], order: Sequence[int], max_tokens: int, count: int
+) -> list[Group] | None:
+    """Put each of ``order``, the longest first, into the group with the smallest sum so far; None if one exceeds the budget."""
     groups = [[index] for index in order[:count]]
     sums = [lengths[group[0]] * count + at for at, group in enumerate(groups)]  # a sum and its group in one integer
     heapq.heapify(sums)
     for index in order[count:]:
-        smallest = sums[0]
+        smallest, length = sums[0], lengths[index]
+        if smallest // count + length > max_tokens:
+            return None
         groups[smallest % count].append(index)
-        heapq.heapreplace(sums, smallest + lengths[index] * count)
+        heapq.heapreplace(sums, smallest + length * count)
     return list(groups)
 
 
 def halved(groups: Sequence[Group], count: int) -> list[Group]:
     """Halve the group with the most sequences until there are ``count``."""
-    divided = list(groups)
-    most = [(-len(group), at) for at, group in enumerate(divided)]
-    heapq.heapify(most)
-    while len(divided) < count:
-        at = most[0][1]
-        group = divided[at]
-        half = (len(group) + 1) // 2
-        divided[at], rest = group[:half], group[half:]
-        divided.append(rest)
-        heapq.heapreplace(most, (-half, at))
-        heapq.heappush(most, (-len(rest), len(divided) - 1))
-    return divided
+    of_size: defaultdict[int, list[Group]] = defaultdict(list)
+    for group in groups:
+        of_size[len(group)].append(group)
+    missing = count - len(groups)
+    for size in range(max(of_size, default=0), 1, -1):
+        if missing <= 0:
+            break
+        half = (size + 1) // 2
+        divided, of_size[size] = of_size[size][:missing], of_size[size][missing:]
+        of_size[half] += [group[:half] for group in divided]
+        of_size[size - half] += [group[half:] for group in divided]
+        missing -= len(divided)
+    return [group for same_size in of_size.values() for group in same_size]

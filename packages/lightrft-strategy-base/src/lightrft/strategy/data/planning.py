@@ -13,12 +13,12 @@ import torch
 
 from lightrft.config import ArgumentError, ArgumentTypeError
 from lightrft.config.validation import shown
-from lightrft.strategy.arguments import COUNT, FLAG, Kind, refusal
+from lightrft.strategy.arguments import COUNT, FLAG, Expected, refusal
 from lightrft.strategy.data.micro_batches import MicroBatch, Planner
 from lightrft.strategy.distributed.rank_consensus import RankConsensus
 
 CALL = "plan_micro_batches"
-_LENGTHS = Kind(
+_LENGTHS = Expected(
     "a list, tuple, 1-D tensor or 1-D array of integers", (Sequence, np.ndarray, torch.Tensor), (str, bytes)
 )
 
@@ -31,13 +31,10 @@ def plan_micro_batches(
     with consensus.together(
         CALL, tell=lambda: [planners[0].fewest, int(max_tokens), bool(padded)] if planners else None
     ) as told:
-        for name, value, kind in (
-            ("max_tokens", max_tokens, COUNT),
-            ("padded", padded, FLAG),
-            ("lengths", lengths, _LENGTHS),
-        ):
-            if not _is_of(kind, value):
-                raise refusal(CALL, name, value, kind)
+        expected = {"max_tokens": (max_tokens, COUNT), "padded": (padded, FLAG), "lengths": (lengths, _LENGTHS)}
+        for name, (value, allowed) in expected.items():
+            if not allowed.matches(value):
+                raise refusal(CALL, name, value, allowed)
         checked = _checked_lengths(lengths, int(max_tokens))
         planners.append(Planner(checked, int(max_tokens), padded=bool(padded)))
     fewest, *shared = zip(*told, strict=True)
@@ -50,12 +47,7 @@ def plan_micro_batches(
     return planners[0].plan(max(fewest))
 
 
-def _is_of(kind: Kind, value: Any) -> bool:
-    of_type = isinstance(value, kind.types) and not isinstance(value, kind.excluded)
-    return of_type and (kind.least is None or value >= kind.least)
-
-
-def _checked_lengths(lengths: Any, max_tokens: int) -> list[int]:
+def _checked_lengths(lengths: object, max_tokens: int) -> list[int]:
     """Return ``lengths`` as integers; raise unless all are at least 1 and at most ``max_tokens``."""
     values = _listed(lengths)
     if not values or 1 <= min(values) <= max(values) <= max_tokens:

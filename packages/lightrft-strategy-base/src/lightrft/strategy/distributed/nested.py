@@ -82,7 +82,7 @@ def _leaf(value: object, path: tuple[object, ...]) -> Leaf:
     return Leaf(path=path, tensor=value.detach())
 
 
-def rebuild(data: Any, results: Iterator[Any]) -> Any:
+def rebuild(data: object, results: Iterator[Any]) -> Any:
     """Return ``data`` with its leaves replaced by ``results``, in the order in which `flatten` yields them."""
     if isinstance(data, Mapping):
         return {key: rebuild(value, results) for key, value in data.items()}

@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from lightrft.config import LightRFTError, StrategyError, errors
-from lightrft.strategy.distributed.world import World
+from lightrft.strategy.distributed.world import World, all_gather_rows
 
 FRAME = 1024
 """Bytes of the first exchange; nearly every message fits in it. Longer messages take a second exchange."""
@@ -63,7 +62,7 @@ class RankConsensus:
         failure = None if error is None else [type(error).__name__, str(error)]
         messages = self.exchange(f"{call}: {doing}" if doing else call, [failure, tell()])
         told += [value for _, value in messages]
-        if isinstance(error, LightRFTError) and not str(error).startswith(call):
+        if isinstance(error, LightRFTError) and not str(error).startswith(call.split()[0]):
             error.args = (f"{call}: {error}",)
         if error is not None:
             raise error
@@ -83,7 +82,7 @@ class RankConsensus:
         """Run ``step`` on rank 0 alone, together; return its result, a JSON value, on every rank."""
         return self.everywhere(call, doing, lambda: step() if self._world.rank == 0 else None)[0]
 
-    def agree(self, call: str, value: Any) -> None:
+    def agree(self, call: str, value: object) -> None:
         """Raise `StrategyError` on every rank unless all make this ``call`` with an equal ``value``, a JSON value."""
         require_equal(call, self.exchange(call, value))
 
@@ -97,8 +96,8 @@ class RankConsensus:
         """Wait for every rank."""
         self.agree("barrier", None)
 
-    def exchange(self, call: str, message: Any) -> list[Any]:
-        """Return every rank's ``message``, JSON values of a few hundred bytes, in rank order.
+    def exchange(self, call: str, message: object) -> list[Any]:
+        """Return every rank's ``message``, JSON values of a few hundred bytes, in rank order; equal ones may be one object.
 
         Raises:
             StrategyError: On every rank, if the ranks are in different calls.
@@ -119,20 +118,23 @@ class RankConsensus:
             )
         return [message for _, message in envelopes]
 
-    def _exchange_json(self, message: Any) -> list[Any]:
+    def _exchange_json(self, message: object) -> list[Any]:
         text = json.dumps(message).encode()
         frames = self._gather_bytes(len(text).to_bytes(8) + text[: FRAME - 8], FRAME)
         lengths = [int.from_bytes(frame[:8]) for frame in frames]
         if max(lengths) > FRAME - 8:
             frames = [b"-" * 8 + frame for frame in self._gather_bytes(text, max(lengths))]
-        return [json.loads(frame[8 : 8 + length]) for frame, length in zip(frames, lengths, strict=True)]
+        texts = [frame[8 : 8 + length] for frame, length in zip(frames, lengths, strict=True)]
+        decoded = {text: json.loads(text) for text in set(texts)}  # ranks mostly send the same message
+        return [decoded[text] for text in texts]
 
     def _gather_bytes(self, text: bytes, size: int) -> list[bytes]:
         """Return every rank's ``text``, padded with zeros to ``size`` bytes."""
-        frame = torch.frombuffer(bytearray(text.ljust(size, b"\0")), dtype=torch.uint8)
-        frames = [torch.empty_like(frame) for _ in range(self._world.size)]
-        dist.all_gather(frames, frame, group=self._world.control)
-        return [bytes(frame.numpy()) for frame in frames]
+        frames_RF = torch.empty(self._world.size, size, dtype=torch.uint8)
+        frames_RF[self._world.rank] = torch.frombuffer(bytearray(text.ljust(size, b"\0")), dtype=torch.uint8)
+        all_gather_rows(frames_RF, self._world.control)
+        received = frames_RF.numpy().tobytes()
+        return [received[start : start + size] for start in range(0, len(received), size)]
 
 
 def require_equal(call: str, values: Sequence[Any]) -> None:
@@ -142,7 +144,7 @@ def require_equal(call: str, values: Sequence[Any]) -> None:
         raise StrategyError(f"{call}: the ranks do not agree: {given}")
 
 
-def _difference(value: Any, values: Sequence[Any]) -> str:
+def _difference(value: object, values: Sequence[Any]) -> str:
     """Describe what one rank passed, without what all ranks passed."""
     if not isinstance(value, list):
         return repr(value)
@@ -151,7 +153,7 @@ def _difference(value: Any, values: Sequence[Any]) -> str:
     return ", ".join(only_here[:4]) + more or "nothing else"
 
 
-def _describe(entry: Any) -> str:
+def _describe(entry: object) -> str:
     """Return the words for one entry: a leaf of `all_reduce`, or anything else."""
     if not (isinstance(entry, list) and len(entry) == 5):
         return repr(entry)

@@ -11,13 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store, distributed_c10d, rendezvous  # type: ignore[attr-defined]
 
 from lightrft.config import ConfigError, StrategyConfig
+
+T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
@@ -129,6 +131,13 @@ def all_gather_rows(rows: torch.Tensor, group: dist.ProcessGroup | None) -> None
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     if rows.shape[0] > 1:
         gather(rows.view(-1), rows[dist.get_rank(group)], group=group)
+
+
+def all_gather_objects(value: T, group: dist.ProcessGroup | None) -> list[T]:
+    """Return the values of all ranks, in rank order; pickle copies them. All ranks of ``group`` must call this."""
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def device_of(config: StrategyConfig) -> torch.device:

@@ -147,7 +147,7 @@ def _check_one_adapter(source: Source, adapters: Mapping[str, object]) -> None:
     if len(adapters) != 1:
         raise CheckpointError(
             f"expected a checkpoint of a model with one adapter for --merge-adapters, got {source.path} with "
-            f"{', '.join(adapters) or 'none whose configuration it knows'}. Convert it without --merge-adapters, or load it "
+            f"{', '.join(adapters) or 'none with a known configuration'}. Convert it without --merge-adapters, or load it "
             f"into the model and write that with save_model(..., merge_adapters=True)"
         )
 
@@ -196,7 +196,7 @@ def _stored_names(source: Source, model: nn.Module, wanted: Mapping[str, torch.T
         name: next((alias for alias in (name, *aliases.get(id(tensor), ())) if alias in source.contents), None)
         for name, tensor in wanted.items()
     }
-    missing = [name for name, it in stored.items() if it is None]
+    missing = [name for name, stored_name in stored.items() if stored_name is None]
     unexpected = sorted(
         source.contents.keys() - wanted.keys() - {alias for names in aliases.values() for alias in names}
     )
@@ -211,7 +211,7 @@ def _stored_names(source: Source, model: nn.Module, wanted: Mapping[str, torch.T
             f"{listed('missing', missing)}{listed('unexpected', unexpected)}{listed('of another shape', differing)}"
             f"{_remedy(unexpected)}"
         )
-    return {name: it for name, it in stored.items() if it is not None}
+    return {name: stored_name for name, stored_name in stored.items() if stored_name is not None}
 
 
 def _remedy(unexpected: Sequence[str]) -> str:

@@ -123,14 +123,14 @@ class Target:
         self._shards = grouped((shard.name, shard) for shard in backend.shards(module))
 
     @torch.no_grad()
-    def write(self, tensor: torch.Tensor, whole: torch.Tensor) -> None:
-        """Write this rank's part of ``whole`` to ``tensor``, a parameter or a buffer."""
+    def write(self, tensor: torch.Tensor, full: torch.Tensor) -> None:
+        """Write this rank's part of ``full`` to ``tensor``, a parameter or a buffer."""
         name = self._names.get(id(tensor))
         if name is None:
-            tensor.copy_(whole)
+            tensor.copy_(full)
             return
         for shard in self._shards.get(name, ()):
-            shard.values.copy_(shard.of(whole))
+            shard.values.copy_(shard.of(full))
 
 
 def _unexpected(module: Any, form: Form, reader: Reader) -> Iterable[str]:

@@ -34,7 +34,7 @@ def _built(transformers: Any, config: Any, trust_remote_code: bool) -> Any:
     model_class = getattr(transformers, name, None)
     if model_class is not None:
         return model_class._from_config(config)
-    for auto in (it for key, it in vars(transformers).items() if key.startswith("AutoModel")):
+    for auto in (value for key, value in vars(transformers).items() if key.startswith("AutoModel")):
         if auto.__name__ in getattr(config, "auto_map", {}):
             return auto.from_config(config, trust_remote_code=trust_remote_code)
     raise CheckpointError(
@@ -51,7 +51,9 @@ def with_adapters(model: nn.Module, configurations: Mapping[str, Mapping[str, An
         import peft
     except ImportError as error:
         raise _not_installed("peft") from error
-    (first, config), *others = ((name, peft.PeftConfig.from_peft_type(**it)) for name, it in configurations.items())
+    (first, config), *others = (
+        (name, peft.PeftConfig.from_peft_type(**settings)) for name, settings in configurations.items()
+    )
     with torch.device("meta"):
         wrapped: Any = peft.get_peft_model(model, config, adapter_name=first)
         for name, other in others:

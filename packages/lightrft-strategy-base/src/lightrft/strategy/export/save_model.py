@@ -107,7 +107,9 @@ class TensorPlan:
     def __init__(self, backend: Backend, module: nn.Module, part: Part, options: SaveOptions) -> None:
         self.part, self._backend, self._options = part, backend, options
         self._fp32 = kept_in_fp32(module, options.dtype)
-        self.contents = part.form.convert({name: self._empty(name, it) for name, it in part.form.tensors.items()})
+        self.contents = part.form.convert(
+            {name: self._empty(name, tensor) for name, tensor in part.form.tensors.items()}
+        )
 
     def _empty(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Return the full tensor as it will be written, on the meta device."""
@@ -141,7 +143,7 @@ class TensorPlan:
         yield from weight_stream.stream(backend, form, fp32, limit, torch.float32)
 
 
-def kept_in_fp32(module: Any, dtype: torch.dtype | None) -> re.Pattern[str] | None:
+def kept_in_fp32(module: object, dtype: torch.dtype | None) -> re.Pattern[str] | None:
     """Return a pattern of names that transformers keeps in fp32 in half precision, such as biases of routers."""
     kept = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
     if dtype is torch.float16:

@@ -71,7 +71,7 @@ def check_attributes(module: nn.Module) -> None:
         f"{path}.{name}".removeprefix(".")
         for path, part in module.named_modules()
         for name, value in vars(part).items()
-        if name not in _REGISTERED and any(isinstance(it, torch.Tensor) and it.is_meta for it in _items(value))
+        if name not in _REGISTERED and any(isinstance(item, torch.Tensor) and item.is_meta for item in _items(value))
     ]
     if missing:
         raise StrategyError(
@@ -160,15 +160,23 @@ def around_forward(
 ) -> Callable[[], None]:
     """Enter ``context()`` around every forward pass of ``module``, its hooks included, and check each ``zero_grad``.
 
-    Replaces the class of this instance by a subclass with another ``__call__``, as FSDP2 does. Forward hooks of torch do
-    not suffice: errors of a hook that gathers parameters must pass through the context too.
+    Replaces the class of this instance by a subclass of the same name, as FSDP2 does, because torch offers nothing beside
+    the model that does the same:
+
+    - Forward hooks, with ``always_call=True`` too, are not called on a `KeyboardInterrupt`, which would leave autocast on, and
+      cannot name the call in the error of another hook, such as one that gathers parameters.
+    - The attribute ``_compiled_call_impl`` replaces the call of one instance, but ``module.compile()`` overwrites it.
+    - ``forward`` as an attribute of the instance runs inside the hooks.
+    - ``zero_grad`` has no hook.
+
+    ``isinstance``, the class's name and the state dict are unchanged.
 
     Returns:
         A function that undoes this.
     """
     original: type[nn.Module] = type(module)
 
-    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self: nn.Module, *args: object, **kwargs: object) -> Any:
         with context():
             return original.__call__(self, *args, **kwargs)
 
@@ -190,29 +198,50 @@ def around_forward(
     return undo
 
 
-def refuse_save_pretrained(module: nn.Module, class_name: str) -> Callable[[], None]:
+def refuse_save_pretrained(module: nn.Module, class_name: str) -> None:
     """Make ``save_pretrained`` of ``module`` and its submodules raise: they are sharded, and it would write the shards.
+
+    Also after the strategy is closed, since the parameters stay in parts.
 
     Args:
         module: A prepared model.
         class_name: Name of its class before wrapping.
+    """
+    _refuse_method(module, "save_pretrained", partial(_refuse_save_pretrained, class_name))
+
+
+def refuse_rank_allocation(module: nn.Module, class_name: str) -> Callable[[], None]:
+    """Make ``update_and_allocate`` of AdaLoRA in ``module`` raise: it reads gradients that the update has cleared.
 
     Returns:
         A function that undoes this.
     """
-    savers = [part for part in module.modules() if hasattr(type(part), "save_pretrained")]
-    for part in savers:
-        vars(part)["save_pretrained"] = partial(_refuse_save_pretrained, class_name)
+    return _refuse_method(module, "update_and_allocate", partial(_refuse_rank_allocation, class_name))
+
+
+def _refuse_method(module: nn.Module, name: str, refuse: Callable[..., None]) -> Callable[[], None]:
+    """Put ``refuse`` in place of the method ``name`` in each part of ``module`` that has it. Return what undoes this."""
+    parts = [part for part in module.modules() if hasattr(type(part), name)]
+    for part in parts:
+        vars(part)[name] = refuse
 
     def undo() -> None:
-        for part in savers:
-            vars(part).pop("save_pretrained", None)
+        for part in parts:
+            vars(part).pop(name, None)
 
     return undo
+
+
+def _refuse_rank_allocation(class_name: str, *_: object, **__: object) -> None:
+    raise UnsupportedOperationError(
+        f"update_and_allocate: expected adapters of fixed ranks, got AdaLoRA in {class_name}, which chooses ranks by full "
+        f"gradients after the step; optimizer_step clears them, and strategies shard them. Leave the call out to train with "
+        f"init_r, or use LoRA"
+    )
 
 
 def _refuse_save_pretrained(class_name: str, *_: object, **__: object) -> None:
     raise StrategyError(
         f"save_pretrained: expected a model with all of its weights, got a prepared {class_name}, of which each rank holds a "
-        f"part. Call strategy.save_model(model, tokenizer, directory) on every rank"
+        f"part. Call strategy.save_model(model, tokenizer, directory) on every rank, before the strategy is closed"
     )

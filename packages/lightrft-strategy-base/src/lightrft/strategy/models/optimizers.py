@@ -1,14 +1,13 @@
 """The caller's optimizers: checking them, and rebinding them to the parameters that exist after wrapping."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from lightrft.config import ArgumentTypeError, StrategyError
-from lightrft.strategy.backend.types import TrainedModel, parameters_of
+from lightrft.strategy.backend.types import parameters_of
 
 
 def check_kinds(call: str, model: object, *optimizers: object) -> None:
@@ -44,54 +43,6 @@ def check_belongs(optimizer: Optimizer, module: nn.Module, call: str) -> None:
             f"{call}: expected an optimizer of the model ({type(module).__name__}), got a {type(optimizer).__name__}: "
             f"{mismatch}. Create it with create_optimizer(model), for the same model"
         )
-
-
-def check_zero_grad(trained: TrainedModel | None, call: str) -> None:
-    """Raise `StrategyError` within an update, whose gradients would be lost."""
-    if trained is not None and trained.has_pending_gradient and not trained.updating:
-        raise StrategyError(
-            f"{call}: expected no call within an update of {trained.class_name}, got one after {trained.backwards} calls of "
-            f"backward, whose gradients would be lost. Leave it out: optimizer_step clears the gradients after each update"
-        )
-
-
-def guard(trained: TrainedModel) -> Callable[[], None]:
-    """Refuse what a script may do to the optimizer of a model in training, and what backends would take differently.
-
-    ``step`` by hand, ``add_param_group``, and ``zero_grad`` within an update.
-
-    Returns:
-        A function that undoes this.
-    """
-    optimizer, name = trained.optimizer, type(trained.optimizer).__name__
-    clear = optimizer.zero_grad
-
-    def check_step(*_: object) -> None:
-        if not trained.updating:
-            raise StrategyError(
-                f"{name}.step: expected {trained.class_name} to be stepped by the strategy, which reduces and clips its "
-                f"gradients, got a step by hand. Call strategy.optimizer_step(optimizer, model, scheduler) instead"
-            )
-
-    def add_param_group(*_: object) -> None:
-        raise StrategyError(
-            f"{name}.add_param_group: expected the parameter groups with which {trained.class_name} was prepared, got another. "
-            f"Give the optimizer all parameters before prepare, those that train later with a learning rate of 0 until then"
-        )
-
-    def zero_grad(*args: Any, **kwargs: Any) -> None:
-        check_zero_grad(trained, f"{name}.zero_grad")
-        clear(*args, **kwargs)
-
-    handle = optimizer.register_step_pre_hook(check_step)
-    vars(optimizer).update(zero_grad=zero_grad, add_param_group=add_param_group)
-
-    def undo() -> None:
-        handle.remove()
-        for attribute in ("zero_grad", "add_param_group"):
-            vars(optimizer).pop(attribute, None)
-
-    return undo
 
 
 def rebind(optimizer: Optimizer, names: Mapping[int, str], module: nn.Module) -> None:

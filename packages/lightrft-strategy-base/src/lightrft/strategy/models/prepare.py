@@ -29,13 +29,15 @@ from lightrft.strategy.models.modules import (
     check_materialized,
     meta_copy,
     raise_precision,
+    refuse_rank_allocation,
     refuse_save_pretrained,
     schema_of,
 )
-from lightrft.strategy.models.optimizers import check_belongs, check_kinds, check_steps, check_zero_grad, guard, rebind
+from lightrft.strategy.models.optimizers import check_belongs, check_kinds, check_steps, rebind
 from lightrft.strategy.models.registry import ModelRegistry, PreparedModel, inner_model
 from lightrft.strategy.models.sharing import ParameterMemory
 from lightrft.strategy.parallel.sequence import SequenceParallel
+from lightrft.strategy.step.gradients import check_zero_grad, guard_optimizer
 from lightrft.strategy.telemetry.log import logger
 from lightrft.strategy.tensors import is_dtensor
 
@@ -78,23 +80,24 @@ class Preparation:
             return None, optimizer, scheduler
         if optimizer is None:
             return self.model(model, WrapOptions(training=True)), None, scheduler
-        check_kinds("prepare", model, optimizer)
-        waiting = self._without_scheduler(model, optimizer)
-        if waiting is not None and scheduler is not None:
-            waiting.scheduler = scheduler
-            return model, optimizer, scheduler
-        inner = self._models.unwrap(model)
-        self._check_free(optimizer, inner)
-        if self._models.find(model) is None:
-            with self._consensus.together("prepare"):
+        with self._consensus.together("prepare", "checking arguments"):
+            check_kinds("prepare", model, optimizer)
+            waiting = self._without_scheduler(model, optimizer)
+            if waiting is not None and scheduler is not None:
+                waiting.scheduler = scheduler
+                return model, optimizer, scheduler
+            inner = self._models.unwrap(model)
+            self._check_free(optimizer, inner)
+            is_new = self._models.find(model) is None
+            if is_new:
                 self._models.check_unshared(inner, "prepare")
+            check_belongs(optimizer, inner, "prepare")
+            check_steps(optimizer, "prepare")
+        if is_new:
             compile_in_place(model, inner)
-        check_belongs(optimizer, inner, "prepare")
-        if self._models.find(model) is None:
             names = {id(parameter): name for name, parameter in inner.named_parameters()}
             self._backend.unshard(inner)
             rebind(optimizer, names, inner)
-        check_steps(optimizer, "prepare")
         with self._consensus.together("prepare", "trying the optimizer"):
             self._backend.check_optimizer(optimizer)
         names = {id(parameter): name for name, parameter in inner.named_parameters()}
@@ -164,7 +167,7 @@ class Preparation:
             self._backend.bind(trained)
         self._backend.world.impose_timeout()
         trained.group_sizes = sizes_of_groups(optimizer)
-        prepared.undo.callback(guard(trained))
+        prepared.undo.callback(guard_optimizer(trained))
         return trained
 
     def adopt_if_bare(self, model: nn.Module, optimizer: Optimizer) -> None:
@@ -223,7 +226,9 @@ class Preparation:
         prepared.undo.callback(undo)
         prepared.undo.callback(self._sequence_parallel.attach(prepared.module))
         if any(self._is_sharded(parameter) for parameter in prepared.module.parameters()):
-            prepared.undo.callback(refuse_save_pretrained(prepared.module, prepared.class_name))
+            refuse_save_pretrained(prepared.module, prepared.class_name)
+        if prepared.options.training:
+            prepared.undo.callback(refuse_rank_allocation(prepared.module, prepared.class_name))
         self._models.add(prepared)
 
     def _is_sharded(self, parameter: nn.Parameter) -> bool:
@@ -233,15 +238,19 @@ class Preparation:
     def _forward(self, prepared: PreparedModel) -> Iterator[None]:
         """Run one forward pass of a prepared model."""
         self._models.require_ready(prepared.module, "forward")
-        with self._operations.running("forward"), self._backend.forward_context(prepared.module, prepared.options):
+        with (
+            self._operations.running("forward"),
+            self._backend.forward_context(prepared.module, prepared.options),
+            self._sequence_parallel.forward_context(),
+        ):
             yield
 
 
 def _refusal(call: str, argument: object) -> ArgumentError:
-    remedy = ""
+    got, remedy = shown(argument), ". Pass the model itself"
     if isinstance(argument, (Optimizer, LRScheduler)):
+        got = type(argument).__name__
         remedy = ". Pass the model, its optimizer and its scheduler as one tuple: prepare((model, optimizer, None))"
-    got = type(argument).__name__ if remedy else shown(argument)
     return ArgumentError(
         f"{call}: expected a model, (model, optimizer, scheduler), a list of models, or None, got {got}{remedy}"
     )

@@ -70,7 +70,7 @@ def request(
         )
     if "labels" in inputs:
         raise ArgumentError(
-            f"{CALL}: expected no labels, from which the model would compute a loss of its own. Pass them as targets, shifted: "
+            f"{CALL}: expected no labels, from which the model would compute its own loss. Pass them as targets, shifted: "
             f"targets=labels[:, 1:]"
         )
     check_temperature(CALL, temperature)
@@ -89,11 +89,11 @@ def request(
 def of_sequences(ranks: SequenceParallel, request: Request, compute: Callable[[Request], LogProbs]) -> LogProbs:
     """Return what ``compute`` returns for all positions but the last; ranks that share sequences compute slices of them."""
     if ranks.size == 1:
-        found = compute(request)
+        result = compute(request)
     else:
         mask = {} if request.attention_mask is None else {"attention_mask": request.attention_mask}
-        whole = {"input_ids": request.input_ids, **mask, **request.inputs, "labels": request.targets}
-        local = ranks.split(whole)
+        batch = {"input_ids": request.input_ids, **mask, **request.inputs, "labels": request.targets}
+        local = ranks.split(batch)
         inputs = {name: local[name] for name in (*request.inputs, "position_ids")}
         slices = compute(
             replace(
@@ -101,31 +101,35 @@ def of_sequences(ranks: SequenceParallel, request: Request, compute: Callable[[R
                 inputs=inputs,
             )
         )  # fmt: skip
-        found = _changed(slices, ranks.gather)
-    return _changed(found, lambda values: values[:, :-1])
+        result = _changed(slices, ranks.gather)
+    return _changed(result, lambda values: values[:, :-1])
 
 
-def _changed(found: LogProbs, change: Callable[[torch.Tensor], torch.Tensor]) -> LogProbs:
-    return LogProbs(change(found.log_probs), None if found.entropy is None else change(found.entropy))
+def _changed(result: LogProbs, change: Callable[[torch.Tensor], torch.Tensor]) -> LogProbs:
+    return LogProbs(change(result.log_probs), None if result.entropy is None else change(result.entropy))
 
 
-def from_logits(prepared: PreparedModel, request: Request) -> LogProbs:
-    """Return log-probabilities and entropies computed from the logits of the model, all at once."""
-    logits_BTV = _logits_of(prepared, _call(prepared, request))
-    _check_shape(prepared, request, logits_BTV)
-    check_targets(CALL, request.targets, tuple(request.targets.shape), vocabulary=logits_BTV.shape[-1])
+def from_logits(prepared: PreparedModel, consensus: RankConsensus, request: Request) -> LogProbs:
+    """Return log-probabilities and entropies computed from the logits of the model, all at once. All ranks must call this."""
+    output = _call(prepared, request)
+    with consensus.together(CALL, "checking targets"):
+        logits_BTV = _logits_of(prepared, output)
+        _check_shape(prepared, request, logits_BTV)
+        check_targets(CALL, request.targets, tuple(request.targets.shape), vocabulary=logits_BTV.shape[-1])
     return logit_log_probs(logits_BTV, request.targets, temperature=request.temperature, entropy=request.entropy)
 
 
-def fused(prepared: PreparedModel, request: Request, consensus: RankConsensus) -> LogProbs:
+def fused(prepared: PreparedModel, consensus: RankConsensus, request: Request) -> LogProbs:
     """Return log-probabilities and entropies computed in the head of the model, chunk by chunk. All ranks must call this."""
     if prepared.head is None:
-        with consensus.together(CALL, "checking how the model computes its logits"):
+        with consensus.together(CALL, "finding the head"):
             head = find_head(prepared.module, prepared.class_name, CALL, _REMEDY)
-            _try_head(prepared, head, request)
+        _try_head(prepared, head, consensus, request)
         prepared.head = head
     head = prepared.head
     targets_BT = request.targets
+    with consensus.together(CALL, "checking targets"):  # before the forward pass, which all ranks finish or none
+        check_targets(CALL, targets_BT, tuple(targets_BT.shape), vocabulary=head.layers[0].out_features)
     calls: list[torch.Size] = []
 
     def compute(linear: nn.Linear, hidden_BTH: torch.Tensor) -> torch.Tensor:
@@ -136,11 +140,11 @@ def fused(prepared: PreparedModel, request: Request, consensus: RankConsensus) -
                 f"{tuple(targets_BT.shape)} tokens, got {tuple(hidden_BTH.shape)}. Leave out logits_to_keep, and what else "
                 f"adds or removes positions. {_REMEDY}"
             )
-        found = linear_log_probs(
+        result = linear_log_probs(
             hidden_BTH, linear.weight, targets_BT, bias=linear.bias, temperature=request.temperature / head.factor,
             soft_cap=head.soft_cap, entropy=request.entropy,
         )  # fmt: skip
-        return torch.stack([value for value in found if value is not None], dim=-1)
+        return torch.stack([value for value in result if value is not None], dim=-1)
 
     with head.without_changes(), replaced_forward(head.layers, not_compiled(compute, prepared.module)):
         values_BT2 = _logits_of(prepared, _call(prepared, request))
@@ -172,7 +176,7 @@ def _call(prepared: PreparedModel, request: Request) -> Any:
     return prepared.wrapped(request.input_ids, **mask, **request.inputs)
 
 
-def _logits_of(prepared: PreparedModel, output: Any) -> torch.Tensor:
+def _logits_of(prepared: PreparedModel, output: object) -> torch.Tensor:
     logits = output if isinstance(output, torch.Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, torch.Tensor):
         raise ArgumentError(
@@ -191,35 +195,43 @@ def _check_shape(prepared: PreparedModel, request: Request, logits_BTV: torch.Te
         )
 
 
-def _try_head(prepared: PreparedModel, head: Head, request: Request) -> None:
-    """Raise `UnsupportedOperationError` unless the model computes its logits as ``head`` says.
+def _try_head(prepared: PreparedModel, head: Head, consensus: RankConsensus, request: Request) -> None:
+    """Raise `UnsupportedOperationError` unless the model computes its logits as ``head`` says. All ranks must call this.
 
     Tried with the last two tokens of the batch, in evaluation mode: no dropout, no change of buffers or random states.
     """
+    doing = "checking how the model computes its logits"
     name, tokens = prepared.class_name, request.input_ids[:1, -2:].clone()  # not a slice of a sequence that ranks share
     with _evaluation_mode(prepared.module), torch.no_grad(), eagerly(prepared.module):
         with head.without_changes():
-            outputs, logits = _head_and_logits(prepared, head, tokens)
-        if len(outputs) != 1 or outputs[0].shape != logits.shape:
-            raise UnsupportedOperationError(
-                f"{CALL}: expected {name} to call its output embedding once and to return its output, got {len(outputs)} calls "
-                f"({', '.join(str(tuple(output.shape)) for output in outputs)}) and logits {tuple(logits.shape)}. {_REMEDY}"
-            )
-        _check_equal(name, "its head", outputs[0].float(), logits.float(), tolerance=0.0)
+            outputs, output = _head_outputs(prepared, head, tokens)
+        with consensus.together(CALL, doing):  # after the forward pass, in which ranks wait for each other
+            _check_unchanged(prepared, outputs, _logits_of(prepared, output))
         if head.changes:
-            outputs, logits = _head_and_logits(prepared, head, tokens)
-            tolerance = 1e-6 if logits.dtype is outputs[0].dtype is torch.float32 else 2**-6
-            _check_equal(name, head.description, head.logits(outputs[0].float()), logits.float(), tolerance)
+            outputs, output = _head_outputs(prepared, head, tokens)
+            with consensus.together(CALL, doing):
+                logits = _logits_of(prepared, output)
+                tolerance = 1e-6 if logits.dtype is outputs[0].dtype is torch.float32 else 2**-6
+                _check_equal(name, head.description, head.logits(outputs[0].float()), logits.float(), tolerance)
 
 
-def _head_and_logits(
-    prepared: PreparedModel, head: Head, tokens: torch.Tensor
-) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Return what the head computes in a forward pass, copied, and the logits that the model returns."""
+def _check_unchanged(prepared: PreparedModel, outputs: list[torch.Tensor], logits: torch.Tensor) -> None:
+    """Raise `UnsupportedOperationError` unless the model returned what its head computed, once."""
+    if len(outputs) != 1 or outputs[0].shape != logits.shape:
+        raise UnsupportedOperationError(
+            f"{CALL}: expected {prepared.class_name} to call its output embedding once and to return its output, got "
+            f"{len(outputs)} calls ({', '.join(str(tuple(output.shape)) for output in outputs)}) and logits "
+            f"{tuple(logits.shape)}. {_REMEDY}"
+        )
+    _check_equal(prepared.class_name, "its head", outputs[0].float(), logits.float(), tolerance=0.0)
+
+
+def _head_outputs(prepared: PreparedModel, head: Head, tokens: torch.Tensor) -> tuple[list[torch.Tensor], Any]:
+    """Return what the head computes in a forward pass, copied, and what the model returns."""
     outputs: list[torch.Tensor] = []
     handles = [layer.register_forward_hook(lambda *call: outputs.append(call[2].clone())) for layer in head.layers]
     try:
-        return outputs, _logits_of(prepared, prepared.wrapped(tokens))
+        return outputs, prepared.wrapped(tokens)
     finally:
         for handle in handles:
             handle.remove()

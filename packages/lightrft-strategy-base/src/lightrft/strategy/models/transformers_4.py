@@ -19,7 +19,12 @@ _SOURCE = "https://github.com/huggingface/transformers/blob/v4.57.6/src/transfor
 
 
 def _load_onto_meta(
-    original: Callable[..., object], model: nn.Module, state_dict: object, shard_file: object, *args: Any, **kwargs: Any
+    original: Callable[..., object],
+    model: nn.Module,
+    state_dict: object,
+    shard_file: object,
+    *args: object,
+    **kwargs: object,
 ) -> object:
     """Load ``state_dict``, whose tensors are on the meta device for safetensors, instead of the file."""
     return original(model, state_dict, "", *args, **kwargs | {"device_map": {"": "meta"}})
@@ -73,7 +78,7 @@ def saved_name(module: Any, name: str) -> str:
     return str(next(iter(module._fix_state_dict_keys_on_save({name: None}))))
 
 
-def tied_aliases(module: Any, names: Iterable[str]) -> set[str]:
+def tied_aliases(module: object, names: Iterable[str]) -> set[str]:
     """Return those of ``names`` that are not saved if they are tied to others: transformers 4 has patterns of them."""
     from transformers.modeling_utils import _get_tied_weight_keys
 

@@ -47,7 +47,7 @@ def check(call: str, targets: Iterable[Target]) -> None:
 # from_pretrained on the meta device
 
 
-def _on_cpu_by_default(original: Callable[..., object], *args: Any, **kwargs: Any) -> object:
+def _on_cpu_by_default(original: Callable[..., object], *args: object, **kwargs: object) -> object:
     with torch.device("cpu"):
         return original(*args, **kwargs)
 

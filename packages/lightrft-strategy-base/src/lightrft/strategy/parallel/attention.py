@@ -17,6 +17,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.functional import pad
 
 from lightrft.config import StrategyError
 from lightrft.strategy.parallel.exchange import all_to_all, mark_slices
@@ -71,14 +73,15 @@ class Layout:
         length = attention_mask_BS.shape[1]
         valid_BS = attention_mask_BS != 0
         in_all, in_any = valid_BS.all(0), valid_BS.any(0)
-        only_tail = torch.equal(in_all, in_any) and bool(in_all[: length - ranks + 1].all())
-        only_tail = only_tail and not bool((in_all[1:] & ~in_all[:-1]).any())
-        packed = attention_mask_BS.dtype is not torch.bool and bool((attention_mask_BS > 1).any())
+        only_tail = (in_all == in_any).all() & in_all[: length - ranks + 1].all() & ~(in_all[1:] & ~in_all[:-1]).any()
+        is_only_tail, is_packed = torch.stack(
+            [only_tail, (attention_mask_BS > 1).any()]
+        ).tolist()  # one wait for the device
         return cls(
             length=length,
-            padding=None if only_tail else valid_BS,
+            padding=None if is_only_tail else valid_BS,
             valid=valid_BS,
-            segments=attention_mask_BS if packed else None,
+            segments=attention_mask_BS if is_packed else None,
         )
 
 
@@ -86,6 +89,16 @@ _layout: ContextVar[Layout | None] = ContextVar("lightrft_sequence_layout", defa
 """The layout of the forward pass in progress; None if its batch is not split."""
 _groups: WeakKeyDictionary[nn.Module, dist.ProcessGroup] = WeakKeyDictionary()
 """The ranks that share the sequences of a module of a prepared model."""
+
+
+@contextmanager
+def forget_layout() -> Iterator[None]:
+    """Run a forward pass of a prepared model in the body, without the layout of another one that was interrupted."""
+    token = _layout.set(None)
+    try:
+        yield
+    finally:
+        _layout.reset(token)
 
 
 def transformers_models(module: nn.Module) -> Iterator[nn.Module]:
@@ -152,6 +165,7 @@ def _hook(model: nn.Module, ranks: int, use: Callable[[torch.Tensor], bool]) -> 
     def before(
         model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        tokens.clear()  # left by a call that was interrupted: no hook runs then
         arguments = signature.bind_partial(model, *args).arguments | kwargs if args else kwargs
         layout = _layout_of(arguments, ranks, use)
         tokens.append(_layout.set(layout))
@@ -192,12 +206,12 @@ def _layout_of(arguments: Mapping[str, Any], ranks: int, use: Callable[[torch.Te
     if not isinstance(inputs, torch.Tensor) or arguments.get("past_key_values") is not None:
         return None
     is_slice, attention_mask = use(inputs), arguments.get("attention_mask")
-    whole = (inputs.shape[0], inputs.shape[1] * ranks)
-    if not isinstance(attention_mask, torch.Tensor) or tuple(attention_mask.shape) != whole:
+    full_shape = (inputs.shape[0], inputs.shape[1] * ranks)
+    if not isinstance(attention_mask, torch.Tensor) or tuple(attention_mask.shape) != full_shape:
         if is_slice:
             got = f"shape {tuple(attention_mask.shape)}" if isinstance(attention_mask, torch.Tensor) else "none"
             raise StrategyError(
-                f"forward: expected the attention mask that split returned, of shape {whole}, with a slice of the sequence, got "
+                f"forward: expected the attention mask that split returned, of shape {full_shape}, with a slice of the sequence, got "
                 f"{got}. Pass input_ids, attention_mask and position_ids of split together"
             )
         return None
@@ -235,21 +249,21 @@ def mask(**arguments: Any) -> torch.Tensor | None:
         return unsplit
     if arguments.get("use_vmap"):
         raise StrategyError(
-            "forward: expected causal or windowed attention, got a model that changes its mask by a function of its own, "
+            "forward: expected causal or windowed attention, got a model that changes its mask by its own function, "
             "which would see a slice of the sequence. Use sp_size=1"
         )
     causal_skip = arguments.get("allow_is_causal_skip", True)
-    whole = {
+    full_arguments = {
         **arguments, "q_length": layout.length, "kv_length": layout.length, "q_offset": 0, "kv_offset": 0,
         "attention_mask": layout.padding if causal_skip else layout.valid,
     }  # fmt: skip
     if layout.segments is not None:
         same_segment = packed_sequence_mask_function(layout.segments)
-        whole["mask_function"] = and_masks(arguments["mask_function"], same_segment)
-        whole["allow_is_causal_skip"] = whole["allow_is_bidirectional_skip"] = False
-    elif whole["attention_mask"] is None:
-        whole["batch_size"] = 1
-    result: torch.Tensor | None = sdpa_mask(**whole)
+        full_arguments["mask_function"] = and_masks(arguments["mask_function"], same_segment)
+        full_arguments["allow_is_causal_skip"] = full_arguments["allow_is_bidirectional_skip"] = False
+    elif full_arguments["attention_mask"] is None:
+        full_arguments["batch_size"] = 1
+    result: torch.Tensor | None = sdpa_mask(**full_arguments)
     return (
         torch.empty(1, 1, 0, layout.length, dtype=torch.bool, device=arguments.get("device"))
         if result is None
@@ -267,7 +281,7 @@ class _Heads:
 
 def attention(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
-    **arguments: Any,
+    **arguments: object,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """Return the attention of this rank's slice to the whole sequence, as transformers' `sdpa_attention_forward` does.
 
@@ -306,11 +320,37 @@ def attention(
         )
     if layout is not None:
         layout.calls += 1
-    repeats = math.lcm(key.shape[1], ranks) // key.shape[1]  # of key-value heads, so that they divide by the ranks
-    key, value = (tensor.repeat_interleave(repeats, dim=1) if repeats > 1 else tensor for tensor in (key, value))
-    query, key, value = all_to_all((query, key, value), scatter=1, gather=2, group=group)
-    heads = _Heads(query.shape[1] // key.shape[1], getattr(module, "is_causal", True))
+    heads = query.shape[1]
+    query, key, value = all_to_all(divisible_heads(query, key, value, ranks), scatter=1, gather=2, group=group)
+    part = _Heads(query.shape[1] // key.shape[1], getattr(module, "is_causal", True))
     whole_mask = None if attention_mask.shape[-2] == 0 else attention_mask
-    output, _ = sdpa_attention_forward(heads, query, key, value, whole_mask, **arguments)
+    output, _ = sdpa_attention_forward(part, query, key, value, whole_mask, **arguments)
     (slice_BLHD,) = all_to_all((output,), scatter=1, gather=2, group=group)
-    return slice_BLHD, None
+    return slice_BLHD[:, :, :heads], None  # without those that were added
+
+
+def divisible_heads(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ranks: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Repeat key-value heads and add heads of zeros, so that ``ranks`` ranks get equal parts, each with whole groups.
+
+    A group is a key-value head with the query heads that use it. Repeating key-value heads makes the groups smaller. The
+    fewest repeats are chosen with which a rank computes the fewest query heads: 9 query heads of 3 key-value heads become 10
+    of 10 for two ranks, 4 of 2 stay, and 4 of 1 become 4 of 2. The added heads are last.
+    """
+    groups = key.shape[1]
+    size = query.shape[1] // groups
+
+    def divided(repeats: int) -> int:
+        """The number of groups, those of zeros included."""
+        return ranks * math.ceil(groups * repeats / ranks)
+
+    divisors = (number for number in range(1, size + 1) if size % number == 0)
+    repeats = min(divisors, key=lambda number: divided(number) * size // number)
+    if repeats > 1:
+        key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
+    added = divided(repeats) - groups * repeats
+    if added:
+        key, value = (pad(tensor, (0, 0, 0, 0, 0, added)) for tensor in (key, value))
+        query = pad(query, (0, 0, 0, 0, 0, added * size // repeats))
+    return query, key, value

@@ -63,9 +63,9 @@ def _exchange(
     for same_dtype in grouped((tensor.dtype, index) for index, tensor in enumerate(tensors)).values():
         parts = [tensors[index].unflatten(scatter, (ranks, -1)).movedim(scatter, 0) for index in same_dtype]
         sent = torch.cat([part.reshape(ranks, -1) for part in parts], dim=1)
-        whole = torch.empty_like(sent)
-        dist.all_to_all_single(whole, sent, group=group)
-        columns = whole.split([part[0].numel() for part in parts], dim=1)
+        exchanged = torch.empty_like(sent)
+        dist.all_to_all_single(exchanged, sent, group=group)
+        columns = exchanged.split([part[0].numel() for part in parts], dim=1)
         for index, part, values in zip(same_dtype, parts, columns, strict=True):
             received[index] = values.reshape(part.shape).movedim(0, gather).flatten(gather, gather + 1)
     return tuple(received[index] for index in range(len(tensors)))

@@ -33,11 +33,13 @@ def _check_transformers_model(module: nn.Module, ranks: int) -> None:
     if not (model._can_set_attn_implementation() and model._supports_sdpa):
         raise _refusal(model, ranks, "attention through transformers' AttentionInterface", "another")
     heads = config.num_attention_heads
-    if heads % ranks:
-        raise _refusal(model, ranks, f"attention heads that divide by {ranks}", f"{heads} heads")
-    others = Counter(kind for kind in getattr(config, "layer_types", None) or () if kind not in _LAYER_TYPES)
+    if heads < ranks:
+        raise _refusal(model, ranks, f"at least {ranks} attention heads", f"{heads}")
+    others = Counter(
+        layer_type for layer_type in getattr(config, "layer_types", None) or () if layer_type not in _LAYER_TYPES
+    )
     if others:
-        counts = ", ".join(f"{count} of {kind}" for kind, count in others.items())
+        counts = ", ".join(f"{count} of {layer_type}" for layer_type, count in others.items())
         raise _refusal(model, ranks, f"layers of {' or '.join(sorted(_LAYER_TYPES))}", f"{counts}")
     layers = [part for part in model.modules() if hasattr(part, "is_causal") and hasattr(part, "layer_idx")]
     if len(layers) != config.num_hidden_layers:

@@ -16,6 +16,7 @@ In names of dimensions: N ranks, B sequences, S tokens of a sequence, L tokens o
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 from weakref import ref
 
@@ -28,7 +29,7 @@ from lightrft.config import ArgumentError, ArgumentTypeError, ConfigError, Strat
 from lightrft.config.validation import shown
 from lightrft.strategy.distributed.operations import Operations
 from lightrft.strategy.distributed.rank_consensus import RankConsensus
-from lightrft.strategy.distributed.world import World
+from lightrft.strategy.distributed.world import World, all_gather_objects
 from lightrft.strategy.parallel import attention, exchange
 from lightrft.strategy.parallel.model_checks import check_model
 
@@ -114,11 +115,11 @@ class SequenceParallel:
     def _check_same(self, first: int, batches: Sequence[Any]) -> None:
         """Raise `StrategyError` unless the ranks from ``first`` on, which share sequences, have the same batch."""
         if any(other != batches[0] for other in batches):
-            found = "; ".join(
+            shapes = "; ".join(
                 f"rank {first + index}: {shape} ({digest})" for index, (shape, digest) in enumerate(batches)
             )
             raise StrategyError(
-                f"sequence_parallel.split: expected the same batch on the {self.size} ranks that share its sequences, got {found}. "
+                f"sequence_parallel.split: expected the same batch on the {self.size} ranks that share its sequences, got {shapes}. "
                 f"Take batches from strategy.setup_dataloader, which gives these ranks the same samples"
             )
 
@@ -228,11 +229,9 @@ class SequenceParallel:
 
     def all_gather(self, items: list[T], call: str) -> list[list[T]]:
         """Return the items of each rank of the group, which pickle can copy, for ``call``. All of them must call this."""
-        parts: list[Any] = [None] * self.size
         group = self._require_open(call)
         with self._operations.running(call):
-            dist.all_gather_object(parts, items, group=group)
-        return parts
+            return all_gather_objects(items, group)
 
     # Models and losses
 
@@ -244,6 +243,10 @@ class SequenceParallel:
     def attach(self, module: nn.Module) -> Callable[[], None]:
         """Let a prepared model take batches that are split; return a function that undoes this."""
         return attention.attach(module, self.group, self.use) if self.group is not None else lambda: None
+
+    def forward_context(self) -> AbstractContextManager[object]:
+        """Return the context in which a prepared model computes."""
+        return attention.forget_layout() if self.size > 1 else nullcontext()
 
     def check_loss(self, loss: torch.Tensor) -> None:
         """Raise `StrategyError` if ``loss`` was computed from a slice that was not gathered."""

@@ -1,7 +1,6 @@
 """Engines without a server: a copy of the actor in this process, filled by the weight stream."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +14,7 @@ from lightrft.strategy.rollout.engine import EngineBase, EngineRequest, Part
 from lightrft.strategy.rollout.sampling import Sampling
 
 
-def end_ids_of(*sources: Any) -> frozenset[int]:
+def end_ids_of(*sources: object) -> frozenset[int]:
     """The end-of-sequence token ids that configurations and tokenizers name; ``sources`` may contain None."""
     named = [getattr(source, "eos_token_id", None) for source in sources]
     return frozenset(token for ids in named if ids is not None for token in ([ids] if isinstance(ids, int) else ids))
@@ -76,7 +75,7 @@ class EmbeddedModel:
             if not tensor.is_meta:
                 tensor.data = tensor.data.to(device)
 
-    def logits(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def logits(self, *args: object, **kwargs: object) -> torch.Tensor:
         """The logits of a forward pass, for models that return a tensor or an output with ``logits``."""
         output = self.module(*args, **kwargs)
         return output if isinstance(output, torch.Tensor) else output.logits

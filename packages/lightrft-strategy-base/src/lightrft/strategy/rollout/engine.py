@@ -23,8 +23,9 @@ from lightrft.strategy.registry import ENGINES, load
 from lightrft.strategy.rollout.sampling import Sampling
 
 Part = Literal["weights", "kv_cache"]
+"""A part of an engine's memory that `wake_up` can allocate separately."""
 PARTS: frozenset[Part] = frozenset({"weights", "kv_cache"})
-"""The parts of an engine's memory that `wake_up` can allocate separately."""
+"""All parts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,10 +186,10 @@ class EngineBase(ABC):
     longest: int | None = None
     """Maximum tokens of a sequence, prompt included; a completion ends there with "length". None: no limit."""
     end_ids: frozenset[int] = frozenset()
-    """Token ids that end a sequence, those of a tokenizer aside. A strategy sets them to those of the actor whenever it
+    """Token ids that end a sequence, besides those of a tokenizer. A strategy sets them to those of the actor whenever it
     passes one: when the engine is built, and with every sync."""
 
-    def __init_subclass__(cls, **arguments: Any) -> None:
+    def __init_subclass__(cls, **arguments: object) -> None:
         super().__init_subclass__(**arguments)
         if "honours" in vars(cls):
             warnings.warn(

@@ -13,7 +13,7 @@ from lightrft.config import ArgumentError
 from lightrft.strategy.rollout.engine import Prompt
 
 _IMAGE = re.compile(r"<\|vision_start\|>(?:<\|image_pad\|>)+<\|vision_end\|>")
-_KINDS = ("image", "video", "audio")
+_MODALITIES = ("image", "video", "audio")
 _VIDEO = re.compile(r"<\|vision_start\|>(?:<\|video_pad\|>)+<\|vision_end\|>")
 
 
@@ -21,7 +21,7 @@ class InputsBuilder(Protocol):
     """LightRFT's hook ``_build_multimodal_inputs``, which a script may replace, for example to pass audio."""
 
     def __call__(
-        self, *, all_prompts: Any, all_images: Any, images_num: Any, all_videos: Any, videos_num: Any
+        self, *, all_prompts: object, all_images: object, images_num: object, all_videos: object, videos_num: object
     ) -> list[dict[str, Any]]:
         """Return ``{"prompt": text, "multi_modal_data": {"image": [...], "video": [...], "audio": [...]}}`` by prompt."""
 
@@ -170,13 +170,13 @@ def prompts_of_inputs(inputs: Sequence[dict[str, Any]]) -> list[Prompt]:
                 f"each prompt"
             )
         media = item.get("multi_modal_data") or {}
-        unknown = [kind for kind in media if kind not in _KINDS]
+        unknown = [modality for modality in media if modality not in _MODALITIES]
         if unknown:
             raise ArgumentError(
-                f"engine_generate_local: expected multi_modal_data with {', '.join(_KINDS)}, got {unknown[0]!r}. Rename or "
+                f"engine_generate_local: expected multi_modal_data with {', '.join(_MODALITIES)}, got {unknown[0]!r}. Rename or "
                 f"remove it"
             )
-        images, videos, audios = (_listed(media.get(kind)) for kind in _KINDS)
+        images, videos, audios = (_listed(media.get(modality)) for modality in _MODALITIES)
         text = strip_placeholders(item["prompt"], images, videos)
         prompts.append(
             Prompt(
@@ -205,14 +205,14 @@ def one_kind_of_prompts(token_ids: Sequence[Any] | None, inputs: Sequence[dict[s
     return prompts_of_tokens(token_ids) if token_ids is not None else prompts_of_inputs(_plain(inputs) or [])
 
 
-def _plain(items: Any) -> Any:
+def _plain(items: object) -> Any:
     """Return a list of what an iterator, an array or a tensor has; anything else unchanged."""
     if isinstance(items, Iterator):
         return list(items)
     return items.tolist() if hasattr(items, "tolist") else items
 
 
-def _token_lists(token_ids: Any, call: str) -> Any:
+def _token_lists(token_ids: object, call: str) -> Any:
     """Return token ids by prompt. From a tokenizer's output, takes those that its attention mask does not exclude."""
     if isinstance(token_ids, Mapping):
         if "input_ids" not in token_ids:
@@ -231,7 +231,7 @@ def _token_lists(token_ids: Any, call: str) -> Any:
     return plain
 
 
-def _unpadded(input_ids: Any, mask: Any) -> Any:
+def _unpadded(input_ids: object, mask: object) -> Any:
     """Return ``input_ids``, of one prompt or of several, without the positions where ``mask`` is 0."""
     ids, kept = _plain(input_ids), _plain(mask)
     if kept is None:
@@ -241,18 +241,20 @@ def _unpadded(input_ids: Any, mask: Any) -> Any:
     return [_unpadded(*row) for row in zip(ids, kept, strict=True)]
 
 
-def _ints(tokens: Any) -> tuple[int, ...]:
+def _ints(tokens: object) -> tuple[int, ...]:
     """Return the token ids in a list, an array or a tensor of integers."""
     plain = _token_lists(tokens, "generate") if isinstance(tokens, Mapping) else _plain(tokens)
     if isinstance(plain, (str, bytes)) or not isinstance(plain, Sequence):
-        raise ArgumentError(f"generate: expected a list of integers for each prompt, got {str(tokens)[:60]!r}")
+        raise ArgumentError(
+            f"generate: expected a list of integers for each prompt, got {str(tokens)[:60]!r}. Pass text as all_prompts"
+        )
     invalid = [token for token in plain if isinstance(token, bool) or not isinstance(token, Integral) or token < 0]
     if invalid:
         raise ArgumentError(f"generate: expected token ids that are integers from 0, got {invalid[0]!r}")
     return tuple(map(int, plain))
 
 
-def _optional_ints(tokens: Any) -> tuple[int, ...] | None:
+def _optional_ints(tokens: object) -> tuple[int, ...] | None:
     return None if tokens is None else _ints(tokens)
 
 
@@ -260,5 +262,5 @@ def _present(items: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(item for item in items if item is not None)
 
 
-def _listed(media: Any) -> tuple[Any, ...]:
+def _listed(media: object) -> tuple[Any, ...]:
     return _present(media if isinstance(media, (list, tuple)) else [media])

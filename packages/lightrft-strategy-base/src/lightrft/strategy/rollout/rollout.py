@@ -19,7 +19,7 @@ from lightrft.config import ArgumentError, ConfigError, EngineError, LightRFTErr
 from lightrft.config.validation import shown
 from lightrft.strategy.backend.contract import Backend
 from lightrft.strategy.distributed.rank_consensus import RankConsensus
-from lightrft.strategy.distributed.world import World
+from lightrft.strategy.distributed.world import World, all_gather_objects
 from lightrft.strategy.models import weight_stream
 from lightrft.strategy.models.adapters import has_adapters
 from lightrft.strategy.models.modules import with_buffers_of
@@ -239,7 +239,7 @@ class Rollout:
             with self._together("update_engine_weights"):
                 bucket_bytes = self._engine_config.weight_sync_bucket_bytes
                 self._send(weight_stream.full_parameters(backend, form, bucket_bytes, dtype))
-            self._end_like(actor)
+                self._end_like(actor)
             if self._elsewhere is not None:
                 self._elsewhere.weight_version += 1
         except BaseException:
@@ -304,7 +304,7 @@ class Rollout:
             )
 
     def gather_and_generate(
-        self, sampling: object, sleep: bool, build_inputs: multimodal.InputsBuilder, *prompts_and_media: Any
+        self, sampling: object, sleep: bool, build_inputs: multimodal.InputsBuilder, *prompts_and_media: object
     ) -> list[Completion]:
         """Complete this rank's prompts; see `StrategyBase.gather_and_generate`. All ranks must call this.
 
@@ -332,8 +332,7 @@ class Rollout:
     def _generate_shared(self, prompts: list[Prompt], sampling: Sampling) -> list[Completion]:
         if self._config.engine_tp_size == 1:
             return self._generate(prompts, sampling)
-        requests: list[Any] = [None] * dist.get_world_size(self.mp_group)
-        dist.all_gather_object(requests, (prompts, sampling), group=self.mp_group)
+        requests = all_gather_objects((prompts, sampling), self.mp_group)
         differing = [rank_sampling for _, rank_sampling in requests if rank_sampling != requests[0][1]]
         if differing:
             raise ArgumentError(

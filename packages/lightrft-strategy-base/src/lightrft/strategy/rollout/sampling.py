@@ -218,7 +218,7 @@ def _plain(name: str, value: Any) -> Any:
     return _without_numpy(value)
 
 
-def _without_numpy(value: Any) -> Any:
+def _without_numpy(value: object) -> Any:
     """Return a number of NumPy as a number of Python; other values unchanged."""
     return value.item() if hasattr(value, "item") else value
 

@@ -13,18 +13,33 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
+from typing import Self
 
 import torch
 import torch.distributed as dist
 
 from lightrft.config import ArgumentError, LightRFTError, StrategyError
-from lightrft.strategy.arguments import Kind, refusal
+from lightrft.config.validation import shown
+from lightrft.strategy.arguments import Expected, refusal
 from lightrft.strategy.distributed.world import World
 
 Denominator = float | torch.Tensor | None
 """As stored until the update: a number, a 0-d fp64 tensor on an accelerator, or None for a loss without a denominator."""
 
-_KIND = Kind("a number, a tensor of one number, or None", (Real, torch.Tensor), (bool,))
+
+class NotANumber(float):
+    """A denominator of another type, as NaN: one of several ranks must not raise alone, so `optimizer_step` raises on all."""
+
+    shown: str
+    """What was passed, for messages."""
+
+    def __new__(cls, denominator: object) -> Self:
+        number = super().__new__(cls, math.nan)
+        number.shown = shown(denominator)
+        return number
+
+
+_EXPECTED = Expected("a number, a tensor of one number, or None", (Real, torch.Tensor), (bool,))
 
 
 def accepted(denominator: object, device: torch.device) -> Denominator:
@@ -37,12 +52,12 @@ def accepted(denominator: object, device: torch.device) -> Denominator:
         return None
     if isinstance(denominator, torch.Tensor):
         if denominator.numel() != 1 or denominator.is_complex() or denominator.dtype is torch.bool:
-            raise refusal("backward", "denominator", denominator, _KIND, "Pass the number of tokens in the loss")
+            raise refusal("backward", "denominator", denominator, _EXPECTED, "Pass the number of tokens in the loss")
         if denominator.device.type != "cpu":
             return denominator.detach().reshape(()).to(device, torch.float64, copy=True)
         return float(denominator)
     if isinstance(denominator, bool) or not isinstance(denominator, Real):
-        raise refusal("backward", "denominator", denominator, _KIND, "Pass the number of tokens in the loss")
+        raise refusal("backward", "denominator", denominator, _EXPECTED, "Pass the number of tokens in the loss")
     try:
         return float(denominator)
     except OverflowError:  # an integer above 1.8e308
@@ -114,7 +129,7 @@ class PendingTotals:
             losses: Those of this rank, 0-d fp64 tensors on its device.
         """
         self._sharing = sharing
-        self._losses: torch.Tensor | float = _sum(losses)
+        self._losses: torch.Tensor | _HostCopy | float = (total := _sum(losses))
         numbers = [value for value in denominators if isinstance(value, float)]
         on_device = [value for value in denominators if isinstance(value, torch.Tensor)]
         counted = len(numbers) + len(on_device)
@@ -123,7 +138,7 @@ class PendingTotals:
         self._work: dist.Work | None = None
         if world.size > 1 or on_device:
             self._vector = _without_waiting(self._values, world.device)
-            self._vector[4] += self._losses
+            self._vector[4] += total
             if on_device:
                 values = torch.stack(on_device)
                 self._vector[0] += values.sum()
@@ -132,8 +147,12 @@ class PendingTotals:
             self._work = dist.all_reduce(self._vector, group=world.payload, async_op=True)
 
     def read(self) -> Totals:
-        """Wait for the sum, and return it. All ranks get the same."""
-        return self._totals(self._values if self._vector is None else self._summed().tolist())
+        """Return the sum, and wait for it if there is one. All ranks get the same."""
+        if self._vector is not None:
+            return self._totals(self._summed().tolist())
+        if isinstance(self._losses, torch.Tensor) and self._losses.device.type == "cuda":
+            self._losses = _HostCopy(self._losses)
+        return self._totals(self._values)
 
     def read_with(self, norm: torch.Tensor) -> tuple[Totals, float]:
         """Return the totals, and the value of ``norm``, a 0-d tensor. The host waits for the device once, for both."""
@@ -166,6 +185,18 @@ class PendingTotals:
         return Totals(items=items / self._sharing, counted=counted, uncounted=uncounted, invalid=invalid)
 
 
+class _HostCopy:
+    """A number on its way from a CUDA device to the host. Reading it waits for the copy, not for what was started later."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self._number = torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+        self._copied = torch.cuda.current_stream(value.device).record_event()
+
+    def __float__(self) -> float:
+        self._copied.synchronize()
+        return self._number.item()
+
+
 def is_mistake(denominator: Denominator, earlier: Sequence[Denominator]) -> bool:
     """Return whether no update can be made from ``denominator`` after the ``earlier`` ones, as far as the host knows."""
     mixed = bool(earlier) and (denominator is None) != (earlier[0] is None)
@@ -174,9 +205,9 @@ def is_mistake(denominator: Denominator, earlier: Sequence[Denominator]) -> bool
 
 def report(denominators: Sequence[Denominator]) -> list[str]:
     """Describe the denominators of one rank for `mistake`: the invalid ones, and the counts. Waits for the device."""
-    values = [value if value is None else float(value) for value in denominators]
+    values = [float(value) if isinstance(value, torch.Tensor) else value for value in denominators]
     invalid = [
-        f"{value:g} in backward {index}"
+        f"{value.shown if isinstance(value, NotANumber) else f'{value:g}'} in backward {index}"
         for index, value in enumerate(values, start=1)
         if value is not None and _is_invalid(value)
     ]

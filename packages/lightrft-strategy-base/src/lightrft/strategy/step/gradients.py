@@ -1,11 +1,14 @@
-"""The gradient of one update: whether a loss leads to it, whether a script has touched it, its global norm, its clip factor.
+"""The gradient of one update: whether a loss leads to it, its global norm, its clip factor, and what a script may not do.
 
-A gradient may consist of several sets of shards, each sharded over one process group (FSDP2
-meshes, for example). Every element counts once in the norm, whichever rank holds it.
+A gradient may consist of several sets of shards, each sharded over one process group (FSDP2 meshes, for example). Every
+element counts once in the norm, whichever rank holds it. Until the update, a script may neither clear or change the
+gradient nor step the optimizer.
 """
 
+import re
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +21,9 @@ from lightrft.strategy import log_probs
 from lightrft.strategy.backend.contract import Backend
 from lightrft.strategy.backend.types import GradientShards, TrainedModel
 from lightrft.strategy.parallel.exchange import OWN_NODES
+
+_SPARSE = re.compile(r"'Sparse\w+' backend|dense and sparse Tensors")
+"""What torch says of an operation that sparse tensors lack."""
 
 
 def depends_on(loss: torch.Tensor, leaves: Collection[int], transparent: Collection[str] = ()) -> bool:
@@ -90,7 +96,9 @@ def scale(shards: Sequence[GradientShards], factor: float) -> None:
 def check_loss(backend: Backend, trained: TrainedModel, loss: object) -> None:
     """Raise unless ``loss`` is a scalar tensor with a graph that leads to the parameters of ``trained``."""
     if not isinstance(loss, torch.Tensor):
-        raise ArgumentError(f"backward: expected the loss to be a scalar tensor, got {shown(loss)}")
+        raise ArgumentError(
+            f"backward: expected the loss to be a scalar tensor, got {shown(loss)}. Pass the tensor that the loss function returned"
+        )
     if loss.numel() != 1 or loss.ndim > 1:
         raise ArgumentError(
             f"backward: expected the loss to be a scalar, got shape {tuple(loss.shape)}. Reduce it, for example with .mean()"
@@ -123,6 +131,54 @@ def check_untouched(trained: TrainedModel, call: str) -> None:
             )
 
 
+def check_zero_grad(trained: TrainedModel | None, call: str) -> None:
+    """Raise `StrategyError` within an update, whose gradients would be lost."""
+    if trained is not None and trained.has_pending_gradient and not trained.updating:
+        raise StrategyError(
+            f"{call}: expected no call within an update of {trained.class_name}, got one after {trained.backwards} calls of "
+            f"backward, whose gradients would be lost. Leave it out: optimizer_step clears the gradients after each update"
+        )
+
+
+def guard_optimizer(trained: TrainedModel) -> Callable[[], None]:
+    """Refuse what a script may do to the optimizer of a model in training, and what backends would take differently.
+
+    ``step`` by hand, ``add_param_group``, and ``zero_grad`` within an update.
+
+    Returns:
+        A function that undoes this.
+    """
+    optimizer, name = trained.optimizer, type(trained.optimizer).__name__
+    clear = optimizer.zero_grad
+
+    def check_step(*_: object) -> None:
+        if not trained.updating:
+            raise StrategyError(
+                f"{name}.step: expected {trained.class_name} to be stepped by the strategy, which reduces and clips its "
+                f"gradients, got a step by hand. Call strategy.optimizer_step(optimizer, model, scheduler) instead"
+            )
+
+    def add_param_group(*_: object) -> None:
+        raise StrategyError(
+            f"{name}.add_param_group: expected the parameter groups with which {trained.class_name} was prepared, got another. "
+            f"Give the optimizer all parameters before prepare, those that train later with a learning rate of 0 until then"
+        )
+
+    def zero_grad(*args: Any, **kwargs: Any) -> None:
+        check_zero_grad(trained, f"{name}.zero_grad")
+        clear(*args, **kwargs)
+
+    handle = optimizer.register_step_pre_hook(check_step)
+    vars(optimizer).update(zero_grad=zero_grad, add_param_group=add_param_group)
+
+    def undo() -> None:
+        handle.remove()
+        for attribute in ("zero_grad", "add_param_group"):
+            vars(optimizer).pop(attribute, None)
+
+    return undo
+
+
 def versions(trained: TrainedModel) -> list[tuple[torch.Tensor | None, int]]:
     """Return the gradients of the first and the last parameter with their versions: enough to notice what a script does."""
     gradients = [parameter.grad for parameter in trained.parameters[:1] + trained.parameters[-1:]]
@@ -143,6 +199,20 @@ def check_dense(trained: TrainedModel) -> None:
         f"optimizer_step: expected dense gradients of {trained.class_name}, got a sparse one for a parameter of shape "
         f"{tuple(sparse[0].shape)}. Pass sparse=False to its embedding"
     )
+
+
+@contextmanager
+def refusing_sparse_gradients(trained: TrainedModel, call: str) -> Iterator[None]:
+    """Name the cause if a backend that shards gradients fails at a sparse one in the body."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _SPARSE.search(str(error)):
+            raise
+        raise UnsupportedOperationError(
+            f"{call}: expected dense gradients of {trained.class_name}, got a sparse one, which cannot be sharded "
+            f"({str(error).splitlines()[0][:100]}). Pass sparse=False to its embedding"
+        ) from error
 
 
 def require_gradient(trained: TrainedModel) -> None:

@@ -41,8 +41,8 @@ class MovingAverages:
         names = {name for name, _ in average.named_parameters()}
         moved_from = self._sources.get(average)
         for source in trained:
-            found = set(_names_in(names, trainable(source.model)).values()) <= names
-            if source.model is moved_from or (moved_from is None and found):
+            all_in = set(_names_in(names, trainable(source.model)).values()) <= names
+            if source.model is moved_from or (moved_from is None and all_in):
                 return source.updates_in(average)
         return None
 
@@ -75,8 +75,8 @@ class MovingAverages:
         parameters = dict(average.named_parameters())
         names = _names_in(parameters, weights)
         shards = {shard.name: shard for shard in self._backend.shards(average)}
-        targets = {name: shards[found] for name, found in names.items() if found in shards}
-        unknown = [name for name, found in names.items() if found not in parameters]
+        targets = {name: shards[average_name] for name, average_name in names.items() if average_name in shards}
+        unknown = [name for name, average_name in names.items() if average_name not in parameters]
         if unknown:
             raise ArgumentError(
                 f"moving_average: expected an average with the parameters of {source.class_name}, but the average has no "
@@ -121,8 +121,8 @@ def _warn_of_buffers(source: TrainedModel, average: nn.Module) -> None:
     """Warn if training changes persistent buffers of ``source``, which averages do not include."""
     persistent, buffers = source.model.state_dict(keep_vars=True), dict(average.named_buffers())
     changing = dict(source.model.named_buffers())
-    for name, found in _names_in(buffers, changing).items():
-        buffer, copy = changing[name], buffers.get(found)
+    for name, average_name in _names_in(buffers, changing).items():
+        buffer, copy = changing[name], buffers.get(average_name)
         if name in persistent and copy is not None and not torch.equal(copy.to(buffer.device), buffer):
             if not is_silent():
                 warnings.warn(

@@ -19,7 +19,7 @@ from lightrft.config.validation import shown
 from lightrft.strategy.backend.contract import Backend
 from lightrft.strategy.backend.replicated import fill_missing
 from lightrft.strategy.backend.types import GradientShards, TrainedModel
-from lightrft.strategy.distributed.rank_consensus import RankConsensus
+from lightrft.strategy.distributed.rank_consensus import RankConsensus, require_equal
 from lightrft.strategy.step import denominators
 from lightrft.strategy.step.denominators import Denominator, PendingTotals, Totals
 from lightrft.strategy.step.gradients import (
@@ -29,6 +29,7 @@ from lightrft.strategy.step.gradients import (
     check_untouched,
     clip_factor,
     global_norm,
+    refusing_sparse_gradients,
     require_gradient,
     scale,
     versions,
@@ -42,14 +43,20 @@ def backward(
 ) -> None:
     """Add the gradient of ``loss``, a scalar with a graph, to the gradient of the update in progress."""
     check_loss(backend, trained, loss)
-    items = denominators.accepted(denominator, backend.world.device)
+    try:
+        items = denominators.accepted(denominator, backend.world.device)
+    except LightRFTError:
+        if backend.world.size == 1:
+            raise
+        items = denominators.NotANumber(denominator)
     if not isinstance(retain_graph, bool):
         raise ArgumentTypeError(f"backward: expected retain_graph to be True or False, got {shown(retain_graph)}")
     check_untouched(trained, "backward")
     _check_denominator(backend, trained, items)
     # The mean over K micro-batches; `optimizer_step` corrects it if an update has another number of them.
     share = loss if items is not None or trained.accumulation_steps == 1 else loss / trained.accumulation_steps
-    backend.backward(trained, share, retain_graph=retain_graph)
+    with refusing_sparse_gradients(trained, "backward"):
+        backend.backward(trained, share, retain_graph=retain_graph)
     trained.backwards += 1
     trained.denominators.append(items)
     value = getattr(loss, "_local_tensor", loss).detach().reshape(())
@@ -79,13 +86,9 @@ def optimizer_step(
     if scheduler is not None:
         check_scheduler(trained, scheduler)
     check_untouched(trained, "optimizer_step")
-    if not (boundary is None or isinstance(boundary, bool)):
-        raise ArgumentTypeError(
-            f"optimizer_step: expected boundary to be True, False or None, got {shown(boundary)}. Pass a bool"
-        )
     with _micro_batch(trained):
         if boundary is not None:
-            consensus.agree("optimizer_step", {"boundary": boundary, "micro-batches": trained.micro_batches})
+            _agree_on_boundary(consensus, boundary, trained.micro_batches)
         if not (trained.micro_batches >= trained.accumulation_steps if boundary is None else boundary):
             return BETWEEN_UPDATES
         if not trained.backwards:
@@ -123,6 +126,17 @@ def _micro_batch(trained: TrainedModel) -> Iterator[None]:
         raise
 
 
+def _agree_on_boundary(consensus: RankConsensus, boundary: object, micro_batches: int) -> None:
+    """Raise on every rank unless all pass the same ``boundary``, a bool, after the same number of micro-batches."""
+    told = {"boundary": boundary if isinstance(boundary, bool) else shown(boundary), "micro-batches": micro_batches}
+    with consensus.together("optimizer_step", tell=lambda: told) as all_told:
+        if not isinstance(boundary, bool):
+            raise ArgumentTypeError(
+                f"optimizer_step: expected boundary to be True, False or None, got {shown(boundary)}. Pass a bool"
+            )
+    require_equal("optimizer_step", all_told)
+
+
 @contextmanager
 def _dropping(trained: TrainedModel) -> Iterator[None]:
     """End the update if the body raises because there is no gradient, or none any more."""
@@ -149,7 +163,8 @@ def _make_update(backend: Backend, trained: TrainedModel) -> tuple[Totals, float
     try:
         if backend.fused_step is not None:
             totals = pending.read()
-            norm = backend.fused_step(trained, totals.factor(data_ranks, mean))
+            with refusing_sparse_gradients(trained, "optimizer_step"):
+                norm = backend.fused_step(trained, totals.factor(data_ranks, mean))
         else:
             shards = _reduced_gradient(backend, trained)
             totals, norm = pending.read_with(global_norm(shards))
@@ -234,7 +249,7 @@ def _skip(
 def _check_denominator(backend: Backend, trained: TrainedModel, denominator: Denominator) -> None:
     """Raise, on a single rank, for a denominator that no update can be made with, and drop the update in progress.
 
-    One of several ranks must not raise alone, because the others go on. There, `optimizer_step` raises on all.
+    One of several ranks must not raise alone, because the others continue. There, `optimizer_step` raises on all.
     """
     if backend.world.size > 1 or not denominators.is_mistake(denominator, trained.denominators):
         return

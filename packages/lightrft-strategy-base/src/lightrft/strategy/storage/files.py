@@ -140,20 +140,20 @@ class Crc32:
         return f"{self._value:08x}"
 
 
-def new_checksum(kind: str) -> Checksum:
-    """Return a new checksum; ``kind`` is "crc32" or "sha256"."""
-    if kind == "crc32":
+def new_checksum(algorithm: str) -> Checksum:
+    """Return a new checksum; ``algorithm`` is "crc32" or "sha256"."""
+    if algorithm == "crc32":
         return Crc32()
-    if kind == "sha256":
+    if algorithm == "sha256":
         return hashlib.sha256()
     raise CheckpointError(
-        f"expected the checksum crc32 or sha256, got {kind!r}. A later version wrote the checkpoint: upgrade "
+        f"expected the checksum crc32 or sha256, got {algorithm!r}. A later version wrote the checkpoint: upgrade "
         f"lightrft-strategy-base"
     )
 
 
-def checksum_of(data: Buffer, kind: str) -> str:
+def checksum_of(data: Buffer, algorithm: str) -> str:
     """Return the checksum of ``data``."""
-    checksum = new_checksum(kind)
+    checksum = new_checksum(algorithm)
     checksum.update(data)
     return checksum.hexdigest()

@@ -2,7 +2,7 @@
 
 A lock is an ``flock`` on an empty file next to the path that it protects. It always excludes processes on the same host.
 It excludes processes on other hosts if the file system shares locks, as NFS with its lock manager and Lustre mounted
-with ``flock`` do. On other file systems the lock excludes nobody, and only one run at a time may write there.
+with ``flock`` do. On other file systems the lock excludes no other process, and only one run at a time may write there.
 """
 
 import errno

@@ -18,7 +18,7 @@ _MAX_DEPTH = 200
 _TYPES = (bool, int, float, str, bytes, list, tuple, Counter, dict)
 
 
-def to_json(value: Any, name: str, *, exact: bool = True) -> Any:
+def to_json(value: object, name: str, *, exact: bool = True) -> Any:
     """Return ``value`` as JSON values.
 
     Args:
@@ -38,7 +38,7 @@ def _encode(value: Any, path: str, depth: int, exact: bool) -> Any:
             f"{path[:200]}: expected at most {_MAX_DEPTH} levels of nesting, got more, or a cycle. Flatten it"
         )
 
-    def encode(item: Any, path: str) -> Any:
+    def encode(item: object, path: str) -> Any:
         return _encode(item, path, depth + 1, exact)
 
     cls = (
@@ -69,7 +69,7 @@ def _encode(value: Any, path: str, depth: int, exact: bool) -> Any:
     )
 
 
-def _shown(key: Any) -> str:
+def _shown(key: object) -> str:
     """Return a key for messages: Python refuses to write very long integers in decimal."""
     return hex(key) if isinstance(key, int) and abs(key) >= 2**63 else repr(key)
 
@@ -82,7 +82,7 @@ def _encoded_pairs(pairs: list[tuple[Any, Any]], cls: type) -> Any:
     return {f"{_MARK}dict": [list(pair) for pair in pairs]}
 
 
-def from_json(value: Any) -> Any:
+def from_json(value: object) -> Any:
     """Return the value that `to_json` encoded. Raise `CheckpointError` for JSON that `to_json` never produces."""
     if isinstance(value, list):
         return [from_json(item) for item in value]
@@ -112,6 +112,6 @@ def _unmark(mark: str, content: Any) -> Any:
     return decoder()
 
 
-def dumps(value: Any) -> str:
+def dumps(value: object) -> str:
     """Return JSON text; equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)

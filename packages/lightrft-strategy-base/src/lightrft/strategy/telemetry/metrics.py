@@ -31,9 +31,7 @@ def flatten(metrics: object) -> dict[str, Metric]:
     for name, value in _leaves("", metrics):
         if name in RESERVED or name in flat:
             reason = "which trackers write themselves" if name in RESERVED else "twice"
-            raise ArgumentError(
-                f"log: expected each metric to have a name of its own, got {name!r}, {reason}. Rename it"
-            )
+            raise ArgumentError(f"log: expected each metric to have its own name, got {name!r}, {reason}. Rename it")
         flat[name] = _checked(name, value)
     return flat
 

@@ -54,7 +54,7 @@ class Tracking:
 
     def log(self, metrics: object, step: object, is_writer: bool) -> None:
         """Check the arguments, and write on the rank for which ``is_writer``; see `StrategyBase.log`."""
-        if not isinstance(step, INDEX.types) or isinstance(step, INDEX.excluded) or step < 0:  # type: ignore[operator]
+        if not INDEX.matches(step):
             raise refusal("log", "step", step, INDEX, "Pass the number of updates or of rollouts so far")
         flat = flatten(metrics)
         if self.recorder is not None:

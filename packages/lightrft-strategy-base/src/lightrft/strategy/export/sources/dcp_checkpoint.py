@@ -110,14 +110,14 @@ class DcpSource:
         entry = self._tensors[name]
         filled = 0
         with reading(self.path / METADATA, _EXPECTED):
-            whole = torch.empty(entry.size, dtype=entry.properties.dtype)
+            tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
             for chunk in entry.chunks:
                 region = tuple(slice(at, at + size) for at, size in zip(chunk.offsets, chunk.sizes, strict=True))
-                whole[region] = self._piece(name, chunk.offsets)
+                tensor[region] = self._piece(name, chunk.offsets)
                 filled += chunk.sizes.numel()
-        if filled < whole.numel():
+        if filled < tensor.numel():
             raise CheckpointError(f"expected all elements of {name} in {self.path}, found only some; {REMEDY}")
-        return whole
+        return tensor
 
     def _piece(self, name: str, offsets: torch.Size) -> torch.Tensor:
         info = self._stored.get((name, offsets))

@@ -44,8 +44,8 @@ class DeepspeedSource:
 
     def read(self, name: str) -> torch.Tensor:
         """Return a full tensor, assembled from the parts of the ranks."""
-        whole, read = self._tensors[name]
-        return read().view(whole.shape)
+        tensor, read = self._tensors[name]
+        return read().view(tensor.shape)
 
 
 def is_here(directory: Path) -> bool:
@@ -91,7 +91,7 @@ def _tensors(path: Path, states: Sequence[Mapping[str, Any]], optimizer_states: 
             f"expected optim_states files, which hold the weights of a sharded model, in {path}, found none; {REMEDY}"
         )
     module = first["module"]
-    tensors = _whole({name: module[name] for name in (first["buffer_names"] if sharded else module)})
+    tensors = _full({name: module[name] for name in (first["buffer_names"] if sharded else module)})
     if sharded:
         tensors |= _frozen_shards(
             first["frozen_param_shapes"] or {}, [state["frozen_param_fragments"] for state in states]
@@ -104,7 +104,7 @@ def _tensors(path: Path, states: Sequence[Mapping[str, Any]], optimizer_states: 
     return tensors | {alias: tensors[name] for alias, name in shared.items() if name in tensors}
 
 
-def _whole(tensors: Mapping[str, torch.Tensor]) -> Tensors:
+def _full(tensors: Mapping[str, torch.Tensor]) -> Tensors:
     return {name: (tensor.to("meta"), lambda tensor=tensor: tensor) for name, tensor in tensors.items()}  # type: ignore[misc]
 
 

@@ -78,7 +78,7 @@ def load_safely(file: Path | BinaryIO, *, mmap: bool = False) -> Any:
 class _Inert:
     """Placeholder for a class that a file names and that is not needed here."""
 
-    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def __init__(self, *_: object, **__: object) -> None: ...
 
 
 def _inert(name: str) -> tuple[type[_Inert], str]:
