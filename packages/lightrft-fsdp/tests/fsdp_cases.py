@@ -32,8 +32,8 @@ def prepared(made: FSDPV2Strategy, model: nn.Module | None = None) -> tuple[nn.M
     """``model``, or a `Layered`, in training."""
     bare = layered(3 + made.get_rank()) if model is None else model
     optimizer = made.create_optimizer(bare, lr=RATE, weight_decay=DECAY)
-    found: tuple[nn.Module, Optimizer, None] = made.prepare((bare, optimizer, None))
-    return found[0], found[1]
+    got: tuple[nn.Module, Optimizer, None] = made.prepare((bare, optimizer, None))
+    return got[0], got[1]
 
 
 def train_laid_out_otherwise(program: Program) -> Observed:
@@ -44,7 +44,7 @@ def train_laid_out_otherwise(program: Program) -> Observed:
             parameter.data = parameter.data.t().contiguous().t() if parameter.ndim == 2 else parameter.data
         model, optimizer = prepared(made, bare)
         training.run(program, made, model, optimizer)
-        return Observed(parameters=training.whole(made, model))
+        return Observed(parameters=training.full_parameters(made, model))
 
 
 def train(program: Program, **settings: Any) -> Observed:
@@ -52,8 +52,8 @@ def train(program: Program, **settings: Any) -> Observed:
     with strategy(program, **settings) as made:
         model, optimizer = prepared(made)
         results = training.run(program, made, model, optimizer)
-        norms = [it.grad_norm for it in results if it.applied or it.skipped]
-        return Observed(parameters=training.whole(made, model), norms=norms)
+        norms = [result.grad_norm for result in results if result.applied or result.skipped]
+        return Observed(parameters=training.full_parameters(made, model), norms=norms)
 
 
 def held(**settings: Any) -> tuple[int, list[int], set[torch.dtype]]:
@@ -62,7 +62,7 @@ def held(**settings: Any) -> tuple[int, list[int], set[torch.dtype]]:
         model, _ = prepared(made)
         shards = made.backend.shards(made.unwrap_model(model))
         (mesh,) = {parameter.device_mesh for parameter in model.parameters()}
-        return sum(it.values.numel() for it in shards), list(mesh.shape), {it.values.dtype for it in shards}
+        return sum(shard.values.numel() for shard in shards), list(mesh.shape), {shard.values.dtype for shard in shards}
 
 
 class TwoMeshBackend(FSDPBackend):
@@ -70,10 +70,10 @@ class TwoMeshBackend(FSDPBackend):
 
     def wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
         assert isinstance(module, Layered)
-        whole = dict(module.named_parameters()) if self.world.rank == 0 else {}
+        full_tensors = dict(module.named_parameters()) if self.world.rank == 0 else {}
         fully_shard(module.layers[1], mesh=self._mesh(1))
         fully_shard(module, mesh=self._mesh(-1))
-        sharding.load_from_rank_0(module, whole, self.world)
+        sharding.load_from_rank_0(module, full_tensors, self.world)
         return module
 
 
@@ -92,7 +92,7 @@ def prepared_in_two_ways(**settings: Any) -> list[dict[str, torch.Tensor]]:
     with strategy(Program(), **settings) as made:
         model, _ = prepared(made)
         other = made.prepare(layered(3 + made.get_rank()))
-        return [training.whole(made, it) for it in (model, other)]
+        return [training.full_parameters(made, tensor) for tensor in (model, other)]
 
 
 def built_on_rank_0_alone(in_training: bool) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -100,12 +100,12 @@ def built_on_rank_0_alone(in_training: bool) -> tuple[dict[str, torch.Tensor], t
     with strategy(Program()) as made:
         with made.init_model_context(meta_init=True):
             model: nn.Module = Layered() if made.get_rank() else layered()
-        assert made.get_rank() == 0 or all(it.is_meta for it in [*model.parameters(), *model.buffers()])
+        assert made.get_rank() == 0 or all(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
         model = prepared(made, model)[0] if in_training else made.prepare(model)
         inner = made.unwrap_model(model)
         assert isinstance(inner, Layered)
         assert inner.head.weight is inner.embed.weight
-        return training.whole(made, model), model(tokens(1)).detach()
+        return training.full_parameters(made, model), model(tokens(1)).detach()
 
 
 def moved_about(cycles: bool, **settings: Any) -> dict[str, torch.Tensor]:
@@ -116,16 +116,18 @@ def moved_about(cycles: bool, **settings: Any) -> dict[str, torch.Tensor]:
         for update, micro, _ in program.micro_batches():
             made.backward(program.loss(model, update, micro, made.get_rank()), model, optimizer)
             if cycles:
-                before = training.whole(made, model)
+                before = training.full_parameters(made, model)
                 for _ in range(2):
                     made.offload_model(model)
                     made.maybe_offload_optimizer(optimizer)
                 for _ in range(2):
                     made.reload_model(model)
                     made.maybe_load_optimizer(optimizer)
-                assert all(torch.equal(before[name], it) for name, it in training.whole(made, model).items())
+                assert all(
+                    torch.equal(before[name], loader) for name, loader in training.full_parameters(made, model).items()
+                )
             made.optimizer_step(optimizer, model)
-        return training.whole(made, model)
+        return training.full_parameters(made, model)
 
 
 def stumbled(program: Program) -> dict[str, torch.Tensor]:
@@ -141,7 +143,7 @@ def stumbled(program: Program) -> dict[str, torch.Tensor]:
                 raise AssertionError("a token that is not in the vocabulary was taken")
             made.backward(program.loss(model, update, micro, made.get_rank()), model, optimizer)
             made.optimizer_step(optimizer, model)
-        return training.whole(made, model)
+        return training.full_parameters(made, model)
 
 
 def saved(path: str) -> dict[str, torch.Tensor]:
@@ -149,7 +151,7 @@ def saved(path: str) -> dict[str, torch.Tensor]:
     with strategy(Program()) as made:
         model, _ = prepared(made)
         made.save_model(model, None, path, dtype=torch.float32)
-        return training.whole(made, model)
+        return training.full_parameters(made, model)
 
 
 class Matrices(nn.Module):
@@ -181,11 +183,11 @@ def with_optimizer(name: str, updates: int = 3) -> tuple[dict[str, torch.Tensor]
         model, reference = matrices(), matrices()
         model, optimizer, _ = made.prepare((model, getattr(torch.optim, name)(model.parameters(), lr=1e-2), None))
         training.run(program, made, model, optimizer)
-        found = training.whole(made, model)
+        got = training.full_parameters(made, model)
         stepped = getattr(torch.optim, name)(reference.parameters(), lr=1e-2)
         for update in range(updates):
             for rank in range(made.world_size):
                 (program.loss(reference, update, 0, rank) / made.world_size).backward()
             stepped.step()
             stepped.zero_grad()
-    return found, {name: parameter.detach() for name, parameter in reference.named_parameters()}
+    return got, {name: parameter.detach() for name, parameter in reference.named_parameters()}

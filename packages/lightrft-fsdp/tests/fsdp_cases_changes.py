@@ -44,8 +44,8 @@ def compared(script: str, micro_batches: int = 1, hook: str | None = None) -> tu
 
         def update() -> None:
             for micro in range(micro_batches):
-                place = (len(norms), micro)
-                made.backward(loss_of(prepared, tokens(*place, made.get_rank())), prepared, optimizer)
+                position = (len(norms), micro)
+                made.backward(loss_of(prepared, tokens(*position, made.get_rank())), prepared, optimizer)
                 evaluate(prepared)
                 norm = made.optimizer_step(optimizer, prepared).grad_norm
             assert norm is not None
@@ -65,8 +65,8 @@ def compared(script: str, micro_batches: int = 1, hook: str | None = None) -> tu
 
         SCRIPTS[script](prepared, update)
         SCRIPTS[script](plain, plain_update)
-        found = training.whole(made, prepared)
-    return norms, wanted, max(float((found[n] - p.detach()).abs().max()) for n, p in plain.named_parameters())
+        got = training.full_parameters(made, prepared)
+    return norms, wanted, max(float((got[n] - p.detach()).abs().max()) for n, p in plain.named_parameters())
 
 
 def frozen_after_an_evaluation(model: Layered, update: Callable[[], None]) -> None:
@@ -219,7 +219,7 @@ def parts() -> tuple[torch.Tensor, torch.Tensor, dict[str, str]]:
 
 def saved_and_loaded_in_inference_mode(path: str) -> float:
     """By how much an update after saving and loading under inference_mode differs from one without."""
-    found = []
+    got = []
     for mode in (torch.inference_mode, torch.no_grad):
         with fsdp_cases.strategy(Program()) as made:
             prepared, optimizer = fsdp_cases.prepared(made)
@@ -230,8 +230,8 @@ def saved_and_loaded_in_inference_mode(path: str) -> float:
                     folder = f"{path}/{mode.__name__}{update}"
                     made.save_ckpt(prepared, folder, optimizer=optimizer)
                     made.load_ckpt(prepared, folder, optimizer=optimizer)
-            found.append(training.whole(made, prepared))
-    return max(float((found[0][name] - tensor).abs().max()) for name, tensor in found[1].items())
+            got.append(training.full_parameters(made, prepared))
+    return max(float((got[0][name] - tensor).abs().max()) for name, tensor in got[1].items())
 
 
 def written_while_gathered() -> list[str]:

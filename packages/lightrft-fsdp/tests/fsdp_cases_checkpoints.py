@@ -64,7 +64,7 @@ def went_on(path: str, done: int) -> dict[str, torch.Tensor]:
                 model(tokens(0))
             made.load_ckpt(model, path)
         training.run(program, made, model, optimizer)
-        return training.whole(made, model)
+        return training.full_parameters(made, model)
 
 
 def dealt(path: str, first: int | None = None) -> list[list[int]]:

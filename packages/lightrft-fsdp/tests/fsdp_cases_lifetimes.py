@@ -21,19 +21,19 @@ def lives(sizes: tuple[int, ...]) -> list[dict[str, Any]]:
 
     The models outlive their strategies.
     """
-    found: list[dict[str, Any]] = []
+    got: list[dict[str, Any]] = []
     models: list[nn.Module] = []
     for size in sizes:
         program = Program(updates=1)
         with fsdp_cases.strategy(program, fsdp_shard_size=size) as made:
             for seed in (1, 2):
                 model, optimizer = fsdp_cases.prepared(made, layered(seed))
-                assert all(it.applied for it in training.run(program, made, model, optimizer))
+                assert all(result.applied for result in training.run(program, made, model, optimizer))
                 models.append(model)
             models.append(made.prepare(layered()))
             models[-1](tokens(0))
-        found.append(traces())
-    return found
+        got.append(traces())
+    return got
 
 
 def left_alone(call: str) -> tuple[str, float]:

@@ -16,4 +16,4 @@ def trained(program: Program, checkpointing: str | None, **settings: Any) -> Obs
             inner.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
             inner.enable_input_require_grads()
         training.run(program, made, actor, optimizer)
-        return Observed(parameters=training.whole(made, actor))
+        return Observed(parameters=training.full_parameters(made, actor))

@@ -83,6 +83,31 @@ def _optimizer_of_whole_matrices(made: FSDPV2Strategy) -> None:
     made.prepare((model, torch.optim.Adafactor(model.parameters(), lr=0.0), None))
 
 
+class _Lookup(nn.Module):
+    """Makes sparse gradients by a functional embedding, which preparing cannot see."""
+
+    _no_split_modules = ["Embedding"]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.table = nn.Embedding(4, 2), nn.Parameter(torch.ones(4, 2))
+
+    def forward(self, indices: torch.Tensor) -> torch.Tensor:
+        return (self.embed(indices) + nn.functional.embedding(indices, self.table, sparse=True)).sum()
+
+
+def _sparse_gradient(made: FSDPV2Strategy) -> None:
+    model, optimizer = fsdp_cases.prepared(made, _Lookup())
+    made.backward(model(torch.tensor([1, 2])), model, optimizer)
+
+
+def _batch_norm_in_bf16() -> None:
+    with fsdp_cases.strategy(Program(), bf16=True) as made:
+        model = layered()
+        model.extra = nn.BatchNorm1d(4)
+        made.prepare(model)
+
+
 def _step_without_backward(made: FSDPV2Strategy) -> None:
     model, optimizer = fsdp_cases.prepared(made)
     made.optimizer_step(optimizer, model)
@@ -101,5 +126,7 @@ MISTAKES: dict[str, Callable[[], None]] = {
     "loss without a graph": _with_strategy(_loss_without_a_graph),
     "model that was not prepared": _with_strategy(_model_that_was_not_prepared),
     "optimizer of whole matrices": _with_strategy(_optimizer_of_whole_matrices),
+    "sparse gradient": _with_strategy(_sparse_gradient),
+    "batch norm in bf16": _batch_norm_in_bf16,
     "step without backward": _with_strategy(_step_without_backward),
 }

@@ -29,16 +29,16 @@ def losses_of_an_update(folder: str, denominators: list[float | None]) -> list[f
     with strategy(PROGRAM, log_dir=folder) as made:
         model: nn.Module = Small()
         model, optimizer, _ = made.prepare((model, torch.optim.SGD(model.parameters(), lr=0.1), None))
-        found = []
+        got = []
         for number in range(2):
             output = model(torch.ones(1, 2)).sum()
             loss = output - output.detach() + 1 + number + 2 * made.get_rank()
             made.backward(loss, model, optimizer, denominator=denominators[made.get_rank()])
-            found.append(made.optimizer_step(optimizer, model).loss)
+            got.append(made.optimizer_step(optimizer, model).loss)
         made.log({"rank": made.get_rank(), "loss": loss}, 1)
         if made.is_rank_0():
             made.log({"alone": 1}, 2)  # no other rank is waited for
-        return found
+        return got
 
 
 def log_under_a_name_of_each_rank(folder: str) -> None:

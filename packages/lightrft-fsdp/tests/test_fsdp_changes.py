@@ -23,7 +23,7 @@ def test_a_gradient_hook_acts_as_in_plain_torch(two: Workers, hook: str) -> None
         assert off < 5e-5
 
 
-def test_a_hook_sees_whole_gradients_and_its_handle_removes_it(two: Workers) -> None:
+def test_a_hook_sees_full_gradients_and_its_handle_removes_it(two: Workers) -> None:
     assert two.run(cases.removed_by_its_handle) == [[1, 0], [1, 0]]
 
 
@@ -43,7 +43,7 @@ def test_a_part_that_is_called_alone_is_evaluated_and_does_not_train(two: Worker
         assert "Compute penalties over parameters in the model's forward" in errors["penalty"]
 
 
-def test_what_is_saved_and_loaded_in_inference_mode_trains_on(two: Workers, tmp_path: Path) -> None:
+def test_training_continues_after_saving_and_loading_in_inference_mode(two: Workers, tmp_path: Path) -> None:
     assert two.run(cases.saved_and_loaded_in_inference_mode, path=str(tmp_path)) == [0, 0]
 
 

@@ -16,26 +16,24 @@ def three() -> Iterator[Workers]:
 
 
 @pytest.mark.parametrize("step", ["comparing", "assigning", "copying"])
-def test_what_fails_on_one_rank_before_it_is_written_every_rank_hears_of(
-    two: Workers, tmp_path: Path, step: str
-) -> None:
+def test_a_failure_on_one_rank_before_writing_raises_on_all(two: Workers, tmp_path: Path, step: str) -> None:
     first, second = two.run(cases.failing, step=step, path=str(tmp_path))
     assert second == "save_ckpt: no memory"
     assert "rank 1: CheckpointError: no memory" in first
 
 
-def test_an_argument_that_is_wrong_on_one_rank_every_rank_hears_of(two: Workers, tmp_path: Path) -> None:
+def test_a_wrong_argument_on_one_rank_raises_on_all(two: Workers, tmp_path: Path) -> None:
     first, second = two.run(cases.named_on_one_rank, path=str(tmp_path))
     assert second.startswith("save_ckpt: expected a model or a dict of models, got None as model")
     assert second in first
 
 
-def test_sigterm_on_one_rank_saves_on_all_and_the_run_goes_on_from_there(two: Workers, tmp_path: Path) -> None:
+def test_sigterm_on_one_rank_saves_on_all_and_the_run_can_be_resumed(two: Workers, tmp_path: Path) -> None:
     assert two.run(cases.terminated, path=str(tmp_path)) == [2, 2]
     assert (tmp_path / "global_step3").is_dir()
     wanted, _ = two.run(cases.went_on, path=str(tmp_path), done=0)
-    found, _ = two.run(cases.went_on, path=str(tmp_path), done=3)
-    assert all(torch.equal(found[name], it) for name, it in wanted.items())
+    got, _ = two.run(cases.went_on, path=str(tmp_path), done=3)
+    assert all(torch.equal(got[name], tensor) for name, tensor in wanted.items())
 
 
 def in_turn(ranks: Sequence[Sequence[Sequence[int]]]) -> list[int]:

@@ -8,7 +8,7 @@ from traces import added
 from workers import Workers, WorkersError
 
 
-def test_lifetimes_follow_each_other_and_add_nothing(two: Workers) -> None:
+def test_repeated_lifetimes_leak_nothing(two: Workers) -> None:
     two.run(cases.lives, sizes=(-1, 1))  # the first time round torch starts what it keeps
     for first, *others in two.run(cases.lives, sizes=(-1, 1, 2, -1, 1)):
         assert first["process group"] is False
@@ -16,14 +16,14 @@ def test_lifetimes_follow_each_other_and_add_nothing(two: Workers) -> None:
 
 
 @pytest.mark.parametrize("call", ["forward", "backward", "optimizer_step"])
-def test_a_rank_that_does_not_come_is_an_error_with_the_name_of_the_call(two: Workers, call: str) -> None:
+def test_a_missing_rank_is_an_error_that_names_the_call(two: Workers, call: str) -> None:
     (message, seconds), _ = two.run(cases.left_alone, call=call)
     assert message.startswith(f"{call}: rank 0 of 2 waited for another rank")
     assert seconds < 4.5
     two.run(cases.lives, sizes=(-1,))  # a new lifetime is sound
 
 
-def test_where_a_rank_is_killed_the_others_end_with_the_name_of_the_call() -> None:
+def test_a_killed_rank_is_an_error_that_names_the_call_on_the_others() -> None:
     workers = Workers(2)
     workers.run(os.getpid)
     try:

@@ -7,9 +7,9 @@ from llamas import llama
 from workers import Workers
 
 
-def check(found: list[policies.Trained], tied: bool = True) -> None:
-    for rank, here in enumerate(found):
-        wanted = policies.reference(lambda: llama(tied), len(found), rank)
+def check(got: list[policies.Trained], tied: bool = True) -> None:
+    for rank, here in enumerate(got):
+        wanted = policies.reference(lambda: llama(tied), len(got), rank)
         assert here.distance(wanted) < 1e-5
         assert here.parameter_distance(wanted) < 1e-5
 
@@ -30,7 +30,7 @@ def test_copies_of_the_head_that_are_sharded_over_some_ranks(four: Workers) -> N
 
 
 @pytest.mark.parametrize("settings", [{"adapter": True}, {"bf16": True}, {"fsdp_cpu_offload": True}], ids=str)
-def test_the_setting_changes_no_number(two: Workers, settings: dict[str, object]) -> None:
+def test_the_setting_changes_no_result(two: Workers, settings: dict[str, object]) -> None:
     fused, plain = (two.run(cases.trained, fused_linear_logprob=fused, **settings) for fused in (True, False))
     for here, wanted in zip(fused, plain, strict=True):
         assert here.distance(wanted) < 1e-5

@@ -18,14 +18,16 @@ WORDS = {
     "loss without a graph": ("StrategyError", "backward: expected a loss with a graph", "detached"),
     "model that was not prepared": ("StrategyError", "which this strategy has not prepared", "Call prepare("),
     "optimizer of whole matrices": ("StrategyError", "prepare: expected an optimizer", "Adafactor", "torch.optim.Muon"),
+    "sparse gradient": ("UnsupportedOperationError", "backward: expected dense gradients of _Lookup", "sparse=False"),
+    "batch norm in bf16": ("UnsupportedOperationError", "prepare: expected no BatchNorm", "got extra of", "bf16=False"),
     "step without backward": ("StrategyError", "optimizer_step: expected a backward", "Call strategy.backward("),
 }
 
 
-def test_a_rank_that_was_interrupted_in_a_call_does_not_go_on_as_if_the_others_had_been(two: Workers) -> None:
+def test_an_interrupted_rank_does_not_continue_with_the_other_ranks(two: Workers) -> None:
     (kind, *calls), other = two.run(cases.left_by_one_rank)
     assert kind == "KeyboardInterrupt"
-    assert ["was interrupted by KeyboardInterrupt" in it for it in calls] == [True, True]
+    assert ["was interrupted by KeyboardInterrupt" in message for message in calls] == [True, True]
     assert len(other) == 1
 
 

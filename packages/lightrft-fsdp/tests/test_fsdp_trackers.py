@@ -12,8 +12,8 @@ from workers import Workers
 def test_rank_0_writes_the_loss_of_all_ranks(
     two: Workers, tmp_path: Path, denominators: list[float | None], loss: float
 ) -> None:
-    found = two.run(cases.losses_of_an_update, folder=str(tmp_path), denominators=denominators)
-    assert found == [[None, loss]] * 2
+    got = two.run(cases.losses_of_an_update, folder=str(tmp_path), denominators=denominators)
+    assert got == [[None, loss]] * 2
     first, second = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert (first["step"], first["model/loss"], first["rank"], first["loss"]) == (1, loss, 0, 2.0)
     assert (second["step"], second["alone"]) == (2, 1)

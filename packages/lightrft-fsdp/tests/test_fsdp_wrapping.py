@@ -63,7 +63,7 @@ def test_a_part_declares_for_itself_and_inner_layers_come_first() -> None:
         (["Block"], r"it contains none of the classes that it declares \(Block\)"),
     ],
 )
-def test_a_model_without_layers_is_told_what_to_do(declared: list[str] | None, reason: str) -> None:
+def test_a_model_without_layers_is_refused_with_the_remedy(declared: list[str] | None, reason: str) -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     model._no_split_modules = declared
     with pytest.raises(UnsupportedOperationError, match=rf"Sequential has no layers to wrap: {reason}\. Set _no_split"):

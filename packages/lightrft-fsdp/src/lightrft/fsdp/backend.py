@@ -28,6 +28,7 @@ from lightrft.strategy.backend import (
     World,
     WrapOptions,
     attributes_of,
+    check_batch_norms,
     check_gradient_hooks,
     check_on_parts,
     set_attributes,
@@ -71,6 +72,8 @@ class FSDPBackend(ReplicatedBackend):
     @override
     def check_model(self, module: nn.Module, options: WrapOptions) -> None:
         _check_shardable(module)
+        if self.config.bf16:
+            check_batch_norms(module, "FSDP2", self.world.device)
         if options.training:
             check_gradient_hooks(module, "FSDP2")
         layers_to_shard(module, mixed_modalities=self.config.mixed_mm_data)
@@ -81,7 +84,7 @@ class FSDPBackend(ReplicatedBackend):
         _make_contiguous(module)
         if options.training:
             _make_uniform(module)
-        whole = dict(module.named_parameters()) if self.world.rank == 0 else {}
+        full_tensors = dict(module.named_parameters()) if self.world.rank == 0 else {}
         attributes = {name: attributes_of(parameter) for name, parameter in module.named_parameters()}
         shard: dict[str, Any] = {
             "mesh": self._mesh(options.shard_size if options.shard_size != -1 else self.config.fsdp_shard_size),
@@ -94,7 +97,7 @@ class FSDPBackend(ReplicatedBackend):
         fully_shard(module, reshard_after_forward=None if options.training else options.reshard_after_forward, **shard)
         if any(parameter.is_meta for parameter in module.parameters()):
             module.to_empty(device="cpu" if self.config.fsdp_cpu_offload and options.training else self.world.device)
-        sharding.load_from_rank_0(module, whole, self.world)
+        sharding.load_from_rank_0(module, full_tensors, self.world)
         for name, parameter in module.named_parameters():
             set_attributes(parameter, attributes[name])
         keep_changes(module)

@@ -5,7 +5,6 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -14,11 +13,11 @@ from lightrft.fsdp import sharding
 from lightrft.strategy.patching import Patch, Target, around, require
 
 
-def _on_whole_matrix(orthogonalize: Callable[..., torch.Tensor], matrix: torch.Tensor, *args: Any) -> torch.Tensor:
+def _on_whole_matrix(orthogonalize: Callable[..., torch.Tensor], matrix: torch.Tensor, *args: object) -> torch.Tensor:
     if not isinstance(matrix, DTensor):
         return orthogonalize(matrix, *args)
-    (whole,) = sharding.gather([matrix], None, torch.device(matrix.device_mesh.device_type))
-    return sharding.shard_like(orthogonalize(whole, *args), matrix)
+    (full,) = sharding.gather([matrix], None, torch.device(matrix.device_mesh.device_type))
+    return sharding.shard_like(orthogonalize(full, *args), matrix)
 
 
 MUON = Patch(

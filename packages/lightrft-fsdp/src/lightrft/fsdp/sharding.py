@@ -37,7 +37,7 @@ def clear_mesh_caches() -> None:
 def release_groups(module: nn.Module) -> None:
     """Remove the process groups, with their threads and sockets, from a model that may outlive them.
 
-    FSDP2 and the meshes of its parameters hold them for as long as the model lives, and have no call that ends that.
+    FSDP2 and the meshes of its parameters hold them for as long as the model exists, and have no call that ends that.
     """
     for group in parameter_groups(module):
         for info in filter(None, (group.mesh_info, group.post_forward_mesh_info)):
@@ -66,16 +66,16 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def load_from_rank_0(module: nn.Module, whole: Mapping[str, torch.Tensor], world: World) -> None:
+def load_from_rank_0(module: nn.Module, full_tensors: Mapping[str, torch.Tensor], world: World) -> None:
     """Fill the shards of ``module`` and its buffers with rank 0's values, one tensor at a time.
 
     Args:
         module: The sharded module.
-        whole: On rank 0, the full tensors by name; not read on other ranks.
+        full_tensors: On rank 0, the full tensors by name; not read on other ranks.
         world: The ranks.
     """
     for name, parameter in module.named_parameters():
-        full = _on_device(whole[name], world) if world.rank == 0 else _empty(parameter, world)
+        full = _on_device(full_tensors[name], world) if world.rank == 0 else _empty(parameter, world)
         if world.size > 1:
             broadcast(full, world)
         values, start = local(parameter), offset_of(parameter) if isinstance(parameter, DTensor) else 0
@@ -95,24 +95,24 @@ def _empty(parameter: nn.Parameter, world: World) -> torch.Tensor:
 
 def gather(tensors: Sequence[torch.Tensor], dtype: torch.dtype | None, device: torch.device) -> list[torch.Tensor]:
     """Return full tensors on ``device``, floating ones in ``dtype``; one collective for each shard group and type."""
-    whole: dict[int, torch.Tensor] = {}
+    gathered: dict[int, torch.Tensor] = {}
     frames: dict[tuple[int, torch.dtype], list[int]] = {}
     for index, tensor in enumerate(tensors):
         if isinstance(tensor, DTensor):
             sent = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
             frames.setdefault((id(shard_group(tensor)), sent), []).append(index)
         else:
-            whole[index] = cast(tensor, dtype)
+            gathered[index] = cast(tensor, dtype)
     for (_, sent), indices in frames.items():
         sharded = [tensor for index in indices if isinstance(tensor := tensors[index], DTensor)]
-        whole.update(zip(indices, _gather_frame(sharded, sent, device), strict=True))
-    return [whole[index] for index in range(len(tensors))]
+        gathered.update(zip(indices, _gather_frame(sharded, sent, device), strict=True))
+    return [gathered[index] for index in range(len(tensors))]
 
 
-def shard_like(whole: torch.Tensor, like: DTensor) -> DTensor:
-    """Return ``whole``, which all ranks have, as a DTensor with the shards of ``like``."""
+def shard_like(full: torch.Tensor, like: DTensor) -> DTensor:
+    """Return ``full``, which all ranks have, as a DTensor with the shards of ``like``."""
     part, start = like.to_local(), offset_of(like)
-    values = whole.reshape(-1)[start : start + part.numel()].view(part.shape).to(part.device)
+    values = full.reshape(-1)[start : start + part.numel()].view(part.shape).to(part.device)
     return DTensor.from_local(
         values, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )

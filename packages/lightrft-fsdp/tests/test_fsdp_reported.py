@@ -1,0 +1,20 @@
+"""What users have reported of training libraries is right here, or refused by name."""
+
+from pathlib import Path
+
+import mistakes
+import reported
+from workers import Workers
+
+
+def test_on_one_rank_and_on_two(one: Workers, two: Workers) -> None:
+    for ranks in (one, two):
+        for found in ranks.run(reported.outcomes, strategy="fsdp", deadline=600.0):
+            assert reported.complaints(found, "fsdp") == []
+
+
+def test_mistakes_are_explained_on_every_rank(two: Workers, tmp_path: Path) -> None:
+    first, second = two.run(mistakes.said, strategy="fsdp", path=str(tmp_path), deadline=600.0)
+    assert mistakes.complaints(first) == []
+    for name, error in first.items():  # on rank 0; others may be told of its error
+        assert second[name].partition(":")[0] == error.partition(":")[0]
