@@ -57,5 +57,6 @@ def train(program: Program, wrap_first: bool = False, persist: bool = True, **se
             model, optimizer, scheduler = made.prepare((model, optimizer, scheduler))
         results = training.run(program, made, model, optimizer, scheduler)
         return Observed(
-            parameters=training.whole(made, model), norms=[it.grad_norm for it in results if it.applied or it.skipped]
+            parameters=training.full_parameters(made, model),
+            norms=[result.grad_norm for result in results if result.applied or result.skipped],
         )

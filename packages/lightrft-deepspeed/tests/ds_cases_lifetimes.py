@@ -30,7 +30,7 @@ def lives(stages: tuple[int, ...]) -> list[dict[str, Any]]:
 
     The models outlive their strategies.
     """
-    found = []
+    got = []
     models: list[nn.Module] = []
     for stage in stages:
         with ds_cases.strategy(Program(), persist=False, zero_stage=stage) as made:
@@ -42,22 +42,22 @@ def lives(stages: tuple[int, ...]) -> list[dict[str, Any]]:
                 models.append(model)
             models.append(made.prepare(mixed()))
             models[-1](tokens(0))
-        found.append(_traces())
-    return found
+        got.append(_traces())
+    return got
 
 
 def memory_of_lives(count: int) -> list[int]:
     """Elements of all tensors that are alive after each of ``count`` lifetimes, with their models gone."""
     import gc
 
-    found = []
+    got = []
     for _ in range(count):
         for stage in (0, 1, 2, 3):
             lives((stage,))
         gc.collect()
-        alive = [it for it in gc.get_objects() if isinstance(it, torch.Tensor)]
-        found.append(sum(it.numel() for it in alive))
-    return found
+        alive = [item for item in gc.get_objects() if isinstance(item, torch.Tensor)]
+        got.append(sum(tensor.numel() for tensor in alive))
+    return got
 
 
 def in_the_callers_group(stage: int) -> tuple[bool, float]:

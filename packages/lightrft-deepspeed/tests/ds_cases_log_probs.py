@@ -20,7 +20,7 @@ def refused(**settings: Any) -> str:
     with ds_cases.strategy(Program(), fused_linear_logprob=True, **settings) as made:
         models: list[nn.Module] = [llama(), llama()]
         optimizers = [made.create_optimizer(model, lr=1e-3) for model in models]
-        model, other = (made.prepare((*it, None))[0] for it in zip(models, optimizers, strict=True))
+        model, other = (made.prepare((*pair, None))[0] for pair in zip(models, optimizers, strict=True))
         loss = made.token_log_probs(other, torch.tensor([[1, 5, 9]])).log_probs.sum()
         try:
             made.backward(loss, model, optimizers[0])

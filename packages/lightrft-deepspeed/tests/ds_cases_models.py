@@ -20,7 +20,7 @@ def trained(program: Program, checkpointing: str | None, **settings: Any) -> Obs
             inner.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
             inner.enable_input_require_grads()
         training.run(program, made, actor, optimizer)
-        return Observed(parameters=training.whole(made, actor))
+        return Observed(parameters=training.full_parameters(made, actor))
 
 
 def generated(**settings: Any) -> tuple[list[int], list[int]]:
@@ -30,5 +30,5 @@ def generated(**settings: Any) -> tuple[list[int], list[int]]:
         wanted = plain.generate(prompt, max_new_tokens=5, do_sample=False)
         model, _, _ = made.prepare((plain, made.create_optimizer(plain, lr=1e-3), None))
         with torch.no_grad():
-            found = model.generate(prompt, max_new_tokens=5, do_sample=False, synced_gpus=False)
-        return wanted.tolist(), found.tolist()
+            got = model.generate(prompt, max_new_tokens=5, do_sample=False, synced_gpus=False)
+        return wanted.tolist(), got.tolist()

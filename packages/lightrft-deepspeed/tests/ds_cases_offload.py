@@ -20,10 +20,12 @@ def compiled() -> None:
 def with_the_callers_adamw(program: Program, **settings: Any) -> Observed:
     with ds_cases.strategy(program, adam_offload=True, **settings) as made:
         model: nn.Module = mixed()
-        optimizer = torch.optim.AdamW([it for it in model.parameters() if it.requires_grad], lr=RATE, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(
+            [tensor for tensor in model.parameters() if tensor.requires_grad], lr=RATE, weight_decay=0.0
+        )
         model, optimizer, _ = made.prepare((model, optimizer, None))
         training.run(program, made, model, optimizer)
-        return Observed(parameters=training.whole(made, model))
+        return Observed(parameters=training.full_parameters(made, model))
 
 
 def moved_about(cycles: bool, **settings: Any) -> dict[str, torch.Tensor]:
@@ -34,17 +36,17 @@ def moved_about(cycles: bool, **settings: Any) -> dict[str, torch.Tensor]:
         for update, micro, _ in program.micro_batches():
             made.backward(loss_of(model, tokens(update, micro, made.get_rank())), model, optimizer)
             if cycles:
-                before = training.whole(made, model)
+                before = training.full_parameters(made, model)
                 for _ in range(2):
                     made.offload_model(model)
                     made.maybe_offload_optimizer(optimizer)
                 for _ in range(2):
                     made.reload_model(model)
                     made.maybe_load_optimizer(optimizer)
-                now = training.whole(made, model)
-                assert all(torch.equal(now[name], it) for name, it in before.items())
+                now = training.full_parameters(made, model)
+                assert all(torch.equal(now[name], tensor) for name, tensor in before.items())
             made.optimizer_step(optimizer, model)
-        return training.whole(made, model)
+        return training.full_parameters(made, model)
 
 
 def offloaded(**settings: Any) -> tuple[int, dict[str, torch.Tensor]]:
@@ -64,7 +66,7 @@ def offloaded(**settings: Any) -> tuple[int, dict[str, torch.Tensor]]:
             freed = before - sum(storage.nbytes() for storage in storages.values())
             backend.reload(inner)
             made.optimizer_step(optimizer, model)
-        return freed, training.whole(made, model)
+        return freed, training.full_parameters(made, model)
 
 
 def resumed(path: str, **settings: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -72,12 +74,12 @@ def resumed(path: str, **settings: Any) -> tuple[dict[str, torch.Tensor], dict[s
     with ds_cases.strategy(Program(), adam_offload=True, **settings) as made:
         model, optimizer = _updated(made, *_in_training(made), range(26))
         made.save_ckpt(model, path)
-        uninterrupted = training.whole(made, _updated(made, model, optimizer, range(26, 32))[0])
+        uninterrupted = training.full_parameters(made, _updated(made, model, optimizer, range(26, 32))[0])
         other, its = _in_training(made)
         for _ in range(2):
             made.load_ckpt(other, path)
             _updated(made, other, its, range(26, 32))
-        return uninterrupted, training.whole(made, other)
+        return uninterrupted, training.full_parameters(made, other)
 
 
 def _in_training(made: StrategyBase) -> tuple[nn.Module, Any]:
@@ -98,7 +100,7 @@ def saved_offloaded(path: str) -> dict[str, torch.Tensor]:
     with ds_cases.strategy(Program(), zero_stage=2, adam_offload=True) as made:
         model, optimizer = _updated(made, *_in_training(made), range(2))
         made.save_ckpt(model, path)
-        return training.whole(made, _updated(made, model, optimizer, range(2, 3))[0])
+        return training.full_parameters(made, _updated(made, model, optimizer, range(2, 3))[0])
 
 
 def loaded_onto_the_device(path: str) -> dict[str, torch.Tensor]:
@@ -106,4 +108,4 @@ def loaded_onto_the_device(path: str) -> dict[str, torch.Tensor]:
     with ds_cases.strategy(Program(), zero_stage=3) as made:
         model, optimizer = _in_training(made)
         made.load_ckpt(model, path)
-        return training.whole(made, _updated(made, model, optimizer, range(2, 3))[0])
+        return training.full_parameters(made, _updated(made, model, optimizer, range(2, 3))[0])

@@ -34,7 +34,7 @@ def descended(
             made.backward(model(torch.full((2,), gradient)).float(), model, optimizer)
             result = made.optimizer_step(optimizer, model)
             norms += [] if result.grad_norm is None else [result.grad_norm]
-        return training.whole(made, model)["weights"].tolist(), norms
+        return training.full_parameters(made, model)["weights"].tolist(), norms
 
 
 def called_with_floats(**settings: Any) -> tuple[torch.Tensor, torch.dtype, torch.dtype]:

@@ -22,8 +22,8 @@ def after(program: Program, **settings: object) -> tuple[dict[str, torch.Tensor]
     with ds_cases.strategy(program, **settings) as made:
         model, optimizer, _ = prepared(made)
         results = training.run(program, made, model, optimizer)
-        seen = [(it.applied, it.skipped) for it in results if it.grad_norm is not None]
-        return training.whole(made, model), state_of(optimizer), seen
+        seen = [(result.applied, result.skipped) for result in results if result.grad_norm is not None]
+        return training.full_parameters(made, model), state_of(optimizer), seen
 
 
 def prepared(made: DeepspeedStrategy) -> tuple[nn.Module, Optimizer, None]:
@@ -36,8 +36,10 @@ def overflowing(scale: float, **settings: object) -> tuple[bool, bool, bool]:
     """One update with gradients of about ``scale``: applied, skipped, and whether parameters moved."""
     with ds_cases.strategy(Program(), **settings) as made:
         model, optimizer, _ = prepared(made)
-        before = training.whole(made, model)
+        before = training.full_parameters(made, model)
         made.backward(model(tokens(0)).float().square().mean() * scale, model, optimizer)
         result = made.optimizer_step(optimizer, model)
-        moved = any(not torch.equal(before[name], it) for name, it in training.whole(made, model).items())
+        moved = any(
+            not torch.equal(before[name], loader) for name, loader in training.full_parameters(made, model).items()
+        )
         return result.applied, result.skipped, moved

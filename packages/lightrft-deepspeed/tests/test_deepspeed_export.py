@@ -17,14 +17,14 @@ from lightrft_cli.main import app
 transformers = pytest.importorskip("transformers")
 
 
-def close(found: torch.Tensor, wanted: torch.Tensor, bound: float) -> bool:
+def close(got: torch.Tensor, wanted: torch.Tensor, bound: float) -> bool:
     """Whether they differ by at most ``bound``."""
-    return bool((found - wanted).abs().max() <= bound)
+    return bool((got - wanted).abs().max() <= bound)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_what_one_run_saves_transformers_opens_and_another_run_loads(
+def test_a_saved_model_opens_in_transformers_and_loads_in_another_run(
     two: Workers, tmp_path: Path, stage: int, bf16: bool
 ) -> None:
     settings = {"strategy": "deepspeed", "zero_stage": stage, "bf16": bf16}
@@ -34,27 +34,29 @@ def test_what_one_run_saves_transformers_opens_and_another_run_loads(
     )
     opened = transformers.AutoModelForCausalLM.from_pretrained(path)
     assert close(opened(exports.TOKENS).logits, logits, bound)
-    assert all(torch.equal(opened.state_dict()[name], it) for name, it in weights.items())
-    for found, found_logits, updated in two.run(exports.loaded, path=path, **settings):
-        assert all(torch.equal(found[name], it) for name, it in weights.items())
+    assert all(torch.equal(opened.state_dict()[name], tensor) for name, tensor in weights.items())
+    for got, found_logits, updated in two.run(exports.loaded, path=path, **settings):
+        assert all(torch.equal(got[name], tensor) for name, tensor in weights.items())
         assert close(found_logits, logits, bound)
-        assert 0 < max(float((updated[name] - it).abs().max()) for name, it in found.items()) < 0.02
+        assert 0 < max(float((updated[name] - tensor).abs().max()) for name, tensor in got.items()) < 0.02
 
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_what_deepspeed_wrote_is_read_in_and_converted(two: Workers, tmp_path: Path, stage: int, bf16: bool) -> None:
+def test_checkpoints_of_deepspeed_are_loaded_and_converted(
+    two: Workers, tmp_path: Path, stage: int, bf16: bool
+) -> None:
     settings = {"zero_stage": stage, "bf16": bf16}
     weights, _ = two.run(imports.wrote_deepspeed, path=str(tmp_path / "run"), **settings)
-    for found, _, _ in two.run(exports.loaded, strategy="deepspeed", path=str(tmp_path / "run"), zero_stage=3 - stage):
-        assert all(torch.equal(found[name], it) for name, it in weights.items())
+    for got, _, _ in two.run(exports.loaded, strategy="deepspeed", path=str(tmp_path / "run"), zero_stage=3 - stage):
+        assert all(torch.equal(got[name], tensor) for name, tensor in weights.items())
     llama().save_pretrained(tmp_path / "base")
     done = CliRunner().invoke(
         app, ["convert", str(tmp_path / "run"), str(tmp_path / "out"), "--base", str(tmp_path / "base")]
     )
     assert done.exit_code == 0, done.output
     opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
-    assert all(torch.equal(opened[name], it) for name, it in weights.items())
+    assert all(torch.equal(opened[name], tensor) for name, tensor in weights.items())
 
 
 def test_a_missing_rank_is_named(two: Workers, tmp_path: Path) -> None:
@@ -84,7 +86,7 @@ def test_shared_parameters_and_a_models_own_saving_are_refused(two: Workers, tmp
             assert "Critic, which shares 20 with LlamaForCausalLM (backbone.embed_tokens.weight first)" in said[critic]
         assert "LlamaForCausalLM, which shares 1 with LlamaForCausalLM" in said["reference"]
         if stage == 3:
-            for saving in ("save_pretrained", "save_pretrained of a part"):
+            for saving in ("save_pretrained", "save_pretrained of a part", "save_pretrained after close"):
                 assert (
                     "got a prepared LlamaForCausalLM, of which each rank holds a part. Call strategy.save_model"
                     in said[saving]
@@ -99,7 +101,7 @@ def test_shared_parameters_and_a_models_own_saving_are_refused(two: Workers, tmp
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_compiled_model_trains_and_is_saved_as_it_is_uncompiled(two: Workers, tmp_path: Path, stage: int) -> None:
     settings = {"strategy": "deepspeed", "zero_stage": stage}
-    for plain, found, graphs in two.run(preparing.compiled, path=str(tmp_path / "out"), **settings):
-        assert found.keys() == plain.keys() and graphs > 0
-        assert all(close(found[name], it, 1e-6) for name, it in plain.items())
+    for plain, got, graphs in two.run(preparing.compiled, path=str(tmp_path / "out"), **settings):
+        assert got.keys() == plain.keys() and graphs > 0
+        assert all(close(got[name], tensor, 1e-6) for name, tensor in plain.items())
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == plain.keys()

@@ -17,31 +17,31 @@ from lightrft.strategy import get_strategy
 STAGES = (0, 1, 2, 3)
 
 
-def test_lifetimes_on_every_stage_follow_each_other_and_add_nothing(two: Workers) -> None:
+def test_repeated_lifetimes_leak_nothing_on_every_stage(two: Workers) -> None:
     for _ in range(2):  # the first time round DeepSpeed and torch start what they keep
         rounds = two.run(cases.lives, stages=(3, 2, 1, 0, 3, 0, 2, 3))
-    for found in rounds:
-        first = found[0]
+    for got in rounds:
+        first = got[0]
         assert first["process group"] is False
         assert first["models"] == 0
         assert first["linear"] == "torch._C._nn"
-        for later in found[1:]:
+        for later in got[1:]:
             assert added(first, later) == {}
     assert not any(name.startswith(("DS_", "LOCAL_SIZE", "TORCH_EXT")) for name in rounds[0][0]["environment"])
 
 
-def test_models_of_ended_lifetimes_are_let_go(one: Workers) -> None:
+def test_models_of_closed_strategies_are_freed(one: Workers) -> None:
     ((_, second, third, fourth),) = one.run(cases.memory_of_lives, count=4)
     assert second == third == fourth
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_process_group_of_the_callers_is_left_alone(one: Workers, stage: int) -> None:
+def test_the_callers_process_group_is_not_destroyed(one: Workers, stage: int) -> None:
     assert one.run(cases.in_the_callers_group, stage=stage) == [(True, 1.0)]
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_process_group_has_the_timeout_before_a_model_is_there(two: Workers, stage: int) -> None:
+def test_every_process_group_has_the_timeout_before_a_model_is_prepared(two: Workers, stage: int) -> None:
     assert two.run(cases.groups_and_timeouts, stage=stage) == [(0, {17.0})] * 2
 
 
@@ -80,7 +80,7 @@ def alone_without_torchrun() -> str:
     return done.stdout
 
 
-def test_without_torchrun_it_is_a_quiet_world_of_one_whose_group_ends_with_its_threads() -> None:
+def test_without_torchrun_it_is_a_world_of_one_whose_group_ends_with_its_threads() -> None:
     assert alone_without_torchrun() == "1 deepspeed True\n[]\n"
 
 

@@ -9,9 +9,9 @@ from workers import Workers
 STAGES = pytest.mark.parametrize("stage", [0, 1, 2, 3])
 
 
-def check(found: list[policies.Trained], tied: bool = True) -> None:
-    for rank, here in enumerate(found):
-        wanted = policies.reference(lambda: llama(tied), len(found), rank)
+def check(got: list[policies.Trained], tied: bool = True) -> None:
+    for rank, here in enumerate(got):
+        wanted = policies.reference(lambda: llama(tied), len(got), rank)
         assert here.distance(wanted) < 1e-5
         assert here.parameter_distance(wanted) < 1e-5
 
@@ -28,7 +28,7 @@ def test_gradient_checkpointing(two: Workers) -> None:
 
 @pytest.mark.parametrize("settings", [{"adapter": True}, {"bf16": True}], ids=str)
 @pytest.mark.parametrize("stage", [2, 3])
-def test_the_setting_changes_no_number(two: Workers, stage: int, settings: dict[str, object]) -> None:
+def test_the_setting_changes_no_result(two: Workers, stage: int, settings: dict[str, object]) -> None:
     fused, plain = (
         two.run(cases.trained, zero_stage=stage, fused_linear_logprob=fused, **settings) for fused in (True, False)
     )

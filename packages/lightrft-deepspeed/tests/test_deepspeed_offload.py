@@ -24,9 +24,9 @@ def test_deepspeeds_cpu_adam_takes_over_with_adam_offload(two: Workers, stage: i
     # the layer "detour" gets a gradient now and then
     program = Program(updates=6, accumulation_steps=2, max_norm=0.5, detours=[(0, 0), (3, 1)])
     settings = {"zero_stage": stage, "bf16": bf16, "adam_offload": True, "persist": False}
-    found = two.run(ds_cases.train, program=program, **settings)
-    assert furthest(found[0], found[1]) == 0
-    assert relative(found[0], reference(program, 2)) < (0.1 if bf16 else 1e-4)
+    got = two.run(ds_cases.train, program=program, **settings)
+    assert furthest(got[0], got[1]) == 0
+    assert relative(got[0], reference(program, 2)) < (0.1 if bf16 else 1e-4)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -46,18 +46,18 @@ def test_training_with_offload_cycles_equals_training_without(
 ) -> None:
     settings = {"zero_stage": stage, "bf16": bf16, "adam_offload": adam_offload}
     with_them, without = (two.run(cases.moved_about, cycles=cycles, **settings)[0] for cycles in (True, False))
-    assert all(torch.equal(with_them[name], it) for name, it in without.items())
+    assert all(torch.equal(with_them[name], tensor) for name, tensor in without.items())
 
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_offloaded_model_frees_its_memory_and_is_reloaded_bit_for_bit(two: Workers, stage: int, bf16: bool) -> None:
     settings = {"zero_stage": stage, "bf16": bf16}
-    elements = sum(it.numel() for it in mixed().parameters())
+    elements = sum(tensor.numel() for tensor in mixed().parameters())
     wanted = two.run(cases.moved_about, cycles=False, **settings)
-    for (freed, found), other in zip(two.run(cases.offloaded, **settings), wanted, strict=True):
+    for (freed, got), other in zip(two.run(cases.offloaded, **settings), wanted, strict=True):
         assert freed >= elements * (2 if bf16 and stage else 4) / (2 if stage == 3 else 1)
-        assert all(torch.equal(found[name], it) for name, it in other.items())
+        assert all(torch.equal(got[name], tensor) for name, tensor in other.items())
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -67,11 +67,11 @@ def test_a_run_of_the_cpu_adam_is_resumed_bit_for_bit(
     one: Workers, two: Workers, tmp_path: Path, ranks: int, stage: int, bf16: bool
 ) -> None:
     workers = {1: one, 2: two}[ranks]
-    for wanted, found in workers.run(cases.resumed, path=str(tmp_path), zero_stage=stage, bf16=bf16):
-        assert all(torch.equal(found[name], it) for name, it in wanted.items())
+    for wanted, got in workers.run(cases.resumed, path=str(tmp_path), zero_stage=stage, bf16=bf16):
+        assert all(torch.equal(got[name], tensor) for name, tensor in wanted.items())
 
 
-def test_torchs_adamw_goes_on_where_the_cpu_adam_stopped(two: Workers, tmp_path: Path) -> None:
+def test_torchs_adamw_resumes_from_the_cpu_adam(two: Workers, tmp_path: Path) -> None:
     wanted, _ = two.run(cases.saved_offloaded, path=str(tmp_path))
-    found, _ = two.run(cases.loaded_onto_the_device, path=str(tmp_path))
-    assert max(float((found[name] - it).abs().max()) for name, it in wanted.items()) < 1e-4
+    got, _ = two.run(cases.loaded_onto_the_device, path=str(tmp_path))
+    assert max(float((got[name] - tensor).abs().max()) for name, tensor in wanted.items()) < 1e-4

@@ -34,7 +34,7 @@ def test_one_micro_batch_without_clipping_is_bitwise_plain_torch_on_two_ranks(tw
     assert furthest(trained(two, program, zero_stage=stage), reference(program, 2)) == 0
 
 
-def test_parameters_that_are_sharded_and_not_kept_whole_give_the_same(two: Workers) -> None:
+def test_sharded_parameters_give_the_same_result(two: Workers) -> None:
     program = Program()
     assert furthest(trained(two, program, zero_stage=3, persist=False), reference(program, 2)) == 0
 
@@ -49,10 +49,10 @@ def test_several_micro_batches_give_their_mean(two: Workers, stage: int, accumul
 @pytest.mark.parametrize("stage", STAGES)
 def test_clipping_uses_one_norm_over_all_groups_and_ranks(two: Workers, stage: int) -> None:
     program = Program(updates=10, max_norm=0.3)
-    found, wanted = trained(two, program, zero_stage=stage), reference(program, 2)
-    assert furthest(found, wanted) < 1e-6
+    got, wanted = trained(two, program, zero_stage=stage), reference(program, 2)
+    assert furthest(got, wanted) < 1e-6
     assert min(wanted.norms) > 0.3
-    assert found.norms == pytest.approx(wanted.norms, rel=1e-6)
+    assert got.norms == pytest.approx(wanted.norms, rel=1e-6)
 
 
 @pytest.mark.parametrize("losses", TWO_LOSSES)
@@ -72,9 +72,9 @@ def test_two_losses_in_a_micro_batch_add_in_bfloat16(two: Workers, stage: int) -
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_update_of_another_length_still_gives_the_mean(two: Workers, stage: int, bf16: bool) -> None:
     program = Program(updates=6, accumulation_steps=2, lengths=(3, 1, 2, 1, 4, 2), max_norm=0.3)
-    found, wanted = trained(two, program, zero_stage=stage, bf16=bf16), reference(program, 2)
-    assert relative(found, wanted) < (0.1 if bf16 else 5e-5)
-    assert found.norms == pytest.approx(wanted.norms, rel=0.1 if bf16 else 1e-5)
+    got, wanted = trained(two, program, zero_stage=stage, bf16=bf16), reference(program, 2)
+    assert relative(got, wanted) < (0.1 if bf16 else 5e-5)
+    assert got.norms == pytest.approx(wanted.norms, rel=0.1 if bf16 else 1e-5)
 
 
 @pytest.mark.parametrize("accumulation_steps", [1, 3])
@@ -85,10 +85,10 @@ def test_bfloat16_stays_near_the_fp32_reference(two: Workers, stage: int, accumu
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_gradients_accumulate_in_bfloat16_where_that_is_asked_for(two: Workers, stage: int) -> None:
+def test_gradients_accumulate_in_bfloat16_if_configured(two: Workers, stage: int) -> None:
     program = Program(updates=10, accumulation_steps=3)
-    found = trained(two, program, zero_stage=stage, bf16=True, grad_accum_dtype="bf16")
-    assert relative(found, reference(program, 2)) < 0.1
+    got = trained(two, program, zero_stage=stage, bf16=True, grad_accum_dtype="bf16")
+    assert relative(got, reference(program, 2)) < 0.1
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -106,8 +106,8 @@ def test_ranks_may_use_different_modules_at_stages_0_and_1(
     if stage == 0 and "grad_accum_dtype" in settings:
         return
     program = Program(updates=4, accumulation_steps=2, detours=[(0, 0), (2, 1)], detour_of=1)
-    found = trained(two, program, zero_stage=stage, **settings)
-    assert relative(found, reference(program, 2)) < (0.1 if settings else 5e-5)
+    got = trained(two, program, zero_stage=stage, **settings)
+    assert relative(got, reference(program, 2)) < (0.1 if settings else 5e-5)
 
 
 def test_different_modules_are_an_error_on_every_rank_where_gradients_would_mix(two: Workers) -> None:
@@ -135,7 +135,7 @@ def test_a_scheduler_drives_the_rate_of_the_callers_optimizer(two: Workers, stag
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("stage", STAGES)
-def test_wrapping_before_there_is_an_optimizer_gives_the_same(two: Workers, stage: int, bf16: bool) -> None:
+def test_wrapping_before_creating_the_optimizer_gives_the_same_result(two: Workers, stage: int, bf16: bool) -> None:
     program = Program(updates=5)
     settings = {"zero_stage": stage, "bf16": bf16}
     first, after = trained(two, program, wrap_first=True, **settings), trained(two, program, **settings)
@@ -143,13 +143,13 @@ def test_wrapping_before_there_is_an_optimizer_gives_the_same(two: Workers, stag
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_reducing_during_backward_gives_the_same(two: Workers, stage: int) -> None:
+def test_reducing_during_backward_gives_the_same_result(two: Workers, stage: int) -> None:
     program = Program(updates=6, accumulation_steps=2)
-    found = trained(two, program, zero_stage=stage, overlap_comm=True)
-    assert relative(found, reference(program, 2)) < 5e-5
+    got = trained(two, program, zero_stage=stage, overlap_comm=True)
+    assert relative(got, reference(program, 2)) < 5e-5
 
 
-def test_a_secondary_partition_gives_the_same(two: Workers) -> None:
+def test_a_secondary_partition_gives_the_same_result(two: Workers) -> None:
     program = Program(updates=6, accumulation_steps=2)
-    found = trained(two, program, zero_stage=3, zpg=2, persist=False)
-    assert relative(found, reference(program, 2)) < 5e-5
+    got = trained(two, program, zero_stage=3, zpg=2, persist=False)
+    assert relative(got, reference(program, 2)) < 5e-5

@@ -11,7 +11,7 @@ from lightrft.strategy.patching import Patch
 PATCHES = [target for target in cases.TARGETS if isinstance(target, Patch)]
 
 
-def test_a_target_that_vanished_is_an_error_as_the_backend_is_made(one: Workers) -> None:
+def test_a_missing_patch_target_is_an_error_when_the_backend_is_created(one: Workers) -> None:
     (messages,) = one.run(cases.message_without_each_target)
     assert messages.keys() == {target.target for target in cases.TARGETS}
     for name, message in messages.items():
@@ -42,12 +42,12 @@ def test_a_closed_strategy_leaves_deepspeeds_globals_as_they_were(one: Workers, 
     assert after == []
 
 
-def test_a_constructor_that_fails_half_way_gives_everything_back(one: Workers) -> None:
+def test_a_constructor_that_fails_half_way_frees_everything(one: Workers) -> None:
     assert one.run(cases.failing_half_way) == [("no group", [])]
     one.run(cases.changed_globals, stage=2)  # a new lifetime is sound
 
 
-def test_a_strategy_that_fails_after_its_backend_was_made_gives_everything_back(two: Workers) -> None:
+def test_a_strategy_that_fails_after_its_backend_was_created_frees_everything(two: Workers) -> None:
     for message, left in two.run(cases.failing_after_the_backend_was_made):
         assert message.startswith("train_batch_size=3 is not a multiple of")
         assert left == []

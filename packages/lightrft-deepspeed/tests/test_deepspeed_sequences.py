@@ -16,14 +16,14 @@ def test_ranks_that_share_sequences_train_as_plain_torch(two: Workers, stage: in
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_ranks_that_share_sequences_generate_alike_and_leave_the_model_as_it_was(two: Workers, stage: int) -> None:
-    for wanted, found, attention in two.run(cases.generated, zero_stage=stage):
-        assert found == wanted
+    for wanted, got, attention in two.run(cases.generated, zero_stage=stage):
+        assert got == wanted
         assert attention == "sdpa"
 
 
 @pytest.mark.parametrize("what", ["no mask", "no positions", "loss of a slice", "loss of a slice, recomputed"])
 def test_a_mistake_with_shared_sequences_is_explained_on_every_rank(two: Workers, what: str) -> None:
     _, kind, words = sequences.MISTAKES[what]
-    for found, message in two.run(cases.mistaken, what=what, zero_stage=3):
-        assert found == kind, message
+    for got, message in two.run(cases.mistaken, what=what, zero_stage=3):
+        assert got == kind, message
         assert [word for word in words if word not in message] == [], message

@@ -49,7 +49,7 @@ def test_no_norm_means_no_clipping(max_norm: float | None, clipping: float) -> N
         ({"zero_stage": 0}, False, "fp32"),
     ],
 )
-def test_gradients_travel_and_accumulate_in_the_type_that_was_asked_for(
+def test_gradients_are_reduced_and_accumulated_in_the_configured_dtype(
     given: dict[str, object], bf16: bool, accumulate: str
 ) -> None:
     made = train_config(settings(**given))
@@ -82,7 +82,7 @@ def test_models_that_do_not_train_are_sharded_at_stage_3_only_and_keep_their_typ
 
 
 @pytest.mark.parametrize("given", [{"zero_stage": stage, "bf16": bf16} for stage in STAGES for bf16 in (True, False)])
-def test_deepspeed_knows_every_name_in_it(given: dict[str, object]) -> None:
+def test_deepspeed_accepts_every_key_of_the_configuration(given: dict[str, object]) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     for made in (train_config(settings(**given)), eval_config(settings(**given))):
@@ -98,7 +98,7 @@ def test_deepspeed_knows_every_name_in_it(given: dict[str, object]) -> None:
         ({"zero_stage": 0, "grad_accum_dtype": "bf16"}, 2, "grad_accum_dtype", "accumulates in fp32"),
     ],
 )
-def test_what_a_stage_does_not_support_is_refused_or_warned_of(
+def test_unsupported_settings_of_a_stage_are_refused_or_warned_of(
     given: dict[str, object], ranks: int, name: str, reason: str
 ) -> None:
     with pytest.raises(ConfigError, match=f"{name}=.*{reason}"):
@@ -120,7 +120,7 @@ def test_what_a_stage_does_not_support_is_refused_or_warned_of(
         {"zero_stage": 0, "bf16": False, "adam_offload": True},
     ],
 )
-def test_what_a_stage_supports_is_left_as_it_is(given: dict[str, object]) -> None:
+def test_supported_settings_of_a_stage_are_unchanged(given: dict[str, object]) -> None:
     assert list(unsupported(settings(**given), 4)) == []
     assert validate(settings(**given), world(4)) == settings(**given)
 

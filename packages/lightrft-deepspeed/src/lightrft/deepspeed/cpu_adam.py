@@ -21,7 +21,7 @@ from lightrft.strategy.storage.locks import holding
 from lightrft.strategy.telemetry import log
 
 
-def cpu_adam(groups: list[dict[str, Any]], **settings: Any) -> Optimizer:
+def cpu_adam(groups: list[dict[str, Any]], **settings: object) -> Optimizer:
     """Return DeepSpeed's AdamW on the CPU; ZeRO keeps the master weights of its parameters in host memory.
 
     Args:

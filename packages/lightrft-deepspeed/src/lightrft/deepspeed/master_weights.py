@@ -23,7 +23,7 @@ def owned_ranges(sizes: Sequence[int], ranks: int, rank: int) -> list[range]:
     """Return which elements of each tensor ``rank`` owns, in the layout of ZeRO 1 and 2 for one parameter group.
 
     Args:
-        sizes: Numbers of elements of the tensors, which lie flattened one after the other, in equal partitions.
+        sizes: Numbers of elements of the tensors, which are flattened and concatenated, in equal partitions.
         ranks: Number of partitions.
         rank: Index of the partition.
     """
@@ -43,14 +43,17 @@ class Writes:
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self._parameters, self._versions = parameters, [parameter._version for parameter in parameters]
 
+    def pending(self) -> list[nn.Parameter]:
+        """Return the parameters written to since the last `take`."""
+        known = zip(self._parameters, self._versions, strict=True)
+        return [parameter for parameter, version in known if parameter._version != version]
+
     def take(self) -> list[nn.Parameter]:
         """Return the parameters written to since the last call."""
-        versions = [parameter._version for parameter in self._parameters]
-        if versions == self._versions:
-            return []
-        changes = zip(self._parameters, versions, self._versions, strict=True)
-        self._versions = versions
-        return [parameter for parameter, now, before in changes if now != before]
+        written = self.pending()
+        if written:
+            self._versions = [parameter._version for parameter in self._parameters]
+        return written
 
 
 def take_over(written: torch.Tensor, master: torch.Tensor) -> None:

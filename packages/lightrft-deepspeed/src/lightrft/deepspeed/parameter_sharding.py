@@ -110,11 +110,11 @@ def gather_in_forward(module: nn.Module) -> Callable[[], None]:
     """Gather a sharded module without an engine for the time of each call. Returns what undoes this, also twice."""
     gathered: list[GatheredParameters] = []
 
-    def before(*_: Any) -> None:
+    def before(*_: object) -> None:
         gathered.append(GatheredParameters(list(module.parameters())))
         gathered[-1].__enter__()
 
-    def after(*_: Any) -> None:
+    def after(*_: object) -> None:
         gathered.pop().__exit__(None, None, None)
 
     handles = [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)]
@@ -144,7 +144,7 @@ def _refuse_empty(module: nn.Module, prefix: str, keep_vars: bool) -> None:
         )
 
 
-def _is_empty(parameter: Any) -> bool:
+def _is_empty(parameter: object) -> bool:
     """Whether ZeRO-3 keeps ``parameter`` in parts. After the strategy is closed it has no status, and stays empty."""
     status = getattr(parameter, "ds_status", ZeroParamStatus.NOT_AVAILABLE)
     return is_zero_param(parameter) and status is ZeroParamStatus.NOT_AVAILABLE

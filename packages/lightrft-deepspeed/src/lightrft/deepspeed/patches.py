@@ -138,7 +138,7 @@ ALL_GATHER = _by_new_name("all_gather_function", "all_gather_single")
 REDUCE_SCATTER = _by_new_name("reduce_scatter_function", "reduce_scatter_single")
 
 
-def _norm_that_overflows_in_fp32(norm_of: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+def _norm_that_overflows_in_fp32(norm_of: Callable[..., torch.Tensor], *args: object, **kwargs: object) -> torch.Tensor:
     norm = norm_of(*args, **kwargs)
     return torch.where(norm.square().float().isinf(), -1.0, norm)  # -1: DeepSpeed's sign for "not finite"
 

@@ -1,6 +1,6 @@
 """`DeepspeedStrategy`: DeepSpeed ZeRO behind the contract of `StrategyBase`.
 
-Chooses the ZeRO stage; a stage is a backend of its own (`lightrft.deepspeed.zero_backend` and its neighbours). Only
+Chooses the ZeRO stage; each stage is a backend (`lightrft.deepspeed.zero_backend` and its neighbours). Only
 `make_backend` loads DeepSpeed.
 """
 

@@ -27,6 +27,7 @@ from lightrft.strategy.backend import (
     World,
     WrapOptions,
     cast,
+    check_batch_norms,
     check_gradient_hooks,
     elements,
     parameter_groups,
@@ -54,6 +55,8 @@ class Zero1Backend(ZeroBackend):
         super().check_model(module, options)
         if options.training:
             check_gradient_hooks(module, f"ZeRO-{self.config.zero_stage}")
+            if computes_in_bf16(self.config):
+                check_batch_norms(module, f"ZeRO-{self.config.zero_stage}", self.world.device)
 
     @override
     def create_optimizer(self, module: nn.Module, **settings: Any) -> Optimizer:
@@ -135,10 +138,10 @@ class Zero1Backend(ZeroBackend):
     @override
     def gathered(self, tensors: Sequence[torch.Tensor], dtype: torch.dtype | None) -> Iterator[Sequence[torch.Tensor]]:
         """Yield the tensors; if fp32 is requested, the master weights of those that have them."""
-        yield [self._whole(tensor, dtype) for tensor in tensors]
+        yield [self._full(tensor, dtype) for tensor in tensors]
 
     @staticmethod
-    def _whole(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    def _full(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
         has_master = dtype is torch.float32 and tensor.dtype is not dtype and hasattr(tensor, "_hp_mapping")
         return safe_get_full_fp32_param(tensor) if has_master else cast(tensor, dtype)
 

@@ -129,7 +129,7 @@ class Zero3Backend(Zero1Backend):
     def fused_step(self, trained: TrainedModel, factor: float) -> float:
         check_still_trained(trained)
         self._take_over_updates(trained.model)
-        check_not_written(trained, self._writes[trained.model].take())
+        check_not_written(trained, self._writes[trained.model].pending())
         engine = self.engines[trained.model]
         norm = engine.update(factor)
         # DeepSpeed would take the last update's gradient again for a parameter that gets none, or add to it:
@@ -204,6 +204,8 @@ class Zero3Backend(Zero1Backend):
     @override
     def sync_from_master(self, module: nn.Module) -> None:
         self.reshard(module)
+        if module in self._writes:
+            self._writes[module].take()  # what a script has written to the shards is replaced
         engine = self.engines.get(module)
         if engine is not None and hasattr(engine.optimizer, "fp32_partitioned_groups_flat"):
             for index in range(len(engine.optimizer.fp32_partitioned_groups_flat)):

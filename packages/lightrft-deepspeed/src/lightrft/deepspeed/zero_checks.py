@@ -32,7 +32,7 @@ def check_can_be_partitioned(optimizer: Optimizer) -> None:
         optimizer, Adagrad
     ):  # https://github.com/deepspeedai/DeepSpeed/blob/v0.19.8/deepspeed/runtime/zero/stage_1_and_2.py#L947
         raise StrategyError(
-            f"prepare: expected an optimizer that DeepSpeed keeps, got {name}. DeepSpeed replaces it by one of its own, which "
+            f"prepare: expected an optimizer that DeepSpeed keeps, got {name}. DeepSpeed replaces it by its own, which "
             f"neither the scheduler nor param_groups reach. Use another optimizer, for example AdamW, or zero_stage=0"
         )
     if optimizer.state:
@@ -85,11 +85,11 @@ def check_not_written(trained: TrainedModel, written: Sequence[nn.Parameter]) ->
 
 
 def check_still_trained(trained: TrainedModel) -> None:
-    """Raise `StrategyError` for parameters that were frozen since they were partitioned: ZeRO would go on updating them."""
+    """Raise `StrategyError` for parameters that were frozen since they were partitioned: ZeRO would continue to update them."""
     frozen = sum(not parameter.requires_grad for parameter in trained.parameters)
     if frozen:
         raise StrategyError(
             f"optimizer_step: expected the parameters of {trained.class_name} that were trainable when it was prepared to be "
-            f"trainable still, got {frozen} that are frozen. ZeRO would go on updating them. Freeze them before preparing, or "
+            f"still trainable, got {frozen} that are frozen. ZeRO would continue to update them. Freeze them before preparing, or "
             f"use zero_stage=0"
         )

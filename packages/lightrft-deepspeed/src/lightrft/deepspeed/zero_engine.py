@@ -113,6 +113,9 @@ class ZeroEngine(DeepSpeedEngine):  # type: ignore[misc]  # DeepSpeed has no typ
         self.module_forward_pre_hook.remove()
         self.module_forward_post_hook.remove()
         self._undo.close()
+        flat_groups = getattr(self.optimizer, "bit16_groups", None)
+        if flat_groups is not None:  # of stages 1 and 2, which fail to end with a group that a script has appended
+            del self.optimizer.optimizer.param_groups[len(flat_groups) :]
         self.destroy()
 
 

@@ -1,0 +1,21 @@
+"""What users have reported of training libraries is right here, or refused by name."""
+
+from pathlib import Path
+
+import mistakes
+import pytest
+import reported
+from workers import Workers
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_on_two_ranks(two: Workers, stage: int) -> None:
+    for found in two.run(reported.outcomes, strategy="deepspeed", zero_stage=stage, deadline=600.0):
+        assert reported.complaints(found, f"zero{stage}") == []
+
+
+def test_mistakes_are_explained_on_every_rank(two: Workers, tmp_path: Path) -> None:
+    first, second = two.run(mistakes.said, strategy="deepspeed", zero_stage=3, path=str(tmp_path), deadline=600.0)
+    assert mistakes.complaints(first) == []
+    for name, error in first.items():  # on rank 0; others may be told of its error
+        assert second[name].partition(":")[0] == error.partition(":")[0]
