@@ -59,7 +59,7 @@ def test_two_ranks_train_and_an_engine_over_both_follows(two, engine, strategy):
 
 
 @pytest.mark.parametrize("engine", SHARED)
-def test_ranks_that_share_an_engine_ask_alike_and_know_how_it_is(two, engine):
+def test_ranks_that_share_an_engine_check_their_requests_and_see_its_state(two, engine):
     require(engine, "lightrft.fsdp")
     two.run(must_ask_alike, engine=engine, strategy="fsdp", deadline=SECONDS)
 
@@ -79,7 +79,7 @@ def test_two_ranks_train_adapters_and_an_engine_each_follows(two, engine, strate
 
 @pytest.mark.parametrize("share", [1, 2])
 @pytest.mark.parametrize("engine", SHARED)
-def test_a_rank_with_text_and_a_rank_with_pictures_generate_together(two, engine, share, tmp_path):
+def test_a_rank_with_text_and_a_rank_with_images_generate_together(two, engine, share, tmp_path):
     require(engine, "lightrft.fsdp", "PIL")
     from tiny_vision import text_beside_pictures
 

@@ -16,7 +16,7 @@ def handler():
     signal.signal(signal.SIGINT, before)
 
 
-def test_it_arrives_at_the_end_of_the_body(handler):
+def test_a_deferred_sigint_is_raised_at_the_end_of_the_body(handler):
     done = []
 
     def body():
@@ -31,7 +31,7 @@ def test_it_arrives_at_the_end_of_the_body(handler):
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-def test_it_arrives_where_the_body_delivers_it(handler):
+def test_a_deferred_sigint_is_raised_where_the_body_delivers_it(handler):
     done = []
 
     def body():

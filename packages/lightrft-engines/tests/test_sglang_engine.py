@@ -104,7 +104,7 @@ def test_the_state_of_the_training_process_does_not_change(running):
     assert signal.getsignal(signal.SIGQUIT) == QUIT_BEFORE
 
 
-def test_a_seed_draws_the_same_alone_and_in_a_batch(made):
+def test_draws_with_a_seed_do_not_depend_on_the_batch(made):
     sampling = {"temperature": 1.0, "max_tokens": 6, "n": 3, "seed": 11, "top_p": 0.9}
     batch = tokens_of(made.gather_and_generate(sampling, PROMPTS))
     assert len(set(batch)) > 6
@@ -112,7 +112,7 @@ def test_a_seed_draws_the_same_alone_and_in_a_batch(made):
     assert tokens_of(made.gather_and_generate({**sampling, "seed": 12}, PROMPTS)) != batch
 
 
-def test_prompts_with_one_seed_draw_apart():
+def test_prompts_with_the_same_seed_get_different_draws():
     with rollout(model=uniform_model()) as (made, *_):
         prompts_draw_independently(made)
 
@@ -158,7 +158,7 @@ def test_text_without_a_tokenizer_is_refused(made):
         made.gather_and_generate(GREEDY, all_prompts=["hello"])
 
 
-def test_an_empty_prompt_is_an_error_and_the_engine_goes_on(smollm2_path):
+def test_an_empty_prompt_is_an_error_and_the_engine_stays_usable(smollm2_path):
     with rollout(model=smollm2(smollm2_path), pretrain=smollm2_path) as (made, *_):
         pid = server_of(made)._pid
         with pytest.raises(EngineError, match=r"empty prompt|none in prompt"):
@@ -212,7 +212,7 @@ def test_a_failed_stream_makes_it_stale_until_the_next_sync_with_the_same_server
     compare(made, trained_copy(made, actor, llama()), PROMPTS)
 
 
-def test_a_bucket_that_arrives_changed_is_an_error(running, monkeypatch):
+def test_a_corrupted_bucket_is_an_error(running, monkeypatch):
     made, actor, _ = running
     right = engine_module.checksum
     monkeypatch.setattr(engine_module, "checksum", lambda block: right(block) + 1)
@@ -261,7 +261,7 @@ def test_everything_that_the_adapter_uses_of_sglang_is_checked():
 # Memory
 
 
-def test_sleeping_and_waking_change_no_token(running):
+def test_sleep_and_wake_change_no_token(running):
     made, actor, _ = running
     engine = made.inference_engine
     made.update_engine_weights(actor)
@@ -275,7 +275,7 @@ def test_sleeping_and_waking_change_no_token(running):
     assert tokens_of(made.gather_and_generate(GREEDY, PROMPTS)) == wanted
 
 
-def test_many_cycles_leave_nothing_behind(running):
+def test_many_cycles_leak_nothing(running):
     many_cycles_leave_nothing_behind(*running[:2])
 
 
@@ -391,7 +391,7 @@ def test_a_model_that_sglang_cannot_run_is_an_error_with_its_message(tmp_path):
 # Models
 
 
-def test_smollm2_generates_what_transformers_does_and_its_memory_comes_back(smollm2_path):
+def test_smollm2_generates_as_transformers_does_and_frees_its_memory(smollm2_path):
     model = smollm2(smollm2_path)
     with rollout(model=model, pretrain=smollm2_path, enable_engine_sleep=True) as (made, actor, optimizer):
         train(made, actor, optimizer)
@@ -406,7 +406,7 @@ def test_smollm2_generates_what_transformers_does_and_its_memory_comes_back(smol
         assert resident(model_process) < awake - 0.95 * weights
 
 
-def test_pictures_and_films_reach_the_model_after_a_sync(tmp_path):
+def test_images_and_videos_reach_the_model_after_a_sync(tmp_path):
     actor, path = tiny_vision.model().train(), tiny_vision.save(tmp_path)
     texts = [f"what is {IMAGE} and {IMAGE} ?", "what is this ?", f"a {VIDEO} film", f"this {IMAGE} ."]
     # Of sizes that need no change: SGLang has limits of its own for what is smaller or larger.
@@ -424,7 +424,7 @@ def test_pictures_and_films_reach_the_model_after_a_sync(tmp_path):
                 assert completion.output_token_ids == wanted
 
 
-def test_media_go_with_token_ids_and_need_as_many_placeholders(tmp_path):
+def test_media_with_token_ids_need_as_many_placeholders(tmp_path):
     actor, path = tiny_vision.model().train(), tiny_vision.save(tmp_path)
     texts, images = [f"what is {IMAGE} ?", "what is this ?"], [[picture("red", (84, 56))], []]
     known = tiny_vision.ids()
@@ -446,7 +446,7 @@ def test_a_weight_that_sglang_does_not_use_is_an_error():
         pass
 
 
-def test_experts_arrive_under_the_names_that_they_have_on_disk():
+def test_experts_are_streamed_under_their_names_on_disk():
     with rollout(model=experts(), weight_sync_verify="checksum") as (made, actor, optimizer):
         train(made, actor, optimizer)
         made.update_engine_weights(actor)

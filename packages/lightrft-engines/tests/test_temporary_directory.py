@@ -9,7 +9,7 @@ from pathlib import Path
 from lightrft.engines.temporary_directory import TemporaryDirectory
 
 
-def test_it_is_removed_with_its_object_and_not_when_a_fork_ends(tmp_path, monkeypatch):
+def test_a_temporary_directory_is_removed_with_its_object_and_not_by_a_fork(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     directory = TemporaryDirectory("sample")
     child = os.fork()
@@ -22,7 +22,7 @@ def test_it_is_removed_with_its_object_and_not_when_a_fork_ends(tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
-def test_the_next_one_removes_what_a_killed_process_left_and_nothing_in_use(tmp_path, monkeypatch):
+def test_the_next_process_removes_unused_directories_of_killed_processes(tmp_path, monkeypatch):
     script = "from lightrft.engines.temporary_directory import TemporaryDirectory; f = TemporaryDirectory('sample'); print(f.path, flush=True); input()"
     started = {
         "stdin": subprocess.PIPE,
@@ -47,7 +47,7 @@ def test_the_next_one_removes_what_a_killed_process_left_and_nothing_in_use(tmp_
     assert not used.exists()
 
 
-def test_without_locks_the_next_one_removes_nothing(tmp_path, monkeypatch):
+def test_without_locks_nothing_of_other_processes_is_removed(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "no locks")
 

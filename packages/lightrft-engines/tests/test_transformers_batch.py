@@ -17,7 +17,7 @@ def rows(
     return batch.complete(prompts, keys)
 
 
-def test_a_row_is_the_same_alone_and_beside_longer_ones() -> None:
+def test_a_row_does_not_depend_on_the_rest_of_its_batch() -> None:
     together = rows(PROMPTS, temperature=0, max_tokens=5)
     for prompt, row in zip(PROMPTS, together, strict=True):
         (alone,) = rows([prompt], temperature=0, max_tokens=5)

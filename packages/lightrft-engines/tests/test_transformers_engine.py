@@ -158,7 +158,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_tokens_are_those_of_whole_forward_passes(kind: str) -> None:
+def test_tokens_equal_those_of_full_forward_passes(kind: str) -> None:
     torch.manual_seed(3)
     config = transformers.CONFIG_MAPPING[kind](**{**TINY, **MODELS[kind]})
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -213,7 +213,7 @@ def test_it_generates_from_the_weights_of_the_last_sync_in_the_memory_it_has() -
         assert addresses[0] != next(actor.parameters()).data_ptr()
 
 
-def test_sleep_gives_the_weights_memory_back_and_a_sync_brings_it_again() -> None:
+def test_sleep_frees_the_weights_and_a_sync_restores_them() -> None:
     config = transformers.LlamaConfig(
         vocab_size=17, hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, num_attention_heads=8
     )
@@ -231,7 +231,7 @@ def test_sleep_gives_the_weights_memory_back_and_a_sync_brings_it_again() -> Non
         assert tokens(completed(strategy, [[1, 5]], **GREEDY)) == wanted
 
 
-def test_tokens_of_no_vocabulary_are_refused() -> None:
+def test_tokens_outside_the_vocabulary_are_refused() -> None:
     with rollout(engine_cases.llama()) as (strategy, _):
         engine_cases.refuses_unknown_tokens(strategy)
 
@@ -253,7 +253,7 @@ def test_a_tokenizer_adds_nothing_to_text_and_ends_completions(tmp_path: Path) -
         engine_cases.ends_at_the_tokenizers_eos(strategy)
 
 
-def test_many_cycles_leave_nothing_behind() -> None:
+def test_many_cycles_leak_nothing() -> None:
     with rollout(enable_engine_sleep=True) as made:
         many_cycles_leave_nothing_behind(*made)
 
@@ -269,7 +269,7 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_from_a_directory_it_needs_no_actor_and_speaks_text(saved: Path) -> None:
+def test_an_engine_from_a_directory_needs_no_actor_and_takes_text(saved: Path) -> None:
     with FakeStrategy({"bf16": False, "pretrain": str(saved)}) as strategy:
         strategy.setup_inference_engine(engine_type="transformers")
         (by_text,) = strategy.gather_and_generate(GREEDY, all_prompts=["bfj"])

@@ -102,7 +102,7 @@ def test_sleeping_on_a_cpu_is_refused(made):
 # Generation
 
 
-def test_a_seed_repeats_and_samples_differ(made):
+def test_a_seed_is_reproducible_and_its_samples_differ(made):
     assert len(set(tokens_of(made.gather_and_generate({**GREEDY, "n": 3}, [[4]])))) == 1
     sampling = {"temperature": 1.0, "max_tokens": 6, "n": 3, "seed": 11, "top_p": 0.9}
     drawn = tokens_of(made.gather_and_generate(sampling, PROMPTS))
@@ -149,7 +149,7 @@ def test_threads_take_turns(made):
     threads_take_turns(made)
 
 
-def test_an_interrupted_call_leaves_nothing_to_the_next(made):
+def test_an_interrupted_call_does_not_affect_the_next(made):
     wanted = tokens_of(made.gather_and_generate(GREEDY, PROMPTS))
     with interrupted(0.7):
         _generate_without_end(made)
@@ -166,7 +166,7 @@ def test_a_sync_after_an_interrupted_call_keeps_the_engine(running):
     compare(made, trained_copy(made, actor, llama()), PROMPTS)
 
 
-def test_whenever_a_call_is_interrupted_the_next_one_is_right(running):
+def test_the_call_after_an_interruption_at_any_point_is_correct(running):
     made, actor, _ = running
     made.update_engine_weights(actor)
     reference, numbers = trained_copy(made, actor, llama()), random.Random(0)
@@ -214,7 +214,7 @@ def test_each_sync_brings_the_weights_in_training(running):
     assert tokens_of(made.gather_and_generate(GREEDY, PROMPTS)) != before
 
 
-def test_no_cache_outlives_the_weights_that_filled_it(running):
+def test_caches_are_cleared_with_the_weights(running):
     made, actor, optimizer = running
     long = [[number % 40 for number in range(300)]]  # more than a block of the prefix cache
     compare(made, trained_copy(made, actor, llama()), long)
@@ -265,7 +265,7 @@ def _reload_and_change(llm, tensors):
     )
 
 
-def test_many_cycles_leave_nothing_behind(running):
+def test_many_cycles_leak_nothing(running):
     many_cycles_leave_nothing_behind(*running[:2])
 
 
@@ -297,7 +297,7 @@ def test_a_tokenizer_adds_nothing_to_text_and_ends_completions(tmp_path):
 
 
 @pytest.mark.usefixtures("room")
-def test_prompts_with_one_seed_draw_apart():
+def test_prompts_with_the_same_seed_get_different_draws():
     with rollout(model=uniform_model()) as (made, *_):
         prompts_draw_independently(made)
 
@@ -325,7 +325,7 @@ def test_a_model_that_vllm_cannot_run_is_an_error_and_leaves_room_for_another(tm
 
 
 @pytest.mark.usefixtures("room")
-def test_experts_arrive_under_the_names_that_they_have_on_disk():
+def test_experts_are_streamed_under_their_names_on_disk():
     assert sync_and_compare("fake", experts, weight_sync_verify="checksum") == 3
 
 
@@ -341,7 +341,7 @@ def test_a_model_from_disk_begins_with_its_weights(tmp_path):
 
 
 @pytest.mark.usefixtures("room")
-def test_pictures_and_films_reach_the_model_after_a_sync(tmp_path):
+def test_images_and_videos_reach_the_model_after_a_sync(tmp_path):
     import tiny_vision
 
     path = save(tmp_path)
@@ -367,7 +367,7 @@ def test_pictures_and_films_reach_the_model_after_a_sync(tmp_path):
 
 
 @pytest.mark.usefixtures("room")
-def test_an_adapter_whose_patch_has_lost_its_target_is_not_built(monkeypatch):
+def test_an_adapter_whose_patch_target_is_missing_is_not_built(monkeypatch):
     from vllm.distributed import parallel_state
 
     monkeypatch.delattr(parallel_state, "_group_name_counter")
@@ -398,7 +398,7 @@ def test_after_a_stream_failed_on_one_rank_the_next_sync_succeeds(two, size):
 
 
 @pytest.mark.usefixtures("room")
-def test_vllm_opens_what_save_model_wrote(tmp_path):
+def test_vllm_opens_models_of_save_model(tmp_path):
     with get_fake_strategy(bf16=False) as saving:
         path = str(saving.save_model(saving.prepare(llama(7)), None, tmp_path / "out"))
     with rollout(pretrain=path) as (made, actor, _):

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 
-def to_rgb(image: Any) -> Any:
+def to_rgb(image: object) -> Any:
     """An RGB image from a PIL image or a path; any other object unchanged."""
     from PIL import Image
 
@@ -16,7 +16,7 @@ def to_rgb(image: Any) -> Any:
     return image.convert("RGB") if isinstance(image, Image.Image) and image.mode != "RGB" else image
 
 
-def to_frames(video: Any) -> Any:
+def to_frames(video: object) -> Any:
     """One array (frames, height, width, 3) from a list of images or paths; any other object unchanged."""
     from PIL import Image
 

@@ -83,7 +83,7 @@ def server_variables(
         environment: The environment of this process.
         directory: For the server's temporary files.
         on_cpu: Whether the engine runs on a CPU.
-        ranks: Tensor-parallel ranks. On a CPU they share ``cores``; by default SGLang wants a NUMA node for each.
+        ranks: Tensor-parallel ranks. On a CPU they share ``cores``; by default, SGLang needs one NUMA node for each.
         cores: The cores of this process.
     """
     kept = {

@@ -95,7 +95,7 @@ class SGLangEngine(EngineBase):
         )  # fmt: skip
         return requests.completions(prompts, answers, sampling, version=self.weight_version)
 
-    def _call(self, name: str, *arguments: Any, descriptor: int | None = None) -> Any:
+    def _call(self, name: str, *arguments: object, descriptor: int | None = None) -> Any:
         """Call the server. If it died, the weights are lost and the engine is stale."""
         try:
             return self._server.call(name, *arguments, descriptor=descriptor)

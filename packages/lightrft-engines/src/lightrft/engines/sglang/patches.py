@@ -24,7 +24,7 @@ VERSIONS = "0.5.21 to 0.5.23"
 def _after(hook: Callable[..., None]) -> Callable[[Any], Any]:
     """A replacement for a function that calls ``hook(result, *args, **kwargs)`` after it."""
 
-    def call(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def call(original: Callable[..., Any], *args: object, **kwargs: object) -> Any:
         result = original(*args, **kwargs)
         hook(result, *args, **kwargs)
         return result
@@ -45,7 +45,7 @@ LOAD_FILE = Patch(
 )
 
 
-def failures_returned(original: Callable[..., tuple[bool, str]], *args: Any, **kwargs: Any) -> tuple[bool, str]:
+def failures_returned(original: Callable[..., tuple[bool, str]], *args: object, **kwargs: object) -> tuple[bool, str]:
     """Return an exception as a failure."""
     try:
         return original(*args, **kwargs)

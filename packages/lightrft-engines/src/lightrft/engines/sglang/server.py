@@ -135,7 +135,7 @@ class Server:
             samples: Answers to each.
             sampling: SGLang's sampling parameters.
             seeds: A seed or None for each answer.
-            rescore: Take log-probabilities from a forward pass of their own.
+            rescore: Take log-probabilities from a separate forward pass.
 
         Returns: The answers to the first request, then those to the next.
         """
@@ -222,7 +222,7 @@ class Server:
 class _DeviceBlock:
     """A tensor of another process on a device. Unpickling it opens the tensor."""
 
-    def __init__(self, handle: Any) -> None:
+    def __init__(self, handle: object) -> None:
         self._handle = handle
 
     def __reduce__(self) -> Any:
@@ -238,7 +238,7 @@ def _engine_class(*, fork: bool) -> Any:
         run_scheduler_process_func = staticmethod(scheduler.run_scheduler)
 
         @classmethod
-        def _launch_scheduler_processes(cls, *args: Any, **kwargs: Any) -> Any:
+        def _launch_scheduler_processes(cls, *args: object, **kwargs: object) -> Any:
             if fork:
                 multiprocessing.set_start_method("fork", force=True)
             return super()._launch_scheduler_processes(*args, **kwargs)

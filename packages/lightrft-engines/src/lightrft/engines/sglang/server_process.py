@@ -1,6 +1,6 @@
 """The server process of SGLang: its start, calls to it, and its end.
 
-The server leads a session of its own: the terminal's Ctrl-C does not reach it, and one signal ends it with all its
+The server is in its own session: the terminal's Ctrl-C does not reach it, and one signal ends it with all its
 child processes. It ends itself when this process is gone.
 """
 
@@ -67,7 +67,7 @@ class ServerProcess:
         """Whether the server is running."""
         return self.end.alive and not _has_ended(self._pidfd)
 
-    def call(self, name: str, *arguments: Any, descriptor: int | None = None) -> Any:
+    def call(self, name: str, *arguments: object, descriptor: int | None = None) -> Any:
         """Call a method of the server.
 
         Args:

@@ -1,6 +1,6 @@
 """Forward passes over the sequences of a batch: with a key-value cache, or without.
 
-The cache is used only where transformers' generic one keeps all that a model remembers, apart for each sequence, and
+The cache is used only where transformers' generic one keeps all that a model remembers, separately for each sequence, and
 padding on the left does not change what the model computes. Without a cache, each token costs a whole forward pass.
 
 Shapes: B sequences, T positions so far (with a cache, prompts are padded on the left), V vocabulary.
@@ -37,7 +37,7 @@ def decoder_of(model: PreTrainedModel, device: torch.device) -> Decoder:
 def caches_all(model: PreTrainedModel) -> bool:
     """Whether a `DynamicCache` holds all that ``model`` remembers of earlier tokens, and padding on the left is exact.
 
-    It does not for a model with a state of its own or with linear attention, such as Mamba, RecurrentGemma or Qwen3-Next,
+    It does not for a model with its own state or with linear attention, such as Mamba, RecurrentGemma or Qwen3-Next,
     nor for one whose tokens attend to later ones, such as BERT without ``is_decoder``. Padding is exact if the model takes
     positions, or derives them from the attention mask (ALiBi).
     """

@@ -212,7 +212,7 @@ class VLLMEngine(EngineBase):
         return bool(flag)
 
     def _tensors(self, buckets: Iterator[Bucket]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Copies of the tensors: vLLM keeps them until their layer is complete, longer than their bucket lives."""
+        """Copies of the tensors: vLLM keeps them until their layer is complete, longer than their bucket exists."""
         for bucket in self._outside(buckets):
             for name, tensor in bucket:
                 yield name, tensor.clone()
