@@ -5,6 +5,11 @@ import re
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
+from lightrft.config import StrategyConfig
+from lightrft.conformance.certificate import Certificate
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -21,13 +26,15 @@ def test_the_pages_made_from_the_code_are_up_to_date() -> None:
     assert not outdated, "run python docs/build.py"
 
 
-def test_a_page_that_says_something_else_is_noticed(tmp_path: Path) -> None:
+def test_an_outdated_page_is_noticed(tmp_path: Path) -> None:
     module = build()
-    for name, make in module.PAGES.items():
-        (tmp_path / name).write_text(make(), encoding="utf-8")
-    assert not module.outdated(tmp_path)
-    (tmp_path / "contract.md").write_text("MUST not", encoding="utf-8")
-    assert module.outdated(tmp_path) == ["contract.md"]
+    folder = tmp_path / "docs"
+    for name, make in module.pages(folder).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(make(), encoding="utf-8")
+    assert not module.outdated(folder)
+    (folder / "contract.md").write_text("MUST not", encoding="utf-8")
+    assert module.outdated(folder) == ["contract.md"]
 
 
 def test_the_tutorial_quotes_the_example_as_it_is() -> None:
@@ -36,3 +43,45 @@ def test_the_tutorial_quotes_the_example_as_it_is() -> None:
     example = ROOT / "examples/ddp_strategy"
     assert (example / "pyproject.toml").read_text(encoding="utf-8") == toml
     assert (example / "ddp_strategy.py").read_text(encoding="utf-8").endswith(code)
+
+
+def test_the_file_of_settings_that_the_page_shows_is_valid(tmp_path: Path) -> None:
+    page = (ROOT / "docs/settings.md").read_text(encoding="utf-8")
+    (tmp_path / "run.yaml").write_text(re.findall(r"```yaml\n(.*?)```", page, re.S)[0], encoding="utf-8")
+    config = StrategyConfig.from_file(tmp_path / "run.yaml")
+    assert (config.engine_tp_size, config.get_extra_arg("engine_arguments")) == (2, {"block_size": 16})
+
+
+def test_readmes_show_the_badge_of_each_certificate() -> None:
+    module = build()
+    texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md")]
+    run = {
+        "world_size": 1,
+        "device": "cpu",
+        "profile": "ci",
+        "seed": 0,
+        "selected": [],
+        "unjudged": "",
+        "reproduce": "run",
+    }
+    machine = dict.fromkeys(("date", "python", "platform", "processors", "gpus", "torch", "hypothesis"), "1")
+    certificate = Certificate.model_validate(
+        {
+            "verdict": "certified", "headline": "Certified: world size 1", "subject": {"name": "mine", "settings": {}, "digest": "sha256:0123456789abcdef"},
+            "suite": {"version": "1", "digest": "", "contract": "1"}, "runs": [{**run, "environment": machine}], "clauses": [],
+        }
+    )  # fmt: skip
+    for text, words in zip(texts, module.TEXTS.values(), strict=True):
+        shown = module.with_badges(text, {"mine": certificate}, words)
+        badge = (
+            "[![mine](docs/certificates/mine.svg)](docs/certificates/mine.md)\n\n> mine: Certified: world size 1.\n> "
+        )
+        assert badge in shown
+        assert "`0123456789ab…`" in shown and "`lightrft-conformance verify docs/certificates/mine.json`" in shown
+        assert module.with_badges(shown, {"mine": certificate}, words) == shown
+        assert "mine" not in module.with_badges(shown, {}, words).partition("<!-- end")[0]
+        assert module.with_badges("no markers", {"mine": certificate}, words) == "no markers"
+        for marker in ("<!-- certificates: written by docs/build.py -->\n", "<!-- end of certificates -->"):
+            with pytest.raises(ValueError, match="both lines"):
+                module.with_badges(text.replace(marker, ""), {"mine": certificate}, words)
+    assert "Holds only" not in module.with_badges(texts[1], {"mine": certificate}, module.TEXTS[".zh"])

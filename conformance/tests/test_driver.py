@@ -63,7 +63,7 @@ def test_a_stopped_rank_is_a_hang_although_it_cannot_say_where(group: WorkerGrou
     assert "does not respond" in reports[1].detail
 
 
-def test_a_rank_that_exits_is_reported_at_once_with_its_last_words(group: WorkerGroup) -> None:
+def test_a_rank_that_exits_is_reported_at_once_with_its_output(group: WorkerGroup) -> None:
     began = time.monotonic()
     reports = told(group, "answer", "exit")
     assert states(reports) == ["answered", "died"]
@@ -80,7 +80,7 @@ def test_a_worker_that_is_killed_between_two_programs_is_replaced(group: WorkerG
     assert not set(before) & set(group.pids)
 
 
-def test_a_worker_that_is_killed_in_a_program_is_told_from_one_that_ends_itself(group: WorkerGroup) -> None:
+def test_a_killed_worker_is_distinguished_from_one_that_exits(group: WorkerGroup) -> None:
     assert all_answer(group)
     with subprocess.Popen(["sh", "-c", f"sleep 0.2; kill -9 {group.pids[0]}"]):
         reports = told(group, "hang", "answer")
@@ -126,7 +126,7 @@ group.run({"do": ["hang", "hang"]}, 3600)
 """
 
 
-def test_a_driver_that_is_killed_leaves_no_worker_and_no_file_behind() -> None:
+def test_a_killed_driver_leaves_no_worker_and_no_file() -> None:
     driver = subprocess.Popen([sys.executable, "-c", DRIVER], stdout=subprocess.PIPE, env={**os.environ, **HERE})
     assert driver.stdout is not None
     with driver.stdout:
@@ -149,7 +149,7 @@ def running(pid: int) -> bool:
         return False
 
 
-def test_a_fork_server_that_somebody_ends_is_replaced(group: WorkerGroup) -> None:
+def test_a_killed_fork_server_is_replaced(group: WorkerGroup) -> None:
     assert all_answer(group)
     before = group._fork_servers[0].pid
     os.kill(before, signal.SIGKILL)
@@ -169,7 +169,7 @@ def test_ranks_differ_in_the_order_of_sets() -> None:
     assert len(set(map(tuple, drawn))) == 4
 
 
-def test_what_programs_wrote_is_removed_with_the_group() -> None:
+def test_files_of_programs_are_removed_with_the_group() -> None:
     with WorkerGroup(1, worker="odd_worker", environment=HERE, preloaded=()) as group:
         assert states(group.run({"do": ["write"]}, LONG)) == ["answered"]
         (written,) = group._directory.iterdir()

@@ -1,6 +1,7 @@
-"""Reports, certificates and expected failures; the same seed gives the same report."""
+"""Reports and expected failures; the same seed gives the same report."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from lightrft.conformance.certification import Report, Request, certify
+from lightrft.conformance.certification import Report, Request, certify, setting
 from lightrft.conformance.clause import Program, Target, difference
 from lightrft.conformance.contract import CONTRACT
 from lightrft.conformance.contract.program_parts import FP32, geometry, micro_batch, trained
 from lightrft.conformance.expectations import Expectations
 from lightrft.conformance.judge import ClauseResult, Verdict
-from lightrft.conformance.provenance import environment, origin_of
-from lightrft.conformance.rendering import certificate, failure
+from lightrft.conformance.provenance import digest_of_code, origin_of
+from lightrft.conformance.rendering import failure
 from lightrft.strategy import FakeStrategy
 
 
@@ -53,6 +54,27 @@ def test_code_of_no_distribution_is_known_by_a_digest(tmp_path: Path, monkeypatc
     assert str(origin["source"]).startswith("loose_strategy.py sha256:")
 
 
+def test_the_digest_of_a_strategy_changes_with_its_code_and_that_of_its_base_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "some_strategy"
+    package.mkdir()
+    (package / "__init__.py").write_text("", encoding="utf-8")
+    (package / "helper.py").write_text("RATE = 1\n", encoding="utf-8")
+    (package / "main.py").write_text(
+        "from lightrft.strategy import FakeStrategy\nclass Mine(FakeStrategy):\n    pass\n", encoding="utf-8"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    from some_strategy.main import Mine  # type: ignore[import-not-found]
+
+    digests = [digest_of_code(Mine.__mro__), digest_of_code([Mine]), digest_of_code(FakeStrategy.__mro__)]
+    (package / "helper.py").write_text("RATE = 2\n", encoding="utf-8")
+    digests += [digest_of_code(Mine.__mro__), digest_of_code([Mine])]
+    for name in ("some_strategy.main", "some_strategy"):
+        sys.modules.pop(name)
+    assert len(set(digests)) == 5
+
+
 def result(verdict: Verdict, **more: Any) -> ClauseResult:
     return ClauseResult(id="OPT-1", level=more.pop("level", "MUST"), verdict=verdict, **more)
 
@@ -71,7 +93,7 @@ def test_the_exit_code_is_that_of_the_worst_must(verdict: Verdict, level: str, c
 
 def test_a_clause_asked_for_by_name_that_judges_nothing_is_exit_code_2() -> None:
     report = certify(Request(strategy="fake", clauses=("LIFE-2", "COLL-1")))
-    assert {it.id: it.verdict for it in report.results} == {"LIFE-2": "pass", "COLL-1": "skip"}
+    assert {result.id: result.verdict for result in report.results} == {"LIFE-2": "pass", "COLL-1": "skip"}
     assert (report.exit_code, report.unjudged) == (2, "COLL-1 needs world size 2")
 
 
@@ -81,27 +103,16 @@ def test_a_clause_that_is_not_about_engines_is_not_judged_on_one() -> None:
     assert "LIFE-2: not about engines" in report.unjudged
 
 
-def test_a_certificate_has_all_that_is_needed_to_repeat_it() -> None:
-    asked = Request(strategy="fake", settings={"bf16": False}, seed=7)
-    identity = {
-        "class": "a.B",
-        "capabilities": [],
-        "distribution": "some",
-        "version": "1.2",
-        "requirements": {"x": "3"},
-    }
-    text = certificate(Report(request=asked, identity=identity, results=[result("pass", examples=4)]).to_json())
-    for words in ("some 1.2 (with x 3)", "--seed 7", "--set bf16=False", "OPT-1", environment()["platform"]):
-        assert str(words) in text
-
-
-def test_the_certificate_of_an_engine_has_its_name() -> None:
-    engine = {"class": "some.engines.Mine", "distribution": "mine", "version": "3"}
-    asked = Request(strategy="fake", engine="some.engines:Mine")
-    report = Report(request=asked, identity={"class": "a.B", "engine": engine}, results=[result("pass")])
-    text = certificate(report.to_json())
-    assert text.startswith("# Certificate: Mine for fake\n")
-    assert "mine 3" in text
+def test_the_command_that_repeats_a_run_has_its_paths_settings_and_clauses() -> None:
+    settings = {"bf16": False, "text": "1", "extra": {"a b": [None]}, "name": "x y"}
+    asked = Request(
+        strategy="fake", settings=settings, expectations=Path("some where/expected.toml"), clauses=("A-1", "A-2")
+    )
+    words = shlex.split(asked.command())
+    assert dict(setting(words[at + 1]) for at, word in enumerate(words) if word == "--set") == settings
+    assert words[words.index("--expected") + 1] == "some where/expected.toml"
+    assert words[-4:] == ["--clause", "A-1", "--clause", "A-2"]
+    assert asked.command("A-2").endswith("expected.toml' --clause A-2")
 
 
 def expectations(tmp_path: Path, text: str, **settings: Any) -> Expectations:
@@ -111,11 +122,11 @@ def expectations(tmp_path: Path, text: str, **settings: Any) -> Expectations:
 
 
 def test_an_expected_failure_is_none_and_one_that_passes_is_a_failure(tmp_path: Path) -> None:
-    found = expectations(tmp_path, '["fake"]\n"OPT-1" = "upstream"\n')
-    assert found.applied(result("fail")).verdict == "xfail"
-    assert found.applied(result("pass")).verdict == "fail"
-    assert found.applied(result("error")).verdict == "error"
-    assert found.applied(result("skip")).verdict == "skip"
+    got = expectations(tmp_path, '["fake"]\n"OPT-1" = "upstream"\n')
+    assert got.applied(result("fail")).verdict == "xfail"
+    assert got.applied(result("pass")).verdict == "fail"
+    assert got.applied(result("error")).verdict == "error"
+    assert got.applied(result("skip")).verdict == "skip"
 
 
 def test_expected_failures_are_of_one_strategy_with_its_settings(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lightrft.conformance.clause import Clause, Operation, Settings, Target, is_error
+from lightrft.conformance.clause import Clause, Operation, Settings, Target, is_error, show_error
 from lightrft.conformance.contract import CONTRACT
 from lightrft.conformance.contract.program_parts import FP32
 from lightrft.conformance.contract.rollout_checks import rollout
@@ -23,7 +24,7 @@ from lightrft.conformance.driver.worker_group import WorkerGroup
 from lightrft.conformance.expectations import Expectations
 from lightrft.conformance.judge import ClauseResult, Judge, NotInstalled, Unjudgeable, missing_package
 from lightrft.conformance.profiles import PROFILES, Profile
-from lightrft.conformance.provenance import environment, version_of
+from lightrft.conformance.provenance import digest_of_suite, environment, version_of
 from lightrft.conformance.values import Record, decode
 
 CONTRACT_VERSION = "1"
@@ -48,11 +49,15 @@ class Request:
         """The command line that repeats this run, or one clause of it."""
         parts = ["lightrft-conformance", "run", self.strategy]
         if self.engine:
-            parts = ["lightrft-conformance", "run-engine", self.engine, f"--strategy {self.strategy}"]
-        parts += [f"--world-size {self.world}", f"--device {self.device}"]
-        parts += [f"--set {name}={value}" for name, value in self.settings.items()]
-        parts += [f"--profile {self.profile}", f"--seed {self.seed}"]
-        return " ".join(parts + ([f"--clause {clause}"] if clause else []))
+            parts = ["lightrft-conformance", "run-engine", self.engine, "--strategy", self.strategy]
+        parts += ["--world-size", str(self.world), "--device", self.device]
+        for name, value in self.settings.items():
+            parts += ["--set", _setting_text(name, value)]
+        parts += ["--profile", self.profile, "--seed", str(self.seed)]
+        parts += ["--expected", str(self.expectations)] if self.expectations else []
+        for clause_id in [clause] if clause else self.clauses:
+            parts += ["--clause", clause_id]
+        return shlex.join(parts)
 
 
 @dataclass(kw_only=True)
@@ -78,17 +83,22 @@ class Report:
         request = self.request
         return {
             "suite": version_of("lightrft-conformance"),
+            "suite_digest": digest_of_suite(),
             "contract": CONTRACT_VERSION,
             "strategy": {"name": request.strategy, "settings": dict(request.settings), **self.identity},
             "environment": environment(),
             "profile": request.profile,
             "seed": request.seed,
+            "selected": list(request.clauses),
             "world_size": request.world,
             "device": request.device,
             "exit_code": self.exit_code,
             "unjudged": self.unjudged,
             "reproduce": request.command(),
-            "clauses": [{**asdict(result), "reproduce": request.command(result.id)} for result in self.results],
+            "clauses": [
+                {**asdict(result), "text": CONTRACT[result.id].text, "reproduce": request.command(result.id)}
+                for result in self.results
+            ],
         }
 
 
@@ -101,6 +111,12 @@ def setting(text: str) -> tuple[str, Any]:
         return name, json.loads(value.lower() if value in ("True", "False", "None") else value)
     except json.JSONDecodeError:
         return name, value
+
+
+def _setting_text(name: str, value: object) -> str:
+    """``NAME=VALUE``, such that `setting` parses it."""
+    text = f"{name}={value}"
+    return text if setting(text) == (name, value) else f"{name}={json.dumps(value)}"
 
 
 MODEL_LIBRARY_ENGINES = ("transformers", "vllm", "sglang")
@@ -204,10 +220,9 @@ class Certification:
                 raise Unjudgeable(f"rank {rank}: the suite failed: {report.answer['broken']}")
             observed = report.answer["observations"][-1]
             if is_error(observed):
-                package = missing_package(observed)
-                if package:
-                    raise NotInstalled(f"{self.request.engine or self.request.strategy} {package}")
-                raise Unjudgeable(f"rank {rank}: it cannot be created: {observed['error'][0]}: {observed['message']}")
+                if missing_package(observed):
+                    raise NotInstalled(_refusal(rank, observed))
+                raise Unjudgeable(_refusal(rank, observed))
         return decode(reports[0].answer["observations"][-1])
 
     def judge(self, clause: Clause) -> ClauseResult:
@@ -294,6 +309,13 @@ def _judged_nothing(request: Request, results: Sequence[ClauseResult]) -> str:
     """The clauses that were asked for by name and did not apply, with the reasons; or nothing."""
     skipped = [f"{result.id} {result.message}" for result in results if result.verdict == "skip"]
     return "; ".join(skipped) if request.clauses else ""
+
+
+def _refusal(rank: int, observed: Record) -> str:
+    """Why the strategy cannot be created; an error of this project says it by itself."""
+    if "lightrft.config.errors.LightRFTError" in observed["error"]:
+        return str(observed["message"])
+    return f"rank {rank}: the strategy cannot be created: {show_error(observed)}"
 
 
 Judged = tuple[Record, ClauseResult]

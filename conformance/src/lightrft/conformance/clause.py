@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from typing import Any, ClassVar, Literal, TypeGuard
 
 import torch
@@ -167,6 +168,16 @@ class Clause(ABC):
         """The promise."""
         return " ".join((type(self).__doc__ or "").split())
 
+    @property
+    def family(self) -> str:
+        """CKPT of CKPT-2."""
+        return self.id.partition("-")[0]
+
+    @property
+    def number(self) -> int:
+        """2 of CKPT-2."""
+        return int(self.id.partition("-")[2])
+
     @abstractmethod
     def pinned_examples(self, target: Target) -> Sequence[Program]:
         """Programs known to test the promise. They always run, before any that are drawn."""
@@ -288,7 +299,7 @@ def decoded(answers: Sequence[Record]) -> list[list[Any]]:
 
 
 class Registry:
-    """All clauses by id, in the order of the contract."""
+    """All clauses by id, sorted by family and number."""
 
     def __init__(self) -> None:
         self._clauses: dict[str, Clause] = {}
@@ -301,14 +312,14 @@ class Registry:
         return cls
 
     def __iter__(self) -> Iterator[Clause]:
-        return iter(self._clauses.values())
+        return iter(sorted(self._clauses.values(), key=attrgetter("family", "number")))
 
     def __getitem__(self, clause_id: str) -> Clause:
         return self._clauses[clause_id]
 
     @cached_property
     def ids(self) -> list[str]:
-        return list(self._clauses)
+        return [clause.id for clause in self]
 
 
 CONTRACT = Registry()

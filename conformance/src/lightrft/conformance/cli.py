@@ -9,43 +9,24 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer.core import TyperGroup
-from typing_extensions import override
 
 from lightrft.conformance.profiles import PROFILES
+from lightrft_cli.errors import CommandLine
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lightrft.conformance.certificate import Certificate
     from lightrft.conformance.certification import Report, Request
     from lightrft.conformance.judge import ClauseResult
     from lightrft.conformance.saboteurs.runner import Outcome
 
-
-class Commands(TyperGroup):
-    """The commands. An invalid command line is one line on stderr, and exit code 2."""
-
-    @override
-    def main(self, *args: Any, **more: Any) -> Any:
-        try:
-            sys.exit(super().main(*args, **{**more, "standalone_mode": False}) or 0)
-        except typer.Abort:
-            sys.exit(130)
-        except Exception as error:
-            if not isinstance(error, INVALID_USAGE):
-                raise
-            print(" ".join(f"lightrft-conformance: {error.format_message()}".split()), file=sys.stderr)
-            sys.exit(2)
-
-
-INVALID_USAGE: Any = typer.BadParameter.__base__  # typer has its own copy of click, or depends on it
 app = typer.Typer(
-    invoke_without_command=True,
     help=__doc__,
-    cls=Commands,
+    cls=CommandLine,
     rich_markup_mode="rich" if sys.stdout.isatty() else None,  # importing rich takes longer than the rest
 )
 CORES = len(os.sched_getaffinity(0))
@@ -94,13 +75,6 @@ ReportFile = Annotated[
     Path | None, typer.Option("--report", help="Write a JSON report to this file", callback=_writable)
 ]
 """The options that `run` and `run-engine` share."""
-
-
-@app.callback()
-def main(context: typer.Context) -> None:
-    """Certify strategies and engines."""
-    if context.invoked_subcommand is None:
-        print(context.get_help())
 
 
 @app.command()
@@ -180,15 +154,21 @@ def _run(requests: Sequence["Request"], report: Path | None, jobs: int = 1) -> N
         outcomes.append(_with_progress(console, request, jobs))
         _conclude(console, outcomes[-1], monotonic() - begun)
     exit_code = max(outcome.exit_code for outcome in outcomes)
-    raise typer.Exit(exit_code if report is None or _written(console, outcomes, report) else 2)
+    raise typer.Exit(exit_code if report is None or _written(outcomes, report) else 2)
 
 
-def _written(console: "Console", outcomes: Sequence["Report"], path: Path) -> bool:
+def _print_error(request: "Request", message: str) -> None:
+    """Print one line to stderr, as for an invalid command line."""
+    lines = [" ".join(line.split()) for line in message.splitlines() if line.strip()]
+    print(f"lightrft-conformance {'run-engine' if request.engine else 'run'}: {'; '.join(lines)}", file=sys.stderr)
+
+
+def _written(outcomes: Sequence["Report"], path: Path) -> bool:
     reports = [outcome.to_json() for outcome in outcomes]
     try:
         path.write_text(json.dumps(reports[0] if len(reports) == 1 else reports, indent=1), encoding="utf-8")
     except OSError as error:
-        console.print(f"cannot write the report to {path}: {error.strerror}", style="bold magenta", markup=False)
+        _print_error(outcomes[0].request, f"cannot write the report to {path}: {error.strerror}")
         return False
     return True
 
@@ -199,7 +179,8 @@ def _with_progress(console: "Console", request: "Request", jobs: int) -> "Report
     from lightrft.conformance.certification import certify, processes, selected
 
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-    with processes(jobs) as pool, Progress(*columns, console=console, transient=True) as progress:
+    shown = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with processes(jobs) as pool, shown as progress:
         task = progress.add_task(
             request.engine or request.strategy, total=len(list(selected(request.clauses, engine=bool(request.engine))))
         )
@@ -227,30 +208,82 @@ def _show(console: "Console", request: "Request", result: "ClauseResult") -> Non
 def _conclude(console: "Console", outcome: "Report", seconds: float) -> None:
     if outcome.unjudged:
         name = outcome.request.engine or outcome.request.strategy
-        console.print(
-            f"{name} could not be judged: {outcome.unjudged}", style="bold magenta", markup=False, highlight=False
-        )
+        _print_error(outcome.request, f"{name} could not be judged: {outcome.unjudged}")
         return
     counts = {verdict: sum(result.verdict == verdict for result in outcome.results) for verdict in MARKS}
     words = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
     console.print(
-        f"{outcome.request.engine or outcome.request.strategy} at world size {outcome.request.world}: {words}, in {seconds:.0f} s",
+        f"{outcome.request.engine or outcome.request.strategy} at world size {outcome.request.world}, profile "
+        f"{outcome.request.profile}: {words}, in {seconds:.0f} s",
         highlight=False,
     )
 
 
-@app.command(name="certificate")
-def certificate_(
-    file: Annotated[Path, typer.Argument(help="A JSON report from run or run-engine", exists=True, dir_okay=False)],
-) -> None:
-    """Print the certificate of a report, in Markdown, or those of a list of reports."""
-    from lightrft.conformance.rendering import certificate
+def _renderable(files: list[Path] | None) -> list[Path]:
+    from lightrft.conformance.certificate import FORMATS
+
+    for file in files or ():
+        _writable(file)
+        if file.suffix not in FORMATS:
+            raise typer.BadParameter(f"expected a file named {', '.join(FORMATS)}, got {file}")
+    return files or []
+
+
+@app.command()
+def certificate(
+    files: Annotated[list[Path], typer.Argument(help="JSON reports of one strategy or engine, from run or run-engine")],
+    outputs: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--output", help="Write .md, .html, .svg (a badge) or .json; may be repeated. Default: print Markdown",
+            callback=_renderable,
+        ),
+    ] = None,
+) -> None:  # fmt: skip
+    """Combine the reports of one strategy or engine, at any world sizes and on any devices, into a certificate.
+
+    Exit codes: 0, also if it says that clauses do not hold; 2, the files are no reports, or do not belong together.
+    """
+    from lightrft.conformance.certificate import FORMATS, combine
 
     try:
-        reports = json.loads(file.read_text(encoding="utf-8"))
-        print("\n".join(map(certificate, reports if isinstance(reports, list) else [reports])), end="")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise typer.BadParameter(f"expected a report of lightrft-conformance, got {file}: {error!r}") from error
+        made = combine(files)
+        for output in outputs or ():
+            output.write_text(FORMATS[output.suffix](made), encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    print(made.headline if outputs else FORMATS[".md"](made), end="\n" if outputs else "")
+
+
+@app.command()
+def verify(
+    files: Annotated[list[Path], typer.Argument(help="Certificates in JSON, as certificate --output writes them")],
+) -> None:
+    """Tell whether certificates are about the code that is installed, by its digests.
+
+    Exit codes: 0, they are; 1, at least one is about other code, such as an older version; 2, a file is no certificate, or
+    what it is about is not installed.
+    """
+    from lightrft.conformance.certificate import read
+
+    try:
+        differences = {file: _outdated(read(file)) for file in files}
+    except (OSError, ValueError, ImportError) as error:
+        raise typer.BadParameter(str(error)) from error
+    for file, parts in differences.items():
+        print(f"{file}: holds for other code; {'; '.join(parts)}" if parts else f"{file}: holds for the installed code")
+    raise typer.Exit(1 if any(differences.values()) else 0)
+
+
+def _outdated(certificate: "Certificate") -> list[str]:
+    """A line for each part of the certified code that differs from the installed code. Raises ImportError."""
+    from lightrft.conformance.provenance import class_of, digest_of, digest_of_suite
+
+    digests = {"suite": (certificate.suite.digest, digest_of_suite())}
+    for part, code in {"strategy": certificate.subject, "engine": certificate.subject.engine}.items():
+        if code is not None:
+            digests[part] = (code.digest, digest_of(class_of(code.class_name)))
+    return [f"{part}: certified {of}, installed {got}" for part, (of, got) in digests.items() if of != got]
 
 
 @app.command()

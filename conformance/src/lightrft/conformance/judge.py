@@ -54,6 +54,9 @@ class ClauseResult:
     level: Level
     verdict: Verdict
     examples: int = 0
+    """The number of programs that ran."""
+    drawn: int | None = None
+    """How many of them were drawn; None if the clause draws none, or if a program that failed ended the search."""
     seconds: float = 0.0
     message: str = ""
     program: Record | None = None
@@ -113,6 +116,7 @@ class Judge:
         begun, before = time.monotonic(), self.executions
         denied = clause.capability is not None and clause.capability not in self.target.capabilities
         verdict, message, program, execution = self._outcome(lambda: self._search(clause))
+        drawn = self.executions - self._pinned if verdict == "pass" and self._drawing else None
         if verdict == "pass" and self.executions == before:
             verdict, message = "skip", f"no program for this target in profile {self.profile.name}"
         if denied and verdict not in ("error", "skip"):
@@ -124,6 +128,7 @@ class Judge:
             level=clause.level,
             verdict=verdict,
             examples=self.executions - before,
+            drawn=drawn,
             seconds=round(time.monotonic() - begun, 3),
             message=message,
             program=None if shown is None else shown.command(self.target)["program"],
@@ -146,7 +151,7 @@ class Judge:
 
     def _outcome(self, search: Callable[[], None]) -> tuple[Verdict, str, Program | None, Execution | None]:
         self._failed: tuple[Program, Execution | None] | None = None
-        self._failing_since, self._drawing = math.inf, False
+        self._failing_since, self._drawing, self._pinned = math.inf, False, 0
         try:
             search()
         except Hang as hang:
@@ -171,7 +176,7 @@ class Judge:
         def holds(program: Program) -> None:
             self._try(clause, program)
 
-        self._drawing = True
+        self._drawing, self._pinned = True, self.executions
         database = DirectoryBasedExampleDatabase(self.database) if self.profile.random and self.database else None
         limits = hypothesis.settings(
             max_examples=self.profile.examples,
@@ -345,7 +350,7 @@ def _hung(reports: Iterable[RankReport], seconds: float) -> str:
 
 
 def _stacks(reports: Iterable[RankReport]) -> str:
-    """The state of each rank, and where those that hung stood."""
+    """The state of each rank, with the stack of those that hung."""
     lines = []
     for rank, report in enumerate(reports):
         state = f"rank {rank} {report.state}"

@@ -15,8 +15,10 @@ OUTPUTS = 3
 VOCABULARY = 17
 PADDING = -100
 """The target of a padded token."""
-POISONS = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf"), "huge": 1e30}
-"""Factors that make the gradient of a loss, or its norm, non-finite."""
+POISONS = {
+    "nan": float("nan"), "inf": float("inf"), "-inf": float("-inf"), "huge": 1e30, "to -inf": 1e5, "to inf": 1e10,
+}  # fmt: skip
+"""Factors that make the gradient of a loss, or its norm, non-finite; the last two only that of a `Steep` model."""
 
 
 class Block(nn.Module):
@@ -145,6 +147,31 @@ class Tracked(Regressor):
         return self.temperature * super().forward(self.gains * hidden)
 
 
+class _Overflowing(torch.autograd.Function):
+    """The identity, with a gradient in which large elements become -inf, and very large ones inf."""
+
+    @staticmethod
+    def forward(ctx: object, values: torch.Tensor) -> torch.Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
+        size = gradient.abs()
+        return gradient.masked_fill(size > 1e2, -torch.inf).masked_fill(size > 1e7, torch.inf)
+
+
+class Steep(Regressor):
+    """A regressor with one weight whose gradient overflows before any other's: in one direction, and without a NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(1))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = super().forward(inputs) + _Overflowing.apply(self.shift)  # type: ignore[no-untyped-call]
+        return result
+
+
 class Deep(nn.Module):
     """Eight matrices of 16 MiB each, for measuring memory; (batch, WIDTH) to (batch, OUTPUTS)."""
 
@@ -237,6 +264,25 @@ class LanguageModel(nn.Module):
         return result
 
 
+class Centred(LanguageModel):
+    """A language model with a buffer that training changes, and that changes the logits."""
+
+    center: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("center", torch.linspace(-1, 1, WIDTH))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden = self.embedding(tokens)
+        if self.training:
+            self.center.mul_(0.5).add_(hidden.detach().float().mean(dim=(0, 1)))
+        for mixer in self.mixers:
+            hidden = mixer(hidden - self.center.to(hidden.dtype))
+        result: torch.Tensor = 2 * self.head(hidden)
+        return result
+
+
 class Policy(LanguageModel):
     """A language model that names its head, takes a mask, and returns what the head computes."""
 
@@ -307,7 +353,7 @@ def _transformer(name: str, **settings: object) -> nn.Module:
 
 
 def _recomputed() -> nn.Module:
-    model: Any = _transformer("Llama", num_key_value_heads=2)
+    model: Any = _transformer("Llama", num_attention_heads=6, num_key_value_heads=3, hidden_size=18)
     model.gradient_checkpointing_enable()
     model.train()
     return cast(nn.Module, model)
@@ -323,16 +369,19 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "shifted": Shifted,
     "scaled": Scaled,
     "tracked": Tracked,
+    "steep": Steep,
     "deep": Deep,
     "matrices": Matrices,
     "language": LanguageModel,
+    "centred": Centred,
     "policy": Policy,
     "scaled policy": ScaledPolicy,
     "llama": llama,
     "grouped": partial(_transformer, "Llama"),
-    "windowed": partial(_transformer, "Mistral", num_key_value_heads=2, sliding_window=3),
+    "windowed": partial(_transformer, "Mistral", num_attention_heads=5, hidden_size=20, sliding_window=3),
     "recomputed": _recomputed,
-    "odd heads": partial(_transformer, "Llama", num_attention_heads=3, hidden_size=12),
+    "nine heads": partial(_transformer, "Llama", num_attention_heads=9, num_key_value_heads=3, hidden_size=18),
+    "one head": partial(_transformer, "Llama", num_attention_heads=1),
     "capped": partial(_transformer, "Gemma2", attn_logit_softcapping=30.0, layer_types=2 * ["full_attention"]),
     "recurrent": partial(_transformer, "Mamba"),
     "pooled": partial(_transformer, "Llama SequenceClassification"),

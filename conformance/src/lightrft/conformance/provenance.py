@@ -7,11 +7,16 @@ import json
 import os
 import platform
 import re
+import sys
+from collections.abc import Iterable, Mapping
 from importlib.metadata import Distribution, PackageNotFoundError, distribution, distributions, entry_points, version
 from pathlib import Path
+from pkgutil import resolve_name
 from urllib.parse import unquote, urlparse
 
 import torch
+
+from lightrft.config import StrategyConfig
 
 GROUPS = ("lightrft.strategies", "lightrft.engines")
 
@@ -20,17 +25,53 @@ def origin_of(name: str, cls: type) -> dict[str, object]:
     """The origin of ``cls``, which was requested as ``name``.
 
     Returns:
-        The distribution that declares an entry point for the class or owns its file, with version and requirements; for
-        code without a distribution, a digest of its file.
+        A digest of its code, and the distribution that declares an entry point for the class or owns its file, with
+        version and requirements; for code without a distribution, the name and digest of its file.
     """
     owner = _by_entry_point(name, cls) or _by_file(_file_of(cls))
+    digest = digest_of(cls)
     if owner is None:
-        return {"distribution": "", "version": "", "source": _digest(_file_of(cls))}
+        return {"digest": digest, "distribution": "", "version": "", "source": _digest(_file_of(cls))}
     return {
+        "digest": digest,
         "distribution": owner.metadata["Name"],
         "version": owner.version,
         "requirements": _requirements(owner),
     }
+
+
+def digest_of(cls: type) -> str:
+    """A digest of the code of a strategy or an engine, its base classes and the settings."""
+    return digest_of_code([*cls.__mro__, StrategyConfig])
+
+
+def class_of(name: str) -> type:
+    """Import a class by its full name. Raises ImportError if that is impossible."""
+    try:
+        found = resolve_name(name)
+    except (AttributeError, ValueError) as error:
+        raise ImportError(f"there is no class {name!r}") from error
+    if not isinstance(found, type):
+        raise ImportError(f"{name!r} is not a class")
+    return found
+
+
+def digest_of_code(classes: Iterable[type]) -> str:
+    """A digest of the Python files of the packages that contain ``classes``, without those of the standard library.
+
+    It depends on the names and the contents of the files, not on where or how the packages are installed.
+    """
+    files = [_file_of(cls) for cls in classes if cls.__module__.partition(".")[0] not in sys.stdlib_module_names]
+    roots = {_package_of(file) for file in files if file is not None}
+    return _digest_of_files(
+        {f"{root.name}/{file.relative_to(root)}": file for root in roots for file in _sources(root)}
+    )
+
+
+def digest_of_suite() -> str:
+    """A digest of the Python files of this suite."""
+    root = Path(__file__).parent
+    return _digest_of_files({str(file.relative_to(root)): file for file in _sources(root)})
 
 
 def version_of(name: str) -> str:
@@ -101,6 +142,25 @@ def _installed(name: str) -> bool:
     except PackageNotFoundError:
         return False
     return True
+
+
+def _package_of(file: Path) -> Path:
+    """The outermost package of ``file``, or the file itself. A namespace, such as ``lightrft``, is no package."""
+    root = file
+    while (root.parent / "__init__.py").is_file():
+        root = root.parent
+    return root
+
+
+def _sources(root: Path) -> list[Path]:
+    return sorted(root.rglob("*.py")) if root.is_dir() else [root]
+
+
+def _digest_of_files(files: Mapping[str, Path]) -> str:
+    digest = hashlib.sha256()
+    for name, file in sorted(files.items()):
+        digest.update(f"{name}\n{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return f"sha256:{digest.hexdigest()}"
 
 
 def _digest(file: Path | None) -> str:

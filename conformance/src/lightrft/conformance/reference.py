@@ -108,8 +108,10 @@ class ReferenceModel:
         self, sequences: Sequence[Sequence[int]], denominators: Sequence[float | None] | None, weight: float
     ) -> list[float]:
         """Add the gradients of the sums of the losses of each rank's sequences; returns the losses."""
-        losses = [weight * models.loss_over(self.on(rank), own) for rank, own in enumerate(sequences)]
-        items = [float(sum(map(models.items_in, own))) for own in sequences]
+        losses = [
+            weight * models.loss_over(self.on(rank), rank_sequences) for rank, rank_sequences in enumerate(sequences)
+        ]
+        items = [float(sum(map(models.items_in, rank_sequences))) for rank_sequences in sequences]
         self._add([self._gradient_of(loss) for loss in losses], items if denominators is None else denominators)
         if self.world == 1 and self._mistaken:  # backward itself must raise
             self._drop()
@@ -121,9 +123,9 @@ class ReferenceModel:
         """Add the gradients of one batch of sequences on every data-parallel rank; the losses and log-probabilities."""
         records, gradients, given = [], [], []
         for rank in range(self.world):
-            whole = sequences.batch(batch, rank if data_of is None else data_of, form, length)
-            values, items = sequences.log_probs(self.module, whole), sequences.items_in(whole["labels"])
-            loss = sequences.loss_of(values, whole["labels"]) * (items if denominator else 1)
+            tensors = sequences.batch(batch, rank if data_of is None else data_of, form, length)
+            values, items = sequences.log_probs(self.module, tensors), sequences.items_in(tensors["labels"])
+            loss = sequences.loss_of(values, tensors["labels"]) * (items if denominator else 1)
             records.append({"loss": loss.item(), "log_probs": values.detach()})
             gradients.append(self._gradient_of(loss if denominator else loss / self.accumulation_steps))
             given.append(float(items) if denominator else None)
@@ -171,7 +173,9 @@ class ReferenceModel:
         """Whether the denominators of the update are invalid."""
         given = [value for of_ranks in self.given for value in of_ranks]
         missing = given.count(None)
-        return 0 < missing < len(given) or any(it is not None and not 0 <= it < math.inf for it in given)
+        return 0 < missing < len(given) or any(
+            denominator is not None and not 0 <= denominator < math.inf for denominator in given
+        )
 
     def _drop(self) -> None:
         """End the update."""
@@ -199,7 +203,7 @@ class ReferenceModel:
         """Set the weight decay of the parameters that have one."""
         self.optimizer.param_groups[0]["weight_decay"] = weight_decay
 
-    def set_adam(self, **values: Any) -> None:
+    def set_adam(self, **values: object) -> None:
         """Set Adam's betas or eps."""
         for group in self.optimizer.param_groups:
             group.update(values)
@@ -326,7 +330,7 @@ class Reference:
         self.averaged |= {(model, source): trained.updates for source, trained in self.models.items()}
 
     def _optimizer(
-        self, model: str, lr: float = 1e-3, weight_decay: float = 0.0, by_hand: bool = False, **more: Any
+        self, model: str, lr: float = 1e-3, weight_decay: float = 0.0, by_hand: bool = False, **more: object
     ) -> None:
         self.models[model].train_with(lr, weight_decay, all_decay=by_hand, **more)
 
@@ -371,12 +375,13 @@ class Reference:
     ) -> list[Record] | None:  # fmt: skip
         return self.models[model].sequence_backward(batch, form, length, data_of, denominator) if gathered else None
 
-    def _sequence_forward(self, model: str, batch: int, form: str, length: int = 13, **_: object) -> list[torch.Tensor]:
+    def _sequence_forward(
+        self, model: str, batch: int, form: str, length: int = 13, **_: object
+    ) -> list[dict[str, torch.Tensor]]:
         module = self.models[model].module
+        batches = [sequences.batch(batch, rank, form, length) for rank in range(self.world)]
         with torch.no_grad():
-            return [
-                sequences.log_probs(module, sequences.batch(batch, rank, form, length)) for rank in range(self.world)
-            ]
+            return [{"log_probs": sequences.log_probs(module, tensors)} for tensors in batches]
 
     def _policy_backward(
         self, model: str, batch: int, rows: int = 2, temperature: float = 1.0
@@ -417,13 +422,16 @@ class Reference:
     def _set_betas(self, model: str, betas: Sequence[float]) -> None:
         self.models[model].set_adam(betas=tuple(betas))
 
+    def _set_group(self, model: str, group: int, values: Record) -> None:
+        self.models[model].optimizer.param_groups[group].update(values)
+
     def _set_eps(self, model: str, eps: float) -> None:
         self.models[model].set_adam(eps=eps)
 
     def _backward_twice(self, model: str, batch: int) -> None:
         self.models[model].backward(batch, 2, 1.5, None, 0)
 
-    def _forward(self, model: str, batch: int, rows: int = 2, **more: Any) -> list[torch.Tensor]:
+    def _forward(self, model: str, batch: int, rows: int = 2, **more: object) -> list[torch.Tensor]:
         source = self.models[model]
         language = models.is_language(source.module)
         with torch.no_grad():

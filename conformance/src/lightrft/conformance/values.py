@@ -38,7 +38,7 @@ def _bytes_of(tensor: torch.Tensor) -> bytes:
     return content
 
 
-def decode(value: Any) -> Any:
+def decode(value: object) -> Any:
     """The inverse of `encode`, except that tuples become lists."""
     if isinstance(value, list):
         return [decode(item) for item in value]
@@ -105,7 +105,7 @@ def _feed(hasher: hashlib.blake2b, value: object) -> None:
         hasher.update(repr(value).encode())
 
 
-def materialize(description: Any, rank: int, device: torch.device | str = "cpu") -> Any:
+def materialize(description: object, rank: int, device: torch.device | str = "cpu") -> Any:
     """The argument of a collective on ``rank``, from its description.
 
     ``{"by_rank": [...]}`` is one of several descriptions, ``{"per_rank": [base, step]}`` the number base + step x rank,

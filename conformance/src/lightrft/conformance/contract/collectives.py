@@ -1,6 +1,7 @@
 """COLL: collectives."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def expected_gather(values: Sequence[Any]) -> Any:
 
 
 def leaves(clause: Clause, value: Any, like: object, where: str) -> Iterator[tuple[str, Any, Any]]:
-    """Where each leaf of ``value`` is, it, and the leaf of ``like`` there. Requires both to have the same keys in order."""
+    """The path of each leaf, the leaf of ``value`` and that of ``like``. Requires both to have the same keys in order."""
     if not isinstance(like, dict):
         yield where, value, like
         return
@@ -68,6 +69,18 @@ def leaves(clause: Clause, value: Any, like: object, where: str) -> Iterator[tup
     clause.require(alike, f"{where}: expected the keys {list(like)}, got {show(value)}")
     for key in like:
         yield from leaves(clause, value[key], like[key], f"{where}[{key!r}]")
+
+
+LARGE: Record = {"tensor": "float32", "shape": [70, 4], "seed": 9}
+
+
+def beside_large(program: Program) -> Program:
+    """The same calls with a large tensor beside the argument: what is small may travel in another way."""
+    operations = tuple(
+        {**operation, "data": {"dict": [["argument", operation["data"]], ["large", LARGE]]}}
+        for operation in program.operations
+    )
+    return replace(program, operations=operations)
 
 
 class Reducing(Clause):
@@ -145,7 +158,8 @@ class Reduction(Reducing):
         exact = [{"do": "all_reduce", "data": data, "op": "sum"} for data in (*large, lost)]
         below = [{"tensor": dtype, "shape": [3], "fill": -3} for dtype in ("int64", "int32", "int8", "float32")]
         largest = [{"do": "all_reduce", "data": data, "op": "max"} for data in (*large, *below, lost)]
-        return [Program(operations=(*operations, *alone, *exact, *largest))]
+        program = Program(operations=(*operations, *alone, *exact, *largest))
+        return [program, beside_large(program)]
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
@@ -203,11 +217,9 @@ class ArgumentsLeftAlone(Clause):
         reductions = [{"do": "all_reduce", "data": data, "op": op} for op in ("sum", "max")]
         single = {"tensor": "float64", "shape": [3], "seed": 1, "grad": True}
         mean = {"do": "all_reduce", "data": single, "op": "mean"}
-        return [
-            Program(
-                operations=(*reductions, mean, {"do": "all_gather", "data": data}, {"do": "all_gather", "data": single})
-            )
-        ]
+        gathers = [{"do": "all_gather", "data": argument} for argument in (data, single)]
+        program = Program(operations=(*reductions, mean, *gathers))
+        return [program, beside_large(program)]
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
@@ -254,7 +266,8 @@ class FormKept(Clause):
                 *halves,
             ]
         }
-        return [Program(operations=tuple({"do": "all_reduce", "data": data, "op": op} for op in OPS))]
+        program = Program(operations=tuple({"do": "all_reduce", "data": data, "op": op} for op in OPS))
+        return [program, beside_large(program)]
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
@@ -304,7 +317,8 @@ class Gathering(Clause):
         alone = [{"per_rank": [3, 1]}, {"tensor": "float32", "shape": [2, 1], "seed": 5}, flags, growing]
         alone += [{"tensor": "float32", "shape": [3, 2], "seed": 6, "transposed": True}]
         alone += [{"tensor": "float32", "shape": [0, 2], "seed": 7}, {"per_rank": [2**53 + 1, 2]}]
-        return [Program(operations=tuple({"do": "all_gather", "data": argument} for argument in (data, *alone)))]
+        program = Program(operations=tuple({"do": "all_gather", "data": argument} for argument in (data, *alone)))
+        return [program, beside_large(program)]
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:

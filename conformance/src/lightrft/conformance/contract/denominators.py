@@ -270,7 +270,11 @@ class Mistakes(Clause):
     def _around(self, target: Target, bad: Sequence[Operation], seed: int) -> Program:
         update = token_update(dealt(SEQUENCES, 2, target.world))
         start = trained(seed=seed, schedule=True, weight_decay=0.1)
-        return program(target, *start, *update, STATE, *bad, STATE, *2 * update, LOOK, max_skipped_updates=1)
+        counted = updates(1, 2, scheduled=True)
+        return program(
+            target, *start, *update, STATE, *bad, STATE, *counted, *2 * update, LOOK, accumulation_steps=2,
+            max_skipped_updates=1,
+        )  # fmt: skip
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
@@ -307,7 +311,9 @@ class Mistakes(Clause):
         assert_close(self, execution)
 
     def _check_error(self, execution: Execution, index: int, rank: int) -> None:
-        given = next(it["denominators"] for it in execution.program.operations if "denominators" in it)
+        given = next(
+            operation["denominators"] for operation in execution.program.operations if "denominators" in operation
+        )
         wrong = [number for number, value in enumerate(given) if value != 2]
         mixed = given[wrong[0]] is None
         words = ["without" if mixed else f"{given[wrong[0]]:g}"]

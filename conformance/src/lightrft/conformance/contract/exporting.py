@@ -8,7 +8,7 @@ from typing_extensions import override
 from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Target, same
 from lightrft.conformance.contract.bounded_memory import BoundedMemory
 from lightrft.conformance.contract.program_parts import SEEDS, program, trained, updates
-from lightrft.conformance.contract.reference_checks import LOOK
+from lightrft.conformance.contract.reference_checks import LOOK, STATE
 from lightrft.conformance.interpreter.exporting import VOCABULARY
 
 DISCARD: Operation = {"do": "discard_exports"}
@@ -17,7 +17,8 @@ DISCARD: Operation = {"do": "discard_exports"}
 @CONTRACT.add
 class OpensElsewhere(Clause):
     """save_model writes a Hugging Face directory (safetensors, configuration, tokenizer).
-    AutoModelForCausalLM.from_pretrained opens it and computes the same logits. Tied weights stay tied."""
+    AutoModelForCausalLM.from_pretrained opens it and computes the same logits. Tied weights stay tied. If there are several
+    files of weights, the index names the file of each tensor."""
 
     id = "EXPORT-1"
 
@@ -62,6 +63,8 @@ class OpensElsewhere(Clause):
                 worst <= 1e-5, f"{where}: the logits of the opened model differ by {worst:.3g}, expected at most 1e-5"
             )
             self.require(exported["tied"], f"{where}: the embeddings are no longer tied")
+            if sharded:
+                self.require_same(exported["tensors"], exported["index"], f"{where}: the index of the files")
             self.require(exported["vocabulary"] == VOCABULARY, f"{where}: the tokenizer has another vocabulary")
             self.require(
                 exported["class"] == ["LlamaForCausalLM"],
@@ -77,6 +80,39 @@ class OpensElsewhere(Clause):
                 f"{where}: the saved weights differ from the model's",
             )
         self.require_alike(execution, "export")
+
+
+@CONTRACT.add
+class Reloaded(Clause):
+    """load_model reads what save_model wrote into the weights and persistent buffers of a prepared model, and training goes
+    on from them. It changes nothing else: optimizer state, learning rates, schedule and random states stay."""
+
+    id = "EXPORT-3"
+
+    @override
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
+        setup = trained(kind="tracked", seed=3, schedule=True, lr=1e-2)
+        random: Operation = {"do": "random_state"}
+        rest: Operation = {"do": "set_rate", "model": "a", "lr": 0.0}
+        return [
+            program(
+                target, DISCARD, *setup, *updates(1, scheduled=True), STATE, {"do": "save_weights", "model": "a"},
+                *updates(2, first=5, scheduled=True), STATE, random, {"do": "load_weights", "model": "a"}, random, STATE,
+                rest, *updates(1, first=9), LOOK, DISCARD,
+            )
+        ]  # fmt: skip
+
+    @override
+    def check(self, execution: Execution) -> None:
+        saved, before, after = (seen for _, _, seen in execution.each("state"))
+        random, random_after = (seen for _, _, seen in execution.each("random_state"))
+        written = {part: saved[0][part] for part in ("parameters", "buffers")}  # the buffers of rank 0
+        for rank, weights in enumerate(execution.last("weights")):
+            for part, wanted in {**before[rank], **written}.items():
+                self.require_same(wanted, after[rank][part], f"rank {rank}: {part} after load_model")
+            self.require_same(random[rank], random_after[rank], f"rank {rank}: load_model changed")
+            kept = {name: saved[0]["parameters"][name] for name in weights}
+            self.require_same(kept, weights, f"rank {rank}: after one more update, with the learning rate 0")
 
 
 @CONTRACT.add

@@ -17,7 +17,7 @@ from lightrft.conformance.contract.rollout_checks import GREEDY, PROMPTS, Rollou
 @CONTRACT.add
 class OwnCompletions(Rollouts):
     """Each rank gets the completions of its own prompts, in order. Ranks may have different numbers of prompts,
-    including none. With n samples per prompt, the n completions of a prompt are adjacent."""
+    including none. With n samples per prompt, the n completions of a prompt are adjacent. Token ids are Python integers."""
 
     id = "GEN-1"
 
@@ -50,6 +50,10 @@ class OwnCompletions(Rollouts):
                 f"rank {rank}: expected the completions of {prompts}, got those of {[observed['prompt'] for observed in seen]}",
             )
             for prompt, completion in zip(prompts, seen, strict=True):
+                self.require(
+                    completion["types"] == ["int"],
+                    f"rank {rank}: expected token ids that are int, got {' and '.join(completion['types'])}",
+                )
                 tokens, _ = reference.greedy(model, prompt, GREEDY["max_tokens"])  # type: ignore[arg-type]
                 self.require(
                     completion["tokens"] == tokens,
@@ -73,7 +77,7 @@ class Repeatable(Clause):
             "max_tokens": 12,
             "n": 2,
         }  # the highest temperature that every engine accepts
-        seeds = [3, 3, 4, 3 + 2**20]
+        seeds = [3, 3, 4, 3 + 2**20, 0, 0]
         looks = [{}, {}, *({**hot, "seed": seed} for seed in seeds), hot, hot]
         distinguishing = (*rollout(target), *(generate(self.prompts, **sampling) for sampling in looks))
         sampling = {"temperature": 1.0, "max_tokens": 12, "n": 2, "seed": 3, "ignore_eos": True}
@@ -98,7 +102,7 @@ class Repeatable(Clause):
                 )
 
     def _check_repeats(self, execution: Execution) -> None:
-        greedy, greedy_again, seeded, seeded_again, other, far, free, free_again = [
+        greedy, greedy_again, seeded, seeded_again, other, far, zero, zero_again, free, free_again = [
             seen for _, _, seen in execution.each("generate")
         ]
         for rank in range(execution.target.world):
@@ -108,8 +112,10 @@ class Repeatable(Clause):
             self.require(
                 alike(seeded[rank], seeded_again[rank]), f"rank {rank}: sampling with a seed is not reproducible"
             )
+            self.require(alike(zero[rank], zero_again[rank]), f"rank {rank}: sampling with seed=0 is not reproducible")
             pairs = [
                 (seeded, other, "two seeds"),
+                (seeded, zero, "two seeds"),
                 (seeded, far, "two seeds"),
                 (free, free_again, "two calls without a seed"),
             ]
@@ -236,7 +242,7 @@ class Endings(Rollouts):
 @CONTRACT.add
 class Filters(Clause):
     """Sampling draws only from the tokens that top_k, top_p and min_p keep, of the probabilities after temperature. top_k=1
-    is greedy at any temperature."""
+    is greedy at any temperature, and one above the size of the vocabulary keeps all."""
 
     id = "GEN-9"
     many: ClassVar[int] = 64
@@ -252,6 +258,7 @@ class Filters(Clause):
         looks = [
             generate(**hot, top_k=1),
             generate(**hot, top_k=3, n=2),
+            generate(**hot, top_k=models.VOCABULARY + 1),
             generate(**{**hot, "temperature": 1.0}, top_p=0.3, n=2),
             generate(**{**hot, "temperature": 1.0, "max_tokens": 2}, top_p=0.6, n=12),
             generate(**{**hot, "max_tokens": 2}, top_k=2, top_p=0.95, n=12),
@@ -385,8 +392,8 @@ class Penalties(Clause):
 @CONTRACT.add
 class ModelEndings(Rollouts):
     """A completion ends with the first end-of-sequence token that the model's generation configuration names, with the
-    reason "stop"; not with ignore_eos. Before min_tokens none is drawn, or the engine refuses min_tokens. Tokens that are set
-    after preparing count from the next sync on."""
+    reason "stop"; not with ignore_eos. Before min_tokens none is drawn, nor one of stop_token_ids, or the engine
+    refuses min_tokens. Tokens that are set after preparing count from the next sync on."""
 
     id = "GEN-11"
 
@@ -397,11 +404,14 @@ class ModelEndings(Rollouts):
         first: Operation = {"do": "end_tokens", "model": "a", "ids": [likely[-1]]}
         then: Operation = {"do": "end_tokens", "model": "a", "ids": [likely[0]]}
         look = generate([[prompt]], max_tokens=6)
-        least = generate([[prompt]], max_tokens=6, min_tokens=likely.index(likely[-1]) + 2)
+        minimum = likely.index(likely[-1]) + 2
+        least = generate([[prompt]], max_tokens=6, min_tokens=minimum)
+        stops = generate([[prompt]], max_tokens=6, min_tokens=minimum, stop_token_ids=[likely[-1]], ignore_eos=True)
         looks: list[Operation] = [
             look,
             generate([[prompt]], max_tokens=6, ignore_eos=True),
             {**least, "may_fail": True},
+            {**stops, "may_fail": True},
         ]
         changed: list[Operation] = [
             then,
@@ -441,7 +451,7 @@ class ModelEndings(Rollouts):
         model: torch.nn.Module, prompt: Sequence[int], sampling: Record, ends: Sequence[int]
     ) -> tuple[list[int], str]:
         """The greedy tokens, and why they end."""
-        ends = () if sampling.get("ignore_eos") else ends
+        ends = [*(() if sampling.get("ignore_eos") else ends), *sampling.get("stop_token_ids", ())]
         output: list[int] = []
         while len(output) < sampling["max_tokens"] and not (output and output[-1] in ends):
             with torch.no_grad():
@@ -480,8 +490,8 @@ class RanksDiffer(Clause):
 
 @CONTRACT.add
 class Claims(Clause):
-    """An engine does what its capabilities claim, and refuses the rest: with a seed and seeds_by_prompt, a completion depends
-    only on the seed, its prompt and its sample number, not on the other prompts, their order or the rank."""
+    """An engine does what its capabilities claim, and refuses the rest: with a seed and seeds_by_prompt, a completion
+    depends only on the seed, its prompt and its sample number, not on the other prompts, their order or the rank."""
 
     id = "GEN-13"
 

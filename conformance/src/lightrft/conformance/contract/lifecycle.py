@@ -428,7 +428,8 @@ class Geometry(Clause):
 class StopRequested(Clause):
     """If SIGTERM reaches any rank inside saving_on_sigterm(save), stop_requested becomes True on all ranks at the same
     optimizer_step: the next one that applies or skips an update while no model has a pending gradient. If the block is then
-    left normally, it calls save() on every rank. Nothing exits the process or closes the strategy."""
+    left normally, it calls save() on every rank. Nothing exits the process or closes the strategy, and the script's own
+    handler is in place again."""
 
     id = "LIFE-10"
 
@@ -476,6 +477,9 @@ class StopRequested(Clause):
             self.require(
                 observed["saves"] == saves,
                 f"rank {rank}: expected {saves} calls of save before and after the block is left, got {observed['saves']}",
+            )
+            self.require(
+                observed["handler"], f"rank {rank}: expected the handler that was set before the block, got another"
             )
             execution.at(rank, index + 2)  # the strategy still works
 

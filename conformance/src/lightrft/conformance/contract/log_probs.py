@@ -8,10 +8,7 @@ from typing_extensions import override
 from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Target, is_error
 from lightrft.conformance.contract import tolerances
 from lightrft.conformance.contract.program_parts import SEEDS, program, trained
-from lightrft.conformance.contract.reference_checks import LOOK, assert_close
-
-VALUES = 1e-5
-"""Bound on the error of log-probabilities and entropies in fp32, relative to the largest of a batch if that exceeds 1."""
+from lightrft.conformance.contract.reference_checks import LOOK, assert_close, assert_values
 
 
 def policy_updates(kind: str, temperature: float, count: int = 3, seed: int = 5, **more: object) -> list[Operation]:
@@ -27,16 +24,6 @@ def policy_updates(kind: str, temperature: float, count: int = 3, seed: int = 5,
             {"do": "step", "model": "a"},
         ]
     return operations
-
-
-def assert_values(clause: Clause, execution: Execution) -> None:
-    """Require log-probabilities and entropies to match the reference on every rank, and 0 at padding."""
-    for index, _, seen in execution.each("policy_backward"):
-        for rank, found in enumerate(seen):
-            expected = execution.predicted()[index][rank]
-            scale = max(1.0, *(value.abs().max().item() for value in expected.values()))
-            mismatch = tolerances.absolute(found, expected, VALUES * scale)
-            clause.require(mismatch is None, f"rank {rank}, policy_backward (operation {index}): {mismatch}")
 
 
 @CONTRACT.add
@@ -66,7 +53,7 @@ class TokenLogProbs(Clause):
 
     @override
     def check(self, execution: Execution) -> None:
-        assert_values(self, execution)
+        assert_values(self, execution, "policy_backward")
         assert_close(self, execution, bound=tolerances.ACROSS_FAMILIES)
 
 
@@ -88,11 +75,13 @@ class ChangedLogits(Clause):
     def check(self, execution: Execution) -> None:
         fused = execution.program.settings["fused_linear_logprob"]
         for index, _, seen in execution.each("policy_backward"):
-            for rank, found in enumerate(seen):
+            for rank, observed in enumerate(seen):
                 where = f"rank {rank}, policy_backward (operation {index})"
-                if is_error(found):
-                    self.require(fused, f"{where}: expected log-probabilities from the logits, got {found['message']}")
+                if is_error(observed):
+                    self.require(
+                        fused, f"{where}: expected log-probabilities from the logits, got {observed['message']}"
+                    )
                     words = ("token_log_probs", "fused_linear_logprob")
-                    self.require_error(found, "UnsupportedOperationError", *words, where=where)
+                    self.require_error(observed, "UnsupportedOperationError", *words, where=where)
                     return
-        assert_values(self, execution)
+        assert_values(self, execution, "policy_backward")

@@ -15,7 +15,12 @@ BUDGET = 12
 
 def plan(lengths: Sequence[Sequence[object]], max_tokens: object = BUDGET, *, padded: object) -> Operation:
     """Plan the sequences of each rank, of these ``lengths``."""
-    return {"do": "plan", "lengths": [list(own) for own in lengths], "max_tokens": max_tokens, "padded": padded}
+    return {
+        "do": "plan",
+        "lengths": [list(rank_lengths) for rank_lengths in lengths],
+        "max_tokens": max_tokens,
+        "padded": padded,
+    }
 
 
 def of_ranks(target: Target, *lengths: Sequence[object]) -> list[Sequence[object]]:
@@ -25,8 +30,8 @@ def of_ranks(target: Target, *lengths: Sequence[object]) -> list[Sequence[object
 
 def drawn_plans(target: Target) -> st.SearchStrategy[Program]:
     """Programs with one plan of few and short sequences."""
-    own = st.lists(st.integers(1, BUDGET), max_size=6)
-    ranks = st.lists(own, min_size=target.world, max_size=target.world)
+    rank_lengths = st.lists(st.integers(1, BUDGET), max_size=6)
+    ranks = st.lists(rank_lengths, min_size=target.world, max_size=target.world)
     return st.builds(lambda lengths, padded: program(target, plan(lengths, padded=padded)), ranks, st.booleans())
 
 
@@ -53,7 +58,9 @@ class WithinTheBudget(Clause):
         last = target.world - 1
         wrong: list[tuple[object, ...]] = [(3, BUDGET + 1), (3, 0), (3, -2), (3, 1.5), (True,), ("3",)]
         refused = [
-            {**plan([few] * last + [own], padded=padded), "may_fail": True} for own in wrong for padded in (True, False)
+            {**plan([few] * last + [rank_lengths], padded=padded), "may_fail": True}
+            for rank_lengths in wrong
+            for padded in (True, False)
         ]
         refused += [
             {**plan([few] * target.world, max_tokens, padded=padded), "may_fail": True}
@@ -102,7 +109,7 @@ class WithinTheBudget(Clause):
 
 def _named(operation: Operation) -> list[str]:
     """What the error for this plan must name."""
-    lengths = [length for own in operation["lengths"] for length in own]
+    lengths = [length for rank_lengths in operation["lengths"] for length in rank_lengths]
     longer = [length for length in lengths if isinstance(length, int) and length > BUDGET]
     if longer:
         return [str(longer[0])]
@@ -135,14 +142,14 @@ class FillersTakePart(Clause):
         seed: int = 1,
     ) -> Program:
         train: Operation = {"do": "train_planned", "model": "a", "max_tokens": BUDGET, "padded": padded}
-        operations = [{**train, "sequences": [list(own) for own in ranks]} for ranks in updates]
+        operations = [{**train, "sequences": [list(rank_lengths) for rank_lengths in ranks]} for ranks in updates]
         return program(target, *trained(kind=kind, seed=seed), *operations, LOOK)
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
-        own = st.lists(st.integers(0, 200), max_size=8)
+        rank_lengths = st.lists(st.integers(0, 200), max_size=8)
         updates = st.lists(
-            st.lists(own, min_size=target.world, max_size=target.world).filter(any), min_size=1, max_size=2
+            st.lists(rank_lengths, min_size=target.world, max_size=target.world).filter(any), min_size=1, max_size=2
         )
         kinds = st.sampled_from(["language", "regressor"])
         return st.builds(self._program, st.just(target), updates, st.booleans(), kinds, SEEDS)
@@ -182,7 +189,7 @@ class FewAndEven(Clause):
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
         lists = [(1, 12, 1, 12, 1, 12), (2,) * 8, (6, 6, 4, 4, 4), (5, 3, 12, 1, 1, 7), (8, 1, 1)]
-        ranks = [of_ranks(target, own) for own in lists] + [of_ranks(target, lists[1], lists[4])]
+        ranks = [of_ranks(target, rank_lengths) for rank_lengths in lists] + [of_ranks(target, lists[1], lists[4])]
         return [self._program(target, lengths, padded) for lengths in ranks for padded in (True, False)]
 
     def _program(self, target: Target, lengths: Sequence[Sequence[object]], padded: bool) -> Program:
@@ -200,7 +207,7 @@ class FewAndEven(Clause):
         (_, operation, seen), _, (_, _, again) = execution.each("plan")
         self.require(seen == again, f"the same arguments made another plan: first {show(seen)}, then {show(again)}")
         lengths, padded = operation["lengths"], operation["padded"]
-        possible = [best_division(own, padded=padded) for own in lengths]
+        possible = [best_division(rank_lengths, padded=padded) for rank_lengths in lengths]
         fewest = max(min(number for number, largest in best.items() if largest <= BUDGET) for best in possible)
         for rank, made in enumerate(seen):
             bound = 11 / 9 * fewest + 1 if fewest else 0

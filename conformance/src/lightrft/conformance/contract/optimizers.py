@@ -39,13 +39,21 @@ class Schedule(Clause):
         return [
             self._program(target, scheduled, poisoned)
             for scheduled, poisoned in [([True, False, True], ()), ([True, False, True], (1,)), ([True] * 5, (1, 2, 3))]
-        ]
+        ] + [self._program(target, [True, True, False], (), sizes=(1, 3, 1))]
 
-    def _program(self, target: Target, scheduled: Sequence[bool], poisoned: Sequence[int]) -> Program:
+    def _program(
+        self, target: Target, scheduled: Sequence[bool], poisoned: Sequence[int], sizes: Sequence[int] = ()
+    ) -> Program:
+        """``sizes``: the micro-batches of each update, which an explicit boundary ends, in place of K."""
         operations = trained(schedule=True, lr=1e-3)
         for number, pass_scheduler in enumerate(scheduled):
-            poison = {"poison": "nan"} if number in poisoned else {}
-            operations += [*updates(1, 2, first=10 * number, scheduled=pass_scheduler, **poison), STATE]
+            poison = "nan" if number in poisoned else None
+            size = sizes[number] if sizes else 2
+            for index in range(size):
+                operations += micro_batch(10 * number + index, scheduled=pass_scheduler, poison=poison)
+                if sizes:
+                    operations[-1] = {**operations[-1], "boundary": index == size - 1}
+            operations.append(STATE)
         return program(target, *operations, LOOK, accumulation_steps=2, max_skipped_updates=0)
 
     @override
@@ -172,12 +180,14 @@ class LiveRates(FollowsReference):
 
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
+        values = {"lr": 1e-2, "weight_decay": 5.0, "betas": [0.1, 0.5], "eps": 1e-1}
         changes: list[Operation] = [
             {"do": "set_rate", "model": "a", "lr": 1e-2},
             {"do": "set_decay", "model": "a", "weight_decay": 5.0},
             {"do": "set_betas", "model": "a", "betas": [0.1, 0.5]},
             {"do": "set_eps", "model": "a", "eps": 1e-1},
             {"do": "set_rate", "model": "a", "lr": 1e-2, "decayed": True},
+            *({"do": "set_group", "model": "a", "group": group, "values": values} for group in (0, 1)),
         ]
         return [program(target, *trained(), *updates(1), change, *updates(2, first=5), LOOK) for change in changes]
 
@@ -200,9 +210,9 @@ class OwnSettings(FollowsReference):
 @CONTRACT.add
 class Averages(Clause):
     """moving_average updates the average once per applied update, as the reference does, and changes nothing else. It
-    averages parameters: by default, an average keeps its own buffers. An average does not move for updates before it was
-    made. A model can have several averages. An average keeps its own dtype, also with bf16. It may be in a wrapper that
-    is not marked as an actor, while the model is in one that is."""
+    averages parameters: by default, an average keeps its own buffers. An average does not move for updates before it
+    was made. A model can have several averages, and beta may change from call to call. An average keeps its own dtype,
+    also with bf16. It may be in a wrapper that is not marked as an actor, while the model is in one that is."""
 
     id = "OPT-19"
 
@@ -257,7 +267,7 @@ class Averages(Clause):
             for index in range(2):
                 operations += micro_batch(10 * number + index, poison=poison if index else None)
                 operations.append({"do": "average", "model": "a", "into": "ema", "beta": beta})
-                operations.append({"do": "average", "model": "a", "into": "slow", "beta": 0.8})
+                operations.append({"do": "average", "model": "a", "into": "slow", "beta": 0.8 if number else 0.3})
         operations += [LOOK, self.look("ema"), self.look("slow"), look_at_buffers(), look_at_buffers("ema")]
         return program(target, *operations, accumulation_steps=2)
 

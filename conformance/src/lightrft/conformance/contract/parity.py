@@ -125,7 +125,8 @@ class GradientPrecision(Clause):
             {"do": "backward", "model": "a", "batch": 1, "data_of": 0, "ranks": [rank]} for rank in range(target.world)
         ]
         weighted = [
-            [{**update[0], "weight": 1.0}, *({**it, "weight": other} for it in update[1:])] for other in (0.0, SMALL)
+            [{**update[0], "weight": 1.0}, *({**operation, "weight": other} for operation in update[1:])]
+            for other in (0.0, SMALL)
         ]
         step: Operation = {"do": "step", "model": "a"}
         return program(target, *self._still("regressor"), *weighted[0], step, *weighted[1], step, precision=BF16)

@@ -239,8 +239,8 @@ class Inference(Clause):
 @CONTRACT.add
 class Modes(Clause):
     """A model prepared for training is in training mode, with dropout active. One prepared for inference is in
-    evaluation mode. Training, averaging, reading weights, saving, loading and offloading do not change the mode of any
-    part: a part that a script puts in evaluation mode stays there."""
+    evaluation mode. Training, averaging, reading weights, saving, loading (save_model and load_model included) and
+    offloading do not change the mode of any part: a part that a script puts in evaluation mode stays there."""
 
     id = "PREP-10"
 
@@ -259,6 +259,8 @@ class Modes(Clause):
             {"do": "empty_disk"},
             {"do": "save", "model": ["a", "r"], "tag": "t"},
             {"do": "load", "model": ["a", "r"], "tag": "t"},
+            *({"do": do, "model": model} for model in ("a", "r") for do in ("save_weights", "load_weights")),
+            {"do": "discard_exports"},
             {"do": "empty_disk", "keep": False},
         ]
         return [
@@ -279,6 +281,9 @@ class Modes(Clause):
             {"do": "average", "model": "a", "into": "e", "beta": 0.9},
             {"do": "save", "model": "a", "tag": "t"},
             {"do": "load", "model": "a", "tag": "t"},
+            {"do": "save_weights", "model": "a"},
+            {"do": "load_weights", "model": "a"},
+            {"do": "discard_exports"},
         ]
         still: Operation = {"do": "set_mode", "model": "a", "part": "second_norm", "training": False}
         look: Operation = {"do": "evaluating", "model": "a"}
@@ -306,7 +311,7 @@ class Modes(Clause):
 
 @CONTRACT.add
 class ChangesOfTrainability(Clause):
-    """requires_grad of a parameter may change between updates, also after an evaluation, a reference pass or
+    """requires_grad of a parameter may change between updates, also after an evaluation, a reference pass, offloading or
     torch.inference_mode: the update is that of plain torch, though a strategy may refuse parameters that are frozen at
     the update. An evaluation at any time changes no update."""
 
@@ -319,6 +324,7 @@ class ChangesOfTrainability(Clause):
             self._reference_passes(target, "blocks.0", inference_mode=True),
             self._frozen_later(target, "head"),
             self._frozen_later(target, "blocks.1", inference_mode=True),
+            self._frozen_later(target, "head", away=True),
             self._evaluations_within_updates(target),
         ]
 
@@ -335,14 +341,15 @@ class ChangesOfTrainability(Clause):
         ]
         return program(target, *trained(kind=kind, seed=3, lr=1e-2), *passes, LOOK)
 
-    def _frozen_later(self, target: Target, part: str, inference_mode: bool = False) -> Program:
-        """A part is frozen after an evaluation, and trains again after another."""
+    def _frozen_later(self, target: Target, part: str, inference_mode: bool = False, away: bool = False) -> Program:
+        """A part is frozen after an evaluation, and trains again after another; ``away``: then the model is offloaded."""
         freeze: Operation = {"do": "freeze", "model": "a", "part": part}
         evaluate: Operation = {"do": "evaluate", "model": "a", "batch": 50, "inference_mode": inference_mode}
+        offload: list[Operation] = [{"do": do, "model": "a"} for do in ("offload_model", "reload_model") if away]
         later = [
             operation
             for update, thaw in ((1, False), (2, True))
-            for operation in [evaluate, {**freeze, "thaw": thaw}, *updates(1, first=update)]
+            for operation in [evaluate, {**freeze, "thaw": thaw}, *offload, *updates(1, first=update)]
         ]
         later = [{**operation, "may_fail": True} for operation in later]
         return program(target, *trained(seed=4, lr=1e-2), *updates(1), *later, LOOK)
@@ -559,7 +566,11 @@ class Streams(Clause):
             self._program(target, kind, size)
             for kind, size in [("regressor", 200), ("language", 1), ("language", 1 << 20)]
         ]
-        return [*programs, self._program(target, "regressor", 200, precision=BF16, dtype="float32")]
+        wider = [(FP32, "float64"), (FP32, "bfloat16"), (BF16, "float32")]
+        return [
+            *programs,
+            *(self._program(target, "regressor", 200, precision=each, dtype=name) for each, name in wider),
+        ]
 
     def _program(
         self, target: Target, kind: str, size: int, seed: int = 9, precision: Settings = FP32, **more: object
@@ -592,8 +603,10 @@ class Streams(Clause):
                     sorted(stream["names"]) == sorted(expected),
                     f"{where}: expected the names {sorted(expected)}, got {sorted(stream['names'])}",
                 )
+                dtype = getattr(torch, operation.get("dtype", "float32"))
                 for name, tensor in expected.items():
-                    self.require_same(tensor, stream["values"][name], f"{where}: {name} differs from the built model")
+                    wanted = tensor.to(dtype).float()
+                    self.require_same(wanted, stream["values"][name], f"{where}: {name} differs from the built model")
                 for sizes in stream["sizes"]:
                     self.require(
                         len(sizes) == 1 or sum(sizes) <= operation["bucket_bytes"],

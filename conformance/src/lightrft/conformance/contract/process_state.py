@@ -12,9 +12,9 @@ LOOK: Operation = {"do": "process_state"}
 
 @CONTRACT.add
 class ProcessState(Clause):
-    """A strategy does not change process-wide state: torch's default dtype and device, autograd mode and number of
-    threads, and the working directory. Training, skipping, averaging, offloading and collectives do not advance the
-    random number generators."""
+    """A strategy does not change process-wide state, not even when it is created: torch's default dtype and device,
+    autograd mode and number of threads, the working directory, and the handlers of signals. Training, skipping,
+    averaging, offloading and collectives do not advance the random number generators."""
 
     id = "LIFE-9"
 
@@ -27,7 +27,7 @@ class ProcessState(Clause):
         away: list[Operation] = [{"do": do, "model": "a"} for do in ("offload_model", "reload_model", "weights")]
         return [
             program(
-                target, {"do": "world"}, LOOK, *trained(schedule=True), *average, *updates(2, scheduled=True),
+                target, LOOK, {"do": "world"}, LOOK, *trained(schedule=True), *average, *updates(2, scheduled=True),
                 *micro_batch(7, poison="nan"), {"do": "average", "model": "a", "into": "ema", "beta": 0.5}, *away,
                 {"do": "all_reduce", "data": 1.0}, {"do": "all_gather", "data": 1.0}, LOOK, {"do": "close"}, LOOK,
                 bf16=bf16,
@@ -37,8 +37,12 @@ class ProcessState(Clause):
 
     @override
     def check(self, execution: Execution) -> None:
-        before, used, closed = [seen for _, _, seen in execution.each("process_state")]
+        begun, before, used, closed = [seen for _, _, seen in execution.each("process_state")]
         for rank in range(execution.target.world):
+            for name, was in begun[rank].items():
+                now = before[rank][name]  # creating a strategy seeds the generators
+                holds = now == was or name.endswith("generator")
+                self.require(holds, f"rank {rank}: in the constructor, {name} is {now}, expected {was}")
             for after, when in ((used, "training"), (closed, "close")):
                 for name, was in before[rank].items():
                     now = after[rank][name]

@@ -10,6 +10,8 @@ from lightrft.conformance.reference import Family
 
 LOOK: Operation = {"do": "weights", "model": "a"}
 STATE: Operation = {"do": "state", "model": "a"}
+VALUES = 1e-5
+"""Bound on the error of per-token values in fp32."""
 
 
 def assert_close(clause: Clause, execution: Execution, model: str = "a", bound: float = tolerances.ABSOLUTE) -> None:
@@ -55,6 +57,19 @@ def assert_norms(clause: Clause, execution: Execution) -> None:
         expected, norm = execution.predicted()[index]["grad_norm"], seen[0]["grad_norm"]
         fits = expected is None or close(norm, expected)
         clause.require(fits, f"step (operation {index}): expected the gradient norm {expected}, got {norm}")
+
+
+def assert_values(clause: Clause, execution: Execution, operation: str, *, sharing: int = 1) -> None:
+    """Require the tensors, by name, that each ``operation`` returns to match the reference on every rank.
+
+    ``sharing`` ranks return the same. The bound is relative to the largest value if that exceeds 1.
+    """
+    for index, _, seen in execution.each(operation):
+        for rank, observed in enumerate(seen):
+            expected = execution.predicted()[index][rank // sharing]
+            scale = max(1.0, *(value.abs().max().item() for value in expected.values()))
+            mismatch = tolerances.absolute(observed, expected, VALUES * scale)
+            clause.require(mismatch is None, f"rank {rank}, {operation} (operation {index}): {mismatch}")
 
 
 def reference_weights(execution: Execution, family: Family, model: str = "a") -> tolerances.Weights:

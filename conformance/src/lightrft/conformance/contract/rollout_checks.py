@@ -31,9 +31,9 @@ def sleeps(target: Target) -> bool:
     return 1 in target.sleep_levels
 
 
-def model_with(target: Target, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """A plain language model with these weights."""
-    model = models.build(target.language_model, 0)
+def model_with(kind: str, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """A plain language model of a kind with these weights, in evaluation mode."""
+    model = models.build(kind, 0).eval()
     model.load_state_dict(weights, strict=False)
     return model
 
@@ -59,7 +59,8 @@ class Rollouts(Clause):
 
     def check_greedy(self, execution: Execution, generated: int, weights: dict[str, torch.Tensor]) -> None:
         """Require the completions of operation ``generated`` to be the reference's with ``weights``."""
-        model, operation = model_with(execution.target, weights), execution.program.operations[generated]
+        build, operation = execution.program.operations[0], execution.program.operations[generated]
+        model = model_with(build["kind"], weights)
         for rank in range(execution.target.world):
             prompts = operation["prompts"][rank % len(operation["prompts"])]
             seen = execution.at(rank, generated)

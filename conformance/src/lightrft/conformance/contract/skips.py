@@ -40,6 +40,7 @@ class Skips(Clause):
             self._program(target, "huge", last, 1, 0, FP32),
             self._program(target, "nan", 0, 1, 0, BF16),
             self._program(target, "-inf", last, 3, 2, {**FP32, "max_norm": 1.0}),
+            *(self._program(target, poison, last, 1, 0, FP32, kind="steep") for poison in ("to -inf", "to inf")),
         ]
 
     def _program(
@@ -51,9 +52,10 @@ class Skips(Clause):
         position: int,
         precision: Settings,
         seed: int = 4,
+        kind: str = "regressor",
     ) -> Program:
         operations = [
-            *trained(seed=seed, schedule=True, weight_decay=0.1),
+            *trained(kind=kind, seed=seed, schedule=True, weight_decay=0.1),
             *updates(1, accumulation_steps, scheduled=True),
             STATE,
         ]
@@ -122,9 +124,12 @@ class TooManySkips(Clause):
         endless = [operation for batch in range(4) for operation in micro_batch(batch, poison="inf")]
         three: Record = {**FP32, "max_skipped_updates": 3, **geometry(target)}
         both = (*trained(), *trained("b", seed=2), *two, *micro_batch(4, "b"), *third)
+        early = micro_batch(3)
+        early[-1] = {**early[-1], "boundary": True}
         return [
             Program(operations=both, settings=three),
             Program(operations=(*trained(), *two, *micro_batch(3), *two, *third), settings=three),
+            Program(operations=(*trained(), *two, *early, *two, *third), settings=three),
             Program(operations=(*trained(), *endless), settings={**three, "max_skipped_updates": 0}),
             Program(
                 operations=(*trained(), *two, *OUT, *BACK, *third), settings={**offloading.settings(target), **three}

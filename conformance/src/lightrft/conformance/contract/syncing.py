@@ -1,6 +1,7 @@
 """SYNC: sending the actor's weights to the engine."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from hypothesis import strategies as st
 from typing_extensions import override
@@ -8,6 +9,7 @@ from typing_extensions import override
 from lightrft.conformance import models
 from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Target, is_error
 from lightrft.conformance.contract.bounded_memory import BoundedMemory
+from lightrft.conformance.contract.buffers import look_at_buffers
 from lightrft.conformance.contract.program_parts import SEEDS, program, trained, updates
 from lightrft.conformance.contract.reference_checks import LOOK
 from lightrft.conformance.contract.rollout_checks import Rollouts, alike, generate, rollout, sleeps
@@ -16,13 +18,15 @@ from lightrft.conformance.contract.rollout_checks import Rollouts, alike, genera
 @CONTRACT.add
 class SyncedWeights(Rollouts):
     """After update_engine_weights(actor), the engine's greedy tokens and log-probabilities are those of the actor's
-    weights at that time, whatever training does next."""
+    weights and persistent buffers at that time, whatever training does next."""
 
     id = "SYNC-1"
 
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
-        return [self._program(target, 1), self._program(target, 1, bucket=64)]
+        programs = [self._program(target, 1), self._program(target, 1, bucket=64)]
+        takes_any = target.language_model == "language" and target.world == 1  # ranks have buffers of their own
+        return [*programs, self._program(replace(target, language_model="centred"), 1)] if takes_any else programs
 
     def _program(self, target: Target, seed: int, bucket: int = 1 << 20, count: int = 2) -> Program:
         return program(
@@ -33,6 +37,7 @@ class SyncedWeights(Rollouts):
             {"do": "sync", "model": "a"},
             generate(),
             LOOK,
+            look_at_buffers(),
             *updates(1, first=9),
             generate(),
             weight_sync_bucket_bytes=bucket,
@@ -52,11 +57,12 @@ class SyncedWeights(Rollouts):
         first, second, third = [
             index for index, operation in enumerate(execution.program.operations) if operation["do"] == "generate"
         ]
-        begun = models.build(execution.target.language_model, execution.program.operations[0]["seed"]).state_dict()
-        self.check_greedy(execution, first, begun)
+        build = execution.program.operations[0]
+        self.check_greedy(execution, first, models.build(build["kind"], build["seed"]).state_dict())
         for rank in range(execution.target.world):
-            self.check_greedy(execution, second, execution.last("weights")[rank])
-            self.check_greedy(execution, third, execution.last("weights")[rank])
+            state = {**execution.last("weights")[rank], **execution.last("buffers")[rank]}
+            self.check_greedy(execution, second, state)
+            self.check_greedy(execution, third, state)
 
 
 @CONTRACT.add

@@ -1,5 +1,6 @@
 """LOG: metrics, and the trackers that they go to."""
 
+import math
 from collections.abc import Sequence
 
 from hypothesis import strategies as st
@@ -13,6 +14,8 @@ from lightrft.conformance.interpreter.tracking import Fails, Keeps
 
 KEEPS, FAILS = (f"{tracker.__module__}:{tracker.__name__}" for tracker in (Keeps, Fails))
 SEQUENCES = range(9)
+NUMBERS = {"none": 0, "zero": 0.0, "large": 2**53 + 1, "small": -5e-324, "undefined": math.nan, "endless": -math.inf}
+"""Metrics that a tracker gets as they are."""
 
 
 def logs(step: int, metrics: object = (), **more: object) -> Operation:
@@ -22,8 +25,9 @@ def logs(step: int, metrics: object = (), **more: object) -> Operation:
 
 @CONTRACT.add
 class TrackersOnRankZero(Clause):
-    """log writes on rank 0 only, and waits for no other rank. A value that is not a number raises ArgumentTypeError on
-    every rank that passes it. A tracker that fails stops neither the script nor other trackers."""
+    """log writes on rank 0 only, every number unchanged, and waits for no other rank. A value that is not a number
+    raises ArgumentTypeError on every rank that passes it. A tracker that fails stops neither the script nor other
+    trackers."""
 
     id = "LOG-2"
 
@@ -32,7 +36,7 @@ class TrackersOnRankZero(Clause):
         update = token_update(dealt(SEQUENCES, 2, target.world))
         operations = [
             *trained(),
-            logs(3, {"reward": {"mean": 1.5}}),
+            logs(3, {"reward": {"mean": 1.5}, **NUMBERS}),
             logs(3, {"alone": 2}, ranks=[0]),
             *update,
             logs(4, {"reward": "high"}, may_fail=True),
@@ -47,14 +51,17 @@ class TrackersOnRankZero(Clause):
             kept = [(entry["step"], entry.get("reward/mean"), entry.get("alone")) for entry in entries]
             expected = [(3, 1.5, None), (3, None, 2)] if rank == 0 else []
             self.require(kept == expected, f"rank {rank}: expected the tracker to get {expected}, got {kept}")
+            for entry in entries[:1]:
+                got = {name: entry.get(name) for name in NUMBERS}
+                self.require_same(NUMBERS, got, f"rank {rank}: the numbers that the tracker got")
         for rank, refused in enumerate(execution.last("log")):
             self.require_error(refused, "ArgumentTypeError", "log", "reward", where=f"log of a text on rank {rank}")
 
 
 @CONTRACT.add
 class LossOfAnUpdate(Clause):
-    """The loss of an update, in the result of optimizer_step and in log, is the mean of the losses over micro-batches and ranks
-    or, with denominators, the sum of the losses over the sum of the denominators. All ranks get the same."""
+    """The loss of an update, in the result of optimizer_step and in log, is the mean of the losses over micro-batches
+    and ranks or, with denominators, the sum of the losses over the sum of the denominators. All ranks get the same."""
 
     id = "LOG-3"
 

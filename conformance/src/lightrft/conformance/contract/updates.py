@@ -91,13 +91,19 @@ class Boundary(Clause):
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
         programs = [self._program(target, lengths) for lengths in ([1, 3, 2], [2, 5], [4, 1])]
-        return [*programs, self._program(target, [1, 2, 4], max_norm=0.5)]
+        return [
+            *programs,
+            self._program(target, [1, 2, 4], max_norm=0.5),
+            self._program(target, [2, 1, 4], backwards=2),
+        ]
 
-    def _program(self, target: Target, lengths: Sequence[int], seed: int = 1, max_norm: float | None = None) -> Program:
+    def _program(
+        self, target: Target, lengths: Sequence[int], seed: int = 1, max_norm: float | None = None, backwards: int = 1
+    ) -> Program:
         operations, batch = trained(seed=seed), 0
         for length in lengths:
             for index in range(length):
-                operations += micro_batch(batch)
+                operations += micro_batch(batch, backwards=backwards)
                 operations[-1] = {**operations[-1], "boundary": index == length - 1}
                 batch += 1
         return program(target, *operations, LOOK, accumulation_steps=3, max_norm=max_norm)
@@ -105,7 +111,7 @@ class Boundary(Clause):
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
         lengths, norms = st.lists(st.integers(1, 5), min_size=1, max_size=3), st.sampled_from([None, 0.5, 0.05])
-        return st.builds(self._program, st.just(target), lengths, SEEDS, norms)
+        return st.builds(self._program, st.just(target), lengths, SEEDS, norms, st.integers(1, 2))
 
     @override
     def check(self, execution: Execution) -> None:

@@ -92,12 +92,15 @@ def _models(session: Session, model: str | list[str]) -> Models:
 @operation
 def save(
     session: Session, model: str | list[str], store: str = "s", client: str | None = None, explicit: bool = False,
-    **more: Any,
+    room: float | None = None, **more: Any,
 ) -> dict[str, object]:  # fmt: skip
     """save_ckpt; the path, and the names of what changed in the state of this process.
 
-    ``explicit``: pass the optimizer and the scheduler as arguments.
+    ``explicit``: pass the optimizer and the scheduler as arguments. ``room``: max_mem, as a multiple of the largest
+    checkpoint in the store.
     """
+    if room is not None:
+        more["max_mem"] = room * _largest(session, store) / 1e9
     if client is not None:
         more["client_state"] = _unstorable(client) if client in UNSTORABLE else copy.deepcopy(CLIENT_STATES[client])
     if explicit and isinstance(model, str):
@@ -111,6 +114,14 @@ def save(
         name for name in before.keys() | after.keys() if digest(before.get(name)) != digest(after.get(name))
     )
     return {"path": str(path.relative_to(disk())), "changed": changed}
+
+
+def _largest(session: Session, store: str) -> int:
+    """The bytes of tensors in the largest checkpoint of the store. Ranks wait for each other before going on."""
+    folders = [path for path in (disk() / store).iterdir() if path.is_dir()]
+    largest = max(sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in folders)
+    session.strategy.sync_and_clear_cache()
+    return largest
 
 
 @operation
@@ -262,7 +273,7 @@ class _Canary:
 
 @operation
 def plant_pickles(session: Session, replace: bool, store: str = "s", tag: str = "t") -> None:
-    """Put pickles that run code into a checkpoint: in place of its files, or beside them under likely names."""
+    """Put pickles that run code into a checkpoint: in place of its files, or next to them under likely names."""
     if session.rank != 0:
         return
     poison = pickle.dumps(_Canary(str(disk() / "executed")))

@@ -26,9 +26,9 @@ def backward_over(
 
     ``denominators``: by rank, in place of the number of items. ``form``: see `FORMS`.
     """
-    entry, own = session.models[model], sequences[session.rank]
-    loss = weight * models.loss_over(entry.model, own)
-    given = sum(map(models.items_in, own)) if denominators is None else denominators[session.rank]
+    entry, rank_sequences = session.models[model], sequences[session.rank]
+    loss = weight * models.loss_over(entry.model, rank_sequences)
+    given = sum(map(models.items_in, rank_sequences)) if denominators is None else denominators[session.rank]
     arguments = {} if given is None else {"denominator": FORMS[form](given, session.strategy.device)}
     session.strategy.backward(loss, entry.model, session.optimizer(model), **arguments)  # type: ignore[arg-type]
     return float(loss)

@@ -62,7 +62,33 @@ def _opened(path: Path, inputs: torch.Tensor) -> dict[str, object]:
         "vocabulary": dict(sorted(AutoTokenizer.from_pretrained(path).get_vocab().items())),
         "class": json.loads((path / "config.json").read_text())["architectures"],
         "files": sorted(file.name for file in path.glob("*.safetensors")),
+        **_indexed(path),
     }
+
+
+def _indexed(path: Path) -> dict[str, object]:
+    """The file of each tensor, as it is and as the index says."""
+    from safetensors import safe_open
+
+    tensors: dict[str, str] = {}
+    for file in path.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            tensors |= dict.fromkeys(opened.keys(), file.name)
+    index = path / "model.safetensors.index.json"
+    named = json.loads(index.read_text())["weight_map"] if index.exists() else {}
+    return {"tensors": dict(sorted(tensors.items())), "index": dict(sorted(named.items()))}
+
+
+@operation
+def save_weights(session: Session, model: str) -> None:
+    """save_model, for `load_weights`."""
+    session.strategy.save_model(session.models[model].model, None, _models_directory() / "weights")
+
+
+@operation
+def load_weights(session: Session, model: str) -> None:
+    """load_model of what `save_weights` saved."""
+    session.strategy.load_model(session.models[model].model, _models_directory() / "weights")
 
 
 @operation

@@ -80,10 +80,11 @@ def save_on_sigterm(session: Session, operations: list[Record], raising: bool = 
     """Run ``operations`` inside saving_on_sigterm, whose block may raise at the end.
 
     Returns:
-        stop_requested before the first operation and after each, and the number of calls of ``save`` so far: when the
-        block ends, and after it was left.
+        stop_requested before the first operation and after each; the number of calls of ``save`` so far: when the
+        block ends, and after it was left; and whether the handler that was set before is in place again.
     """
     strategy, saves = session.strategy, []
+    before = signal.signal(signal.SIGTERM, _ignore)
     requested = [strategy.stop_requested]
     with contextlib.suppress(LookupError), strategy.saving_on_sigterm(lambda: saves.append("saved")):
         for inner in operations:
@@ -94,7 +95,12 @@ def save_on_sigterm(session: Session, operations: list[Record], raising: bool = 
         inside = len(saves)
         if raising:
             raise LookupError
-    return {"stop_requested": requested, "saves": [inside, len(saves)]}
+    restored = signal.signal(signal.SIGTERM, before) is _ignore
+    return {"stop_requested": requested, "saves": [inside, len(saves)], "handler": restored}
+
+
+def _ignore(number: int, frame: object) -> None:
+    """A handler of a script."""
 
 
 @operation
@@ -176,6 +182,7 @@ def process_state(session: Session) -> dict[str, object]:
         "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
         "torch's number of threads": torch.get_num_threads(),
         "working directory": os.getcwd(),
+        **{f"the handler of {name}": str(signal.getsignal(getattr(signal, name))) for name in ("SIGINT", "SIGTERM")},
         "Python's generator": digest(list(random.getstate()[1])),
         "NumPy's generator": digest([state["key"].tolist(), state["pos"]]),
         "torch's generator": digest(torch.get_rng_state()),
@@ -184,7 +191,7 @@ def process_state(session: Session) -> dict[str, object]:
 
 @operation
 def attachments(session: Session, model: str) -> dict[str, list[str]]:
-    """What hangs on the model as it was built, its parts and its parameters: hooks with their number, and methods. And the
+    """What is attached to the original model, its modules and parameters: hooks with their number, and methods. And the
     parameters by type and shape, which sharding changes."""
     module = session.models[model].module
     held = [

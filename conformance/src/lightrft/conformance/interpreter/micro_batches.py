@@ -13,17 +13,25 @@ def plan(session: Session, lengths: list[Any], max_tokens: int | list[int], padd
     made = session.strategy.plan_micro_batches(
         lengths[session.rank], max_tokens=_of_rank(max_tokens, session.rank), padded=_of_rank(padded, session.rank)
     )
-    return [{"indices": list(it.indices), "tokens": it.tokens, "last": it.last, "weight": it.weight} for it in made]
+    return [
+        {
+            "indices": list(micro_batch.indices),
+            "tokens": micro_batch.tokens,
+            "last": micro_batch.last,
+            "weight": micro_batch.weight,
+        }
+        for micro_batch in made
+    ]
 
 
 @operation
 def train_planned(session: Session, model: str, sequences: list[list[int]], max_tokens: int, padded: bool) -> Record:
     """One update over this rank's ``sequences``, in planned micro-batches; the result, and the number of fillers."""
-    entry, own = session.models[model], sequences[session.rank]
-    optimizer, lengths = session.optimizer(model), [models.items_in(sequence) for sequence in own]
+    entry, rank_sequences = session.models[model], sequences[session.rank]
+    optimizer, lengths = session.optimizer(model), [models.items_in(sequence) for sequence in rank_sequences]
     made = session.strategy.plan_micro_batches(lengths, max_tokens=max_tokens, padded=padded)
     for micro_batch in made:
-        chosen = [own[index] for index in micro_batch.indices] or [0]
+        chosen = [rank_sequences[index] for index in micro_batch.indices] or [0]
         loss, items = models.loss_over(entry.model, chosen), sum(map(models.items_in, chosen))
         weight = micro_batch.weight
         session.strategy.backward(weight * loss, entry.model, optimizer, denominator=weight * items)
@@ -33,5 +41,5 @@ def train_planned(session: Session, model: str, sequences: list[list[int]], max_
     return {"micro_batches": len(made), "fillers": fillers, **reported}
 
 
-def _of_rank(value: Any, rank: int) -> Any:
+def _of_rank(value: object, rank: int) -> Any:
     return value[rank] if isinstance(value, list) else value

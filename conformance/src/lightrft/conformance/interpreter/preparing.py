@@ -252,8 +252,9 @@ def batches(session: Session, name: str, epoch: int | None = None, first: int | 
 
 
 @operation
-def resume(session: Session, name: str, epoch: int, consumed: int) -> dict[str, object]:
-    """The remaining samples of ``epoch`` after ``consumed`` samples."""
+def resume(session: Session, name: str, consumed: int, epoch: int | None = None) -> dict[str, object]:
+    """The remaining samples of ``epoch`` after ``consumed`` samples, or those from the position of the loader on."""
     data_loader = session.memory[name]
-    data_loader.set_epoch(epoch, consumed)
+    if epoch is not None:
+        data_loader.set_epoch(epoch, consumed)
     return {"batches": [batch.tolist() for batch in data_loader]}

@@ -167,11 +167,14 @@ def _record(completion: Completion) -> dict[str, object]:
         "reason": completion.finish_reason,
         "version": completion.weight_version,
         "text": completion.text,
+        "types": sorted(
+            {type(token).__name__ for token in (*completion.prompt_token_ids, *completion.output_token_ids)}
+        ),
     }
 
 
 @operation
-def printed_by(session: Session, call: str, **arguments: Any) -> str:
+def printed_by(session: Session, call: str, **arguments: object) -> str:
     """The output of another operation."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):

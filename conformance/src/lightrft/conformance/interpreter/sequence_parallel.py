@@ -11,8 +11,8 @@ from lightrft.conformance.interpreter.session import Session, operation
 def _batch(session: Session, batch: int, form: str, length: int, data_of: int | None = None) -> sequences.Batch:
     """The batch of this rank's group, on the device."""
     rank = session.rank // session.strategy.sequence_parallel.size if data_of is None else data_of
-    whole = sequences.batch(batch, rank, form, length)
-    return {name: tensor.to(session.strategy.device) for name, tensor in whole.items()}
+    tensors = sequences.batch(batch, rank, form, length)
+    return {name: tensor.to(session.strategy.device) for name, tensor in tensors.items()}
 
 
 @operation
@@ -26,10 +26,10 @@ def sequence_backward(
     ``denominator``: pass the sum over tokens and their number, in place of the mean.
     """
     entry, ranks = session.models[model], session.strategy.sequence_parallel
-    whole = _batch(session, batch, form, length, data_of)
-    local = ranks.split(whole)
+    full_batch = _batch(session, batch, form, length, data_of)
+    local = ranks.split(full_batch)
     values = sequences.log_probs(entry.model, local)
-    values, labels = (ranks.gather(values), whole["labels"]) if gathered else (values, local["labels"])
+    values, labels = (ranks.gather(values), full_batch["labels"]) if gathered else (values, local["labels"])
     loss, items = sequences.loss_of(values, labels), sequences.items_in(labels)
     if denominator:
         loss = loss * items
@@ -42,23 +42,30 @@ def sequence_backward(
 @operation
 def sequence_forward(
     session: Session, model: str, batch: int, form: str, length: int = 13, split: bool = True
-) -> torch.Tensor:
+) -> dict[str, torch.Tensor]:
     """The log-probabilities of one batch under no_grad; without ``split``, every rank computes all of them."""
-    ranks, whole = session.strategy.sequence_parallel, _batch(session, batch, form, length)
+    ranks, full_batch = session.strategy.sequence_parallel, _batch(session, batch, form, length)
     model_in_use = session.models[model].model
     with torch.no_grad():
         if not split:
-            return sequences.log_probs(model_in_use, whole)
-        return ranks.gather(sequences.log_probs(model_in_use, ranks.split(whole)))
+            return {"log_probs": sequences.log_probs(model_in_use, full_batch)}
+        return {"log_probs": ranks.gather(sequences.log_probs(model_in_use, ranks.split(full_batch)))}
 
 
 @operation
-def round_trip(session: Session, batch: int, form: str, length: int, drop: str | None = None) -> dict[str, object]:
-    """Split a batch and gather it: its values, with some of other types and shapes. ``drop``: leave out a name."""
+def round_trip(
+    session: Session, batch: int, form: str, length: int, drop: str | None = None, after_another: bool = False
+) -> dict[str, object]:
+    """Split a batch and gather it: its values, with some of other types and shapes.
+
+    ``drop``: leave out a name. ``after_another``: first split, and hold, a batch whose slices are as long without padding.
+    """
     ranks = session.strategy.sequence_parallel
-    whole = _extended(_batch(session, batch, form, length))
-    local = ranks.split({name: value for name, value in whole.items() if name != drop})
-    names = [name for name in whole if name not in ("attention_mask", drop)]
+    longest = -(-length // ranks.size) * ranks.size
+    _held = ranks.split(_batch(session, batch + 1, "full", longest)) if after_another else None
+    full_batch = _extended(_batch(session, batch, form, length))
+    local = ranks.split({name: value for name, value in full_batch.items() if name != drop})
+    names = [name for name in full_batch if name not in ("attention_mask", drop)]
     return {name: ranks.gather(local[name]) for name in names} | {"mask": _mask(local["attention_mask"], length)}
 
 

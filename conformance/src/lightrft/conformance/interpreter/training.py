@@ -62,10 +62,12 @@ def policy_backward(
     """token_log_probs of one padded batch, and the backward of a loss from it; what it returned."""
     entry, device = session.models[model], session.strategy.device
     tokens, mask = (part.to(device) for part in models.padded_batch(batch, session.rank, rows))
-    found = session.strategy.token_log_probs(entry.model, tokens, mask, temperature=temperature, entropy=True)
-    assert found.entropy is not None
-    session.strategy.backward(models.policy_loss(found.log_probs, found.entropy), entry.model, session.optimizer(model))
-    return {"log_probs": found.log_probs.detach(), "entropy": found.entropy.detach()}
+    result = session.strategy.token_log_probs(entry.model, tokens, mask, temperature=temperature, entropy=True)
+    assert result.entropy is not None
+    session.strategy.backward(
+        models.policy_loss(result.log_probs, result.entropy), entry.model, session.optimizer(model)
+    )
+    return {"log_probs": result.log_probs.detach(), "entropy": result.entropy.detach()}
 
 
 @operation
@@ -93,10 +95,10 @@ def weights(session: Session, model: str) -> dict[str, torch.Tensor]:
     """All parameters, unsharded, in fp32."""
     trained = {name for name, _ in session.models[model].module.named_parameters(remove_duplicate=False)}
     streamed = session.weights(session.models[model].model)
-    own = [
+    named = [
         (name if name in trained else name.removeprefix("model."), tensor) for name, tensor in streamed
     ]  # of a wrapper
-    return {name: tensor for name, tensor in own if name in trained}
+    return {name: tensor for name, tensor in named if name in trained}
 
 
 @operation
@@ -149,7 +151,7 @@ def state_sizes(session: Session, model: str) -> int:
 
 
 @operation
-def forward(session: Session, model: str, batch: int, rows: int = 2, **more: Any) -> torch.Tensor:
+def forward(session: Session, model: str, batch: int, rows: int = 2, **more: object) -> torch.Tensor:
     """The outputs for one batch under no_grad; ``more`` are keyword arguments of the model."""
     entry = session.models[model]
     inputs, _ = models.batch(batch, session.rank, rows, models.is_language(entry.module))
@@ -172,6 +174,13 @@ def set_rate(session: Session, model: str, lr: float, decayed: bool = False) -> 
     """Change the learning rate in all param_groups, or with ``decayed`` in those with weight decay."""
     for group in session.optimizer(model).param_groups:
         group["lr"] = lr if group["weight_decay"] or not decayed else group["lr"]
+
+
+@operation
+def set_group(session: Session, model: str, group: int, values: dict[str, Any]) -> None:
+    """Change hyperparameters of one of the param_groups: the first has a weight decay, the second has none."""
+    groups = sorted(session.optimizer(model).param_groups, key=lambda each: not each["weight_decay"])
+    groups[group].update({name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 @operation

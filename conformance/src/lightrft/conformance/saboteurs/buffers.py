@@ -53,7 +53,7 @@ class AveragesBuffers(FakeStrategy):
 
     def moving_average(
         self, model: nn.Module, model_ema: nn.Module, beta: float = 0.992, device: torch.device | str | None = None,
-        **more: Any,
+        **more: object,
     ) -> None:  # fmt: skip
         super().moving_average(model, model_ema, beta, device, **more)
         for averaged, buffer in zip(model_ema.buffers(), model.buffers(), strict=True):

@@ -20,7 +20,7 @@ from lightrft.strategy.step.update import reduce_clip_and_step
 class Unguarded(FakeStrategy):
     """A strategy that changes the optimizers of models in training."""
 
-    def prepare(self, *models: Any, is_rlhf: bool = False) -> Any:
+    def prepare(self, *models: object, is_rlhf: bool = False) -> Any:
         result = super().prepare(*models)
         for prepared in self._models:
             if prepared.trained is not None:
@@ -47,7 +47,7 @@ class ZeroGradDiscards(Unguarded):
 
 @saboteur("PREP-14")
 class StepsByHand(Unguarded):
-    """optimizer.step steps with gradients that are not clipped, beside the strategy."""
+    """optimizer.step steps with gradients that are not clipped, without the strategy."""
 
     @override
     def unguard(self, trained: TrainedModel) -> None:

@@ -31,7 +31,7 @@ class Saboteur:
 registered: dict[str, Saboteur] = {}
 
 
-def saboteur(clause: str, *, world: int = 1, verdict: Verdict = "fail", **settings: Any) -> Callable[[type], type]:
+def saboteur(clause: str, *, world: int = 1, verdict: Verdict = "fail", **settings: object) -> Callable[[type], type]:
     """Register a defective strategy, backend or engine. Its docstring says what is wrong with it.
 
     The name of a backend then means the strategy around it; see `strategy_around`.

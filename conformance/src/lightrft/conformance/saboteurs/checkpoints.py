@@ -341,7 +341,7 @@ class PathsOfItsOwn(CheckpointHooks, PlainStrategy):
 
 @saboteur("CKPT-10")
 class Unpickles(Saves):
-    """Unpickles a file that lies in the checkpoint."""
+    """Unpickles a file in the checkpoint."""
 
     @override
     def load(self, model: Models, directory: Path, tag: str | None, options: Options) -> Loaded:

@@ -116,6 +116,18 @@ class LastRankOff(CollectiveHooks, PlainStrategy):
         return map_leaves(lambda leaf: leaf + 1 if last and isinstance(leaf, float) else leaf, result)
 
 
+@saboteur("COLL-1", world=2)
+class LastRankOffWhenLarge(CollectiveHooks, PlainStrategy):
+    """On the last rank, numbers reduced together with a large tensor are 1 too large."""
+
+    @override
+    def reduced(self, data: object, result: object) -> object:
+        sizes: list[int] = []
+        map_leaves(lambda leaf: sizes.append(leaf.nbytes if isinstance(leaf, torch.Tensor) else 8), data)
+        off = self.world.rank == self.world.size - 1 and sum(sizes) > 1024
+        return map_leaves(lambda leaf: leaf + 1 if off and isinstance(leaf, float) else leaf, result)
+
+
 @saboteur("COLL-7")
 class MeansOfIntegers(FakeStrategy):
     """The mean of an integer tensor is rounded down."""

@@ -23,6 +23,7 @@ from lightrft.conformance.saboteurs import (  # noqa: F401 - they register thems
     offloading,
     optimizers,
     preparing,
+    rare_calls,
     rollouts,
     sequence_parallel,
     skips,

@@ -77,11 +77,11 @@ class LocalSums(ReplicatedBackend):
 
     @override
     def fused_step(self, trained: TrainedModel, factor: float) -> float:
-        own = sum(value for value in trained.denominators if value is not None)
-        if not own or not math.isfinite(factor):
+        local_sum = sum(value for value in trained.denominators if value is not None)
+        if not local_sum or not math.isfinite(factor):
             return reduce_clip_and_step(self, trained, factor)
         for parameter in trained.parameters:
-            parameter.grad = None if parameter.grad is None else parameter.grad / own
+            parameter.grad = None if parameter.grad is None else parameter.grad / local_sum
         return reduce_clip_and_step(self, trained, 1.0)
 
 

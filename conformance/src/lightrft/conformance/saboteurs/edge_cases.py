@@ -198,7 +198,7 @@ class OneRate(FakeStrategy):
 class ListsTrain(FakeStrategy):
     """Models prepared in a list stay in training mode."""
 
-    def prepare(self, *models: Any, is_rlhf: bool = False) -> Any:
+    def prepare(self, *models: object, is_rlhf: bool = False) -> Any:
         result = super().prepare(*models)
         for model in models[0] if isinstance(models[0], list) else ():
             model.train()

@@ -277,6 +277,57 @@ class EndsOfTheSetup(FakeEngine):
         return super()._generate(prompts, sampling)
 
 
+@saboteur("GEN-11")
+class StopsBeforeTheMinimum(FakeEngine):
+    """With stop_token_ids, min_tokens is ignored."""
+
+    @override
+    def _complete(self, prompt: Prompt, sampling: Sampling, seed: int, sample: int) -> Completion:
+        least = 0 if sampling.stop_token_ids else sampling.min_tokens
+        return super()._complete(prompt, replace(sampling, min_tokens=least), seed, sample)
+
+
+@saboteur("GEN-2")
+class ZeroIsNoSeed(FakeEngine):
+    """seed=0 counts as no seed."""
+
+    @override
+    def _call_seed(self, sampling: Sampling) -> int:
+        return super()._call_seed(replace(sampling, seed=sampling.seed or None))
+
+
+@saboteur("GEN-9")
+class TooManyToChooseFrom(FakeEngine):
+    """top_k above the size of the vocabulary raises."""
+
+    @override
+    def _complete(self, prompt: Prompt, sampling: Sampling, seed: int, sample: int) -> Completion:
+        vocabulary = self._model.logits(torch.tensor([[0]])).shape[-1]
+        if sampling.top_k > vocabulary:
+            raise RuntimeError("selected index k out of range")
+        return super()._complete(prompt, sampling, seed, sample)
+
+
+@saboteur("GEN-1")
+class TokensAsTensors(FakeEngine):
+    """The token ids of prompts are 0-d tensors."""
+
+    @override
+    def _complete(self, prompt: Prompt, sampling: Sampling, seed: int, sample: int) -> Completion:
+        done = super()._complete(prompt, sampling, seed, sample)
+        return replace(done, prompt_token_ids=tuple(torch.tensor(done.prompt_token_ids)))
+
+
+@saboteur("GEN-1", verdict="hang")
+class WaitsForPrompts(FakeEngine):
+    """Without prompts, generate waits for some."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
+        while not prompts:
+            time.sleep(0.1)
+        return super().generate(prompts, sampling)
+
+
 @saboteur("GEN-12", world=2)
 class OneStreamForAllRanks(PlainStrategy):
     """Without a seed, the engines of all ranks draw from the same random stream."""

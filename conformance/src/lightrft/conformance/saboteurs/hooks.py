@@ -122,7 +122,7 @@ class StreamHooks(FakeStrategy):
 class GenerationHooks(StrategyBase):
     """A hook for the arguments of gather_and_generate."""
 
-    def gather_and_generate(self, sampling_params: Any, *rest: Any, **arguments: Any) -> Any:
+    def gather_and_generate(self, sampling_params: object, *rest: object, **arguments: object) -> Any:
         assert not rest, "the suite passes the other arguments by name"
         return super().gather_and_generate(sampling_params, **self.changed(arguments))
 

@@ -1,7 +1,6 @@
 """Defects in what is refused, reported and claimed."""
 
 from collections.abc import Collection
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +22,7 @@ from lightrft.strategy.fake_strategy import FakeBackend
 class TakesVectors(FakeStrategy):
     """A loss that is not a scalar is averaged."""
 
-    def backward(self, loss: Tensor, model: nn.Module, optimizer: Optimizer, **more: Any) -> None:
+    def backward(self, loss: Tensor, model: nn.Module, optimizer: Optimizer, **more: object) -> None:
         super().backward(loss.mean() if isinstance(loss, Tensor) and loss.ndim else loss, model, optimizer)
 
 
@@ -31,7 +30,7 @@ class TakesVectors(FakeStrategy):
 class TakesAnyOptimizer(FakeStrategy):
     """backward does not check the optimizer."""
 
-    def backward(self, loss: Tensor, model: nn.Module, optimizer: Optimizer, **more: Any) -> None:
+    def backward(self, loss: Tensor, model: nn.Module, optimizer: Optimizer, **more: object) -> None:
         prepared = self._models.find(model)
         if prepared is not None and prepared.trained is not None:
             optimizer = prepared.trained.optimizer
@@ -42,7 +41,7 @@ class TakesAnyOptimizer(FakeStrategy):
 class SaysNothing(FakeStrategy):
     """The error for a loss without a graph is that of torch."""
 
-    def backward(self, loss: Tensor, model: nn.Module, optimizer: Optimizer, **more: Any) -> None:
+    def backward(self, loss: Tensor, model: nn.Module, optimizer: Optimizer, **more: object) -> None:
         if isinstance(loss, Tensor) and not loss.requires_grad:
             loss.backward()
         super().backward(loss, model, optimizer)

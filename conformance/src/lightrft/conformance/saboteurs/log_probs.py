@@ -24,7 +24,7 @@ class LogProbHooks(FakeStrategy):
         if attention_mask is not None:
             options["targets"] = self.targets(input_ids, attention_mask)
         options["temperature"] = self.temperature(options["temperature"])
-        return self.found(super().token_log_probs(model, input_ids, attention_mask, **options))
+        return self.result(super().token_log_probs(model, input_ids, attention_mask, **options))
 
     def before(self, model: nn.Module) -> None:
         """Act before the call."""
@@ -37,9 +37,9 @@ class LogProbHooks(FakeStrategy):
         """Return the tokens whose log-probabilities are read."""
         return input_ids[:, 1:].masked_fill(attention_mask[:, 1:] == 0, -100)
 
-    def found(self, found: LogProbs) -> LogProbs:
+    def result(self, result: LogProbs) -> LogProbs:
         """Return what the call returns."""
-        return found
+        return result
 
 
 @saboteur("LOGP-1")
@@ -47,8 +47,8 @@ class EntropyWithoutGradient(LogProbHooks):
     """The entropy has no gradient."""
 
     @override
-    def found(self, found: LogProbs) -> LogProbs:
-        return found._replace(entropy=None if found.entropy is None else found.entropy.detach())
+    def result(self, result: LogProbs) -> LogProbs:
+        return result._replace(entropy=None if result.entropy is None else result.entropy.detach())
 
 
 @saboteur("LOGP-1")

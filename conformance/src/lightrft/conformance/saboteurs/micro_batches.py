@@ -25,7 +25,7 @@ class PlanHooks(StrategyBase):
         plan = super().plan_micro_batches(self.given(lengths, max_tokens), max_tokens=max_tokens, padded=padded)
         return self.planned(plan, list(lengths), max_tokens, padded)
 
-    def given(self, lengths: Any, max_tokens: int) -> Any:
+    def given(self, lengths: object, max_tokens: int) -> Any:
         """Return the lengths to plan."""
         return lengths
 
@@ -50,10 +50,14 @@ class LosesASequence(PlanHooks, FakeStrategy):
     @override
     def planned(self, plan: Plan, lengths: list[int], max_tokens: int, padded: bool) -> Plan:
         return tuple(
-            replace(it, indices=it.indices[:-1], tokens=it.tokens // len(it.indices) * (len(it.indices) - 1))
-            if len(it.indices) > 2 and padded
-            else it
-            for it in plan
+            replace(
+                micro_batch,
+                indices=micro_batch.indices[:-1],
+                tokens=micro_batch.tokens // len(micro_batch.indices) * (len(micro_batch.indices) - 1),
+            )
+            if len(micro_batch.indices) > 2 and padded
+            else micro_batch
+            for micro_batch in plan
         )
 
 
@@ -61,7 +65,7 @@ class LosesASequence(PlanHooks, FakeStrategy):
 class PaddingIsFree(PlanHooks, FakeStrategy):
     """A padded micro-batch counts the sum of its lengths."""
 
-    def plan_micro_batches(self, lengths: Any, *, max_tokens: int, padded: bool) -> Plan:
+    def plan_micro_batches(self, lengths: object, *, max_tokens: int, padded: bool) -> Plan:
         return super().plan_micro_batches(lengths, max_tokens=max_tokens, padded=bool(padded) and False)
 
 
@@ -71,7 +75,10 @@ class TakesLongSequences(PlanHooks, FakeStrategy):
 
     @override
     def given(self, lengths: Any, max_tokens: int) -> Any:
-        return [min(it, max_tokens) if type(it) is type(max_tokens) is int and max_tokens > 0 else it for it in lengths]
+        return [
+            min(length, max_tokens) if type(length) is type(max_tokens) is int and max_tokens > 0 else length
+            for length in lengths
+        ]
 
 
 @saboteur("BATCH-1", world=2)
@@ -93,7 +100,7 @@ class FillersRepeat(PlanHooks, PlainStrategy):
         if not lengths:
             return plan
         shortest = min(range(len(lengths)), key=lengths.__getitem__)
-        return tuple(replace(it, indices=it.indices or (shortest,)) for it in plan)
+        return tuple(replace(micro_batch, indices=micro_batch.indices or (shortest,)) for micro_batch in plan)
 
 
 @saboteur("BATCH-1", world=2)
@@ -114,7 +121,7 @@ class OnlyThisRankRaises(PlanHooks, PlainStrategy):
 class BudgetOfRank0(PlanHooks, PlainStrategy):
     """The budget of rank 0 is used on all ranks, without an error."""
 
-    def plan_micro_batches(self, lengths: Any, *, max_tokens: int, padded: bool) -> Plan:
+    def plan_micro_batches(self, lengths: object, *, max_tokens: int, padded: bool) -> Plan:
         if isinstance(max_tokens, int) and max_tokens > 0:
             max_tokens = int(self.all_gather(max_tokens)[0])
         return super().plan_micro_batches(lengths, max_tokens=max_tokens, padded=padded)
@@ -130,7 +137,7 @@ class FillersCount(PlanHooks, PlainStrategy):
 
     @override
     def planned(self, plan: Plan, lengths: list[int], max_tokens: int, padded: bool) -> Plan:
-        return tuple(_Heavy(it.indices, it.tokens, it.last) for it in plan)
+        return tuple(_Heavy(micro_batch.indices, micro_batch.tokens, micro_batch.last) for micro_batch in plan)
 
 
 @saboteur("BATCH-2", world=2)
@@ -139,8 +146,8 @@ class LastWithSequences(PlanHooks, PlainStrategy):
 
     @override
     def planned(self, plan: Plan, lengths: list[int], max_tokens: int, padded: bool) -> Plan:
-        last = max((at for at, it in enumerate(plan) if it.indices), default=0)
-        return tuple(replace(it, last=at == last) for at, it in enumerate(plan))
+        last = max((at for at, micro_batch in enumerate(plan) if micro_batch.indices), default=0)
+        return tuple(replace(micro_batch, last=at == last) for at, micro_batch in enumerate(plan))
 
 
 @saboteur("BATCH-3")

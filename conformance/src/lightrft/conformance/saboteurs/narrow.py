@@ -29,7 +29,7 @@ from lightrft.strategy.rollout.fake_engine import FakeEngine
 class LargestIsNotNegative(CollectiveHooks, PlainStrategy):
     """The maximum of integers starts at 0."""
 
-    def all_reduce(self, data: Any, op: ReduceOp = "mean") -> Any:
+    def all_reduce(self, data: object, op: ReduceOp = "mean") -> Any:
         result = super().all_reduce(data, op)
         integer = isinstance(result, torch.Tensor) and not result.is_floating_point()
         return result.clamp(min=0) if op == "max" and integer else result
@@ -51,7 +51,7 @@ class LargestIntAsDouble(PlainStrategy):
 class GathersIntsAsDoubles(PlainStrategy):
     """Python ints are gathered in float64, which has 53 bits."""
 
-    def all_gather(self, data: Any) -> Any:
+    def all_gather(self, data: object) -> Any:
         return map_leaves(
             lambda leaf: (
                 super(GathersIntsAsDoubles, self).all_gather(float(leaf)).long()
@@ -68,10 +68,10 @@ class FrozenStayTheirOwn(ReplicatedBackend):
 
     @override
     def wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
-        own = {name: p.detach().clone() for name, p in module.named_parameters() if not p.requires_grad}
+        frozen = {name: p.detach().clone() for name, p in module.named_parameters() if not p.requires_grad}
         wrapped = super().wrap(module, options)
         for name, parameter in module.named_parameters() if options.training else ():
-            parameter.data.copy_(own.get(name, parameter.data))
+            parameter.data.copy_(frozen.get(name, parameter.data))
         return wrapped
 
 
@@ -176,7 +176,7 @@ class NegativeZero(FakeStrategy):
         return path, _without_negative_zero(state)
 
 
-def _without_negative_zero(value: Any) -> Any:
+def _without_negative_zero(value: object) -> Any:
     if isinstance(value, dict):
         return {key: _without_negative_zero(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -193,7 +193,7 @@ class FlagsInTuples(FakeStrategy):
         return path, {key: _flags_as_numbers(value) for key, value in state.items()}
 
 
-def _flags_as_numbers(value: Any) -> Any:
+def _flags_as_numbers(value: object) -> Any:
     return tuple(int(item) if isinstance(item, bool) else item for item in value) if isinstance(value, tuple) else value
 
 

@@ -89,7 +89,7 @@ class BetasIgnored(FakeBackend):
     """create_optimizer ignores betas."""
 
     @override
-    def create_optimizer(self, module: nn.Module, **settings: Any) -> Optimizer:
+    def create_optimizer(self, module: nn.Module, **settings: object) -> Optimizer:
         settings.pop("betas", None)
         return super().create_optimizer(module, **settings)
 
@@ -99,7 +99,7 @@ class EpsIgnored(FakeBackend):
     """create_optimizer ignores eps."""
 
     @override
-    def create_optimizer(self, module: nn.Module, **settings: Any) -> Optimizer:
+    def create_optimizer(self, module: nn.Module, **settings: object) -> Optimizer:
         settings.pop("eps", None)
         return super().create_optimizer(module, **settings)
 
@@ -109,7 +109,7 @@ class CoupledDecay(FakeBackend):
     """Weight decay is added to the gradient, as in Adam with L2, not applied to the weights, as in AdamW."""
 
     @override
-    def create_optimizer(self, module: nn.Module, **settings: Any) -> Optimizer:
+    def create_optimizer(self, module: nn.Module, **settings: object) -> Optimizer:
         optimizer = super().create_optimizer(module, **settings)
         for group in optimizer.param_groups:
             group["decoupled_weight_decay"] = False
@@ -161,7 +161,7 @@ class AnotherEpsilon(FakeBackend):
     """The default epsilon is 1e-6."""
 
     @override
-    def create_optimizer(self, module: nn.Module, **settings: Any) -> Optimizer:
+    def create_optimizer(self, module: nn.Module, **settings: object) -> Optimizer:
         return super().create_optimizer(module, **{"eps": 1e-6, **settings})
 
 

@@ -28,7 +28,7 @@ from lightrft.strategy.step.update import reduce_clip_and_step
 class AlwaysTuples(FakeStrategy):
     """A single argument comes back in a tuple."""
 
-    def prepare(self, *models: Any, is_rlhf: bool = False) -> Any:
+    def prepare(self, *models: object, is_rlhf: bool = False) -> Any:
         result = super().prepare(*models)
         return (result,) if len(models) == 1 else result
 
@@ -37,7 +37,7 @@ class AlwaysTuples(FakeStrategy):
 class DropsNone(FakeStrategy):
     """None among the arguments is left out."""
 
-    def prepare(self, *models: Any, is_rlhf: bool = False) -> Any:
+    def prepare(self, *models: object, is_rlhf: bool = False) -> Any:
         kept = [model for model in models if model is not None]
         return super().prepare(*kept) if kept else None
 
@@ -262,7 +262,7 @@ class PreparesOnce(FakeStrategy):
 class NewOptimizer(FakeStrategy):
     """prepare returns a copy of the caller's optimizer."""
 
-    def prepare(self, *models: Any, is_rlhf: bool = False) -> Any:
+    def prepare(self, *models: object, is_rlhf: bool = False) -> Any:
         result = super().prepare(*models)
         if isinstance(result, tuple) and len(result) == 3 and isinstance(result[1], torch.optim.Optimizer):
             return result[0], copy.copy(result[1]), result[2]
@@ -273,7 +273,7 @@ class NewOptimizer(FakeStrategy):
 class WrapFirstForgets(FakeStrategy):
     """If prepare_model comes before create_optimizer, the optimizer's epsilon is 1e-4."""
 
-    def create_optimizer(self, model: nn.Module, **settings: Any) -> Optimizer:
+    def create_optimizer(self, model: nn.Module, **settings: object) -> Optimizer:
         optimizer = super().create_optimizer(model, **settings)
         for group in optimizer.param_groups if self._models.find(model) else ():
             group["eps"] = 1e-4
@@ -283,7 +283,7 @@ class WrapFirstForgets(FakeStrategy):
 class SharingAccepted(FakeStrategy):
     """Accepts some models that share parameters."""
 
-    def prepare(self, *models: Any, is_rlhf: bool = False) -> Any:
+    def prepare(self, *models: object, is_rlhf: bool = False) -> Any:
         refused = self._models.check_unshared
 
         def check(module: nn.Module, call: str) -> None:
@@ -310,7 +310,7 @@ class SharesAnything(SharingAccepted):
 class SharesWithReferences(SharingAccepted):
     """Models for inference may share parameters with the model in training, and move with it."""
 
-    def prepare(self, *models: Any, is_rlhf: bool = False) -> Any:
+    def prepare(self, *models: object, is_rlhf: bool = False) -> Any:
         self._inference = isinstance(models[0], nn.Module)
         return super().prepare(*models)
 
@@ -325,7 +325,7 @@ class SharesMemory(SharingAccepted):
 
     @override
     def accepts(self, module: nn.Module) -> bool:
-        prepared = {id(parameter) for it in self._models for parameter in it.module.parameters()}
+        prepared = {id(parameter) for entry in self._models for parameter in entry.module.parameters()}
         return not any(id(parameter) in prepared for parameter in module.parameters())
 
 
@@ -337,10 +337,10 @@ class SavesShards(FakeBackend):
     def wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:
         module = super().wrap(module, options)
         if options.training and hasattr(module, "save_pretrained"):
-            save, whole = module.save_pretrained, module.state_dict
+            save, state_dict = module.save_pretrained, module.state_dict
 
             def half(folder: Path) -> None:
-                save(folder, state_dict=dict(list(whole().items())[::2]))  # type: ignore[operator]
+                save(folder, state_dict=dict(list(state_dict().items())[::2]))  # type: ignore[operator]
 
             vars(module)["save_pretrained"] = half
         return module

@@ -1,6 +1,6 @@
 """Defects of ranks that share the sequences of a batch."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from lightrft.conformance.saboteurs.plain import PlainStrategy
 from lightrft.strategy import StepResult
 from lightrft.strategy.checkpoint.checkpoint_items import Models
 from lightrft.strategy.data.loaders import ResumableLoader
+from lightrft.strategy.parallel import attention
+from lightrft.strategy.parallel.attention import divisible_heads
 from lightrft.strategy.parallel.sequence import SequenceParallel
 
 # mypy: disable-error-code="misc"
@@ -94,6 +96,35 @@ class ForgetsOtherSlices(WithRanks):
     """The gradient of a slice is not multiplied by the ranks that share a sequence, and the mean over ranks divides it."""
 
     ranks = _OwnGradient
+
+
+def _wrong_groups(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ranks: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Give each query head the key-value head of another group if the ranks do not divide the heads."""
+    uneven = query.shape[1] % ranks != 0
+    query, key, value = divisible_heads(query, key, value, ranks)
+    return (query, key.roll(1, 1), value.roll(1, 1)) if uneven else (query, key, value)
+
+
+class _WrongGroups(SequenceParallel):
+    @override
+    def attach(self, module: nn.Module) -> Callable[[], None]:
+        attention.divisible_heads = _wrong_groups
+        detach = super().attach(module)
+
+        def restore() -> None:
+            attention.divisible_heads = divisible_heads
+            detach()
+
+        return restore
+
+
+@saboteur("SP-1", world=2)
+class MixesHeads(WithRanks):
+    """If sp_size does not divide the heads, query heads get the keys and values of another group."""
+
+    ranks = _WrongGroups
 
 
 @saboteur("SP-2", world=2)

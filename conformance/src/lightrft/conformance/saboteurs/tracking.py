@@ -59,16 +59,16 @@ class TextIsDropped(FakeStrategy):
 class LossOfOneRank(PlainStrategy):
     """optimizer_step reports the loss of this rank alone, where losses have no denominators."""
 
-    own: float
+    local_loss: float
 
     def backward(self, loss: torch.Tensor, model: nn.Module, optimizer: Optimizer, **more: Any) -> None:
         super().backward(loss, model, optimizer, **more)
-        self.own = float(sum(self._trained(model, optimizer, "backward").losses)) / self.accumulated_gradient
+        self.local_loss = float(sum(self._trained(model, optimizer, "backward").losses)) / self.accumulated_gradient
 
     def optimizer_step(self, *arguments: Any, **more: Any) -> StepResult:
         result = super().optimizer_step(*arguments, **more)
         plain = result.loss is not None and result.denominator is None
-        return dataclasses.replace(result, loss=self.own) if plain else result
+        return dataclasses.replace(result, loss=self.local_loss) if plain else result
 
 
 @saboteur("LOG-3")

@@ -1,0 +1,46 @@
+"""Operations on checkpoints, and the base class of their clauses."""
+
+from typing import Any
+
+from lightrft.conformance.clause import (
+    Clause,
+    Execution,
+    Operation,
+    Program,
+    Record,
+    Target,
+    is_error,
+    show,
+)
+from lightrft.conformance.contract.program_parts import program
+
+EMPTY: Operation = {"do": "empty_disk"}
+DONE: Operation = {"do": "empty_disk", "keep": False}
+AGAIN: Operation = {"do": "restart"}
+PRINT: Operation = {"do": "fingerprint"}
+LOOK: Operation = {"do": "weights", "model": "a"}
+
+
+def saved(tag: str | None = "t", **more: object) -> Operation:
+    """save_ckpt of model a."""
+    return {"do": "save", "model": "a", "tag": tag, **more}
+
+
+def loaded(tag: str | None = "t", **more: object) -> Operation:
+    """load_ckpt of model a."""
+    return {"do": "load", "model": "a", "tag": tag, **more}
+
+
+class OnDisk(Clause):
+    """A clause whose programs start and end with an empty disk."""
+
+    def program(self, target: Target, *operations: Operation, accumulation_steps: int = 1, **settings: Any) -> Program:
+        """A program of ``operations``, with updates of ``accumulation_steps`` micro-batches."""
+        return program(target, EMPTY, *operations, DONE, accumulation_steps=accumulation_steps, **settings)
+
+    def errors(self, execution: Execution, index: int) -> list[Record]:
+        """The errors of all ranks in an operation that must fail on every rank."""
+        seen = [execution.at(rank, index) for rank in range(execution.target.world)]
+        for rank, observed in enumerate(seen):
+            self.require(is_error(observed), f"rank {rank}, operation {index}: expected an error, got {show(observed)}")
+        return seen
