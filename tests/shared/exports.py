@@ -27,7 +27,7 @@ TOKENS = torch.tensor([[1, 5, 9, 3]])
 def opened(strategy: str, **settings: Any) -> Iterator[StrategyBase]:
     """A strategy by name, closed in the end."""
     batch = int(os.environ.get("WORLD_SIZE", "1"))
-    with strategy_class(strategy)(device="cpu", train_batch_size=batch, **{"bf16": False, **settings}) as made:
+    with strategy_class(strategy)(device="cpu", **{"train_batch_size": batch, "bf16": False, **settings}) as made:
         yield made
 
 
@@ -47,10 +47,10 @@ def saved(strategy: str, path: str, build: Any = llama, save: dict[str, Any] | N
     """Save a trained model to ``path``; its weights in fp32, and its logits."""
     with opened(strategy, **settings) as made:
         model, _ = in_training(made, build(), updates=1)
-        found = made.save_model(model, None, path, **{"dtype": torch.float32, **(save or {})})
+        written = made.save_model(model, None, path, **{"dtype": torch.float32, **(save or {})})
         with torch.no_grad():
             logits_BTV = model(TOKENS).logits
-        return str(found), training.whole(made, model), logits_BTV.float()
+        return str(written), training.full_parameters(made, model), logits_BTV.float()
 
 
 def vision() -> Any:
@@ -70,8 +70,8 @@ def names(strategy: str, path: str) -> tuple[set[str], str]:
     """The names of the weights of `vision` in a sync, and where it was saved."""
     with opened(strategy) as made:
         model, _ = in_training(made, vision(), updates=0)
-        found = {name for bucket in made.full_parameters(model) for name, _ in bucket}
-        return found, str(made.save_model(model, None, path))
+        names_seen = {name for bucket in made.full_parameters(model) for name, _ in bucket}
+        return names_seen, str(made.save_model(model, None, path))
 
 
 def checkpointed(strategy: str, path: str, **settings: Any) -> dict[str, torch.Tensor]:
@@ -79,7 +79,7 @@ def checkpointed(strategy: str, path: str, **settings: Any) -> dict[str, torch.T
     with opened(strategy, **settings) as made:
         model, _ = in_training(made, llama(), updates=1)
         made.save_ckpt(model, path, tag="t")
-        return training.whole(made, model)
+        return training.full_parameters(made, model)
 
 
 def check_adapter_export(ranks: Workers, directory: Path, *, merge: bool, strategy: str, **settings: Any) -> None:
@@ -108,24 +108,24 @@ def loaded(strategy: str, path: str, build: Any = llama, **settings: Any) -> Any
         made.load_model(model, path)
         with torch.no_grad():
             logits_BTV = model(TOKENS).logits
-        weights = training.whole(made, model)
+        weights = training.full_parameters(made, model)
         made.backward(model(input_ids=TOKENS, labels=TOKENS).loss, model, optimizer)
         made.optimizer_step(optimizer, model)
-        return weights, logits_BTV.float(), training.whole(made, model)
+        return weights, logits_BTV.float(), training.full_parameters(made, model)
 
 
 def refused(strategy: str, path: str, call: str, **settings: Any) -> tuple[str, str, bool]:
     """What ``call`` with ``path`` raises, its text, and whether the weights are as before."""
     with opened(strategy, **settings) as made:
         model, _ = in_training(made, llama())
-        before = training.whole(made, model)
+        before = training.full_parameters(made, model)
         with pytest.raises(CheckpointError) as error:
             made.save_model(model, None, path) if call == "save" else made.load_model(model, path)
-        after = training.whole(made, model)
+        after = training.full_parameters(made, model)
         return (
             type(error.value).__name__,
             str(error.value),
-            all(torch.equal(after[name], it) for name, it in before.items()),
+            all(torch.equal(after[name], tensor) for name, tensor in before.items()),
         )
 
 
@@ -142,4 +142,4 @@ def from_pretrained_on_rank_0(strategy: str, path: str, in_training: bool, **set
         with torch.no_grad():
             logits_BTV = model(TOKENS).logits
         buffers = {name: buffer.clone() for name, buffer in made.unwrap_model(model).named_buffers()}
-        return kinds, training.whole(made, model), buffers, logits_BTV.float()
+        return kinds, training.full_parameters(made, model), buffers, logits_BTV.float()

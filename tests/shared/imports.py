@@ -14,7 +14,7 @@ def wrote_dcp(path: str, **settings: Any) -> Any:
     with exports.opened("fsdp", **settings) as made:
         model, _ = exports.in_training(made, llama(), updates=1)
         dcp.save(get_model_state_dict(made.unwrap_model(model)), checkpoint_id=path)
-        return training.whole(made, model)
+        return training.full_parameters(made, model)
 
 
 def wrote_deepspeed(path: str, **settings: Any) -> Any:
@@ -25,4 +25,4 @@ def wrote_deepspeed(path: str, **settings: Any) -> Any:
             part._state_dict_pre_hooks.clear()
         engine: Any = made.backend.engines[made.unwrap_model(model)]  # type: ignore[attr-defined]
         engine.save_checkpoint(path, tag="step1", client_state={"consumed": 3})
-        return training.whole(made, model)
+        return training.full_parameters(made, model)

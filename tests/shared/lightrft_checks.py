@@ -78,8 +78,8 @@ def check_reward_model(run: Callable[..., list[Outcome]], folder: Path, **settin
     assert_close({name: saved[name] for name in wanted.weights}, wanted.weights, 1e-3)
 
 
-def assert_close(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], bound: float) -> None:
+def assert_close(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], bound: float) -> None:
     """The same names, and values that differ by at most ``bound``."""
-    assert found.keys() == wanted.keys()
-    furthest = {name: float((found[name] - tensor).abs().max()) for name, tensor in wanted.items()}
+    assert got.keys() == wanted.keys()
+    furthest = {name: float((got[name] - tensor).abs().max()) for name, tensor in wanted.items()}
     assert max(furthest.values()) <= bound, furthest

@@ -26,12 +26,14 @@ class Trained:
 
     def distance(self, other: "Trained") -> float:
         """Largest difference of a log-probability or an entropy."""
-        mine, others = (it.log_probs + it.entropies for it in (self, other))
+        mine, others = (results.log_probs + results.entropies for results in (self, other))
         return max(float((a - b).abs().max()) for a, b in zip(mine, others, strict=True))
 
     def parameter_distance(self, other: "Trained") -> float:
         """Largest difference of a weight."""
-        return max(float((it - other.parameters[name]).abs().max()) for name, it in self.parameters.items())
+        return max(
+            float((parameter - other.parameters[name]).abs().max()) for name, parameter in self.parameters.items()
+        )
 
 
 def batch(update: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,41 +58,41 @@ def train(made: StrategyBase, model: nn.Module, checkpointing: bool = False) -> 
     inner.train()
     if checkpointing:
         inner.gradient_checkpointing_enable({"use_reentrant": False})
-    found = Trained(log_probs=[], entropies=[], parameters={})
+    results = Trained(log_probs=[], entropies=[], parameters={})
     for update in range(UPDATES):
         ids, mask = batch(update, made.get_rank())
         result = made.token_log_probs(model, ids, mask, temperature=TEMPERATURE, entropy=True, use_cache=False)
         assert result.entropy is not None
         made.backward(loss_of(*result), model, optimizer)
         made.optimizer_step(optimizer, model)
-        found.log_probs.append(result.log_probs.detach())
-        found.entropies.append(result.entropy.detach())
+        results.log_probs.append(result.log_probs.detach())
+        results.entropies.append(result.entropy.detach())
         with torch.inference_mode():
             alone = made.token_log_probs(model, ids, mask)
         assert alone.entropy is None
-        found.log_probs.append(alone.log_probs.clone())
-    found.parameters = training.whole(made, model)
-    return found
+        results.log_probs.append(alone.log_probs.clone())
+    results.parameters = training.full_parameters(made, model)
+    return results
 
 
 def reference(build: Callable[[], Any], ranks: int, rank: int) -> Trained:
     """The same in plain torch, from the logits, one process for all ranks; the tensors are those of ``rank``."""
     model = build()
     optimizer = adamw(model, lr=RATE, weight_decay=DECAY)
-    found = Trained(log_probs=[], entropies=[], parameters={})
+    results = Trained(log_probs=[], entropies=[], parameters={})
     for update in range(UPDATES):
         for other in range(ranks):
             log_probs, entropy = _from_logits(model, *batch(update, other), TEMPERATURE)
             (loss_of(log_probs, entropy) / ranks).backward()
             if other == rank:
-                found.log_probs.append(log_probs.detach())
-                found.entropies.append(entropy.detach())
+                results.log_probs.append(log_probs.detach())
+                results.entropies.append(entropy.detach())
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
-            found.log_probs.append(_from_logits(model, *batch(update, rank), 1.0)[0])
-    found.parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    return found
+            results.log_probs.append(_from_logits(model, *batch(update, rank), 1.0)[0])
+    results.parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return results
 
 
 def _from_logits(

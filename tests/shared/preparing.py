@@ -32,19 +32,22 @@ def refusals(strategy: str, path: str, **settings: Any) -> dict[str, str]:
         optimizer = made.create_optimizer(critic, lr=1e-2)
         model: Any
         model, _ = in_training(made, actor)
-        own = f"{path}{made.get_rank()}"
+        folder = f"{path}{made.get_rank()}"
         calls: dict[str, Callable[[], object]] = {
             "critic": lambda: made.prepare((critic, optimizer, None)),
             "critic that does not train": lambda: made.prepare(critic),
             "reference": lambda: made.prepare(reference),
-            "save_pretrained": lambda: model.save_pretrained(own),
-            "save_pretrained of a part": lambda: model.model.save_pretrained(own),
+            "save_pretrained": lambda: model.save_pretrained(folder),
+            "save_pretrained of a part": lambda: model.model.save_pretrained(folder),
             "state_dict": lambda: model.state_dict(),
         }
         said = {name: str(error) for name, call in calls.items() if (error := _refusal(call)) is not None}
         in_training(made, llama(), updates=1)  # goes on
-    after = _refusal(lambda: model.state_dict())
-    return said if after is None else {**said, "state_dict after close": str(after)}
+    after = {
+        "state_dict after close": lambda: model.state_dict(),
+        "save_pretrained after close": lambda: model.save_pretrained(folder),
+    }
+    return said | {name: str(error) for name, call in after.items() if (error := _refusal(call)) is not None}
 
 
 def _refusal(call: Callable[[], object]) -> LightRFTError | None:
@@ -63,7 +66,7 @@ def compiled(strategy: str, path: str, **settings: Any) -> tuple[dict[str, torch
         counters.clear()
         with opened(strategy, **settings) as made:
             model, _ = in_training(made, build(), updates=1)
-            weights.append(training.whole(made, model))
+            weights.append(training.full_parameters(made, model))
             made.save_model(model, None, path)
     graphs = counters["frames"]["ok"]
     torch._dynamo.reset()

@@ -48,9 +48,9 @@ def mixed(seed: int = 3) -> Mixed:
         return Mixed()
 
 
-def tokens(*place: int) -> torch.Tensor:
+def tokens(*numbers: int) -> torch.Tensor:
     """A batch of token ids, another for each place."""
-    generator = torch.Generator().manual_seed(sum(number * 1009**index for index, number in enumerate(place, 1)))
+    generator = torch.Generator().manual_seed(sum(number * 1009**index for index, number in enumerate(numbers, 1)))
     return torch.randint(0, 17, (2, 6), generator=generator)
 
 
@@ -133,15 +133,15 @@ def reference(program: Program, ranks: int, build: Callable[[], nn.Module] = mix
     return observed
 
 
-def relative(found: Observed, wanted: Observed, build: Callable[[], nn.Module] = mixed) -> float:
+def relative(got: Observed, wanted: Observed, build: Callable[[], nn.Module] = mixed) -> float:
     """2-norm of the difference over the 2-norm of the whole update."""
     start = {name: parameter.detach() for name, parameter in build().named_parameters()}
     names = wanted.parameters
-    difference = sum(float((found.parameters[name] - names[name]).double().square().sum()) for name in names)
+    difference = sum(float((got.parameters[name] - names[name]).double().square().sum()) for name in names)
     update = sum(float((names[name] - start[name]).double().square().sum()) for name in names)
     return (difference / update) ** 0.5
 
 
-def furthest(found: Observed, wanted: Observed) -> float:
+def furthest(got: Observed, wanted: Observed) -> float:
     """Largest absolute difference of an element."""
-    return max(float((found.parameters[name] - it).abs().max()) for name, it in wanted.parameters.items())
+    return max(float((got.parameters[name] - parameter).abs().max()) for name, parameter in wanted.parameters.items())

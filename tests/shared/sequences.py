@@ -52,8 +52,8 @@ def log_probs(model: nn.Module, given: Mapping[str, torch.Tensor]) -> torch.Tens
     return values
 
 
-def loss_of(values: torch.Tensor, whole: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    return -(values * whole["weights"]).sum() / whole["weights"].sum()
+def loss_of(values: torch.Tensor, full_batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return -(values * full_batch["weights"]).sum() / full_batch["weights"].sum()
 
 
 def trained(made: StrategyBase, kind: str, updates: int = 3) -> tuple[dict[str, torch.Tensor], list[float]]:
@@ -62,15 +62,15 @@ def trained(made: StrategyBase, kind: str, updates: int = 3) -> tuple[dict[str, 
     model, optimizer, _ = made.prepare((model, torch.optim.AdamW(_trainable(model), lr=1e-3), None))
     ranks, norms = made.sequence_parallel, []
     for update in range(updates):
-        whole = batch(update, ranks.data_rank)
-        values = ranks.gather(log_probs(model, ranks.split(whole)))
-        made.backward(loss_of(values, whole), model, optimizer)
+        full_batch = batch(update, ranks.data_rank)
+        values = ranks.gather(log_probs(model, ranks.split(full_batch)))
+        made.backward(loss_of(values, full_batch), model, optimizer)
         norms.append(made.optimizer_step(optimizer, model).grad_norm or 0.0)
     names = dict(_named(made.unwrap_model(model)))
     return {
-        name: it.clone()
+        name: tensor.clone()
         for bucket in made.full_parameters(model, dtype=torch.float32)
-        for name, it in bucket
+        for name, tensor in bucket
         if name in names
     }, norms
 
@@ -81,8 +81,8 @@ def plain(kind: str, data_ranks: int, max_norm: float, updates: int = 3) -> tupl
     optimizer, norms = torch.optim.AdamW(_trainable(model), lr=1e-3), []
     for update in range(updates):
         for rank in range(data_ranks):
-            whole = batch(update, rank)
-            (loss_of(log_probs(model, whole), whole) / data_ranks).backward()
+            full_batch = batch(update, rank)
+            (loss_of(log_probs(model, full_batch), full_batch) / data_ranks).backward()
         norms.append(float(nn.utils.clip_grad_norm_(_trainable(model), max_norm)))
         optimizer.step()
         optimizer.zero_grad()
@@ -118,20 +118,20 @@ def generated(made: StrategyBase) -> tuple[list[int], list[int], str]:
     wanted = model.generate(prompt, **settings)
     prepared = made.prepare(model)
     with torch.no_grad():
-        found = prepared.generate(prompt, **settings)
+        got = prepared.generate(prompt, **settings)
     made.close()
     hooks = [*model._forward_pre_hooks.values(), *model._forward_hooks.values()]
     assert not [hook for hook in hooks if hook.__module__.startswith("lightrft")]
     assert not [part for part in model.modules() if part in attention._groups]
-    return wanted.tolist(), found.tolist(), model.config._attn_implementation
+    return wanted.tolist(), got.tolist(), model.config._attn_implementation
 
 
 # Mistakes
 
 
 def _local(made: StrategyBase) -> tuple[Any, dict[str, torch.Tensor]]:
-    whole = batch(0, 0)
-    return made.prepare(llama()), made.sequence_parallel.split(whole)
+    full_batch = batch(0, 0)
+    return made.prepare(llama()), made.sequence_parallel.split(full_batch)
 
 
 def _without(name: str) -> Callable[[StrategyBase], object]:
@@ -244,37 +244,55 @@ def shared_lists(made: StrategyBase) -> tuple[list[str], list[str], str]:
 
 def with_token_log_probs(made: StrategyBase) -> list[float]:
     """How far token_log_probs, entropies and the norm of an update are from those of plain torch."""
-    whole = batch(1, 0)
+    full_batch = batch(1, 0)
     ids, mask, targets = (
-        whole["input_ids"],
-        whole["attention_mask"],
-        whole["targets"][:, :-1].masked_fill(whole["attention_mask"][:, 1:] == 0, -100),
+        full_batch["input_ids"],
+        full_batch["attention_mask"],
+        full_batch["targets"][:, :-1].masked_fill(full_batch["attention_mask"][:, 1:] == 0, -100),
     )
     plain_model, model = built("plain"), built("plain")
     model, optimizer, _ = made.prepare((model, torch.optim.AdamW(model.parameters()), None))
-    found, entropies = made.token_log_probs(model, ids, mask, entropy=True)
+    got, entropies = made.token_log_probs(model, ids, mask, entropy=True)
     log_softmax = plain_model(ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)
     kept = targets != -100
     wanted = log_softmax.gather(-1, targets.clamp(min=0)[..., None])[..., 0] * kept
     wanted_entropies = -(log_softmax.exp() * log_softmax).sum(-1) * kept
     assert entropies is not None
-    distances = [(found - wanted).abs().max().item(), (entropies - wanted_entropies).abs().max().item()]
+    distances = [(got - wanted).abs().max().item(), (entropies - wanted_entropies).abs().max().item()]
     (wanted.sum() / kept.sum() + wanted_entropies.mean()).backward()
     norm = float(nn.utils.clip_grad_norm_(plain_model.parameters(), 1e9))
-    made.backward(found.sum() / kept.sum() + entropies.mean(), model, optimizer)
+    made.backward(got.sum() / kept.sum() + entropies.mean(), model, optimizer)
     result = made.optimizer_step(optimizer, model, boundary=True)
     return [*distances, abs((result.grad_norm or 0.0) / norm - 1)]
+
+
+def after_an_interruption(made: StrategyBase) -> float:
+    """By how much log-probabilities are off after a forward pass that Ctrl-C interrupted, of another kind of batch."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    ranks, model = made.sequence_parallel, made.prepare(built("plain"))
+    handle = model.model.layers[1].register_forward_pre_hook(interrupt)
+    try:
+        log_probs(model, ranks.split(batch(2, 0)))
+    except KeyboardInterrupt:
+        handle.remove()
+    whole = batch(0, 0)
+    with torch.no_grad():
+        found, wanted = ranks.gather(log_probs(model, ranks.split(whole))), log_probs(built("plain"), whole)
+    return float((found - wanted).abs().max())
 
 
 def used_in_another_order(made: StrategyBase) -> list[bool]:
     """Two batches that are split at first, of 11 and 12 tokens: slices of the same shape."""
     ranks, model = made.sequence_parallel, made.prepare(llama())
     batches = [batch(0, 0), batch(1, 0)]
-    locals_ = [ranks.split(whole) for whole in batches]
+    locals_ = [ranks.split(full_batch) for full_batch in batches]
     with torch.no_grad():
         values = [ranks.gather(log_probs(model, local)) for local in locals_]
-        wanted = [log_probs(model, whole) for whole in batches]
-    return [bool(torch.allclose(found, right, atol=1e-5)) for found, right in zip(values, wanted, strict=True)]
+        wanted = [log_probs(model, full_batch) for full_batch in batches]
+    return [bool(torch.allclose(got, right, atol=1e-5)) for got, right in zip(values, wanted, strict=True)]
 
 
 def shared_prompts(made: StrategyBase) -> tuple[list[list[int]], list[int], list[list[int]]]:
@@ -292,5 +310,9 @@ def shared_prompts(made: StrategyBase) -> tuple[list[list[int]], list[int], list
     engine.generate = counting
     settings = {"max_tokens": 3, "temperature": 0.0, "n": 2}
     same = made.gather_and_generate(settings, all_prompt_token_ids=[[1, 5], [2, 6, 7], [3]])
-    own = made.gather_and_generate(settings, all_prompt_token_ids=[[4 + made.get_rank()], [9]])
-    return [list(it.prompt_token_ids) for it in same], counts, [list(it.prompt_token_ids) for it in own]
+    apart = made.gather_and_generate(settings, all_prompt_token_ids=[[4 + made.get_rank()], [9]])
+    return (
+        [list(completion.prompt_token_ids) for completion in same],
+        counts,
+        [list(completion.prompt_token_ids) for completion in apart],
+    )

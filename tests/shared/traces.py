@@ -14,7 +14,7 @@ def traces() -> dict[str, Any]:
     return {
         "environment": dict(os.environ),
         "threads": threading.active_count(),
-        "system threads": sorted(_name(it) for it in Path("/proc/self/task").iterdir()),
+        "system threads": sorted(_name(task) for task in Path("/proc/self/task").iterdir()),
         "files": len(list(Path("/proc/self/fd").iterdir())),
         "process group": dist.is_initialized(),
     }
@@ -25,7 +25,7 @@ def added(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
 
     A thread of an earlier lifetime may end late, so fewer are as right as the same.
     """
-    found: dict[str, Any] = {}
+    differing: dict[str, Any] = {}
     for name, value in after.items():
         if isinstance(value, list):
             value = list((Counter(value) - Counter(before[name])).elements())
@@ -34,8 +34,8 @@ def added(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         elif value == before[name]:
             continue
         if value:
-            found[name] = value
-    return found
+            differing[name] = value
+    return differing
 
 
 def _name(thread: Path) -> str:

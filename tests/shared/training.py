@@ -48,6 +48,8 @@ def backward(
         raise ValueError(program.losses)
 
 
-def whole(made: StrategyBase, model: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+def full_parameters(
+    made: StrategyBase, model: nn.Module, dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
     """All parameters and buffers under their saved names."""
-    return {name: it.clone() for bucket in made.full_parameters(model, dtype=dtype) for name, it in bucket}
+    return {name: tensor.clone() for bucket in made.full_parameters(model, dtype=dtype) for name, tensor in bucket}

@@ -126,8 +126,8 @@ def _free_port() -> int:
 
 def _serve(connection: Connection, rank: int, size: int, port: int) -> None:
     os.setpgid(0, 0)  # what this rank starts, compilers for example, ends with it
-    place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()})
+    variables = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in variables.items()})
     os.environ["OMP_NUM_THREADS"] = "1"
     import torch
 
