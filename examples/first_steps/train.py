@@ -15,6 +15,7 @@ with get_strategy(parser.parse_args()) as strategy:
     model, optimizer, _ = strategy.prepare((model, optimizer, None))
     tokens = torch.arange(40 * 16).view(40, 16) % 61
     for batch in strategy.setup_dataloader(tokens, batch_size=2, pin_memory=False, shuffle=False):
+        batch = batch.to(strategy.device)
         strategy.backward(model(batch, labels=batch).loss, model, optimizer)
         result = strategy.optimizer_step(optimizer, model)
         if result.applied:

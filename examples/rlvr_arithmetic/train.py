@@ -15,6 +15,7 @@ import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from display import Display
@@ -35,7 +36,11 @@ def main() -> None:
     args = arguments()
     disable_progress_bar()
     strategy = get_strategy(args)
-    with strategy, Display(args.output, args.steps, title(args, strategy), speaks=strategy.is_rank_0()) as display:
+    strategy.print(strategy.config.summary())
+    with (
+        strategy,
+        Display(Path(args.log_dir), args.steps, title(args, strategy), is_shown=strategy.is_rank_0()) as display,
+    ):
         tokenizer = AutoTokenizer.from_pretrained(args.pretrain)
         actor = AutoModelForCausalLM.from_pretrained(args.pretrain, dtype=torch.float32)
         initial = strategy.prepare(copy.deepcopy(actor))
@@ -45,20 +50,19 @@ def main() -> None:
 
         training, held_out = questions()
         deck = shuffled(training, args.seed, args.steps * args.prompts)
-        display.record(0, exact_match=exact_match(strategy, tokenizer, held_out))
-
-        for step in range(1, args.steps + 1):
-            with display.phase("rollout"):
+        for step in range(args.steps + 1):
+            metrics: dict[str, Any] = {}
+            if step > 0:
                 asked = deck[(step - 1) * args.prompts : step * args.prompts]
                 sampling = Sampling(n=args.n_samples_per_prompt, max_tokens=MAX_TOKENS, seed=args.seed + step)
                 rollout = gather(strategy, tokenizer, ask(strategy, tokenizer, asked, sampling), asked, args)
-            with display.phase("train"):
-                facts = update(strategy, actor, initial, optimizer, chosen(rollout, args, step), args)
-            with display.phase("sync"):
+                metrics = update(strategy, actor, initial, optimizer, chosen(rollout, args, step), args)
+                metrics["reward"] = rollout["rewards"].mean()
                 strategy.update_engine_weights(actor)
-            last = step % args.eval_every == 0 or step == args.steps
-            accuracy = exact_match(strategy, tokenizer, held_out) if last else None
-            display.record(step, reward=rollout["rewards"].mean().item(), exact_match=accuracy, **facts)
+            if step % args.eval_every == 0 or step == args.steps:
+                metrics["exact_match"] = exact_match(strategy, tokenizer, held_out)
+            strategy.log(metrics, step)
+            display.show(step)
 
 
 # Rollout
@@ -84,7 +88,7 @@ def gather(
     rewards = [reward(local[index // samples], text) for index, text in enumerate(texts)]
     prompts = [list(completion.prompt_token_ids) for completion in completions]
     outputs = [list(completion.output_token_ids) for completion in completions]
-    width = MAX_TOKENS + max(len(tokenizer(it.prompt, add_special_tokens=False)["input_ids"]) for it in asked)
+    width = MAX_TOKENS + max(len(tokenizer(problem.prompt, add_special_tokens=False)["input_ids"]) for problem in asked)
     rows = {
         "position": torch.tensor(
             [asked.index(local[index // samples]) * samples + index % samples for index in range(len(texts))]
@@ -144,10 +148,13 @@ def chosen(rollout: dict[str, torch.Tensor], args: argparse.Namespace, step: int
 def update(
     strategy: StrategyBase, actor: PreTrainedModel, initial: PreTrainedModel, optimizer: torch.optim.Optimizer,
     batch: dict[str, torch.Tensor], args: argparse.Namespace,
-) -> dict[str, float]:  # fmt: skip
-    """Make the updates of one rollout, each from this rank's share of the next sequences, in planned micro-batches."""
+) -> dict[str, Any]:  # fmt: skip
+    """Make the updates of one rollout, each from this rank's share of the next sequences, in planned micro-batches.
+
+    Returns metrics; the strategy logs those of its own calls by itself, such as the gradient norm.
+    """
     sums = dict.fromkeys(("divergence", "items", "tokens", "planned", "fixed"), 0.0)
-    norms, skipped, count = [], 0, len(batch["lengths"])
+    count = len(batch["lengths"])
     shortest = batch["lengths"].argsort()[:1].tolist()
     for start in range(0, count, args.train_batch_size):
         end = min(start + args.train_batch_size, count)
@@ -161,22 +168,21 @@ def update(
             with torch.no_grad():
                 micro["initial_logprobs"] = response_logprobs(strategy, initial, micro)
             logprobs_BT = response_logprobs(strategy, actor, micro)
-            loss, divergence, items = (micro_batch.weight * it for it in grpo_loss(logprobs_BT, micro, args))
+            loss, divergence, items = (micro_batch.weight * value for value in grpo_loss(logprobs_BT, micro, args))
             strategy.backward(loss, actor, optimizer, denominator=items)
-            result = strategy.optimizer_step(optimizer, actor, boundary=micro_batch.last)
-            skipped += result.skipped
-            norms += [result.grad_norm] if result.applied else []
+            strategy.optimizer_step(optimizer, actor, name="actor", boundary=micro_batch.last)
             sums["divergence"] += divergence.item()
             sums["items"] += items.item()
         sums["tokens"] += sum(lengths)
         sums["planned"] += sum(micro_batch.tokens for micro_batch in plan)
         sums["fixed"] += tokens_of_fixed(lengths, args.max_tokens_per_micro_batch)
     sums = {name: value / strategy.sequence_parallel.size for name, value in strategy.all_reduce(sums, "sum").items()}
+    planned, fixed = (sums[name] - sums["tokens"] for name in ("planned", "fixed"))
     return {
-        "kl": sums["divergence"] / max(1.0, sums["items"]), "grad_norm": sum(norms) / max(1, len(norms)),
-        "skipped": skipped, "tokens": sums["tokens"], "padding": sums["planned"] - sums["tokens"],
-        "fixed_padding": sums["fixed"] - sums["tokens"],
-    }  # fmt: skip
+        "kl": sums["divergence"] / max(1.0, sums["items"]),
+        "tokens": sums["tokens"],
+        "padding": {"planned": planned, "fixed": fixed, "fraction": planned / max(1.0, sums["tokens"])},
+    }
 
 
 def tokens_of_fixed(lengths: Sequence[int], max_tokens: int) -> int:
@@ -245,16 +251,13 @@ def title(args: argparse.Namespace, strategy: StrategyBase) -> str:
 def arguments() -> argparse.Namespace:
     parser = StrategyConfig.add_arguments(argparse.ArgumentParser(description=__doc__))
     parser.add_argument("--pretrain", required=True, help="directory of the model to train")
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/rlvr_arithmetic"), help="directory for metrics and the plot"
-    )
     parser.add_argument("--steps", type=count, default=8, help="rollouts")
     parser.add_argument("--prompts", type=count, default=16, help="questions of one rollout")
     parser.add_argument("--updates-per-rollout", type=count, default=2)
     parser.add_argument(
         "--max-tokens-per-micro-batch",
         type=count,
-        default=320,
+        default=256,
         help="sequences x longest, prompts and padding included",
     )
     parser.add_argument(
@@ -265,7 +268,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--engine", dest="engine_type", default="transformers", help="rollout engine")
     parser.set_defaults(
         strategy="fsdp", engine_type="transformers", bf16=False, train_batch_size=32, micro_train_batch_size=16,
-        actor_learning_rate=2e-5, fused_linear_logprob=True,
+        actor_learning_rate=2e-5, fused_linear_logprob=True, log_dir="runs/rlvr_arithmetic",
     )  # fmt: skip
     return parser.parse_args()
 

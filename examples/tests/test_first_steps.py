@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,36 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "examples/first_steps/train.py"
 SECONDS = 300
 """For one run; DeepSpeed may have operators to compile."""
+WITH_BATCHES_ELSEWHERE = """
+import runpy
+import sys
+
+import torch
+from lightrft.strategy import FakeStrategy
 
 
-def run(*arguments: str, ranks: int) -> list[str]:
+class Elsewhere(torch.Tensor):
+    \"""A tensor that is only good for moving it, as one on the host is for a model on a GPU.\"""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is not torch.Tensor.to:
+            raise RuntimeError(f"{function.__name__}: expected all tensors on the same device")
+        return args[0].as_subclass(torch.Tensor)
+
+
+FakeStrategy.setup_dataloader = lambda self, data, batch_size, **options: (
+    batch.as_subclass(Elsewhere) for batch in data.split(batch_size)
+)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run(*arguments: str, ranks: int, launcher: Sequence[str] = ()) -> list[str]:
     """What the script prints, without the time of day."""
-    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    if ranks > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command = [sys.executable, *launcher, str(SCRIPT), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS)
@@ -31,6 +57,10 @@ def alone() -> list[str]:
 
 def test_five_updates_are_printed(alone):
     assert len(alone) == 5
+
+
+def test_the_script_moves_batches_to_the_device(alone):
+    assert run("--strategy=fake", ranks=1, launcher=["-c", WITH_BATCHES_ELSEWHERE]) == alone
 
 
 @pytest.mark.parametrize("arguments", [["--strategy=fsdp"], ["--strategy=deepspeed", "--zero-stage=3"]])

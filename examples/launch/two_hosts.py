@@ -1,21 +1,27 @@
 """Two hosts train together: two network namespaces on one machine, joined by a virtual cable.
 
-``python run.py [arguments of train.py]``, as root, on Linux with iproute2. Each "host" starts torchrun as one
-would on two machines, with the ordinary rendezvous over the network between them; then one process alone
-makes the same updates, and the weights must be the same, bit for bit.
+``python two_hosts.py [arguments of train.py]``, as root, on Linux with iproute2. Each "host" runs torchrun.sh as on two
+machines, and the ranks meet over the network between them. Then one process makes the same updates alone, and the
+weights must be the same, bit for bit.
 """
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-TRAIN = Path(__file__).parent / "train.py"
-HOSTS = {"lightrft-a": ("veth-lrft-a", "10.213.77.1"), "lightrft-b": ("veth-lrft-b", "10.213.77.2")}
-PORT = 29477
+FOLDER = Path(__file__).parent
+TRAIN = FOLDER / "train.py"
+HOSTS = {
+    f"lightrft-a-{os.getpid()}": ("veth-lrft-a", "10.213.77.1"),
+    f"lightrft-b-{os.getpid()}": ("veth-lrft-b", "10.213.77.2"),
+}
+"""The namespaces, with the interface and the address in each; no other namespace sees these, or the port."""
+RENDEZVOUS = "10.213.77.1:29477"
 SECONDS = 240
 
 
@@ -28,31 +34,39 @@ def ip(*arguments: str) -> None:
 def network() -> Iterator[None]:
     """Two namespaces with an address each, and a cable between them."""
     (first, (cable, _)), (second, (other, _)) = HOSTS.items()
-    try:
-        ip("netns", "add", first)
-        ip("netns", "add", second)
+    with ExitStack() as made:
+        for host in HOSTS:
+            ip("netns", "add", host)
+            made.callback(ip, "netns", "delete", host)
         ip("link", "add", cable, "netns", first, "type", "veth", "peer", "name", other, "netns", second)
         for host, (interface, address) in HOSTS.items():
             ip("-n", host, "addr", "add", f"{address}/24", "dev", interface)
             for name in ("lo", interface):
                 ip("-n", host, "link", "set", name, "up")
         yield
-    finally:
-        for host in HOSTS:
-            subprocess.run(["ip", "netns", "delete", host], stderr=subprocess.DEVNULL, check=False)
 
 
 def start(number: int, arguments: list[str]) -> subprocess.Popen[str]:
-    """torchrun on one host, with one process."""
+    """Run torchrun.sh on one host, with one process."""
     host, (interface, _) = list(HOSTS.items())[number]
-    first = HOSTS["lightrft-a"][1]
-    torchrun = [
-        sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={number}", "--nproc-per-node=1",
-        f"--master-addr={first}", f"--master-port={PORT}",
-    ]  # fmt: skip
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": interface, "OMP_NUM_THREADS": "1"}
-    command = ["ip", "netns", "exec", host, *torchrun, str(TRAIN), *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = {
+        **os.environ, "NNODES": str(len(HOSTS)), "NODE_RANK": str(number), "NPROC_PER_NODE": "1",
+        "RDZV_ENDPOINT": RENDEZVOUS, "GLOO_SOCKET_IFNAME": interface, "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }  # fmt: skip
+    command = ["ip", "netns", "exec", host, str(FOLDER / "torchrun.sh"), str(TRAIN), *arguments]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """End torchrun with its ranks, which are in sessions of their own: it ends them after SIGTERM."""
+    with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(60)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def together(arguments: list[str]) -> str:
@@ -62,7 +76,7 @@ def together(arguments: list[str]) -> str:
         outputs = [process.communicate(timeout=SECONDS) for process in processes]
     finally:
         for process in processes:
-            process.kill()
+            end(process)
     for process, (_, errors) in zip(processes, outputs, strict=True):
         if process.returncode:
             raise SystemExit(f"a host failed:\n{errors[-4000:]}")
@@ -78,6 +92,7 @@ def weights(text: str) -> str:
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # leaves no namespaces and processes
     with network():
         joint = together(sys.argv[1:])
     alone = subprocess.run(
