@@ -1,81 +1,36 @@
-"""Saving and loading, compared with plain files of the same size: SmolLM2-135M's shape and AdamW's state, fp32, one process.
+"""Saving, loading and exporting, compared with plain files of the same size and with torch.save, DCP and Accelerate: SmolLM2-135M's shape and AdamW's state, fp32, one process.
 
-Reports ratios of medians. The rounds alternate, so that other load on the machine affects all measurements alike. A plain
-read is into allocated memory, as a model's is. Exit status 1 if a target is missed.
+A plain read is into allocated memory, as a model's is; plain writes are atomic and synced to the disk, as ours are. torch.save,
+DCP and Accelerate verify nothing when they load and do not sync what they write.
 """
 
-import argparse
-import json
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
-from models import seconds_of, smollm2
+from accelerate import Accelerator
+from loops import adamw
+from measure import Action, Goal, Report, interleaved, parser
+from models import smollm2
+from torch.distributed import checkpoint as dcp
 
 from lightrft.strategy import FakeStrategy, get_fake_strategy
 
-CHUNK = 16 * 2**20
-"""Bytes of the buffer of a save, unless the largest tensor needs more."""
 
-
-@dataclass(frozen=True)
-class Ratio:
-    """A measured ratio and its target."""
-
-    name: str
-    value: float
-    bound: float
-    at_least: bool = False
-
-    @property
-    def met(self) -> bool:
-        return self.value >= self.bound if self.at_least else self.value <= self.bound
-
-
-class Measurements:
-    """Seconds and additional bytes of memory of each action, by round."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds: dict[str, list[float]] = {}
-        self.extra: dict[str, list[float]] = {}
-
-    def take(self, name: str, action: Callable[[], object]) -> None:
-        """Measure one call of ``action``."""
-        with suppress(OSError):  # not everywhere
-            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        before = memory("VmRSS")
-        self.seconds.setdefault(name, []).append(seconds_of(action, self.device))
-        self.extra.setdefault(name, []).append(memory("VmHWM") - before)
-
-    def ratios(self, size: int, largest: int) -> list[Ratio]:
-        """The ratios, for checkpoints of ``size`` bytes whose largest tensor has ``largest`` bytes."""
-        time_of = {name: median(times) for name, times in self.seconds.items()}
-        most = {name: max(extra) for name, extra in self.extra.items()}
-        bound = 2 * max(CHUNK, largest) / size
-        return [
-            Ratio("save / plain write", time_of["write"] / time_of["save"], 0.6, at_least=True),
-            Ratio("load / plain read", time_of["read"] / time_of["load"], 0.6, at_least=True),
-            Ratio("load / plain read, cold cache", time_of["cold read"] / time_of["cold load"], 0.6, at_least=True),
-            Ratio("blocked / save", time_of["blocked"] / time_of["save"], 0.25),
-            Ratio("memory of save", most["save"] / size, bound),
-            Ratio("memory of load", most["load"] / size, bound),
-            Ratio("memory of a background save", most["blocked"] / size, 1 + bound),
-        ]
-
-
-def memory(field: str) -> int:
-    """Bytes of this process's memory: ``VmRSS`` is the current size, ``VmHWM`` the peak."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)
+def main() -> int:
+    arguments = parser(__doc__, rounds=5)
+    arguments.add_argument("--folder", type=Path, help="a folder on the disk to measure; default: the temporary folder")
+    args = arguments.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="lightrft-bench-", dir=args.folder))
+    try:
+        measure(Report(args.output), folder, args.rounds, args.device)
+    finally:
+        shutil.rmtree(folder)
+    return 0
 
 
 def prepared(strategy: FakeStrategy) -> Any:
@@ -110,57 +65,92 @@ def forget(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
+                os.fsync(file.fileno())  # only pages that are on the disk can be dropped
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure(folder: Path, rounds: int, device: str) -> tuple[Measurements, int, int]:
-    """Returns the measurements, the bytes of a checkpoint and the bytes of its largest tensor."""
+def measure(report: Report, folder: Path, rounds: int, device: str) -> None:
+    """Measure saving, loading and exporting, by this layer and by others."""
     with (
         get_fake_strategy(bf16=False, train_batch_size=1, device=device) as blocking,
         get_fake_strategy(bf16=False, train_batch_size=1, device=device, async_ckpt=True) as background,
     ):
-        measurements = Measurements(blocking.device)
         model, other = prepared(blocking), prepared(background)
-        checkpoint = blocking.save_ckpt(model, folder / "blocking", tag="t")
+        checkpoint = blocking.save_ckpt(model, folder / "ours", tag="t")
         size = sum(file.stat().st_size for file in checkpoint.iterdir())
+        report.add("checkpoint", "size", [size / 1e9], unit="GB")
         data = memoryview(torch.randint(256, (size,), dtype=torch.uint8).numpy())
-        background.save_ckpt(other, folder / "background", tag="t")  # the first save allocates memory for copies
-        for _ in range(rounds):
-            background._checkpoint_saver.finish()
-            measurements.take("blocked", lambda: background.save_ckpt(other, folder / "background", tag="t"))
-            background._checkpoint_saver.finish()
-            measurements.take("write", lambda: write(folder / "plain", data))
-            measurements.take("save", lambda: blocking.save_ckpt(model, folder / "blocking", tag="t"))
-            measurements.take("read", lambda: read(folder / "plain", data))
-            measurements.take("load", lambda: blocking.load_ckpt(model, folder / "blocking"))
-            forget(folder)
-            measurements.take("cold read", lambda: read(folder / "plain", data))
-            measurements.take("cold load", lambda: blocking.load_ckpt(model, folder / "blocking"))
-    return measurements, size, max(parameter.nbytes for parameter in model.parameters())
+        background.save_ckpt(other, folder / "async", tag="t")  # the first save allocates memory for copies
+        state = state_of(model, blocking)
+        peers = Accelerate(folder / "accelerate", device)
+
+        def blocked() -> None:
+            background.save_ckpt(other, folder / "async", tag="t")
+
+        saves: dict[str, Action] = {
+            "plain write": lambda: write(folder / "plain", data),
+            "ours": lambda: blocking.save_ckpt(model, folder / "ours", tag="t"),
+            "torch.save": lambda: torch.save(state, folder / "state.pt"),
+            "DCP": lambda: dcp.save(state, checkpoint_id=folder / "dcp", no_dist=True),
+            "Accelerate": peers.save,
+            "ours, async": blocked,
+        }
+        loads: dict[str, Action] = {
+            "plain read": lambda: read(folder / "plain", data),
+            "ours": lambda: blocking.load_ckpt(model, folder / "ours"),
+            "torch.load": lambda: model.load_state_dict(torch.load(folder / "state.pt")["model"]),
+            "DCP": lambda: dcp.load(state, checkpoint_id=folder / "dcp", no_dist=True),
+            "Accelerate": peers.load,
+        }
+        seconds = interleaved(saves, rounds, blocking.device, before=lambda: background._checkpoint_saver.finish())
+        report.times("save", seconds)
+        report.compare("save, speed", seconds, "plain write", {"ours": Goal(0.6, at_least=True)}, inverse=True)
+        report.compare(
+            "save, time blocked",
+            {name: seconds[name] for name in ("ours", "ours, async")},
+            "ours",
+            {"ours, async": Goal(0.25)},
+        )
+        for case, before in (("load", lambda: None), ("load, cold cache", lambda: forget(folder))):
+            seconds = interleaved(loads, rounds, blocking.device, before=before)
+            report.times(case, seconds)
+            report.compare(f"{case}, speed", seconds, "plain read", {"ours": Goal(0.8, at_least=True)}, inverse=True)
+        exports: dict[str, Action] = {
+            "save_pretrained": lambda: model.save_pretrained(folder / "plain-export"),
+            "ours": lambda: blocking.save_model(model, None, folder / "export"),
+        }
+        seconds = interleaved(exports, rounds, blocking.device)
+        report.times("export", seconds)
+        report.compare("export", seconds, "save_pretrained")
 
 
-def main() -> int:
-    """Measure, print and write the numbers."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--folder", type=Path, help="a folder on the disk to measure; default: the temporary folder")
-    parser.add_argument("--output", type=Path, help="JSON file for the numbers")
-    arguments = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="lightrft-bench-", dir=arguments.folder))
-    try:
-        measurements, size, largest = measure(folder, arguments.rounds, arguments.device)
-    finally:
-        shutil.rmtree(folder)
-    for name, times in measurements.seconds.items():
-        print(f"{name:10} {median(times):8.3f} s ({min(times):.3f} to {max(times):.3f}) for {size / 1e9:.3f} GB")
-    ratios = measurements.ratios(size, largest)
-    for ratio in ratios:
-        print(f"{ratio.name:36} {ratio.value:8.2f}   target: {'>=' if ratio.at_least else '<='} {ratio.bound:.2f}")
-    if arguments.output is not None:
-        contents = {"seconds": measurements.seconds, "extra": measurements.extra, "ratios": list(map(asdict, ratios))}
-        arguments.output.write_text(json.dumps(contents, indent=2), encoding="utf-8")
-    return int(not all(ratio.met for ratio in ratios))
+def state_of(model: Any, strategy: FakeStrategy) -> dict[str, Any]:
+    """The same tensors as in the checkpoint, for libraries that take a state dict."""
+    optimizer = adamw(model)
+    for parameter in model.parameters():
+        optimizer.state[parameter] = {
+            "step": torch.tensor(1.0), "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)
+        }  # fmt: skip
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+
+
+class Accelerate:
+    """A model and its optimizer state under Accelerate's `save_state` and `load_state`."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        self._folder, self._accelerator = str(folder), Accelerator(cpu=device == "cpu")
+        model = smollm2(torch.float32)
+        model, optimizer = self._accelerator.prepare(model, adamw(model))
+        tokens = torch.arange(8, device=device)[None]
+        self._accelerator.backward(model(tokens, labels=tokens).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def save(self) -> None:
+        self._accelerator.save_state(self._folder)
+
+    def load(self) -> None:
+        self._accelerator.load_state(self._folder)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,14 @@
 ``python -X importtime``. The limits are those that this project sets itself.
 """
 
-import argparse
 import re
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from measure import Goal, Report, parser
 
 NOTHING = "pass"
 TYPER = "import typer"
@@ -37,31 +37,35 @@ CASES = [
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    rounds: int = parser.parse_args().rounds
+    args = parser(__doc__, rounds=7).parse_args()
+    report = Report(args.output)
     codes = list(dict.fromkeys([NOTHING, *(code for case in CASES for code in (case.reference, case.code))]))
-    walls = medians_of(wall_time, codes, rounds)
-    imports = medians_of(import_time, codes, rounds)
-    print(f"{'':45} wall time  ratio  limit  without Python's start  imports")
+    walls = by_code(wall_time, codes, args.rounds)
+    imports = by_code(import_time, codes, args.rounds)
     for case in CASES:
-        ratio = walls[case.code] / walls[case.reference]
-        own = (walls[case.code] - walls[NOTHING]) / (walls[case.reference] - walls[NOTHING])
-        limit = "" if case.limit is None else f"{case.limit:.1f}"
-        print(
-            f"{case.name:45} {walls[case.code] * 1000:6.0f} ms {ratio:6.2f} {limit:>6} {own:23.2f} "
-            f"{imports[case.code] / imports[case.reference]:8.2f}"
+        goal = None if case.limit is None else Goal(case.limit)
+        ours, theirs, start = (walls[code] for code in (case.code, case.reference, NOTHING))
+        report.add(case.name, "time", [1000 * seconds for seconds in ours], unit="ms")
+        report.add(
+            case.name,
+            f"ours / {case.reference}",
+            [own / other for own, other in zip(ours, theirs, strict=True)],
+            goal=goal,
         )
+        beyond = [(own - least) / (other - least) for own, other, least in zip(ours, theirs, start, strict=True)]
+        report.add(case.name, "without Python's start", beyond)
+        pairs = zip(imports[case.code], imports[case.reference], strict=True)
+        report.add(case.name, "imports alone", [own / other for own, other in pairs])
     return 0
 
 
-def medians_of(measure: Callable[[str], float], codes: Sequence[str], rounds: int) -> dict[str, float]:
-    """The median of each code, measured in turn so that load on the machine affects all equally."""
+def by_code(measure: Callable[[str], float], codes: Sequence[str], rounds: int) -> dict[str, list[float]]:
+    """What each code takes in each round, measured in turn so that load on the machine affects all equally."""
     measured: dict[str, list[float]] = {code: [] for code in codes}
     for _ in range(rounds):
         for code in codes:
             measured[code].append(measure(code))
-    return {code: statistics.median(times) for code, times in measured.items()}
+    return measured
 
 
 def wall_time(code: str) -> float:

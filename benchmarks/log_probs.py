@@ -6,13 +6,13 @@ torch allocates, from its profiler; on CUDA of its allocator. Times alternate in
 machine affects both alike. Prints the ratios, chunk by chunk over plain.
 """
 
-import argparse
 import sys
 from collections.abc import Callable
-from statistics import quantiles
+from functools import partial
 
 import torch
-from models import SHAPE, seconds_of
+from measure import Goal, Report, interleaved, parser
+from models import SHAPE
 from torch.profiler import ProfilerActivity, profile
 
 from lightrft.strategy import linear_log_probs
@@ -21,26 +21,27 @@ Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Hidden states (N, H), the weight of the head (V, H), and targets (N,)."""
 LossOf = Callable[[Inputs, bool], torch.Tensor]
 """A loss of log-probabilities and, if the flag is set, of entropies."""
-WARM_UP = 1
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    args = parser.parse_args()
+    arguments = parser(__doc__, rounds=5)
+    arguments.add_argument("--tokens", type=int, default=512)
+    arguments.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    args = arguments.parse_args()
     inputs = make_inputs(args.tokens, torch.device(args.device), getattr(torch, args.dtype))
+    report = Report(args.output)
     for entropy in (False, True):
-        what = "log-probabilities and entropy" if entropy else "log-probabilities"
-        plain, chunked = (peak_bytes(loss_of, inputs, entropy) for loss_of in (from_logits, without_logits))
-        ratios = [chunk / whole for whole, chunk in alternate(inputs, entropy, args.rounds)]
-        low, middle, high = quantiles(ratios)
-        print(
-            f"{what}, {args.tokens} tokens, {args.dtype}: memory {plain / 2**20:.0f} MiB from logits, {chunked / 2**20:.0f} MiB "
-            f"without, ratio {chunked / plain:.3f}; time ratio {middle:.3f} [{low:.3f}, {high:.3f}] of {len(ratios)} pairs"
-        )
+        what = "log-probs and entropy" if entropy else "log-probs"
+        case = f"{what}, {args.tokens} tokens, {args.dtype}"
+        loops = {"from logits": from_logits, "chunked": without_logits}
+        peaks = {name: peak_bytes(loss_of, inputs, entropy) for name, loss_of in loops.items()}
+        for name, peak in peaks.items():
+            report.add(f"memory, {case}", name, [peak / 2**20], unit="MiB")
+        share = peaks["chunked"] / peaks["from logits"]
+        report.add(f"memory, {case}", "chunked / from logits", [share], goal=Goal(0.35))
+        actions = {name: partial(forward_backward, loss_of, inputs, entropy) for name, loss_of in loops.items()}
+        seconds = interleaved(actions, args.rounds, inputs[0].device)
+        report.compare(f"time, {case}", seconds, "from logits", {"chunked": Goal(1.3)})
     return 0
 
 
@@ -63,28 +64,15 @@ def from_logits(inputs: Inputs, entropy: bool) -> torch.Tensor:
 
 def without_logits(inputs: Inputs, entropy: bool) -> torch.Tensor:
     hidden_NH, weight, targets_N = inputs
-    found = linear_log_probs(hidden_NH, weight, targets_N, entropy=entropy)
-    loss = found.log_probs.mean()
-    return loss if found.entropy is None else loss - found.entropy.mean()
+    result = linear_log_probs(hidden_NH, weight, targets_N, entropy=entropy)
+    loss = result.log_probs.mean()
+    return loss if result.entropy is None else loss - result.entropy.mean()
 
 
 def forward_backward(loss_of: LossOf, inputs: Inputs, entropy: bool) -> None:
     for tensor in inputs[:2]:
         tensor.grad = None
     loss_of(inputs, entropy).backward()
-
-
-def alternate(inputs: Inputs, entropy: bool, rounds: int) -> list[tuple[float, float]]:
-    """Seconds from the logits and without them, of each round; the first of a pair alternates too."""
-    pairs: list[tuple[float, float]] = []
-    for turn in range(WARM_UP + rounds):
-        order = (from_logits, without_logits) if turn % 2 else (without_logits, from_logits)
-        seconds = {
-            loss_of: seconds_of(lambda chosen=loss_of: forward_backward(chosen, inputs, entropy), inputs[0].device)  # type: ignore[misc]
-            for loss_of in order
-        }
-        pairs.append((seconds[from_logits], seconds[without_logits]))
-    return pairs[WARM_UP:]
 
 
 def peak_bytes(loss_of: LossOf, inputs: Inputs, entropy: bool) -> int:

@@ -1,7 +1,5 @@
-"""The model of the benchmarks, and how to time work on a device."""
+"""The model of the benchmarks."""
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,18 +22,3 @@ def save_smollm2(folder: Path) -> Path:
     """Write that model in bf16 as a Hugging Face directory, for an engine."""
     smollm2(torch.bfloat16).save_pretrained(folder)
     return folder
-
-
-def seconds_of(action: Callable[[], object], device: torch.device) -> float:
-    """Seconds that ``action`` takes, with what it started on ``device``."""
-    wait(device)
-    start = time.perf_counter()
-    action()
-    wait(device)
-    return time.perf_counter() - start
-
-
-def wait(device: torch.device) -> None:
-    """Wait for ``device`` to finish its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

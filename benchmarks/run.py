@@ -1,15 +1,31 @@
-"""Run benchmarks by name: ``python benchmarks/run.py [steps.fsdp ...]``. Each prints its ratios.
+"""Run benchmarks by name: ``python benchmarks/run.py [NAME ...] [--output FOLDER] [--compare] [--save-baseline]``.
 
-The default is all but ``weight_sync.ENGINE.STRATEGY``, which needs an environment with the engine.
+Without names, all run that need no engine of their own environment. Prints every figure, and writes them to FOLDER: a JSON file
+per benchmark, one table (``table.md``) with versions, machine and command on top, and a picture of the ratios. ``--compare``
+says which ratios moved beyond the bounds in ``baseline.json``; ``--save-baseline`` runs everything three times and writes that
+file. A missed goal or a ratio that moved is printed, and is not an error: these figures depend on the machine.
 """
 
+import argparse
+import json
 import os
+import platform
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from measure import Row
+
 HERE = Path(__file__).parent
+BASELINE = HERE / "baseline.json"
+BASELINE_RUNS = 3
+SLACK = 0.02
+"""A ratio moved if it is further than this share from all that the baseline saw."""
+PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "lightning-fabric", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -26,42 +42,197 @@ class Benchmark:
         return [sys.executable, *(launcher if self.ranks > 1 else []), str(HERE / self.script), *self.arguments]
 
 
+def _steps() -> dict[str, Benchmark]:
+    """An update of 1 ms and of 20 ms on every strategy, with one and with eight micro-batches; a large one on some."""
+    steps = {}
+    for strategy in ("fake", "fsdp", "zero0", "zero1", "zero2", "zero3"):
+        ranks = 1 if strategy == "fake" else 2
+        steps[f"step.{strategy}.1ms"] = Benchmark("steps.py", (strategy, "--size=1 ms", "--rounds=300"), ranks)
+        steps[f"step.{strategy}.20ms"] = Benchmark("steps.py", (strategy, "--size=20 ms"), ranks)
+        more = ("--size=20 ms", "--accumulation=8", "--rounds=12")
+        steps[f"step.{strategy}.20ms.K8"] = Benchmark("steps.py", (strategy, *more), ranks)
+    for strategy in ("fake", "fsdp", "zero2"):
+        ranks = 1 if strategy == "fake" else 2
+        more = ("--size=20 ms", "--denominators")
+        steps[f"step.{strategy}.denominators"] = Benchmark("steps.py", (strategy, *more), ranks)
+        steps[f"step.{strategy}.large"] = Benchmark("steps.py", (strategy, "--size=large", "--rounds=3"), ranks)
+    return steps
+
+
 BENCHMARKS = {
-    "steps.fake": Benchmark("steps.py", ("fake", "--rounds=1000")),
-    "steps.fake.denominators": Benchmark("steps.py", ("fake", "--rounds=1000", "--denominators")),
-    "steps.fsdp": Benchmark("steps.py", ("fsdp",), ranks=2),
-    "steps.fsdp.denominators": Benchmark("steps.py", ("fsdp", "--denominators"), ranks=2),
-    "steps.zero2": Benchmark("steps.py", ("zero2",), ranks=2),
-    "steps.zero3": Benchmark("steps.py", ("zero3",), ranks=2),
-    "checkpoints": Benchmark("checkpoints.py"),
-    "memory": Benchmark("memory.py", ("fsdp",)),
+    **_steps(),
+    "collectives": Benchmark("collectives.py", ranks=2),
+    "checkpoint": Benchmark("checkpoints.py"),
+    "memory": Benchmark("memory.py"),
+    "offload.fsdp": Benchmark("offload.py", ("fsdp",)),
     "planning": Benchmark("planning.py"),
     "log_probs": Benchmark("log_probs.py"),
     "sequence_parallel": Benchmark("sequence_parallel.py", ranks=2),
+    "sync.transformers.fake": Benchmark("weight_sync.py", ("transformers", "--strategy=fake")),
+    "sync.transformers.zero3": Benchmark("weight_sync.py", ("transformers", "--strategy=deepspeed"), ranks=2),
     "imports": Benchmark("imports.py"),
+    "conformance": Benchmark("certification.py"),
+    "scale": Benchmark("scale.py"),
 }
 SYNCS = {
-    f"weight_sync.{engine}.{name}": Benchmark("weight_sync.py", (engine, f"--strategy={strategy}"), ranks=ranks)
-    for engine in ("transformers", "vllm", "sglang")
+    f"sync.{engine}.{name}": Benchmark("weight_sync.py", (engine, f"--strategy={strategy}"), ranks=ranks)
+    for engine in ("vllm", "sglang")
     for name, strategy, ranks in (("fake", "fake", 1), ("zero3", "deepspeed", 2))
 }
 
 
 def main() -> int:
     known = BENCHMARKS | SYNCS
-    unknown = [name for name in sys.argv[1:] if name not in known]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help=f"{', '.join(known)}; a prefix selects all that begin with it")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"))
+    parser.add_argument("--compare", action="store_true")
+    parser.add_argument("--save-baseline", action="store_true")
+    args = parser.parse_args()
+    unknown = [name for name in args.names if not _selected(known, [name])]
     if unknown:
         print(f"unknown benchmark: {', '.join(unknown)}; expected one of {', '.join(known)}", file=sys.stderr)
         return 2
-    failed = [name for name in sys.argv[1:] or BENCHMARKS if not succeeds(known[name])]
+    if args.compare and not BASELINE.exists():
+        print(
+            f"expected a baseline to compare with in {BASELINE}, found none; make one with --save-baseline",
+            file=sys.stderr,
+        )
+        return 2
+    names = _selected(known, args.names) if args.names else list(BENCHMARKS)
+    args.output.mkdir(parents=True, exist_ok=True)
+    runs = [measured(names, args.output) for _ in range(BASELINE_RUNS if args.save_baseline else 1)]
+    rows = runs[-1]
+    (args.output / "table.md").write_text(table(rows), encoding="utf-8")
+    draw(rows, args.output / "ratios.png")
+    if args.save_baseline:
+        BASELINE.write_text(json.dumps(baseline(runs), indent=1) + "\n", encoding="utf-8")
+    if args.compare:
+        print(*moved(rows, json.loads(BASELINE.read_text(encoding="utf-8"))), sep="\n")
+    missed = [row for found in rows.values() for row in found if row.met is False]
+    print(f"\n{len(missed)} goals missed" + "".join(f"\n{row}" for row in missed))
+    failed = [name for name, found in rows.items() if not found]
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return bool(failed)
 
 
-def succeeds(benchmark: Benchmark) -> bool:
+def _selected(known: Iterable[str], names: Sequence[str]) -> list[str]:
+    return [name for name in known if any(name == chosen or name.startswith(f"{chosen}.") for chosen in names)]
+
+
+def measured(names: Sequence[str], output: Path) -> dict[str, list[Row]]:
+    """Run the benchmarks; return the rows of each, none for one that failed."""
+    rows = {}
+    for name in names:
+        path = output / f"{name}.json"
+        path.unlink(missing_ok=True)
+        print(f"\n{name}", flush=True)
+        succeeded = succeeds((BENCHMARKS | SYNCS)[name], path)
+        found = json.loads(path.read_text(encoding="utf-8")) if succeeded and path.exists() else []
+        rows[name] = [Row(**row) for row in found]
+    return rows
+
+
+def succeeds(benchmark: Benchmark, output: Path) -> bool:
     threads = str(max(1, len(os.sched_getaffinity(0)) // benchmark.ranks))
-    return subprocess.call(benchmark.command, env={"OMP_NUM_THREADS": threads, **os.environ}) == 0
+    command = [*benchmark.command, f"--output={output.resolve()}"]
+    return subprocess.call(command, env={"OMP_NUM_THREADS": threads, **os.environ}) == 0
+
+
+# What is written
+
+
+def machine() -> list[str]:
+    """What the figures depend on."""
+    versions = []
+    for package in PACKAGES:
+        try:
+            versions.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    processor = next(
+        (line.partition(":")[2].strip() for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")),
+        platform.processor() or platform.machine(),
+    )
+    return [
+        f"Python {platform.python_version()}, {', '.join(versions)}",
+        f"{len(os.sched_getaffinity(0))} cores of {processor}, load {os.getloadavg()[0]:.1f} at the end",
+        f"`python benchmarks/run.py {shlex.join(sys.argv[1:])}`".replace(" `", "`"),
+    ]
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+def table(rows: dict[str, list[Row]]) -> str:
+    """All rows as Markdown."""
+    lines = ["# Benchmarks", "", *(f"- {line}" for line in machine()), ""]
+    lines += ["Medians, and the quartiles of the rounds.", "", "| case | figure | median | quartiles | goal |"]
+    lines += ["|---|---|---:|---:|---|"]
+    for row in (row for found in rows.values() for row in found):
+        spread = "" if row.low == row.high else f"{row.low:.3f} to {row.high:.3f}"
+        goal = f"{row.goal}: {'met' if row.met else 'missed'}" if row.goal else ""
+        lines.append(f"| {row.case} | {row.what} | {row.value:.3f} {row.unit} | {spread} | {goal} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(rows: dict[str, list[Row]], path: Path) -> None:
+    """Draw the ratios between 0 and 3, with their quartiles."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    ratios = [row for found in rows.values() for row in found if not row.unit and " / " in row.what and row.value < 3]
+    if not ratios:
+        return
+    figure, axes = pyplot.subplots(figsize=(10, 0.22 * len(ratios) + 1))
+    positions = range(len(ratios), 0, -1)
+    for position, row in zip(positions, ratios, strict=True):
+        colour = "tab:blue" if row.what.startswith("ours") else "tab:gray"
+        axes.plot([row.low, row.high], [position, position], color=colour)
+        axes.plot(row.value, position, "o", color=colour)
+    axes.axvline(1, color="black", linewidth=0.5)
+    axes.set_yticks(list(positions), [f"{row.case}: {row.what}" for row in ratios], fontsize=7)
+    axes.set_xlabel("ratio")
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+# The baseline
+
+
+def _ratios(rows: dict[str, list[Row]]) -> dict[str, Row]:
+    return {f"{row.case}: {row.what}": row for found in rows.values() for row in found if not row.unit}
+
+
+def baseline(runs: Sequence[dict[str, list[Row]]]) -> dict[str, object]:
+    """The least and the largest median of each ratio, over some runs of one commit."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=True).stdout
+    ratios: dict[str, list[float]] = {}
+    for run in runs:
+        for name, row in _ratios(run).items():
+            ratios.setdefault(name, []).append(row.value)
+    bounds = {name: [round(min(values), 4), round(max(values), 4)] for name, values in ratios.items()}
+    return {"commit": commit.strip(), "machine": machine(), "ratios": bounds}
+
+
+def moved(rows: dict[str, list[Row]], stored: dict[str, dict[str, list[float]]]) -> list[str]:
+    """A line for each ratio that is not between the bounds of the baseline, give or take `SLACK`."""
+    lines = []
+    for name, row in _ratios(rows).items():
+        if name not in stored["ratios"]:
+            lines.append(f"new: {name}: {row.value:.3f}")
+            continue
+        low, high = stored["ratios"][name]
+        if not low - SLACK * abs(low) <= row.value <= high + SLACK * abs(high):
+            lines.append(f"moved: {name}: {low:.3f} to {high:.3f} in the baseline, {row.value:.3f} now")
+    cases = {row.case for found in rows.values() for row in found}
+    gone = stored["ratios"].keys() - _ratios(rows).keys()
+    lines += [f"missing: {name}" for name in sorted(gone) if name.rpartition(": ")[0] in cases]
+    return lines or [f"no ratio moved beyond the baseline of {stored['commit']}"]
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """What two ranks that share a sequence save for the backward pass, compared with a rank that has it alone.
 
-``torchrun --standalone --nproc-per-node=2 benchmarks/sequence_parallel.py [--tokens 4096] [--at-most 0.65]``. Prints the bytes of saved
+``torchrun --standalone --nproc-per-node=2 benchmarks/sequence_parallel.py [--tokens 4096]``. Prints the bytes of saved
 tensors of a rank, parameters left out, and the seconds of a forward and backward pass, with sp_size=1 and sp_size=2.
 """
 
-import argparse
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from measure import Goal, Report, parser
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightrft.strategy import StrategyBase, get_strategy
@@ -21,12 +22,12 @@ HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embed
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--at-most", type=float, default=0.65, help="the ratio of bytes above which to fail")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    args = parser.parse_args()
-    figures = {}
+    arguments = parser(__doc__, rounds=3)
+    arguments.add_argument("--tokens", type=int, default=4096)
+    args = arguments.parse_args()
+    report = Report(args.output, int(os.environ.get("RANK", "0")))
+    saved: dict[int, float] = {}
+    seconds: dict[str, list[float]] = {}
     for size in (1, 2):
         settings = {
             "strategy": "fsdp",
@@ -36,27 +37,29 @@ def main() -> int:
             "sp_size": size,
         }
         with get_strategy(settings) as strategy:
-            saved, seconds = (
-                strategy.all_reduce(float(figure), op="max") for figure in measured(strategy, args.tokens)
-            )
-            figures[size] = saved
-            strategy.print(f"sp_size={size}: at most {saved / 2**20:.0f} MiB saved by a rank, {seconds:.2f} s a step")
-            if size == 2:
-                strategy.print(f"saved bytes, sp_size 2 / 1: {figures[2] / figures[1]:.2f}")
-    return int(figures[2] / figures[1] > args.at_most)
+            own_bytes, own_seconds = measured(strategy, args.tokens, args.rounds)
+            saved[size] = strategy.all_reduce(float(own_bytes), op="max")
+            seconds[f"sp_size {size}"] = strategy.all_reduce(torch.tensor(own_seconds), op="max").tolist()
+    case = f"sequence parallelism, {args.tokens} tokens"
+    for size, figure in saved.items():
+        report.add(case, f"saved by a rank, sp_size {size}", [figure / 2**20], unit="MiB")
+    report.add(case, "saved bytes, sp_size 2 / 1", [saved[2] / saved[1]], goal=Goal(0.65))
+    report.times(case, seconds)
+    return 0
 
 
-def measured(strategy: StrategyBase, tokens: int) -> tuple[int, float]:
-    """Bytes saved for the backward pass on this rank, and the seconds of the second of two steps."""
+def measured(strategy: StrategyBase, tokens: int, rounds: int) -> tuple[int, list[float]]:
+    """Bytes saved for the backward pass on this rank, and the seconds of each step after the first."""
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM(LlamaConfig(**SIZES, **HEADS))
     model, optimizer, _ = strategy.prepare((model, torch.optim.AdamW(model.parameters()), None))
-    whole = {"input_ids": torch.arange(tokens, device=strategy.device)[None] % SIZES["vocab_size"]}
-    whole["attention_mask"], whole["targets"] = torch.ones_like(whole["input_ids"]), whole["input_ids"].roll(-1)
-    ranks, saved, seconds = strategy.sequence_parallel, 0, 0.0
-    for _ in range(2):
+    batch = {"input_ids": torch.arange(tokens, device=strategy.device)[None] % SIZES["vocab_size"]}
+    batch["attention_mask"], batch["targets"] = torch.ones_like(batch["input_ids"]), batch["input_ids"].roll(-1)
+    seconds: list[float] = []
+    ranks, saved = strategy.sequence_parallel, 0
+    for _ in range(1 + rounds):
         start = time.perf_counter()
-        local = ranks.split(whole)
+        local = ranks.split(batch)
         inputs = {name: local[name] for name in ("input_ids", "attention_mask", "position_ids") if name in local}
         with counting(model) as storages:
             logits_BLV = model(**inputs, use_cache=False).logits.flatten(0, 1)
@@ -65,8 +68,8 @@ def measured(strategy: StrategyBase, tokens: int) -> tuple[int, float]:
         saved = sum(storages.values())
         strategy.backward(loss, model, optimizer)
         strategy.optimizer_step(optimizer, model)
-        seconds = time.perf_counter() - start
-    return saved, seconds
+        seconds.append(time.perf_counter() - start)
+    return saved, seconds[1:]
 
 
 @contextmanager

@@ -1,188 +1,156 @@
-"""The time of a training step through a strategy, compared with the same loop written on the bare backend.
+"""The time of an update through a strategy, the bare backend, Accelerate and Lightning Fabric.
 
-``python steps.py fake`` or ``torchrun --nproc-per-node 2 steps.py fsdp|zero2|zero3``. Both loops train the same model on
-the same batches, with clipping. They alternate in one process, so that other load on the machine affects both alike.
-With ``--denominators``, both loops go through the strategy, one without denominators and one with them. Both clip: to divide
-by the denominators, an update multiplies its gradient by one factor, which is that of clipping too.
+``python steps.py fake`` or ``torchrun --nproc-per-node 2 steps.py zero0|zero1|zero2|zero3|fsdp``. All loops (loops.py) train
+the same model on the same batches in one process, in turn. With ``--denominators``, both loops go through the strategy, one
+without denominators and one with them. There both clip every update: to divide by the denominators, an update multiplies its
+gradient by one factor, which is that of clipping too. ``--profile`` shows which functions of the layer take time.
 """
 
-import argparse
+import cProfile
 import os
+import pstats
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from statistics import median, quantiles
+from importlib.util import find_spec
+from statistics import median
+from typing import Any
 
 import torch
-from models import seconds_of, smollm2
+from loops import MAX_NORM, Update, accelerate, fabric, fsdp, plain, with_strategy, zero
+from measure import Goal, Report, interleaved, parser
+from models import smollm2
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightrft.strategy import StrategyBase, get_strategy
+from lightrft.strategy import get_strategy
 
-Step = Callable[[torch.Tensor], object]
-
-MAX_NORM, RATE = 1.0, 1e-4
 LOW_NORM = 1e-6
 """Every gradient is clipped to it."""
 WARM_UP = 5
+LIBRARIES = {"Accelerate": "accelerate", "Fabric": "lightning_fabric"}
+"""The modules of contenders that may be missing."""
+SETTINGS: dict[str, dict[str, object]] = {
+    "fake": {"strategy": "fake"},
+    "fsdp": {"strategy": "fsdp"},
+    **{f"zero{stage}": {"strategy": "deepspeed", "zero_stage": stage} for stage in range(4)},
+}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("strategy", choices=list(BARE))
-    parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument(
-        "--large", action="store_true", help="SmolLM2-135M's shape on 4,096 tokens, instead of a small model"
+def main() -> int:
+    arguments = parser(__doc__, rounds=60)
+    arguments.add_argument("strategy", choices=list(SETTINGS))
+    arguments.add_argument("--size", choices=list(SIZES), default="20 ms")
+    arguments.add_argument("--accumulation", type=int, default=1, help="micro-batches of an update")
+    arguments.add_argument("--denominators", action="store_true", help="compare updates with and without denominators")
+    arguments.add_argument(
+        "--profile", action="store_true", help="print the profile of 200 updates through the strategy"
     )
-    parser.add_argument("--denominators", action="store_true", help="Compare updates with and without denominators")
-    args = parser.parse_args()
-    more = {"device": args.device, **({"max_norm": LOW_NORM} if args.denominators else {})}
-    with get_strategy({**settings(args.strategy), **more}) as strategy:
-        make, batch = LARGE if args.large else MODELS[args.strategy]
+    args = arguments.parse_args()
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    settings = {
+        **SETTINGS[args.strategy], "device": args.device, "bf16": False, "train_batch_size": ranks * args.accumulation,
+        "micro_train_batch_size": 1, "max_norm": LOW_NORM if args.denominators else MAX_NORM,
+    }  # fmt: skip
+    with get_strategy(settings) as strategy:
+        make, batch = SIZES[args.size]
+        batches = [batch().to(strategy.device)] * args.accumulation
+        report = Report(args.output, 0 if strategy.is_rank_0() else 1)
+        case = f"update, {args.strategy}, {args.size}" + (f", K={args.accumulation}" if args.accumulation > 1 else "")
+        if args.profile:
+            profile(with_strategy(strategy, make()), batches)
+            return 0
         if args.denominators:
-            steps = {
+            updates = {
                 "without": with_strategy(strategy, make()),
-                "with denominators": with_strategy(strategy, make(), denominators=True),
+                "denominators": with_strategy(strategy, make(), denominators=True),
             }
         else:
-            steps = {"bare": BARE[args.strategy](make().to(strategy.device)), "ours": with_strategy(strategy, make())}
-        seconds = alternate(steps, batch().to(strategy.device), args.rounds)
-        report(strategy, args.strategy, seconds)
+            makers = contenders(args.strategy, args.accumulation, ranks)
+            bare = {name: maker(make().to(strategy.device)) for name, maker in makers.items()}
+            updates = {**bare, "ours": with_strategy(strategy, make())}
+        actions = {name: partial(update, batches) for name, update in updates.items()}
+        show(report, case, interleaved(actions, args.rounds, strategy.device, warm_up=WARM_UP), args.size)
+    return 0
 
 
-def settings(name: str) -> dict[str, object]:
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    batch = {"train_batch_size": ranks, "micro_train_batch_size": 1}
-    return {**SETTINGS[name], **batch, "bf16": False, "max_norm": MAX_NORM}
+def contenders(strategy: str, accumulation: int, ranks: int) -> dict[str, Callable[[nn.Module], Update]]:
+    """The loops to compare with, the bare backend first: for ZeRO-0, plain data parallelism by DDP.
+
+    Libraries that are not installed are left out. Accelerate has no FSDP2 on CPUs, Lightning Fabric no ZeRO.
+    """
+    loops: dict[str, Callable[[nn.Module], Update]]
+    if strategy == "fsdp":
+        loops = {"bare": fsdp, "Fabric": fabric(sharded=True)}
+    elif strategy in ("fake", "zero0"):
+        name = "DDP" if strategy == "zero0" else "bare"
+        loops = {name: plain, "Accelerate": accelerate(accumulation), "Fabric": fabric()}
+    else:
+        stage = int(strategy.removeprefix("zero"))
+        loops = {"bare": zero(stage, accumulation), "Accelerate": accelerate(accumulation, stage=stage)}
+    return {name: loop for name, loop in loops.items() if name not in LIBRARIES or find_spec(LIBRARIES[name])}
 
 
-def alternate(steps: dict[str, Step], batch: torch.Tensor, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step; the first of a pair alternates too."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(WARM_UP + rounds):
-        order = list(steps.items())
-        for name, step in order if turn % 2 else reversed(order):
-            seconds[name].append(seconds_of(partial(step, batch), batch.device))
-    return {name: taken[WARM_UP:] for name, taken in seconds.items()}
+def show(report: Report, case: str, seconds: dict[str, list[float]], size: str) -> None:
+    """Report times, ratios to the first loop, and what each adds to it."""
+    reference = next(iter(seconds))
+    report.times(case, seconds)
+    bound = None if size == "1 ms" else Goal(1.01)
+    report.compare(case, seconds, reference, {"ours": bound, "denominators": bound} if bound else None)
+    if size == "1 ms" and "ours" in seconds:
+        added = {
+            name: [1000 * (own - bare) for own, bare in zip(taken, seconds[reference], strict=True)]
+            for name, taken in seconds.items()
+            if name != reference
+        }
+        for name, values in added.items():
+            report.add(case, f"{name} - {reference}", values, unit="ms")
+        peers = {name: median(values) for name, values in added.items() if name != "ours"}
+        if peers:
+            best = min(peers, key=lambda name: peers[name])
+            more = [own - other for own, other in zip(added["ours"], added[best], strict=True)]
+            report.add(case, f"added by ours - by {best}", more, unit="ms", goal=Goal(0.0))
 
 
-def report(strategy: StrategyBase, name: str, seconds: dict[str, list[float]]) -> None:
-    """Print the medians of the two loops, and the second over the first."""
-    (first, baselines), (second, others) = seconds.items()
-    bare, ours = 1000 * median(baselines), 1000 * median(others)
-    ratios = [step / baseline for step, baseline in zip(others, baselines, strict=True)]
-    low, middle, high = quantiles(ratios)
-    strategy.print(
-        f"step, {name}, {strategy.world_size} rank(s): {first} {bare:.3f} ms, {second} {ours:.3f} ms "
-        f"({ours - bare:+.3f} ms), ratio {middle:.3f} [{low:.3f}, {high:.3f}] of {len(ratios)} pairs"
-    )
-
-
-# The loops
-
-
-def with_strategy(strategy: StrategyBase, model: nn.Module, *, denominators: bool = False) -> Step:
-    """The loop with a strategy."""
-    optimizer = strategy.create_optimizer(model, lr=RATE)
-    model, optimizer, _ = strategy.prepare((model, optimizer, None))
-
-    def step(batch: torch.Tensor) -> None:
-        items = batch.numel() if denominators else None
-        strategy.backward(loss_of(model, batch), model, optimizer, denominator=items)
-        strategy.optimizer_step(optimizer, model)
-
-    return step
-
-
-def by_hand(model: nn.Module) -> Step:
-    """The loop in plain torch."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
-
-    def step(batch: torch.Tensor) -> None:
-        loss_of(model, batch).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def fsdp_by_hand(model: nn.Module) -> Step:
-    for layer in model.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
-    return by_hand(model)
-
-
-def zero_by_hand(stage: int, model: nn.Module) -> Step:
-    import deepspeed
-
-    ds_config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_clipping": MAX_NORM,
-        "zero_optimization": {"stage": stage},
-        "zero_allow_untested_optimizer": True,
-    }
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
-
-    def step(batch: torch.Tensor) -> None:
-        engine.backward(loss_of(engine, batch))
-        engine.step()
-
-    return step
+def profile(update: Update, batches: Sequence[torch.Tensor]) -> None:
+    """Print the functions of the layer by the time spent in them, what they call left out."""
+    for _ in range(WARM_UP):
+        update(batches)
+    with cProfile.Profile() as profiler:
+        for _ in range(200):
+            update(batches)
+    pstats.Stats(profiler).sort_stats("tottime").print_stats(r"lightrft", 15)
 
 
 # Models and data
 
 
-def loss_of(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
-    if batch.is_floating_point():
-        return model(batch).square().mean()
-    return model(batch, labels=batch).loss
-
-
 def language_model() -> nn.Module:
     torch.manual_seed(0)
-    shape = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=2048, **shape))
+    shape: dict[str, Any] = {
+        "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4, "vocab_size": 2048
+    }  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**shape))
 
 
-def perceptron() -> nn.Module:
+def small_language_model() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(256, 512), nn.Tanh(), nn.Linear(512, 256))
+    shape: dict[str, Any] = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64
+    }  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**shape))
 
 
-def tokens(sequences: int = 2, length: int = 64) -> torch.Tensor:
-    return torch.arange(sequences * length).view(sequences, length)
+def tokens(sequences: int = 2, length: int = 64, words: int = 2048) -> torch.Tensor:
+    return (torch.arange(sequences * length) % words).view(sequences, length)
 
 
-def rows() -> torch.Tensor:
-    return torch.randn(32, 256, generator=torch.Generator().manual_seed(0))
-
-
-MODELS = {
-    "fake": (perceptron, rows),
-    "fsdp": (language_model, tokens),
-    "zero2": (language_model, tokens),
-    "zero3": (language_model, tokens),
+SIZES: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor]]] = {
+    "1 ms": (small_language_model, partial(tokens, 1, 8, 64)),
+    "20 ms": (language_model, tokens),
+    "large": (partial(smollm2, torch.float32), partial(tokens, 8, 512, 49152)),
 }
-LARGE = (partial(smollm2, torch.float32), partial(tokens, 8, 512))
-BARE: dict[str, Callable[[nn.Module], Step]] = {
-    "fake": by_hand,
-    "fsdp": fsdp_by_hand,
-    "zero2": partial(zero_by_hand, 2),
-    "zero3": partial(zero_by_hand, 3),
-}
-SETTINGS: dict[str, dict[str, object]] = {
-    "fake": {"strategy": "fake"},
-    "fsdp": {"strategy": "fsdp"},
-    "zero2": {"strategy": "deepspeed", "zero_stage": 2},
-    "zero3": {"strategy": "deepspeed", "zero_stage": 3},
-}
+"""Named after the time of an update on one CPU core; "large" is SmolLM2-135M's shape on 4,096 tokens."""
 
 
 if __name__ == "__main__":

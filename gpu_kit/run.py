@@ -1,7 +1,7 @@
 """Check this project on a machine with a GPU, without a network, in a limited time.
 
 ``python3 run.py [--device cuda] [--output FOLDER] [--minutes 14.5]``, in the folder that ``nox -s gpu_kit`` made. Installs the
-wheels beside this file into the Python that runs it, then runs `CHECKS` in order of worth, each with a time limit of its own.
+wheels beside this file into the Python that runs it, then runs `CHECKS` the most important first, each with its own time limit.
 Neither a failure nor a hang stops the run. After each check FOLDER holds what is known so far:
 
 - ``results.json``: the machine, and for each check its command, exit status, seconds, last lines, and the verdicts of a
@@ -87,9 +87,9 @@ def checks(device: str) -> Iterator[Check]:
                 *arguments, device=device, profile="smoke", limit=60, name=f"{name}, memory of offloading"
             )
     for name in ("fsdp", "zero3"):
-        yield benchmark("memory.py", name, device=device, limit=90)
+        yield benchmark("offload.py", name, device=device, limit=90)
     for name in ("fsdp", "zero2", "zero3"):
-        size = ("--large",) if device == "cuda" else ()
+        size = ("--size=large",) if device == "cuda" else ()
         yield benchmark("steps.py", name, *size, "--rounds=20", device=device, limit=90)
     yield benchmark("weight_sync.py", "transformers", "--rounds=4", "--generations=1", device=device, limit=90)
     yield benchmark(
