@@ -25,6 +25,7 @@ from tools.gpu_kit import make_kit, rehearse
 from tools.gpus import count_gpus, environment_on_gpus
 from tools.pins import pin
 from tools.projects import FOLDERS, ROOT, group
+from tools.release import DIST, NOTES, ReleaseError, collect, read_release
 from tools.results import begin_run, counted, report, skip
 from tools.versions import write_versions
 from tools.wheels import wheel
@@ -43,8 +44,8 @@ def session(*, default: bool = True) -> Callable[[Callable[..., None]], object]:
 
 # Certifications
 
-EXPECTED_FAILURES = ROOT / "conformance/expected-failures.toml"
-"""Clauses that a strategy of ours cannot satisfy, with reasons."""
+EXPECTED_FAILURES = "conformance/expected-failures.toml"
+"""Clauses that a strategy of ours cannot satisfy, with reasons. Relative to ROOT: certificates contain the path."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +126,16 @@ MIN_GAIN = 30
 """Points of held-out exact match that each demo must gain."""
 STRATEGIES_ENVIRONMENT = Environment(("lightrft-conformance", "lightrft-deepspeed", "lightrft-fsdp"))
 """All strategies, for tests of checkpoints."""
+DOCS_ENVIRONMENT = Environment(TRAINING_PACKAGES)
 SEPARATE_INSTALLS = (*FOLDERS, "lightrft-engines[transformers]")
 """Requirements that must work when they are installed without any other."""
+SCHEMAS = {
+    "citation-file-format": "CITATION.cff",
+    "github-issue-config": ".github/ISSUE_TEMPLATE/config.yml",
+    "github-issue-forms": ".github/ISSUE_TEMPLATE/[!c]*.yml",
+    "github-workflows": ".github/workflows/*.yml",
+}
+"""Files to check, by the name of their schema in check-jsonschema."""
 
 
 # Sessions of the default run: after the checks of the sources, long ones first
@@ -134,13 +143,19 @@ SEPARATE_INSTALLS = (*FOLDERS, "lightrft-engines[transformers]")
 
 @session()
 def lint(session: nox.Session) -> None:
-    """Check rules, format and the layers of imports."""
+    """Check rules, format, the layers of imports, and files that are not Python: scripts, workflows, recipes."""
     environment = Environment(group("lint"))
     environment.prepare(session)
     environment.run(session, "ruff", "check", ".", cwd=ROOT)
     environment.run(session, "ruff", "format", "--check", ".", cwd=ROOT)
     sources = os.pathsep.join(str(folder / "src") for folder in FOLDERS.values())
     environment.run(session, "lint-imports", "--no-cache", "--no-logo", cwd=ROOT, PYTHONPATH=sources)
+    launch = ROOT / "examples/launch"
+    environment.run(session, "shellcheck", ROOT / ".ci/run", launch / "torchrun.sh", launch / "slurm.sbatch")
+    environment.run(session, "hadolint", *launch.glob("Dockerfile.*"))
+    environment.run(session, "kubernetes-validate", "--strict", launch / "kubernetes.yaml")
+    for schema, files in SCHEMAS.items():
+        environment.run(session, "check-jsonschema", f"--builtin-schema=vendor.{schema}", *sorted(ROOT.glob(files)))
 
 
 @session()
@@ -150,6 +165,15 @@ def typecheck(session: nox.Session) -> None:
     environment.prepare(session)
     sources = [folder / "src" for folder in FOLDERS.values()]
     environment.run(session, "mypy", *sources, "tools", "noxfile.py", "conftest.py", cwd=ROOT)
+
+
+@session()
+def docs(session: nox.Session) -> None:
+    """Build the documentation site in .nox/docs/site, and check its links."""
+    environment = Environment(group("site"))
+    environment.prepare(session)
+    environment.run(session, "python", "-m", "pytest", "docs/tests", f"--junit-xml={report(session, '.xml')}", cwd=ROOT)
+    environment.run(session, "python", "-m", "tools.site", ROOT / ".nox/docs", cwd=ROOT)
 
 
 @session()
@@ -227,7 +251,7 @@ def third_party(session: nox.Session) -> None:
 
 @session()
 def examples(session: nox.Session) -> None:
-    """Run the tests of the examples, and one step of the demo."""
+    """Run the tests of the examples and of what the documentation shows, and one step of the demo."""
     environment = Environment(group("examples"), unresolved=group("model"))
     _pytest(session, environment, ROOT / "examples/tests")
     _script(session, environment, DEMO, "--steps=1", "--prompts=2", "--eval-every=2")
@@ -254,7 +278,7 @@ def demo(session: nox.Session) -> None:
 @nox.parametrize("run", [nox.param(name, id=name) for name in DEMOS])
 def learning(session: nox.Session, run: str) -> None:
     """Run the demo on one strategy or engine, and fail unless it learns."""
-    _demo(session, *DEMOS[run], f"--least-gain={MIN_GAIN}", f"--output=runs/learning-{run}", *session.posargs)
+    _demo(session, *DEMOS[run], f"--least-gain={MIN_GAIN}", f"--log-dir=runs/learning-{run}", *session.posargs)
 
 
 @session(default=False)
@@ -269,7 +293,7 @@ def bench(session: nox.Session) -> None:
 @nox.parametrize("engine", [nox.param(name, id=name) for name in ENGINES])
 def syncs(session: nox.Session, engine: str) -> None:
     """Measure weight syncs into one engine, and generation through a strategy."""
-    names = [f"weight_sync.{engine}.{strategy}" for strategy in ("fake", "zero3")]
+    names = [f"sync.{engine}.{strategy}" for strategy in ("fake", "zero3")]
     _script(session, ENGINES[engine], "benchmarks/run.py", *(session.posargs or names))
 
 
@@ -284,6 +308,26 @@ def versions(session: nox.Session, engine: str) -> None:
         with suppress(CommandFailed):  # the page says which versions fail
             _judge(session, environment, "run-engine", engine, "--profile=smoke", f"--report={path}")
     write_versions(engine, reports)
+
+
+@session(default=False)
+@nox.parametrize("name", [nox.param(name, id=name) for name in (*STRATEGIES, *ENGINES)])
+def certificates(session: nox.Session, name: str) -> None:
+    """Certify a strategy at all its world sizes, or an engine, and write docs/certificates; ``--profile=ci``: faster."""
+    if name in STRATEGIES:
+        target = STRATEGIES[name]
+        environment = Environment(target.requirements)
+        runs = [("run", *target.arguments, f"--world-size={world}", "--profile=certify") for world in target.worlds]
+    else:
+        environment = replace(ENGINES[name], launcher=LAUNCHERS.get(name, ()))
+        runs = [("run-engine", name, f"--profile={'smoke' if environment.exact else 'certify'}")]
+    reports = [report(session, ".json").with_stem(f"{name}-{number}") for number in range(len(runs))]
+    for path, arguments in zip(reports, runs, strict=True):
+        _judge(session, environment, *arguments, f"--report={path}")
+    output = f"--output={ROOT / 'docs/certificates' / name}.json"
+    environment.prepare(session)
+    environment.run(session, "lightrft-conformance", "certificate", *reports, output)
+    _script(session, DOCS_ENVIRONMENT, "docs/build.py")
 
 
 @session(default=False)
@@ -303,10 +347,32 @@ def oldest(session: nox.Session) -> None:
 
 
 @session(default=False)
-def docs(session: nox.Session) -> None:
-    """Generate the documentation."""
-    packages = ("lightrft-conformance", "lightrft-deepspeed", "lightrft-engines", "lightrft-fsdp")
-    _script(session, Environment(packages), "docs/build.py", *session.posargs)
+def build(session: nox.Session) -> None:
+    """Build what a release uploads into dist/, and check it; ``--tag NAME-vVERSION``: what that tag releases.
+
+    Also runs the install commands of the pages, in new environments.
+    """
+    tag = _value_of("--tag", session.posargs)
+    names = list(FOLDERS)
+    if tag:
+        try:
+            release = read_release(tag)
+        except ReleaseError as error:
+            session.error(str(error))
+        NOTES.write_text(release.notes, encoding="utf-8")
+        names = [release.name]
+    files = collect(session, names)
+    environment = Environment(group("release"))
+    environment.prepare(session)
+    environment.run(session, "twine", "check", "--strict", *files)
+    wheels = [f"--wheel-folder={wheel(session, name).parent}" for name in FOLDERS]
+    _pytest(session, environment, ROOT / "release", f"--dist={DIST}", *wheels, posargs=())
+
+
+@session(default=False)
+def pages(session: nox.Session) -> None:
+    """Generate the pages of docs/ that come from the code, in all languages."""
+    _script(session, DOCS_ENVIRONMENT, "docs/build.py", *session.posargs)
 
 
 @session(default=False)
@@ -343,9 +409,20 @@ def nightly(session: nox.Session) -> None:
     """Run all sessions, one after the other, with more programs, kills and damaged files."""
     os.environ["LIGHTRFT_HYPOTHESIS_PROFILE"] = "nightly"  # the tests of packages draw other examples each time
     os.environ["LIGHTRFT_CYCLES"] = "100"  # cycles of wake, sync, generate and sleep in the engines' tests
-    for name in ("lint", "typecheck", "wheels", "tests", "saboteurs", "examples", "third_party", "bench", "docs"):
+    for name in (
+        "lint",
+        "typecheck",
+        "wheels",
+        "tests",
+        "saboteurs",
+        "examples",
+        "third_party",
+        "bench",
+        "docs",
+        "pages",
+    ):
         session.notify(name, posargs=())
-    for name in ("learning", "syncs", "versions", "oldest"):
+    for name in ("learning", "syncs", "versions", "oldest", "build"):
         session.notify(name, posargs=())
     for name in ("checkpoints", "faults"):
         session.notify(name, posargs=("--all",))
@@ -381,16 +458,16 @@ def _certify(session: nox.Session, environment: Environment, command: str, *argu
 def _judge(
     session: nox.Session, environment: Environment, *arguments: str, posargs: Sequence[str] | None = None
 ) -> None:
-    """Run the suite. Without a terminal, print only unexpected outcomes and the last line."""
+    """Run the suite in ROOT. Without a terminal, print only unexpected outcomes and the last line."""
     environment.prepare(session)
     command = ("lightrft-conformance", *arguments, *(session.posargs if posargs is None else posargs))
     if session.interactive:
-        environment.run(session, *command, OMP_NUM_THREADS="1")
+        environment.run(session, *command, cwd=ROOT, OMP_NUM_THREADS="1")
         return
     log = report(session, ".log")
     try:
         with log.open("w", encoding="utf-8") as output:
-            environment.run(session, *command, output=output, OMP_NUM_THREADS="1")
+            environment.run(session, *command, cwd=ROOT, output=output, OMP_NUM_THREADS="1")
     finally:
         lines = log.read_text(encoding="utf-8").splitlines()
         print(*(line for line in lines if not line.startswith(EXPECTED_OUTCOMES)), sep="\n", flush=True)

@@ -1,42 +1,73 @@
 """Generate documentation pages from the code: ``python docs/build.py``. ``--check`` only reports outdated pages.
 
-``contract.md`` is generated from the clauses of the conformance suite, ``settings.md`` from the schema of `StrategyConfig`.
+``contract.md`` is generated from the clauses of the conformance suite, ``settings.md`` from the schema of `StrategyConfig`; their
+translations also from ``zh.toml``. ``certificate.schema.json``, also in the package, comes from the model of certificates, and the
+pages and badges of certificates from their JSON, which `nox -s certificates` writes.
 """
 
 import argparse
 import sys
+import tomllib
+import zlib
 from collections import Counter
-from collections.abc import Iterable
-from itertools import groupby
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightrft.config import StrategyConfig
+from lightrft.conformance.certificate import FORMATS, Certificate, markdown_text, schema
 from lightrft.conformance.clause import Clause
 from lightrft.conformance.contract import CONTRACT
+from lightrft.conformance.families import by_family
 from lightrft.conformance.saboteurs.corpus import saboteurs
 
-FAMILIES = {
-    "LIFE": "Lifecycle and process group",
-    "LOG": "Logging",
-    "COLL": "Collectives",
-    "PREP": "Preparing models",
-    "DATA": "Data",
-    "SP": "Sequence parallelism",
-    "OPT": "Gradients and updates",
-    "NORM": "Losses over items",
-    "BATCH": "Micro-batches by token budget",
-    "LOGP": "Log-probabilities",
-    "OFF": "Offloading",
-    "EMA": "Moving averages",
-    "CKPT": "Checkpoints",
-    "EXPORT": "Export",
-    "ENG": "Rollout engines",
-    "SYNC": "Weight sync",
-    "GEN": "Generation",
-    "ALL": "All together",
+INTRODUCTIONS = {
+    "LIFE": "How a strategy starts, ends and fails: ranks join, notice lost ranks, and leave the process as they found it.",
+    "LOG": "What is printed and written, on which rank, and what the numbers mean.",
+    "COLL": "`all_reduce` and `all_gather`, which scripts use for metrics and data.",
+    "PREP": "`prepare` and its relatives: the prepared model computes and trains as the original would.",
+    "DATA": "`setup_dataloader`: every rank gets its share of the samples, in an order that a resumed run continues.",
+    "SP": "Several ranks share each sequence (`sp_size`), with the results of one rank per sequence.",
+    "OPT": "`backward`, `optimizer_step` and what belongs to an update: accumulation, averaging, clipping, skips, schedules.",
+    "NORM": "`backward(..., denominator=n)`: an update by the mean over items, such as tokens, instead of micro-batches.",
+    "BATCH": "`plan_micro_batches`: sequences of different lengths, divided by a budget of tokens.",
+    "LOGP": "`token_log_probs`: log-probabilities and entropies, also without the logits of the batch.",
+    "OFF": "Models and optimizer state move to host memory and back.",
+    "CKPT": "`save_ckpt` and `load_ckpt`: a run resumes exactly, on any strategy, and a checkpoint survives crashes.",
+    "EXPORT": "`save_model`: a model that transformers opens.",
+    "ENG": "`setup_inference_engine`, and whether the engine is awake.",
+    "SYNC": "`update_engine_weights`: the engine generates from the weights of the actor, or not at all.",
+    "GEN": "`gather_and_generate` and `engine_generate_local`: who gets which completions, and how tokens are drawn.",
+    "ALL": "Everything above in one program, in any order.",
 }
-"""The families of clauses, in the order of the page."""
+"""A sentence about each family of clauses."""
+CONTRACT_PAGE = """\
+# The contract
+
+What every LightRFT strategy guarantees, on any backend. `nox -s pages` generates this page from the clauses that the conformance
+suite executes.
+
+A MUST decides the verdict; a SHOULD is only reported. *From* is the smallest world size at which a clause can fail,
+with its other requirements. *Defects* is the number of deliberately broken strategies and engines in which the clause
+is known to detect the defect. K is the number of micro-batches per update, the attribute `accumulated_gradient`. The
+reference is a plain single-process implementation that shares no code with the strategies.
+"""
+SETTINGS_PAGE = """\
+# Settings
+
+The fields of `StrategyConfig`. `nox -s pages` generates this page from the schema.
+
+No setting is ignored silently: a setting that the chosen strategy does not support is an error, or a warning if
+the settings come from a script's arguments (`StrategyConfig.from_args`). Settings of other backends are exempt.
+
+Values are stored exactly or rejected. A float setting also accepts an integer, if a float holds it exactly.
+"""
+CERTIFICATES = (
+    "Holds only for the code with the digest `{}…`, which may be older than yours: "
+    "`lightrft-conformance verify docs/certificates/{}.json` compares them."
+)
+"""Below the headline of a certificate."""
 OWNERS = {
     "strategy": "Read by the strategy",
     "engine": "Read by the rollout engine",
@@ -48,84 +79,136 @@ NOTES = {
 }
 """What a group of settings has in common."""
 
+SETTINGS_FILES = """
+## Files
 
-def contract_page() -> str:
+Scripts whose options come from `StrategyConfig.add_arguments` read settings from files:
+
+<!-- not run: train.py stands for a script of yours -->
+```
+python train.py --config run.yaml --seed 7
+```
+
+Defaults, including those of the script, come first, then the files, then the command line: options override files wherever
+they stand, and a later `--config` overrides an earlier one. Mappings of several files, such as `arguments` below, are merged
+name by name. `StrategyConfig.from_file` reads a file without a command line. The
+[demo has a file](../examples/rlvr_arithmetic/run.yaml) for transformers; one for vLLM is
+
+```yaml
+# run.yaml
+strategy: fsdp
+actor_learning_rate: 1e-6
+
+engine: # the settings and extra arguments of rollout engines, without engine_
+  type: vllm
+  tp_size: 2
+  max_model_len: 2048
+  arguments: # vLLM's own
+    block_size: 16
+
+extra_args: # options of the script
+  steps: 100
+```
+
+```console
+$ lightrft config check run.yaml
+run.yaml is valid
+```
+
+- Files are YAML 1.2 (`.yaml`, `.yml`), TOML (`.toml`) or JSON (`.json`). TOML has no null: leave the setting out.
+- `engine.tp_size: 2` means the same as the section `engine`, and as `engine_tp_size: 2`. On the command line, write
+  `--engine.tp_size 2` or `--engine.arguments.block_size 16`, which replaces only the value that it names.
+- `extra_args` may name every option and positional argument of the script, also a required one. A string is read as on the
+  command line; any other value is stored as it is, if the type and the choices of the option accept it. The command line
+  replaces the value, also of an option that may be repeated. An option `--config` that a script adds before it calls
+  `add_arguments` stays its own.
+- A file that cannot be read or parsed, a name that occurs twice, an unknown name and an invalid value are errors: one line with
+  the file, the name, and the name that was probably meant. Conflicts between settings are checked with the command line.
+- `strategy.config.summary()` is a table of the settings that differ from their defaults, for scripts to print. A file that
+  `strategy.config.to_yaml` has written repeats the run with `--config`.
+- `lightrft config show FILE` and `lightrft config check FILE` read files in the same way; see
+  [the command line](command-line.md#configuration-files).
+"""
+
+
+class Texts:
+    """The texts of the pages in one language. docs/LANGUAGE.toml has translations, each with the digest of its original.
+
+    A text that has changed since it was translated stays in English.
+    """
+
+    def __init__(self, language: str) -> None:
+        path = Path(__file__).with_name(f"{language}.toml")
+        self._translations = tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        self.missing: dict[str, str] = {}
+        """Digests of the texts that were not translated, by name."""
+
+    def __call__(self, table: str, name: str, original: str) -> str:
+        """Return a text in this language, or as it is."""
+        translation = self._translations.get(table, {}).get(name, {})
+        if translation.get("of") == digest(original):
+            return str(translation["text"])
+        self.missing[f"{table}.{name}"] = digest(original)
+        return original
+
+
+def digest(text: str) -> str:
+    """Identify a version of a text."""
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
+def contract_page(texts: Texts) -> str:
     """Every clause, by family."""
     defects = Counter(saboteur.clause for saboteur in saboteurs())
-    lines = [
-        "# The contract",
-        "",
-        "What every LightRFT strategy guarantees, on any backend. `python docs/build.py` generates this page from the clauses",
-        "that the conformance suite executes.",
-        "",
-        "A MUST decides the verdict; a SHOULD is only reported. *From* is the smallest world size at which a clause can fail,",
-        "with its other requirements. *Defects* is the number of deliberately broken strategies and engines in which the clause",
-        "is known to detect the defect. K is the number of micro-batches per update, the attribute `accumulated_gradient`. The",
-        "reference is a plain single-process implementation that shares no code with the strategies.",
-    ]
-    clauses = sorted(CONTRACT, key=lambda clause: (_family_rank(clause), _number(clause)))
-    for family, members in groupby(clauses, _family):
+    lines = [texts("pages", "contract", CONTRACT_PAGE).strip()]
+    for title, members in by_family(CONTRACT, lambda clause: clause.id).items():
+        family = members[0].family
         lines += [
             "",
-            f"## {FAMILIES[family]}",
+            f"## {texts('families', family, title)}",
             "",
-            "| id | level | from | guarantee | defects |",
+            texts("introductions", family, INTRODUCTIONS[family]),
+            "",
+            texts("pages", "contract-columns", "| id | level | from | guarantee | defects |"),
             "|---|---|---|---|---:|",
         ]
-        lines += [_clause_row(clause, defects[clause.id]) for clause in members]
+        lines += [_clause_row(clause, defects[clause.id], texts) for clause in members]
     return "\n".join(lines) + "\n"
 
 
-def _family(clause: Clause) -> str:
-    return clause.id.partition("-")[0]
-
-
-def _family_rank(clause: Clause) -> int:
-    return list(FAMILIES).index(_family(clause))
-
-
-def _number(clause: Clause) -> int:
-    return int(clause.id.partition("-")[2])
-
-
-def _clause_row(clause: Clause, defects: int) -> str:
+def _clause_row(clause: Clause, defects: int, texts: Texts) -> str:
     needs = [f"world {clause.smallest_world}", *(["CUDA"] if clause.needs_cuda else [])]
     needs += [f"`{clause.capability}`"] if clause.capability else []
-    return _row(clause.id, clause.level, ", ".join(needs), clause.text, str(defects or ""))
+    guarantee = texts("clauses", clause.id, clause.text)
+    return _row(clause.id, clause.level, ", ".join(needs), guarantee, str(defects or ""))
 
 
-def settings_page() -> str:
+def settings_page(texts: Texts) -> str:
     """The page of settings, grouped by the component that reads them."""
     properties = StrategyConfig.json_schema()["properties"]
-    lines = [
-        "# Settings",
-        "",
-        "The fields of `StrategyConfig`. `python docs/build.py` generates this page from the schema.",
-        "",
-        "No setting is ignored silently: a setting that the chosen strategy does not support is an error, or a warning if",
-        "the settings come from a script's arguments (`StrategyConfig.from_args`). Settings of other backends are exempt.",
-        "",
-        "Values are stored exactly or rejected. A float setting also accepts an integer, if a float holds it exactly.",
-    ]
+    lines = [texts("pages", "settings", SETTINGS_PAGE).strip()]
+    lines += ["", texts("pages", "settings-files", SETTINGS_FILES).strip()]
     for owner, title in OWNERS.items():
-        lines += ["", f"## {title}", *(["", NOTES[owner]] if owner in NOTES else [])]
-        lines += ["", "| setting | type | default | meaning |", "|---|---|---|---|"]
-        lines += [_setting_row(name, field) for name, field in properties.items() if field.get("owner") == owner]
+        lines += ["", f"## {texts('owners', owner, title)}"]
+        lines += ["", texts("notes", owner, NOTES[owner])] if owner in NOTES else []
+        lines += ["", texts("pages", "settings-columns", "| setting | type | default | meaning |"), "|---|---|---|---|"]
+        lines += [_setting_row(name, field, texts) for name, field in properties.items() if field.get("owner") == owner]
     return "\n".join(lines) + "\n"
 
 
-def _setting_row(name: str, field: dict[str, Any]) -> str:
-    meaning = field.get("description", "").replace("``", "`")
-    backend = f" Only for `{field['backend']}`." if "backend" in field else ""
-    return _row(f"`{name}`", _type_of(field), f"`{field.get('default')!r}`", meaning + backend)
+def _setting_row(name: str, field: dict[str, Any], texts: Texts) -> str:
+    meaning = texts("settings", name, field.get("description", "").replace("``", "`"))
+    backend = texts("pages", "backend", " Only for `{}`.").format(field["backend"]) if "backend" in field else ""
+    kind = _type_of(field, texts("pages", "or", " or "))
+    return _row(f"`{name}`", kind, f"`{field.get('default')!r}`", meaning + backend)
 
 
-def _type_of(field: dict[str, Any]) -> str:
+def _type_of(field: dict[str, Any], separator: str) -> str:
     """Describe the type and the range of a field."""
     if "anyOf" in field:
-        return " or ".join(_type_of(option) for option in field["anyOf"])
+        return separator.join(_type_of(option, separator) for option in field["anyOf"])
     if "enum" in field:
-        return " or ".join(f"`{value!r}`" for value in field["enum"])
+        return separator.join(f"`{value!r}`" for value in field["enum"])
     if "const" in field:
         return f"`{field['const']!r}`"
     words = {"integer": "int", "number": "float", "boolean": "bool", "string": "str", "null": "None", "array": "list"}
@@ -138,12 +221,95 @@ def _row(*cells: str) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
-PAGES = {"contract.md": contract_page, "settings.md": settings_page}
+TEXTS = {"": Texts("en"), ".zh": Texts("zh")}
+"""The texts of each language, by the suffix of its pages."""
+
+
+def certificates_page(certificates: dict[str, Certificate]) -> str:
+    """The list of certificates."""
+    lines = [
+        "# Certificates",
+        "",
+        "The strategies and engines of this project, judged by the [conformance suite](../certify-your-own.md). A certificate holds",
+        "only for the code with its digests. Not every commit runs the suite again, so it may be for an older version of the code:",
+        "`lightrft-conformance verify docs/certificates/*.json` tells for which of them the installed code is the certified code.",
+        '`nox -s certificates` runs the suite again and writes this folder; `nox -s "certificates(fsdp)"` does so for one of them.',
+        "",
+        "| | verdict | certificate | suite | strategy, engine |",
+        "|---|---|---|---|---|",
+    ]
+    for name, certificate in certificates.items():
+        badge = f"![{_label(certificate)}]({name}.svg)"
+        links = f"[page]({name}.md), [HTML]({name}.html), [JSON]({name}.json)"
+        codes = [certificate.subject, *([certificate.subject.engine] if certificate.subject.engine else [])]
+        digests = ", ".join(f"`{code.digest[7:19]}`" for code in codes)
+        lines.append(
+            _row(badge, markdown_text(certificate.headline), links, f"`{certificate.suite.digest[7:19]}`", digests)
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _label(certificate: Certificate) -> str:
+    return markdown_text(certificate.title).replace("[", "&#91;").replace("]", "&#93;")
+
+
+def with_badges(text: str, certificates: dict[str, Certificate], texts: Texts) -> str:
+    """``text`` of a README, with the badges of all certificates and the headline of one between its two markers.
+
+    Raises:
+        ValueError: One of the markers is missing, or the second comes first.
+    """
+    badges = [
+        f"[![{_label(certificate)}](docs/certificates/{name}.svg)](docs/certificates/{name}.md)"
+        for name, certificate in certificates.items()
+    ]
+    name = "fsdp" if "fsdp" in certificates else next(iter(certificates), None)
+    shown = [markdown_text(words) for words in (certificates[name].title, certificates[name].headline)] if name else []
+    validity = (
+        texts("pages", "certificates", CERTIFICATES).format(certificates[name].subject.digest[7:19], name)
+        if name
+        else ""
+    )
+    headline = f"\n> {': '.join(shown)}.\n> {validity}\n" if name else ""
+    first, end = "<!-- certificates: written by docs/build.py -->\n", "<!-- end of certificates -->"
+    head, marked, rest = text.partition(first)
+    _, closed, tail = rest.partition(end)
+    if not marked and end not in text:
+        return text
+    if not marked or not closed:
+        raise ValueError(
+            f"a README needs both lines, in this order: {first.strip()} and {end}. Restore the missing one"
+        )
+    return "".join([head, first, *(f"{badge}\n" for badge in badges), headline, end, tail])
+
+
+def pages(folder: Path) -> dict[str, Callable[[], str]]:
+    """Makers of all generated files, by path relative to ``folder``."""
+    files = sorted((folder / "certificates").glob("*.json"))
+    certificates = {file.stem: Certificate.model_validate_json(file.read_text(encoding="utf-8")) for file in files}
+    made: dict[str, Callable[[], str]] = {
+        f"{name}{suffix}.md": partial(page, texts)
+        for suffix, texts in TEXTS.items()
+        for name, page in {"contract": contract_page, "settings": settings_page}.items()
+    }
+    made |= {
+        "certificate.schema.json": schema,
+        "../conformance/src/lightrft/conformance/certificate.schema.json": schema,
+        "certificates/README.md": partial(certificates_page, certificates),
+    }
+    for suffix, texts in TEXTS.items():
+        readme = folder.parent / f"README{suffix}.md"
+        if readme.is_file():
+            made[f"../{readme.name}"] = partial(with_badges, readme.read_text(encoding="utf-8"), certificates, texts)
+    for name, certificate in certificates.items():
+        for suffix in FORMATS.keys() - {".json"}:
+            made[f"certificates/{name}{suffix}"] = partial(FORMATS[suffix], certificate)
+    return made
 
 
 def outdated(folder: Path) -> list[str]:
-    """Return the pages in ``folder`` that are outdated."""
-    return [name for name, make in PAGES.items() if _read(folder / name) != make()]
+    """Return the files in ``folder`` that are outdated."""
+    return [name for name, make in pages(folder).items() if _read(folder / name) != make()]
 
 
 def _read(path: Path) -> str:
@@ -160,9 +326,12 @@ def main(arguments: Iterable[str] | None = None) -> int:
         old = outdated(folder)
         print(f"not up to date: {', '.join(old)}; run python docs/build.py" if old else "up to date")
         return 1 if old else 0
-    for name, make in PAGES.items():
+    (folder / "certificates").mkdir(exist_ok=True)
+    for name, make in pages(folder).items():
         (folder / name).write_text(make(), encoding="utf-8")
         print(f"wrote docs/{name}")
+    for name, current in TEXTS[".zh"].missing.items():
+        print(f"docs/zh.toml: {name} is missing or older than the English text; translate it, with of = {current!r}")
     return 0
 
 

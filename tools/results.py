@@ -3,7 +3,7 @@
 The closing line counts every test of every pytest run, every clause of every certification, and every session that is
 neither (a linter, a script) as one. A session that fails without a failed test or clause counts as one error.
 
-Sessions may run in processes of their own, several at a time: each writes its result into a folder of the run, which the
+Sessions may run in separate processes, several at a time: each writes its result into a folder of the run, which the
 process that began the run reads when it ends.
 """
 

@@ -1,6 +1,7 @@
 """The pages docs/versions-ENGINE.md: the engine versions with which an adapter is certified, from the reports."""
 
 import json
+import tomllib
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import Any
 
 from tools.projects import ROOT
 
-HEADER = """\
+ENGLISH = {
+    "header": """\
 # Versions of {engine}
 
 `nox -s "versions({engine})"` installs each version, runs the rollout clauses against it, and writes this page.
@@ -16,19 +18,24 @@ With an unsupported version, the adapter raises when it is built, and names the 
 
 | versions | torch | clauses that pass | others |
 |---|---|---:|---|
-"""
+""",
+    "skipped": "{} need more than one rank",
+    "failed": "not certified",
+}
 
 
 def write_versions(engine: str, reports: Mapping[str, Path]) -> None:
-    """Write the page of ``engine``. ``reports``: the report of each certification, by the installed versions."""
-    rows = [f"| {installed} | {_row(path)} |" for installed, path in reports.items()]
-    page = ROOT / "docs" / f"versions-{engine}.md"
-    page.write_text(HEADER.format(engine=engine) + "\n".join(rows) + "\n", encoding="utf-8")
+    """Write the pages of ``engine``. ``reports``: the report of each certification, by the installed versions."""
+    chinese = tomllib.loads((ROOT / "docs/zh.toml").read_text(encoding="utf-8"))["versions"]
+    for suffix, texts in (("", ENGLISH), (".zh", chinese)):
+        rows = [f"| {installed} | {_row(path, texts)} |" for installed, path in reports.items()]
+        page = ROOT / "docs" / f"versions-{engine}{suffix}.md"
+        page.write_text(texts["header"].format(engine=engine) + "\n".join(rows) + "\n", encoding="utf-8")
 
 
-def _row(path: Path) -> str:
+def _row(path: Path, texts: Mapping[str, str]) -> str:
     if not path.is_file():
-        return "| 0 | not certified"
+        return f"| 0 | {texts['failed']}"
     report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     verdicts = Counter(clause["verdict"] for clause in report["clauses"])
     others = [
@@ -36,6 +43,6 @@ def _row(path: Path) -> str:
         for clause in report["clauses"]
         if clause["verdict"] not in ("pass", "skip")
     ]
-    others += [f"{verdicts['skip']} need more than one rank"] if verdicts["skip"] else []
+    others += [texts["skipped"].format(verdicts["skip"])] if verdicts["skip"] else []
     others += [report["unjudged"].splitlines()[0]] if report["unjudged"] else []
     return f"{report['environment']['torch']} | {verdicts['pass']} | {', '.join(others)}"

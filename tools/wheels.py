@@ -1,4 +1,4 @@
-"""The wheels of this repository, built as for a release: from the source distribution."""
+"""The wheels and source distributions of this repository. A wheel is built from the source distribution."""
 
 import hashlib
 from pathlib import Path
@@ -14,7 +14,12 @@ IGNORED = {"__pycache__", ".hypothesis", ".pytest_cache", "dist", "build"}
 
 
 def wheel(session: nox.Session, name: str) -> Path:
-    """The wheel of package ``name``, built unless there is one of its current files."""
+    """The wheel of package ``name``."""
+    return distributions(session, name)[1]
+
+
+def distributions(session: nox.Session, name: str) -> tuple[Path, Path]:
+    """The source distribution and the wheel of package ``name``, built unless there are those of its current files."""
     folder = FOLDERS[name]
     if not (folder / "pyproject.toml").is_file():
         session.error(f"{name}: {folder.relative_to(ROOT)}/pyproject.toml does not exist")
@@ -22,8 +27,8 @@ def wheel(session: nox.Session, name: str) -> Path:
     with locked(built):
         if not list(built.glob("*.whl")):
             uv(session, "build", "--build-constraints", ROOT / "constraints/cpu.txt", "--out-dir", built, folder)
-    (path,) = built.glob("*.whl")
-    return path
+    (source,), (path,) = built.glob("*.tar.gz"), built.glob("*.whl")
+    return source, path
 
 
 def _digest(folder: Path) -> str:
