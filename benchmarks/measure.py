@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import quantiles
 
 import torch
 
@@ -126,10 +126,6 @@ def interleaved(
             before()
             seconds[name].append(seconds_of(action, device))
     return {name: taken[warm_up:] for name, taken in seconds.items()}
-
-
-def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    return {name: median(taken) for name, taken in seconds.items()}
 
 
 def seconds_of(action: Action, device: torch.device) -> float:
