@@ -207,7 +207,7 @@ def test_a_parser_that_would_ignore_files_refuses_them(capsys, write):
     for script, argv in [(argparse.ArgumentParser(parents=[parent]), ["--config", file]), (parser(), ["--conf", file])]:
         with pytest.raises(SystemExit) as ended:
             script.parse_args(argv)
-        assert ended.value.code == 2 and "--config: write it in full" in capsys.readouterr().err
+        assert ended.value.code == 2 and "Write --config in full" in capsys.readouterr().err
 
 
 def test_the_config_option_of_a_script_stays_its_own(write):
@@ -387,7 +387,7 @@ def test_an_option_of_engines_replaces_the_one_value_that_it_names(write, capsys
     assert (again.engine_arguments, again.seed) == ({"a": 1, "b": 2}, 2)
     for argv in (["--config", file, "--engine.foo.bar=4"], ["--engine.foo=3", "--engine.foo.bar=4"]):
         assert "engine_foo: expected a mapping, to set 'bar' in it, got int (3). Remove one" in refused(capsys, *argv)
-    assert "engine_type is a setting. Write --engine_type VALUE" in refused(capsys, "--engine.type.x=4")
+    assert "engine_type is a setting, not a mapping. Write --engine_type VALUE" in refused(capsys, "--engine.type.x=4")
 
 
 def test_mappings_of_several_files_are_merged(write):

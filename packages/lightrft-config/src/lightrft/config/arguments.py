@@ -52,7 +52,9 @@ class _ConfigFile(argparse.Action):
     """In the help, and reached only by a parser that does not read files."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        parser.error(f"{CONFIG}: write it in full; and pass this parser, not one of its parents, to add_arguments")
+        parser.error(
+            f"{CONFIG}: expected the full name of this option, and a parser that was passed to add_arguments itself. Write {CONFIG} in full, and pass this parser, not one of its parents, to add_arguments"
+        )
 
 
 Parsed = tuple[argparse.Namespace, list[str]]
@@ -192,7 +194,7 @@ def _json_or_text(text: str) -> object:
 def _override(name: str, lower: object, path: list[str], value: object) -> object:
     """Return a copy of ``lower``, an extra argument of engines, in which ``value`` is at ``path``."""
     if name in Settings.model_fields:
-        raise ConfigError(f"{name} is a setting. Write --{name} VALUE, without more")
+        raise ConfigError(f"{name} is a setting, not a mapping. Write --{name} VALUE")
     check_names([name])
     return _replaced(name, lower, path, value)
 

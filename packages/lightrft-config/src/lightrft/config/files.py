@@ -17,7 +17,7 @@ from lightrft.config.errors import ConfigError, ConfigFileError
 from lightrft.config.names import near_miss
 from lightrft.config.serialization import check_serializable, invalid, without_duplicates
 from lightrft.config.settings import Settings
-from lightrft.config.validation import combined_error, shown
+from lightrft.config.validation import combined_error, path_fault, shown
 
 OF_ENGINES = re.compile(r"(engine_|limit_mm_).*|pretrain$|trust_remote_code$|weight_sync_verify$")
 """Extra arguments that engines read, and check themselves."""
@@ -72,6 +72,8 @@ def as_path(call: str, path: str | Path) -> Path:
     """Return ``path`` with the home directory for ``~``."""
     if not isinstance(path, (str, os.PathLike)):
         raise ConfigError(f"{call}: expected the path of a file, got {shown(path)}")
+    if fault := path_fault(os.fspath(path)):
+        raise ConfigError(f"{call}: expected the path of a file, got {shown(path)}, {fault}")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

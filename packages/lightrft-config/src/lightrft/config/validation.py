@@ -1,5 +1,6 @@
 """Error messages: what a setting expects, what it got, and the remedy."""
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,6 +22,8 @@ _TYPE_WORDS = {
 _BOUNDS = {"minimum": ">= ", "exclusiveMinimum": "> ", "maximum": "<= ", "exclusiveMaximum": "< "}
 _LONGEST_REPR = 200
 """Characters of a value that a message shows."""
+_LONGEST_NAME = 255
+"""Bytes of a name in a directory, on every usual file system."""
 
 
 def shown(value: object) -> str:
@@ -32,6 +35,19 @@ def shown(value: object) -> str:
     except ValueError:  # more digits than Python converts
         text = "too many digits to show"
     return f"{type(value).__name__} ({text if len(text) <= _LONGEST_REPR else text[:_LONGEST_REPR] + '...'})"
+
+
+def path_fault(path: str | bytes) -> str:
+    """Return what makes ``path`` unusable on every file system, and a remedy: ``with a byte 0. Remove it``. Empty: nothing."""
+    if isinstance(path, bytes):
+        return "from an object whose __fspath__ gives bytes. Pass os.fsdecode(path)"
+    if "\0" in path:
+        return "with a byte 0. Remove it"
+    try:
+        names = os.fsencode(path).split(b"/")
+    except UnicodeEncodeError:
+        return "with a character that no file name can have. Remove it"
+    return f"with a name of more than {_LONGEST_NAME} bytes. Shorten it" if max(map(len, names)) > _LONGEST_NAME else ""
 
 
 def describe(schema: dict[str, Any]) -> str:
