@@ -39,7 +39,7 @@ class Environment:
         variables |= {"PYTHONPATH": os.pathsep.join(map(str, path)), "COVERAGE_CORE": "", "NO_COLOR": "1"}
         command = [self.folder / "bin/python", *map(str, arguments)]
         done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=120, cwd=cwd or self.folder, env=variables
+            command, capture_output=True, text=True, check=False, timeout=300, cwd=cwd or self.folder, env=variables
         )
         assert done.returncode == code, done.stdout + done.stderr
         return (done.stderr if code else done.stdout).strip()

@@ -1,12 +1,16 @@
 """Wrong arguments of public methods: each is refused by an error with the call, what it expected, and what it got."""
 
 import inspect
+import os
 import re
+import subprocess
+import sys
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from mistakes import BytesPath
 from torch import nn
 
 from lightrft.config import ArgumentError, ArgumentTypeError, ConfigError, LightRFTError
@@ -36,6 +40,7 @@ MISTAKES = {
         "replay_buffer": [None, 5, object(), nn.Linear], "batch_size": [None, 0, -1, 1.5, "2", True, [], object()],
         "pin_memory": WRONG, "shuffle": WRONG, "collate_fn": [5, "text", [1]], "drop_last": WRONG,
         "sampler": [5, object()], "consumed_samples": [None, -1, 1.5, "2", True, []],
+        "whole_updates": WRONG,
     },
     "plan_micro_batches": {
         "lengths": [
@@ -247,6 +252,24 @@ def test_settings_that_a_strategy_refuses_are_refused_without_its_frames(monkeyp
     assert error.traceback[-1].path.name == "strategy.py"
 
 
+@pytest.mark.parametrize(
+    ("caught", "expected"), [("()", 1), ("ValueError", 2)], ids=["the script ends", "the script goes on"]
+)
+def test_under_torchrun_an_error_of_all_is_printed_once(tmp_path, caught, expected):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\nfrom lightrft.strategy import get_strategy\n"
+        "try:\n    get_strategy({'strategy': 'fake', 'zero_stag': 3})\n"
+        f"except {caught} as error:\n    print(error, file=sys.stderr)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert result.stderr.count("Did you mean 'zero_stage'") == expected, result.stderr
+    assert (result.returncode == 0) == (expected == 2)
+
+
 def test_other_unknown_names_are_warned_of_once():
     with pytest.warns(UserWarning, match=re.escape("'lora_rank', 'n3' are not settings")) as seen:
         get_strategy({"strategy": "fake", "lora_rank": 8, "n3": 1, "extra_args": {"mine": 1}, "pretrain": "x"}).close()
@@ -254,3 +277,15 @@ def test_other_unknown_names_are_warned_of_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         get_strategy({"strategy": "fake", "extra_args": {"mine": 1}, "pretrain": "x", "engine_eager": True}).close()
+
+
+@pytest.mark.parametrize(("path", "remedy"), [
+    ("", "For the working directory, pass '.'"), ("run\0", "with a byte 0. Remove it"),
+    ("run/" + "n" * 256 + "/t", "with a name of more than 255 bytes. Shorten it"),
+    ("run\ud800", "with a character that no file name can have. Remove it"), (BytesPath(), "Pass os.fsdecode(path)"),
+], ids=["empty", "byte 0", "long", "surrogate", "bytes"])  # fmt: skip
+def test_a_path_that_cannot_be_has_the_remedy_for_its_fault(path, remedy):
+    with get_strategy({"strategy": "fake"}) as made, pytest.raises(ArgumentError) as raised:
+        made.save_ckpt(nn.Linear(1, 1), path)
+    assert str(raised.value).startswith("save_ckpt: expected save_dir to be a path, got ")
+    assert str(raised.value).endswith(remedy)

@@ -495,7 +495,7 @@ strategy.save_ckpt(strategy.prepare(nn.Linear(1000, 1000)), sys.argv[1], tag="t"
 
 
 def ended_while_saving(folder):
-    return subprocess.run([sys.executable, "-c", ENDING, str(folder)], capture_output=True, text=True, timeout=100)
+    return subprocess.run([sys.executable, "-c", ENDING, str(folder)], capture_output=True, text=True, timeout=300)
 
 
 def test_a_process_waits_for_its_last_checkpoint_before_it_exits(tmp_path):
@@ -698,7 +698,7 @@ def test_any_range_is_assembled_from_any_pieces(numel, cuts, data):
 
 def test_a_gap_is_an_error():
     check_covered("e", 10, [(5, 5), (0, 5)])
-    with pytest.raises(CheckpointError, match="hold all 10 elements of e, got none that holds those from 4 on"):
+    with pytest.raises(CheckpointError, match="hold all 10 elements of e, found no rank with those from 4 on"):
         check_covered("e", 10, [(5, 5), (0, 4)])
 
 
@@ -868,6 +868,6 @@ with get_fake_strategy(bf16=False, train_batch_size=1) as strategy:
 def test_no_process_holds_a_second_copy_of_the_model(tmp_path):
     """Of 100 MB of weights, 300 with state: two chunks of 16 MB, and what Python needs, at most."""
     command = [sys.executable, "-c", MEMORY, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     got = [float(number) for number in done.stdout.split()]
     assert len(got) == 3 and max(got) < 0.5, got

@@ -1,7 +1,10 @@
 """What all commands have in common: versions, usage, how they fail, and what they import."""
 
+import os
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from command_line import lightrft, refused
@@ -27,6 +30,18 @@ def test_version_names_all_packages():
     lines = dict(line.split() for line in lightrft("--version").splitlines())
     assert lines["lightrft-config"] == version("lightrft-config")
     assert lines["lightrft-strategy-base"] == version("lightrft-strategy-base")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [("lightrft che", ["checkpoint"]), ("lightrft config ", ["check", "show"])]
+)
+def test_a_shell_completes_commands(words, expected):
+    code = "from lightrft_cli.main import app; app(prog_name='lightrft')"
+    asked = {"_LIGHTRFT_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | asked, check=True
+    )
+    assert sorted(done.stdout.split()) == expected
 
 
 @pytest.mark.parametrize("group", [(), ("config",), ("checkpoint",)])
@@ -57,3 +72,23 @@ def test_a_reader_that_stops_early_sees_no_error(tmp_path):
     ) as process:
         process.stdout.close()
         assert process.stderr.read() == ""
+
+
+def test_a_command_whose_output_is_closed_does_its_work(tmp_path):
+    (tmp_path / "run.yaml").write_text("bf16: false\n")
+    code = "from lightrft_cli.main import app; app(['config', 'show', 'run.yaml'])"
+    command = f'{shlex.quote(sys.executable)} -c "{code}" >&-'
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "run.yaml").write_text("bf16: false\n")
+    code = "from lightrft_cli.main import app; app(['config', 'show', 'run.yaml'], prog_name='lightrft')"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and "expected to write its output, got: No space left on device." in line

@@ -176,6 +176,17 @@ def test_a_model_with_adapters_becomes_adapters_that_peft_opens(strategy, tmp_pa
     assert same_logits(opened, model) and not same_logits(opened, llama())
 
 
+@pytest.mark.parametrize("name", [None, "organization/base"])
+def test_converted_adapters_name_the_base_model_that_they_were_trained_on(strategy, tmp_path, name):
+    model = with_adapters()
+    model.peft_config["default"].base_model_name_or_path = name
+    strategy.save_ckpt(strategy.prepare_model(model), tmp_path / "run")
+    code, said = run(tmp_path / "run", tmp_path / "out")
+    assert (code, said.strip()) == (0, str(tmp_path / "out"))  # no warning of PEFT either
+    written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == name
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_adapters_whose_configuration_is_not_known_are_refused(tmp_path):
     dcp.save(with_adapters().state_dict(), checkpoint_id=tmp_path / "run", no_dist=True)

@@ -105,11 +105,11 @@ def test_no_path_as_critic_pretrain_leaves_the_critic_as_it_is(nothing):
 
 def test_settings_that_only_a_trainer_reads_are_named_once_in_one_line():
     given = script_args(plot_every=10, use_tensorboard="runs", advantage_estimator="gae", n_samples_per_prompt=8)
-    with pytest.warns(UserWarning, match="get_strategy: a trainer") as seen:
+    with pytest.warns(UserWarning, match="which only stores them") as seen:
         get_strategy(given).close()
     assert [str(warning.message) for warning in seen] == [
-        "get_strategy: a trainer such as LightRFT's has to act on advantage_estimator, plot_every, use_tensorboard; the "
-        "strategy only carries them, in strategy.config"
+        "get_strategy: advantage_estimator, plot_every, use_tensorboard have no effect on the strategy, which only stores them in "
+        "strategy.config for a trainer such as LightRFT's"
     ]
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("default")
@@ -245,7 +245,7 @@ def test_truncation_keeps_the_last_tokens_of_a_prompt():
     assert [one.prompt_token_ids for one in done] == [(2, 3), (4,)]
     assert engine.generate([Prompt(text="ab")], Sampling(truncate_prompt_tokens=2))
     for prompt in (Prompt(text="abc"), Prompt(token_ids=(1, 2, 3), text="x", images=(1,))):
-        with pytest.raises(EngineError, match=r"truncate_prompt_tokens=2 of, got (text|media) in prompt 0"):
+        with pytest.raises(EngineError, match=r"truncate_prompt_tokens=2 shortens, got (text|media) in prompt 0"):
             engine.generate([prompt], Sampling(truncate_prompt_tokens=2))
 
 
@@ -331,12 +331,12 @@ def test_saving_within_an_update_names_the_remedy(tmp_path: Path):
 # Whole scripts
 
 
-@pytest.mark.filterwarnings("ignore:get_strategy. a trainer:UserWarning")
+@pytest.mark.filterwarnings("ignore:get_strategy.*have no effect on the strategy:UserWarning")
 @pytest.mark.parametrize("script", lightrft_checks.SCRIPTS)
 def test_a_script_that_trains_with_rollouts(tmp_path, script):
     lightrft_checks.check_colocate(lightrft_checks.here, script, tmp_path, strategy="fake")
 
 
-@pytest.mark.filterwarnings("ignore:get_strategy. a trainer:UserWarning")
+@pytest.mark.filterwarnings("ignore:get_strategy.*have no effect on the strategy:UserWarning")
 def test_a_script_that_trains_a_reward_model(tmp_path):
     lightrft_checks.check_reward_model(lightrft_checks.here, tmp_path, strategy="fake")

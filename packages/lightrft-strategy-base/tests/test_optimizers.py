@@ -80,7 +80,7 @@ def test_an_optimizer_that_treats_each_element_alone_may_get_parts(name, rate):
 @pytest.mark.parametrize("rate", [0.0, 1e-6])
 @pytest.mark.parametrize("optimizer_class", [torch.optim.Adafactor, TrustRatio])
 def test_an_optimizer_of_full_matrices_is_refused_also_if_it_starts_with_a_warm_up(optimizer_class, rate):
-    with pytest.raises(StrategyError, match=rf"each element alone, got {optimizer_class.__name__}: .*Use another"):
+    with pytest.raises(StrategyError, match=rf"element by element, got {optimizer_class.__name__}: .*Use another"):
         tried(optimizer_class(matrix_and_bias(), lr=rate), count=1)
 
 
@@ -165,7 +165,7 @@ def test_gradients_that_are_changed_by_hand_are_noticed(strategy, change):
     backward(strategy, model, optimizer)
     change(model)
     with pytest.raises(
-        StrategyError, match=r"optimizer_step: expected gradients of Sequential that strategy.backward made"
+        StrategyError, match=r"optimizer_step: expected gradients of Sequential that only strategy.backward made"
     ):
         strategy.optimizer_step(optimizer, model)
 

@@ -91,5 +91,17 @@ def test_require_names_library_version_lack_and_remedy() -> None:
         assert words in str(raised.value)
 
 
+def takes_more(first: int, **more: int) -> None: ...
+
+
+def passes_on(*args: int, **more: int) -> None: ...
+
+
+def test_a_parameter_that_further_keywords_would_swallow_is_missing() -> None:
+    lacking = Target(target=f"{__name__}:takes_more", parameters=("first", "third")).missing()
+    assert lacking is not None and lacking.endswith("takes_more has no parameter third")
+    assert Target(target=f"{__name__}:passes_on", parameters=("third",)).missing() is None
+
+
 def test_require_takes_a_library_that_has_all() -> None:
     require("engine 'x'", "pytest", ">=1", [Target(target=f"{__name__}:Base.add", parameters=("first",))])

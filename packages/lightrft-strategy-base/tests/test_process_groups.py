@@ -28,7 +28,7 @@ import torch.distributed.nn.functional  # as DeepSpeed does
 
 
 def shown(program: str) -> list[int]:
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=200)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300)
     assert not done.stderr
     return [int(line) for line in done.stdout.split()]
 

@@ -10,7 +10,7 @@ import lightrft.strategy
 from lightrft.strategy import FakeStrategy, StrategyBase
 from lightrft.strategy.backend import ReplicatedBackend
 from lightrft.strategy.backend.contract import Lifecycle, Offload, Preparing, Sharding, Step
-from lightrft.strategy.strategy_base import _MOVED as MOVED
+from lightrft.strategy.moved_hooks import MOVED
 
 NAMES = {
     "Completion", "EngineBase", "EngineCapabilities", "EngineRequest", "EngineStatus", "FakeStrategy", "LogProbs", "MicroBatch",
@@ -31,7 +31,7 @@ SIGNATURES = {
     "backward": "(loss, model, optimizer, *, denominator=None, retain_graph=False)",
     "optimizer_step": "(optimizer, model, scheduler=None, name='model', *, boundary=None)",
     "moving_average": "(model, model_ema, beta=0.992, device=None)",
-    "setup_dataloader": "(replay_buffer, batch_size, pin_memory=False, shuffle=True, collate_fn=None, drop_last=True, sampler=None, consumed_samples=0)",
+    "setup_dataloader": "(replay_buffer, batch_size, pin_memory=False, shuffle=True, collate_fn=None, drop_last=True, sampler=None, consumed_samples=0, whole_updates=None)",
     "plan_micro_batches": "(lengths, *, max_tokens, padded)",
     "all_reduce": "(data, op='mean')",
     "all_gather": "(data)",

@@ -3,10 +3,16 @@
 import mistakes
 import pytest
 import reported
+import reported_around
 
 
 def test_on_fake_strategy():
     assert reported.complaints(reported.outcomes("fake"), "fake") == []
+
+
+def test_around_the_updates(tmp_path):
+    found = reported_around.outcomes("fake", str(tmp_path))
+    assert list(reported_around.complaints(found, "fake")) == []
 
 
 def test_mistakes_are_explained(tmp_path):

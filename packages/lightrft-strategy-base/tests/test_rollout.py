@@ -24,6 +24,7 @@ from lightrft.strategy import (
     registry,
 )
 from lightrft.strategy.rollout import multimodal
+from lightrft.strategy.rollout.embedded import changed_settings
 from lightrft.strategy.rollout.engine import checked, engine_class
 from lightrft.strategy.rollout.multimodal import build_prompts, media_by_prompt, prompts_of_tokens
 from lightrft.strategy.rollout.sampling import draw_tokens, penalized, stream_key, uniform
@@ -128,7 +129,7 @@ def test_sleep_and_wake_are_idempotent_and_staged():
     assert not engine.awake
     with pytest.raises(EngineError, match="asleep"):
         engine.generate(PROMPT, Sampling())
-    with pytest.raises(EngineError, match="weights are asleep"):
+    with pytest.raises(EngineError, match="weights that are asleep"):
         engine.update_weights([[A, B]])
     engine.wake_up(["weights"])
     engine.wake_up(["weights"])
@@ -378,3 +379,14 @@ def test_prompts_are_read_from_a_tokenizers_output_and_from_generators() -> None
             multimodal.build_prompts(wrong, *[None] * 5)
     with pytest.raises(ArgumentError, match="expected strings as all_prompts, got a list"):
         multimodal.build_prompts(None, [[1, 2]], *[None] * 4)
+
+
+@pytest.mark.parametrize(("before", "after", "changed"), [
+    (1.2, None, "repetition_penalty=None"), (None, 1.2, "repetition_penalty=1.2"), (1.2, 1.2, ""), (None, None, ""),
+])  # fmt: skip
+def test_generation_settings_changed_after_prepare_are_named(before, after, changed) -> None:
+    transformers = pytest.importorskip("transformers")
+    models = [torch.nn.Linear(1, 1) for _ in range(2)]
+    for model, penalty, end in zip(models, (after, before), ([3], [2]), strict=True):
+        model.generation_config = transformers.GenerationConfig(repetition_penalty=penalty, eos_token_id=end)
+    assert changed_settings(*models) == changed

@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 import pytest
+import sequences
 import torch
 from llamas import llama, transformers, with_adapter
 from torch import nn
@@ -148,6 +149,15 @@ def test_heads_that_divide_are_not_copied() -> None:
     assert all(same is tensor for same, tensor in zip(attention.divisible_heads(*tensors, 2), tensors, strict=True))
 
 
+@pytest.mark.skipif(not transformers.__version__.startswith("4."), reason="needs transformers 4")
+def test_version_4_of_transformers_is_refused_by_name() -> None:
+    with pytest.raises(
+        StrategyError, match=r"sp_size expected transformers>=5.10,<6, got .* 4\.57.*sdpa_mask has no parameter"
+    ):
+        attention.register()
+
+
+@sequences.of_version_5
 def test_a_model_that_only_names_the_attention_computes_as_before() -> None:
     tokens = torch.tensor([[0, 3, 4, 5]])
     model = llama().eval()

@@ -132,7 +132,9 @@ def test_without_log_dir_and_trackers_it_warns_once(caplog):
     with strategy() as made:
         made.log({"a": 1}, 0)
         made.log({"a": 1}, 1)
-    assert [record.getMessage()[:37] for record in caplog.records] == ["log: expected a place for the metrics"]
+    assert [record.getMessage().partition(",")[0] for record in caplog.records] == [
+        "log: expected a destination for the metrics"
+    ]
 
 
 def test_unknown_trackers_and_those_without_a_directory_are_refused_at_once():
@@ -403,7 +405,7 @@ import sys; sys.modules["slow"] = sys.modules["__main__"]
 made = get_fake_strategy(log_dir={str(tmp_path)!r}, trackers=["slow:Slow"])
 for step in range(3): made.log({{}}, step)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout.split() == ["0", "1", "2", "closed"], done.stderr
     assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2]
 

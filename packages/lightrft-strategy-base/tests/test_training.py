@@ -213,7 +213,9 @@ def test_an_attribute_that_cannot_be_copied_is_named(make):
     model.head.held = make()
     with get_fake_strategy(bf16=False) as strategy:
         optimizer = strategy.create_optimizer(model)
-        with pytest.raises(StrategyError, match=r"TwoHeads, whose head\.held \(\w+\) cannot: .*set after preparing"):
+        with pytest.raises(
+            StrategyError, match=r"TwoHeads, whose head\.held \(\w+\) cannot: .*set them after preparing"
+        ):
             strategy.prepare((model, optimizer, None))
         strategy.prepare(TwoHeads())  # goes on
     if hasattr(model.head.held, "close"):
@@ -221,7 +223,9 @@ def test_an_attribute_that_cannot_be_copied_is_named(make):
 
 
 def test_constructors_that_read_values_are_explained():
-    explained = pytest.raises(StrategyError, match=r"constructors read no values of tensors.*\.item\(\).*device='cpu'")
+    explained = pytest.raises(
+        StrategyError, match=r"constructors that read no values of tensors.*\.item\(\).*device='cpu'"
+    )
     with explained, weights_on_rank_0(1):
         torch.linspace(0, 1, 3)[0].item()
 

@@ -4,6 +4,7 @@ The line has the command, what it expected, what it got and the remedy. Exit cod
 command that checks something found it invalid.
 """
 
+import errno
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,15 @@ class CommandGroup(CommandLine):
         except Exception as error:
             if not _is_expected(error):
                 raise
-            _fail(f"{ctx.command_path} {ctx.invoked_subcommand}", str(error))
+            if (
+                isinstance(error, OSError)
+                and error.errno in (errno.EDQUOT, errno.EIO, errno.ENOSPC)
+                and not error.filename
+            ):
+                message = f"expected to write its output, got: {error.strerror}. Free space, or write elsewhere"
+            else:
+                message = str(error)
+            _fail(f"{ctx.command_path} {ctx.invoked_subcommand}", message)
 
 
 def require_our_packages() -> None:

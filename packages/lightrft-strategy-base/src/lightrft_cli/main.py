@@ -1,6 +1,5 @@
 """`lightrft`: the commands, one file each. Slow imports are done by the command that needs them."""
 
-import sys
 from typing import Annotated
 
 import typer
@@ -10,13 +9,14 @@ from lightrft_cli.adopt import adopt
 from lightrft_cli.convert import convert
 from lightrft_cli.doctor import doctor
 from lightrft_cli.errors import CommandGroup
+from lightrft_cli.output import on_terminal
 from lightrft_cli.registered import engines, strategies
 from lightrft_cli.requirements import packages_of_ours
 
 app = typer.Typer(
     cls=CommandGroup,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich" if sys.stdout.isatty() else None,  # importing rich takes longer than the rest
+    rich_markup_mode="rich" if on_terminal() else None,  # importing rich takes longer than the rest
 )
 
 

@@ -12,6 +12,11 @@ Row = Mapping[str, Value]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON")]
 
 
+def on_terminal() -> bool:
+    """Return whether the output is a terminal; Python has no output object if it was closed, as by ``>&-``."""
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
 def print_json(value: Value) -> None:
     """Print ``value``."""
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
@@ -29,7 +34,7 @@ def print_rows(rows: Sequence[Row], *, as_json: bool, empty: str = "") -> None:
         print_json(rows)
     elif not rows:
         typer.echo(empty)
-    elif sys.stdout.isatty():
+    elif on_terminal():
         _print_rich(rows)
     else:
         cells = [list(rows[0]), *([shown(value) for value in row.values()] for row in rows)]

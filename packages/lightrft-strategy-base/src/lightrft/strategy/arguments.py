@@ -38,6 +38,7 @@ class Expected(NamedTuple):
 
 NONE = type(None)
 FLAG = Expected("True or False", (bool, np.bool_))
+FLAG_OR_NONE = Expected("True, False or None", (bool, np.bool_, NONE))
 COUNT = Expected("an integer of at least 1", (Integral,), (bool,), least=1)
 INDEX = Expected("an integer of at least 0", (Integral,), (bool,), least=0)
 SEED = Expected("an integer of at least 0 and below 2**32", (Integral,), (bool,), least=0, below=2**32)

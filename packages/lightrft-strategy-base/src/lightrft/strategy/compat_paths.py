@@ -107,8 +107,8 @@ def get_sglang_engine(model_name_or_path: str, *arguments: object, **settings: o
         UnsupportedOperationError: Always, with what to use instead.
     """
     raise UnsupportedOperationError(
-        f"get_sglang_engine: expected a model in training, got {model_name_or_path!r}: engines here generate for no other "
-        f"model. Load a reward model with transformers (use_engine=False), or build sglang.Engine yourself"
+        f"get_sglang_engine: expected a model in training, got {model_name_or_path!r}: engines here generate only for a "
+        f"model in training. Load a reward model with transformers (use_engine=False), or build sglang.Engine yourself"
     )
 
 

@@ -45,7 +45,8 @@ class Target:
         if not hasattr(owner, self.name):
             return None if _assigned_by_method(owner, self.name) else f"{label} does not exist"
         accepted = inspect.signature(getattr(owner, self.name)).parameters if self.parameters else {}
-        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values()):
+        kinds = {parameter.kind for parameter in accepted.values()}
+        if kinds >= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:  # a wrapper, which passes all on
             return None
         lacking = [name for name in self.parameters if name not in accepted]
         return f"{label} has no parameter {', '.join(lacking)}" if lacking else None

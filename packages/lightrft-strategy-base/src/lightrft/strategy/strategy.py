@@ -1,9 +1,15 @@
 """`get_strategy`: from settings to a strategy that is ready for use."""
 
+import os
+import time
+
 from lightrft.config import ConfigError, StrategyConfig
 from lightrft.strategy import supported_settings
 from lightrft.strategy.registry import STRATEGIES, load
 from lightrft.strategy.strategy_base import StrategyBase
+
+HEAD_START = 10.0
+"""Seconds that the other processes of a host leave to its first one, to print an error that all of them have."""
 
 
 def get_strategy(args: object = None) -> StrategyBase:
@@ -19,14 +25,26 @@ def get_strategy(args: object = None) -> StrategyBase:
         BackendNotInstalledError: The strategy is not installed; the message has the pip command.
         ConfigError: There is no such strategy, it does not support a setting, or a name in a mapping is a misspelled
             setting. Other names that are not settings are warned of once, and so are settings that only a trainer reads.
+            Under torchrun, the first process of each host raises at once and the others 10 seconds later: torchrun has ended
+            them by then, so the error is printed once.
     """
     try:
         config = StrategyConfig() if args is None else StrategyConfig.from_args(args)
         strategy = strategy_class(strategy_name(config))(config)
-    except ConfigError as error:  # every rank prints it: without the frames below this one
+    except ConfigError as error:
+        _let_the_first_process_speak()
         raise error.with_traceback(None) from None
     supported_settings.warn_of_trainer_settings(strategy.config)
     return strategy
+
+
+def _let_the_first_process_speak() -> None:
+    """Wait, in the other processes of a host, until torchrun ends them because the first one has failed.
+
+    If it does not, because the first process caught the error or had none, they raise it themselves.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(HEAD_START)
 
 
 def strategy_name(config: StrategyConfig) -> str:

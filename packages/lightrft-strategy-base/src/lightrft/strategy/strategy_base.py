@@ -27,10 +27,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Sampler
 
 from lightrft.config import (
-    ArgumentError,
     ArgumentTypeError,
     ConfigError,
-    LightRFTError,
     StrategyConfig,
     StrategyError,
 )
@@ -40,6 +38,7 @@ from lightrft.strategy.arguments import (
     COUNT,
     DTYPE,
     FLAG,
+    FLAG_OR_NONE,
     FUNCTION,
     INDEX,
     LIST,
@@ -78,6 +77,7 @@ from lightrft.strategy.models.meta import weights_on_rank_0
 from lightrft.strategy.models.optimizers import check_kinds
 from lightrft.strategy.models.prepare import Preparation
 from lightrft.strategy.models.registry import ModelRegistry
+from lightrft.strategy.moved_hooks import check_moved_hooks
 from lightrft.strategy.parallel.sequence import SequenceDataProcessor, SequenceParallel
 from lightrft.strategy.rollout.engine import Completion, RolloutEngine
 from lightrft.strategy.rollout.multimodal import InputsBuilder, multimodal_inputs
@@ -99,19 +99,6 @@ Key = TypeVar("Key")
 
 UNKNOWN_NUMBER_OF_UPDATES = int(1e8)
 """Number of updates over which a schedule decays if the caller does not give one."""
-_MOVED = {
-    "_join": "join", "_setup": "__init__", "_teardown": "close", "_check_model": "check_model", "_wrap": "wrap",
-    "_create_optimizer": "create_optimizer", "_algorithm": "algorithm", "_bind": "bind",
-    "_forward_context": "forward_context", "_leaves": "graph_leaves", "_backward": "backward",
-    "_gradient_shards": "gradient_shards", "_update": "reduce or fused_step", "_settle": "reshard",
-    "_gathered": "gathered", "_full_shape": "full_shape", "_shards": "shards", "_state_slices": "state_slices",
-    "_refresh": "sync_from_master", "_resume_optimizer": "resume_optimizer", "_move_optimizer": "move_optimizer",
-    "_move_model": "move_model", "adopts": "accepts_unprepared", "transparent": "transparent",
-    "capabilities": "capabilities",
-}  # fmt: skip
-"""The strategy hooks of version 0.1, and the hook of `lightrft.strategy.backend.Backend` that replaces each."""
-
-
 _OF_ONE_RANK = frozenset({"extra_args", "local_rank", "log_dir", "log_name", "log_project"})
 """Settings that may differ between ranks. Rank 0 alone reads those of trackers, which scripts make of the time."""
 _OPEN: "weakref.WeakSet[StrategyBase]" = weakref.WeakSet()
@@ -164,15 +151,7 @@ class StrategyBase(LightRFTMembers):
 
     def __init_subclass__(cls, **arguments: object) -> None:
         super().__init_subclass__(**arguments)
-        for name in vars(cls):
-            if name in _MOVED:
-                raise TypeError(
-                    f"{cls.__name__}.{name}: the hooks of a strategy moved to its backend in version 0.2. Derive a class "
-                    f"from lightrft.strategy.backend.ReplicatedBackend, override {_MOVED[name]} there, and set "
-                    f"backend_class of {cls.__name__} to it"
-                )
-            if name == "honours":
-                raise TypeError(f"{cls.__name__}.honours: it is called supported_settings since version 0.2. Rename it")
+        check_moved_hooks(cls)
 
     def __init__(self, config: object = None, *, args: object = None, **settings: Any) -> None:
         """Join the other ranks and create the backend. All ranks must call this.
@@ -514,36 +493,10 @@ class StrategyBase(LightRFTMembers):
             ArgumentError, ArgumentTypeError: A setting is unknown or invalid.
         """
         with self._running("create_optimizer"):
-            with self._consensus.together("create_optimizer"):
+            with self._consensus.together("create_optimizer", "checking arguments"):
                 check_kinds("create_optimizer", model)
-                prepared = self._models.find(model)
-                if prepared is not None and prepared.trained is not None:
-                    raise StrategyError(
-                        f"create_optimizer: expected a model without an optimizer, got {prepared.class_name}, which has one. Use "
-                        f"the existing optimizer"
-                    )
-                if prepared is not None and not prepared.options.training:
-                    raise StrategyError(
-                        f"create_optimizer: expected a model to train, got {prepared.class_name}, which was prepared for "
-                        f"inference. Use a copy that is not prepared"
-                    )
                 _check("create_optimizer", weight_decay=(settings.get("weight_decay", 0.0), NUMBER))
-                optimizer = self._make_optimizer(model, settings)
-            if prepared is not None:
-                self._preparation.bind(model, optimizer)
-            return optimizer
-
-    def _make_optimizer(self, model: nn.Module, settings: dict[str, Any]) -> Optimizer:
-        try:
-            return self.backend.create_optimizer(self._models.unwrap(model), **settings)
-        except (TypeError, ValueError, LookupError) as error:
-            if isinstance(error, LightRFTError):
-                raise
-            given = ", ".join(f"{name}={shown(value)}" for name, value in settings.items())
-            kind = ArgumentTypeError if isinstance(error, TypeError) else ArgumentError
-            raise kind(
-                f"create_optimizer: expected settings of torch.optim.AdamW, got {given}: {error}. Correct them"
-            ) from error
+            return self._preparation.create_optimizer(model, settings)
 
     @overload
     def prepare(self, model: T, /, *, is_rlhf: bool = ...) -> T: ...
@@ -705,7 +658,7 @@ class StrategyBase(LightRFTMembers):
     def setup_dataloader(
         self, replay_buffer: object, batch_size: int, pin_memory: bool = False, shuffle: bool = True,
         collate_fn: Callable[[list[Any]], Any] | None = None, drop_last: bool = True, sampler: Sampler[int] | None = None,
-        consumed_samples: int = 0,
+        consumed_samples: int = 0, whole_updates: bool | None = None,
     ) -> DataLoader[Any]:  # fmt: skip
         """Return a loader over this rank's share of a map-style dataset. All ranks must call this.
 
@@ -715,33 +668,46 @@ class StrategyBase(LightRFTMembers):
         checkpoint stores its position. Loaders are matched by the order in which they were created: the n-th loader of
         a resumed run gets the position of the n-th loader, whether it is created before or after `load_ckpt`.
 
+        A loader for training ends each epoch with a whole update, so that the updates are the same on any number of ranks:
+        see ``whole_updates``.
+
         Args:
             replay_buffer: The dataset.
             batch_size: Samples per batch on this rank.
             pin_memory: Copy batches to pinned memory; has no effect without CUDA.
             shuffle: Shuffle each epoch.
             collate_fn: Turns a list of samples into a batch.
-            drop_last: Drop samples that do not fill the last batch on every rank. If False, fewer samples than there
-                are ranks are repeated, so that each rank gets the same number.
+            drop_last: Drop samples that do not fill the last batch on every rank, or with ``whole_updates`` the last
+                update. If False, samples are repeated instead: fewer than there are ranks, so that each rank gets the same
+                number, or with ``whole_updates`` as many as fill the last update.
             sampler: The caller's own sampler; checkpoints do not store its position.
             consumed_samples: Number of samples of the epoch to skip, over all ranks.
+            whole_updates: Make each epoch a multiple of ``train_batch_size`` samples. An epoch that begins at a position
+                within an update has a multiple of them from there on. ``batch_size`` must be ``micro_train_batch_size``, or
+                divide a rank's share of an update; the script then passes ``boundary`` to each `optimizer_step`, which
+                otherwise counts batches of any size as micro-batches. Default: yes, with ``drop_last``, for a loader that
+                looks like one for training: it shuffles, its ``batch_size`` is ``micro_train_batch_size``, and the dataset
+                has at least ``train_batch_size`` samples. A warning says how many samples of each epoch such a loader
+                drops, or that its updates depend on the number of ranks, if it has too few samples or no ``drop_last``.
 
         Returns:
             A `ResumableLoader`; a plain ``DataLoader`` if ``sampler`` is given.
 
         Raises:
-            ArgumentError: The dataset has no length, or a position is out of range.
+            ArgumentError: The dataset has no length, a position is out of range, or batches cannot add up to whole updates.
             CheckpointError: A loaded checkpoint has the position of a different loader.
         """
         _check(
             "setup_dataloader", batch_size=(batch_size, COUNT), pin_memory=(pin_memory, FLAG), shuffle=(shuffle, FLAG),
             collate_fn=(collate_fn, FUNCTION), drop_last=(drop_last, FLAG), consumed_samples=(consumed_samples, INDEX),
+            whole_updates=(whole_updates, FLAG_OR_NONE),
         )  # fmt: skip
         loader = make_loader(
             replay_buffer, int(batch_size), rank=self.sequence_parallel.data_rank, ranks=self.sequence_parallel.data_ranks,
             seed=self.config.seed, shuffle=shuffle, drop_last=drop_last, sampler=sampler,
             consumed_samples=int(consumed_samples), collate_fn=collate_fn,
-            pin_memory=pin_memory and self.world.device.type == "cuda",
+            pin_memory=pin_memory and self.world.device.type == "cuda", whole_updates=whole_updates,
+            total=self.config.train_batch_size, micro=self.config.micro_train_batch_size,
         )  # fmt: skip
         if isinstance(loader, ResumableLoader):
             self._run_state.loaders.add(loader)

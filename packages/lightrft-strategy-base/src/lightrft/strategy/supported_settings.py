@@ -71,8 +71,8 @@ def warn_of_trainer_settings(config: StrategyConfig) -> None:
     names = [name for name in config.changed() if config.owner(name) == "trainer" and name != "extra_args"]
     if names and not is_silent():
         warnings.warn(
-            f"get_strategy: a trainer such as LightRFT's has to act on {', '.join(names)}; the strategy only carries them, in "
-            f"strategy.config",
+            f"get_strategy: {', '.join(names)} have no effect on the strategy, which only stores them in strategy.config for "
+            f"a trainer such as LightRFT's",
             stacklevel=3,
         )
 

@@ -55,8 +55,8 @@ def check_on_parts(
             ) from error
         if not difference <= TOLERANCE:
             raise StrategyError(
-                f"prepare: expected an optimizer that updates each element alone, got {name}: on parts of a parameter its "
-                f"updates differ by {difference:.2g} of their size from those on the whole. {refusal}"
+                f"prepare: expected an optimizer that updates element by element, got {name}: its updates of parts of "
+                f"a parameter differ from those of the whole parameter by {difference:.2g} of their size. {refusal}"
             )
 
 

@@ -68,9 +68,9 @@ class CheckpointItem:
         if self.trained is not None and self.trained.has_pending_gradient:
             raise StrategyError(
                 f"expected {type(self.module).__name__} to be between two updates, got a gradient that no update has used yet "
-                f"({self.trained.micro_batches} of {self.trained.accumulation_steps} micro-batches). Call this where "
-                f"optimizer_step returned applied or skipped. If the micro-batches do not fill the last update, pass "
-                f"boundary=True to the last optimizer_step, which updates with those that there are"
+                f"({self.trained.micro_batches} of {self.trained.accumulation_steps} micro-batches). Call this after "
+                f"an optimizer_step that applied or skipped an update. If the last micro-batches do not fill an update, pass "
+                f"boundary=True to the last optimizer_step, which then updates with fewer"
             )
 
 

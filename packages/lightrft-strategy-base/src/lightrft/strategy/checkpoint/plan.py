@@ -86,8 +86,9 @@ def _describe_configuration(item: CheckpointItem) -> dict[str, Any]:
         config = copy.deepcopy(model.config)
         config.architectures = [(type(model) if adapted is not None else item.model_class).__name__]
         texts["config.json"] = config.to_json_string()
-        if model.can_generate() and model.generation_config is not None:
-            texts["generation_config.json"] = model.generation_config.to_json_string()
+        generation_config = getattr(item.module, "generation_config", None)  # a PEFT model may have its own
+        if model.can_generate() and generation_config is not None:
+            texts["generation_config.json"] = generation_config.to_json_string()
     for name in () if adapted is None else adapted.peft_config:
         adapter = adapter_configuration(item.module, name).to_dict()
         adapters[name] = json.loads(json.dumps(adapter, default=list))
@@ -193,11 +194,15 @@ def _state_shard(part: StateSlice, state: str, value: object) -> Shard:
             return part.of(values, state)
         if part.is_full:
             return Shard(name=state, shape=value.shape, offset=0, values=values)
-    got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+    if not isinstance(value, torch.Tensor):
+        raise UnsupportedOperationError(
+            f"expected the optimizer's {state!r} of {parameter.name} to be a tensor or a number, got a "
+            f"{type(value).__name__}, which checkpoints do not hold. Keep it in the optimizer's param_groups, or as a tensor"
+        )
     raise UnsupportedOperationError(
         f"expected the optimizer's {state!r} of {parameter.name} to be a number or of the parameter's shape "
-        f"{tuple(parameter.shape)}, got {got}, which cannot be stored from shards. Use another optimizer, or a strategy "
-        f"that does not shard"
+        f"{tuple(parameter.shape)}, got a tensor of shape {tuple(value.shape)}, which cannot be stored from shards. Use "
+        f"another optimizer, or a strategy that does not shard"
     )
 
 
@@ -264,7 +269,7 @@ def check_covered(entry: str, numel: int, ranges: Sequence[tuple[int, int]]) -> 
         covered = max(covered, offset + length)
     if covered < numel:
         raise CheckpointError(
-            f"expected the ranks to hold all {numel} elements of {entry}, got none that holds those from {covered} on. The "
+            f"expected the ranks to hold all {numel} elements of {entry}, found no rank with those from {covered} on. The "
             f"backend's shards or state_slices must cover every tensor"
         )
 

@@ -150,8 +150,9 @@ def allocate(
         else:
             made[state] = torch.zeros(stored[first], dtype=dtype, device=allocation.key.device)
             yield Shard(name=first, shape=stored[first], offset=0, values=made[state].view(-1))
-    if made:
-        optimizer.state[allocation.key] = made
+    if made:  # a checkpoint has no entry for None, which the optimizer may read all the same
+        absent = {state: None for state, value in allocation.made.items() if value is None and state not in made}
+        optimizer.state[allocation.key] = made | absent
     else:
         optimizer.state.pop(allocation.key, None)
 
@@ -188,6 +189,8 @@ def _as_number(
     """
     if isinstance(made, torch.Tensor) and made.numel() == 1:
         return stored.to(made.device, made.dtype).reshape(made.shape)
+    if isinstance(made, bool):
+        return bool(stored.item())
     if isinstance(made, (int, float)):
         return _python_number(stored, prefer_int=isinstance(made, int))
     was_python = stored.dtype in (torch.int64, torch.float64)

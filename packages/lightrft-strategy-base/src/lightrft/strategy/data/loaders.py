@@ -4,11 +4,16 @@ The order of an epoch depends only on the seed and the epoch. The samples after 
 are distributed round-robin: rank r takes every world-size-th sample from the r-th on. So a run can continue with another
 number of ranks, with the same remaining samples in the same order.
 
+Each update takes the next ``train_batch_size`` samples of this order. Where an epoch is a multiple of them, no micro-batch is
+left at its end, and the updates do not depend on the number of ranks; see `multiple_of_epoch`. From a position within an update,
+what is left of the epoch is counted anew, so it is a multiple of them too.
+
 torchdata's StatefulDataLoader restores the state of each worker of each rank, and so cannot change the number of ranks; here
 the position is one number.
 """
 
 from collections.abc import Callable, Iterator
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -17,13 +22,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from lightrft.config import ArgumentError, ArgumentTypeError
 from lightrft.config.validation import shown
 from lightrft.strategy.compat import recognised_by_lightrft
+from lightrft.strategy.telemetry.log import logger
 
 
 class ElasticSampler(Sampler[int]):
     """One rank's share of an epoch, from ``consumed_samples`` on.
 
-    With ``drop_last`` the remaining samples are cut to a multiple of the number of ranks; without, the first samples of the
-    epoch are repeated to fill the last round, fewer than there are ranks.
+    With ``drop_last`` the remaining samples are cut to a multiple of ``multiple``; without, the first samples of the epoch are
+    repeated to fill them up to one.
     """
 
     def __init__(
@@ -36,8 +42,22 @@ class ElasticSampler(Sampler[int]):
         seed: int,
         drop_last: bool,
         consumed_samples: int = 0,
+        multiple: int | None = None,
     ) -> None:
+        """Make the share of ``rank``.
+
+        Args:
+            length: Samples of an epoch.
+            rank: This rank.
+            ranks: Number of ranks.
+            shuffle: Whether each epoch has an order of its own.
+            seed: Of the orders.
+            drop_last: Whether to drop samples at the end, instead of repeating some.
+            consumed_samples: Samples of the first epoch to skip.
+            multiple: Of how many samples an epoch consists, over all ranks; a multiple of ``ranks``. Default: ``ranks``.
+        """
         self.length, self.rank, self.ranks = length, rank, ranks
+        self.multiple = multiple or ranks
         self.shuffle, self.seed, self.drop_last = shuffle, seed, drop_last
         self.set_epoch(0, consumed_samples)
 
@@ -65,15 +85,16 @@ class ElasticSampler(Sampler[int]):
         order = self.order()
         remaining = order[self.consumed_samples :]
         if self.drop_last:
-            remaining = remaining[: len(remaining) - len(remaining) % self.ranks]
+            remaining = remaining[: len(remaining) - len(remaining) % self.multiple]
         else:
-            missing = -len(remaining) % self.ranks
-            remaining += (order * self.ranks)[:missing]
+            missing = -len(remaining) % self.multiple
+            remaining += islice(cycle(order), missing)
         return iter(remaining[self.rank :: self.ranks])
 
     def __len__(self) -> int:
         remaining = self.length - self.consumed_samples
-        return remaining // self.ranks if self.drop_last else -(-remaining // self.ranks)
+        multiples = remaining // self.multiple if self.drop_last else -(-remaining // self.multiple)
+        return multiples * self.multiple // self.ranks
 
 
 class ResumableLoader(DataLoader[Any]):
@@ -117,7 +138,10 @@ class ResumableLoader(DataLoader[Any]):
         self._yielded = 0
 
     def order(self) -> dict[str, Any]:
-        """Return what the batches at a position depend on: JSON values, equal on all ranks."""
+        """Return what the batches at a position depend on, but for whole updates: JSON values, equal on all ranks.
+
+        ``train_batch_size`` may change with the position: from there on, updates are counted anew.
+        """
         sampler = self._sampler
         return {
             "samples": sampler.length, "shuffle": sampler.shuffle, "seed": sampler.seed if sampler.shuffle else None,
@@ -151,11 +175,88 @@ class ResumableLoader(DataLoader[Any]):
         self.set_epoch(self.epoch + 1, 0)
 
 
+def multiple_of_epoch(
+    samples: int,
+    *,
+    batch_size: int,
+    shuffle: bool,
+    drop_last: bool,
+    whole_updates: bool | None,
+    total: int,
+    micro: int,
+    ranks: int,
+) -> int:
+    """Return of how many samples an epoch of a loader must consist: ``total``, or ``ranks``.
+
+    Args:
+        samples: Size of the dataset.
+        batch_size: Samples per batch on one rank.
+        shuffle: Whether each epoch has an order of its own.
+        drop_last: Whether samples at the end are dropped, instead of repeating some.
+        whole_updates: What the caller asked for. None: yes if the loader shuffles, has micro-batches, drops samples at the end,
+            and has enough of them for an update.
+        total: Samples per update, over all ranks.
+        micro: Samples per micro-batch.
+        ranks: Number of ranks.
+
+    Raises:
+        ArgumentError: The caller asked for whole updates, and no batches can add up to one.
+    """
+    share = total // ranks
+    if whole_updates is None and shuffle and batch_size == micro:
+        whole_updates = drop_last and samples >= total
+        if samples % total:
+            (_warn_of_dropped_samples if whole_updates else _warn_of_partial_update)(samples, total)
+    if not whole_updates:
+        return ranks
+    if share % batch_size:
+        raise ArgumentError(
+            f"setup_dataloader: expected batch_size to divide the {share} samples of an update on one rank, for "
+            f"whole_updates=True, got {batch_size}. Pass batch_size=micro_train_batch_size"
+        )
+    if drop_last and samples < total:
+        raise ArgumentError(
+            f"setup_dataloader: expected a dataset of at least train_batch_size={total} samples, for whole_updates=True and "
+            f"drop_last=True, got {samples}. Pass more samples, a smaller train_batch_size, or drop_last=False to repeat samples"
+        )
+    if batch_size != micro:
+        logger.warning(
+            "setup_dataloader: with whole_updates=True, expected batches of micro_train_batch_size=%d samples, got %d. By "
+            "default, optimizer_step counts %d batches to an update, which are %d samples over all ranks, not "
+            "train_batch_size=%d. Pass boundary to each optimizer_step: True after every %d batches, otherwise False",
+            micro, batch_size, share // micro, share // micro * batch_size * ranks, total, share // batch_size,
+        )  # fmt: skip
+    return total
+
+
+def _warn_of_dropped_samples(samples: int, total: int) -> None:
+    logger.warning(
+        "setup_dataloader: each epoch drops %d of %d samples, which do not fill an update of train_batch_size=%d, because a loader "
+        "that shuffles and has batches of micro_train_batch_size is taken as one for training. Pass whole_updates=False to keep "
+        "them, for prompts or evaluation; whole_updates=True to drop them without this warning", samples % total, samples, total,
+    )  # fmt: skip
+
+
+def _warn_of_partial_update(samples: int, total: int) -> None:
+    remedy = "drop_last=True to drop them, whole_updates=True to repeat samples until the update is full"
+    if samples < total:
+        remedy = f"a train_batch_size of at most {samples}, whole_updates=True with drop_last=False to repeat samples"
+    logger.warning(
+        "setup_dataloader: an epoch of %d samples ends within an update of train_batch_size=%d. The micro-batches that are left "
+        "count towards the next update, and their number depends on the number of ranks. Pass %s, or whole_updates=False if "
+        "this loader is not for training", samples, total, remedy,
+    )  # fmt: skip
+
+
 def make_loader(
     dataset: Any, batch_size: int, *, rank: int, ranks: int, seed: int, shuffle: bool, drop_last: bool,
     sampler: Sampler[int] | None, consumed_samples: int, collate_fn: Callable[[list[Any]], Any] | None, pin_memory: bool,
+    whole_updates: bool | None, total: int, micro: int,
 ) -> DataLoader[Any]:  # fmt: skip
-    """Return the loader of one rank; a plain `DataLoader` if the caller passes a ``sampler``."""
+    """Return the loader of one rank; a plain `DataLoader` if the caller passes a ``sampler``.
+
+    ``total`` and ``micro`` are the samples of an update, over all ranks, and of a micro-batch.
+    """
     if isinstance(dataset, type) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise ArgumentError(
             f"setup_dataloader: expected a dataset with a length, got {type(dataset).__name__}. Pass a map-style dataset"
@@ -173,10 +274,19 @@ def make_loader(
             raise ArgumentError(
                 "setup_dataloader: expected consumed_samples or sampler, got both. Skip the samples in your own sampler"
             )
+        if whole_updates:
+            raise ArgumentError(
+                "setup_dataloader: expected whole_updates or sampler, got both. Let your own sampler give each rank a multiple of "
+                f"{total // ranks} samples"
+            )
         return DataLoader(dataset, sampler=sampler, **settings)
+    multiple = multiple_of_epoch(
+        len(dataset), batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, whole_updates=whole_updates,
+        total=total, micro=micro, ranks=ranks,
+    )  # fmt: skip
     elastic = ElasticSampler(
         len(dataset), rank=rank, ranks=ranks, shuffle=shuffle, seed=seed, drop_last=drop_last,
-        consumed_samples=consumed_samples,
+        consumed_samples=consumed_samples, multiple=multiple,
     )  # fmt: skip
     recognised_by_lightrft(elastic)
     return ResumableLoader(dataset, elastic, **settings)

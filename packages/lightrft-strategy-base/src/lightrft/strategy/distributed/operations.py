@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.distributed as dist
@@ -45,7 +45,8 @@ class Operations:
         """Run the body as the call ``name``; nested calls keep the outermost name.
 
         Under ``torch.inference_mode``, calls other than a forward pass run under ``torch.no_grad``: weights and
-        optimizer state that they create must train later.
+        optimizer state that they create must train later. Inside ``init_model_context(meta_init=True)``, they run with
+        the CPU as default device: what they send to other ranks has values.
 
         Raises:
             StrategyError: A peer was lost; the message has that name. Other errors pass unchanged.
@@ -56,11 +57,10 @@ class Operations:
         began = None if self.timer is None else self.timer.begin(name)
         self.current, self.since = name, time.monotonic()
         try:
-            if name == "forward" or not torch.is_inference_mode_enabled():
+            with ExitStack() as modes:
+                if name != "forward":
+                    _enter_modes(modes)
                 yield
-            else:
-                with torch.inference_mode(False), torch.no_grad():
-                    yield
         except RuntimeError as error:
             if not is_lost_peer(error):
                 raise
@@ -77,6 +77,15 @@ class Operations:
             f"same call within {self.timeout:g} s. See the first error on the other ranks. Every rank must make "
             f"this call, in the same order. This process group can no longer be used."
         )
+
+
+def _enter_modes(modes: ExitStack) -> None:
+    """Enter what a public call needs where a caller's mode would give it tensors that cannot train, or without values."""
+    if torch.is_inference_mode_enabled():
+        modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(torch.no_grad())
+    if torch.get_default_device().type == "meta":
+        modes.enter_context(torch.device("cpu"))
 
 
 class Watch:

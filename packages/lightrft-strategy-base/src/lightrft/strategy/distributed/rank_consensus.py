@@ -106,7 +106,7 @@ class RankConsensus:
             return [message]
         if self._out_of_step is not None:
             raise StrategyError(
-                f"{call}: expected all ranks to be at the same call, but {self._out_of_step}, and the other ranks went on. "
+                f"{call}: expected all ranks to be at the same call, but {self._out_of_step}, and the other ranks continued. "
                 f"Close the strategy"
             )
         envelopes = self._exchange_json([call, message])
@@ -130,7 +130,7 @@ class RankConsensus:
 
     def _gather_bytes(self, text: bytes, size: int) -> list[bytes]:
         """Return every rank's ``text``, padded with zeros to ``size`` bytes."""
-        frames_RF = torch.empty(self._world.size, size, dtype=torch.uint8)
+        frames_RF = torch.empty(self._world.size, size, dtype=torch.uint8, device="cpu")  # whatever the default
         frames_RF[self._world.rank] = torch.frombuffer(bytearray(text.ljust(size, b"\0")), dtype=torch.uint8)
         all_gather_rows(frames_RF, self._world.control)
         received = frames_RF.numpy().tobytes()

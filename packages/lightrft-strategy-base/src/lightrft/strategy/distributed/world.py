@@ -60,7 +60,7 @@ class World:
         # The caller's default group may lack gloo, and has its own timeout: control messages get a separate group.
         control = dist.group.WORLD if owns else dist.new_group(backend="gloo", timeout=timeout)
         # Connect now: a rank that fails right afterwards, with a ConfigError for example, must not break the others' setup.
-        dist.all_reduce(torch.zeros(1), group=control)
+        dist.all_reduce(torch.zeros(1, device="cpu"), group=control)
         return cls(
             rank=dist.get_rank(), size=dist.get_world_size(), device=device, timeout=timeout, control=control,
             owns_default_group=owns, _earlier_groups=earlier_groups,

@@ -180,7 +180,7 @@ def _parts(source: Source, model: nn.Module, *, merge_adapters: bool) -> Sequenc
     if not (source.path / _CONFIGURATION).exists():  # from --base, and perhaps of another model
         form = StateDictAdapter.of(model)
         _stored_names(source, model, form.convert(form.tensors))
-    return [WholeModel(form=unchanged(source.contents), module=model, model_class=type(model))]
+    return [WholeModel(form=unchanged(source.contents), module=model, model_class=type(model), generates=model)]
 
 
 def _stored_names(source: Source, model: nn.Module, wanted: Mapping[str, torch.Tensor]) -> dict[str, str]:

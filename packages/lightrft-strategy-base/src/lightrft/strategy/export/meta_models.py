@@ -54,6 +54,8 @@ def with_adapters(model: nn.Module, configurations: Mapping[str, Mapping[str, An
     (first, config), *others = (
         (name, peft.PeftConfig.from_peft_type(**settings)) for name, settings in configurations.items()
     )
+    # PEFT records the name of the model, which may be that of a temporary directory, in place of the base model's
+    cast(Any, model).name_or_path = config.base_model_name_or_path
     with torch.device("meta"):
         wrapped: Any = peft.get_peft_model(model, config, adapter_name=first)
         for name, other in others:

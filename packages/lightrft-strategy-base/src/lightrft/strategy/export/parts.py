@@ -45,11 +45,21 @@ class WholeModel(Part):
 
     model_class: type[nn.Module]
     """Class of the model before wrapping, which may replace it."""
+    generates: nn.Module
+    """Has the generation configuration: ``module``, or the PEFT model around it."""
 
     @override
     def write_configuration(self, folder: Path, contents: Contents) -> None:
         untied = not tied_aliases(self.module).isdisjoint(contents)
-        hf_metadata.write_configuration(self.module, self.model_class, _dtype_of(contents), folder, untied=untied)
+        generation_config = hf_metadata.generation_config_of(self.generates)
+        hf_metadata.write_configuration(
+            self.module,
+            self.model_class,
+            _dtype_of(contents),
+            folder,
+            untied=untied,
+            generation_config=generation_config,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,13 +93,14 @@ def parts_of(
         merge_adapters: Merge the adapters into the base model.
     """
     if not adapters.has_adapters(module):
-        return [WholeModel(form=StateDictAdapter.of(module), module=module, model_class=model_class)]
-    peft_model: Any = meta_model
+        form = StateDictAdapter.of(module)
+        return [WholeModel(form=form, module=module, model_class=model_class, generates=module)]
+    peft_model: Any = module  # not the copy, whose configuration is that of the moment of preparing
     if merge_adapters:
-        base = peft_model.get_base_model()
-        return [WholeModel(form=adapters.MergedForm(module, meta_model), module=base, model_class=type(base))]
+        merged, base = adapters.MergedForm(module, meta_model), peft_model.get_base_model()
+        return [WholeModel(form=merged, module=base, model_class=type(base), generates=module)]
     return [
-        Adapter(form=adapters.adapter_form(module, meta_model, name), module=meta_model, name=name)
+        Adapter(form=adapters.adapter_form(module, meta_model, name), module=module, name=name)
         for name in peft_model.peft_config
     ]
 

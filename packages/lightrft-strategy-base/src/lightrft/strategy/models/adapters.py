@@ -82,7 +82,7 @@ def _check_prompt_is_saved_as_it_is(meta_model: Any, adapter: str) -> None:
     computed = [name for name, _ in meta_model.prompt_encoder[adapter].named_parameters() if name != "embedding.weight"]
     if computed or method not in ("PROMPT_TUNING", "PREFIX_TUNING"):
         raise UnsupportedOperationError(
-            f"expected an adapter whose tensors are saved as they are, got {method} ({adapter}), whose prompt is computed "
+            f"expected an adapter whose tensors are saved unchanged, got {method} ({adapter}), whose prompt is computed "
             f"from {', '.join(computed[:3]) or 'other tensors'}. Save it with save_ckpt, or use PROMPT_TUNING, "
             f"PREFIX_TUNING without prefix_projection, or LORA"
         )
@@ -172,6 +172,16 @@ def _without_wrappers(name: str, inside: Mapping[str, str]) -> str | None:
     for begin, end in reversed(cuts):
         name = name[:begin] + name[end:]
     return name
+
+
+def base_without_adapters(meta_model: Any) -> nn.Module:
+    """Return the base model of ``meta_model``, from which its adapters are removed.
+
+    Raises:
+        UnsupportedOperationError: They cannot be merged into the weights, so that nothing could be synced to that model.
+    """
+    _check_method_merges(meta_model)
+    return cast(nn.Module, meta_model.unload())
 
 
 # The base model with the adapters merged in

@@ -16,8 +16,9 @@ from lightrft.config import CheckpointError
 
 
 def write_configuration(
-    module: nn.Module, model_class: type[nn.Module], dtype: torch.dtype | None, folder: Path, *, untied: bool
-) -> None:
+    module: nn.Module, model_class: type[nn.Module], dtype: torch.dtype | None, folder: Path, *, untied: bool,
+    generation_config: Any,
+) -> None:  # fmt: skip
     """Write the configuration of a transformers model, as `save_pretrained` does, and its code if it is custom.
 
     Does nothing for other models.
@@ -28,6 +29,7 @@ def write_configuration(
         dtype: The dtype to write in the configuration.
         folder: The model's directory.
         untied: The embeddings are saved separately, whatever the configuration says.
+        generation_config: As `generation_config_of` returns it.
 
     Raises:
         CheckpointError: transformers refuses to write the generation configuration.
@@ -48,14 +50,19 @@ def write_configuration(
 
         custom_object_save(code.__new__(model_class), folder, config=config)  # which reads only the class
     config.save_pretrained(folder)
-    if code.can_generate() and model.generation_config is not None:
+    if code.can_generate() and generation_config is not None:
         try:
-            model.generation_config.save_pretrained(folder)
+            generation_config.save_pretrained(folder)
         except ValueError as error:
             raise CheckpointError(
                 f"expected a generation_config of {model_class.__name__} that transformers can write, got an error: {error} "
                 f"Correct model.generation_config, or set it to None to save without"
             ) from error
+
+
+def generation_config_of(module: nn.Module) -> Any:
+    """Return the configuration with which ``module`` generates, or None. One set on a PEFT model hides its base model's."""
+    return getattr(module, "generation_config", None)
 
 
 def adapter_configuration(module: nn.Module, adapter: str) -> Any:

@@ -40,7 +40,7 @@ def _explaining() -> Iterator[None]:
         if isinstance(error, LightRFTError) or "meta" not in str(error):
             raise
         raise StrategyError(
-            f"init_model_context(meta_init=True): expected models whose constructors read no values of tensors, which have "
-            f"none on ranks other than 0, got an error: {error}. Make such tensors with device='cpu', or build the model "
+            f"init_model_context(meta_init=True): expected constructors that read no values of tensors, which only rank 0 "
+            f"has, got an error: {error}. Make such tensors with device='cpu', or build the model "
             f"without meta_init"
         ) from error

@@ -112,8 +112,8 @@ def meta_copy(module: nn.Module) -> nn.Module:
         what = f"{held[0]} ({type(held[1]).__name__})" if held else "something"
         raise StrategyError(
             f"prepare: expected a model in training that can be copied (copy.deepcopy, without its weights), got "
-            f"{type(module).__name__}, whose {what} cannot: {error}. Locks, open files, process groups and tensors with a "
-            f"graph belong outside of the model, or are set after preparing; detach tensors"
+            f"{type(module).__name__}, whose {what} cannot: {error}. Keep locks, open files, process groups and tensors "
+            f"with a graph outside of the model, or set them after preparing"
         ) from error
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightrft.config import ArgumentError, StrategyError
+from lightrft.config import ArgumentError, ArgumentTypeError, LightRFTError, StrategyError
 from lightrft.config.validation import shown
 from lightrft.strategy.backend.contract import Backend
 from lightrft.strategy.backend.types import TrainedModel, WrapOptions, sizes_of_groups
@@ -74,6 +74,37 @@ class Preparation:
             elif not (argument is None or isinstance(argument, nn.Module) or _is_training_triple(argument)):
                 raise _refusal(call, argument)
 
+    def create_optimizer(self, model: nn.Module, settings: dict[str, Any]) -> Optimizer:
+        """Create AdamW with ``settings``, and bind it to ``model`` if that is wrapped already. All ranks must call this."""
+        with self._consensus.together("create_optimizer"):
+            prepared = self._models.find(model)
+            if prepared is not None and prepared.trained is not None:
+                raise StrategyError(
+                    f"create_optimizer: expected a model without an optimizer, got {prepared.class_name}, which has one. Use "
+                    f"the existing optimizer"
+                )
+            if prepared is not None and not prepared.options.training:
+                raise StrategyError(
+                    f"create_optimizer: expected a model to train, got {prepared.class_name}, which was prepared for "
+                    f"inference. Use a copy that is not prepared"
+                )
+            optimizer = self._make_optimizer(model, settings)
+        if prepared is not None:
+            self.bind(model, optimizer)
+        return optimizer
+
+    def _make_optimizer(self, model: nn.Module, settings: dict[str, Any]) -> Optimizer:
+        try:
+            return self._backend.create_optimizer(self._models.unwrap(model), **settings)
+        except (TypeError, ValueError, LookupError) as error:
+            if isinstance(error, LightRFTError):
+                raise
+            given = ", ".join(f"{name}={shown(value)}" for name, value in settings.items())
+            kind = ArgumentTypeError if isinstance(error, TypeError) else ArgumentError
+            raise kind(
+                f"create_optimizer: expected settings of torch.optim.AdamW, got {given}: {error}. Correct them"
+            ) from error
+
     def triple(self, model: nn.Module | None, optimizer: Any, scheduler: Any) -> tuple[Any, Any, Any]:
         """Prepare ``(model, optimizer, scheduler)`` for training; the optimizer and the scheduler stay the caller's."""
         if model is None:
@@ -125,35 +156,44 @@ class Preparation:
         with self._consensus.together("prepare"):
             if options.training:
                 check_actor(model)
-                check_gradients(inner)
-            check_materialized(inner, self._backend.world)
-            check_attributes(inner)
-            self._sequence_parallel.check_model(inner)
-            self._backend.check_model(inner, options)
+            self._check_module(inner, options)
             meta_model = meta_copy(inner) if options.training else None
-        model_class, memory = type(inner), ParameterMemory(inner)
+        return replace_inner(model, inner, self._wrap(inner, meta_model, options))
+
+    def _check_module(self, module: nn.Module, options: WrapOptions) -> None:
+        if options.training:
+            check_gradients(module)
+        check_materialized(module, self._backend.world)
+        check_attributes(module)
+        self._sequence_parallel.check_model(module)
+        self._backend.check_model(module, options)
+
+    def _wrap(self, module: nn.Module, meta_model: nn.Module | None, options: WrapOptions) -> nn.Module:
+        """Wrap a checked ``module``, and register it."""
+        model_class, memory = type(module), ParameterMemory(module)
         if meta_model is not None:
-            raise_precision(inner)
+            raise_precision(module)
             raise_precision(meta_model)
         else:
-            inner.eval().requires_grad_(False)
+            module.eval().requires_grad_(False)
             for trained in self._models.in_training:  # a moving average moves with later updates only
-                trained.averages[inner] = trained.updates
-        self._consensus.agree_on_all("prepare", schema_of(inner))
-        state_dict_adapter.remember_conversions(inner)
+                trained.averages[module] = trained.updates
+        self._consensus.agree_on_all("prepare", schema_of(module))
+        state_dict_adapter.remember_conversions(module)
         with self._backend.world.remembering_environment():
-            wrapped = self._backend.wrap(inner, options)
+            wrapped = self._backend.wrap(module, options)
         self._backend.world.impose_timeout()
-        prepared = PreparedModel(
-            module=inner,
-            model_class=model_class,
-            wrapped=wrapped,
-            options=options,
-            meta_model=meta_model,
-            memory=memory,
+        self._add(
+            PreparedModel(
+                module=module,
+                model_class=model_class,
+                wrapped=wrapped,
+                options=options,
+                meta_model=meta_model,
+                memory=memory,
+            )
         )
-        self._add(prepared)
-        return replace_inner(model, inner, wrapped)
+        return wrapped
 
     def bind(self, model: nn.Module, optimizer: Optimizer) -> TrainedModel:
         """Put a wrapped ``model`` in training with ``optimizer``, which holds its current parameters."""

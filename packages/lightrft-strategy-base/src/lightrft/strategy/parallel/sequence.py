@@ -294,7 +294,7 @@ class SequenceDataProcessor:
             return data
         if len(data) % self._ranks.size:
             raise ArgumentError(
-                f"sp_data_processor.postprocess: expected a number of items that divides by sp_size={self._ranks.size}, got "
+                f"sp_data_processor.postprocess: expected a number of items that is a multiple of sp_size={self._ranks.size}, got "
                 f"{len(data)}. Pass one result for each item that preprocess returned"
             )
         share = len(data) // self._ranks.size

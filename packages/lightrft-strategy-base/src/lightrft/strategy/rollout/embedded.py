@@ -11,7 +11,7 @@ from lightrft.strategy.backend.modules import replace_tensors
 from lightrft.strategy.models import state_dict_adapter
 from lightrft.strategy.models.weight_stream import Bucket
 from lightrft.strategy.rollout.engine import EngineBase, EngineRequest, Part
-from lightrft.strategy.rollout.sampling import Sampling
+from lightrft.strategy.rollout.sampling import WITHOUT_EFFECT, Sampling
 
 
 def end_ids_of(*sources: object) -> frozenset[int]:
@@ -23,6 +23,17 @@ def end_ids_of(*sources: object) -> frozenset[int]:
 def end_ids_of_model(module: nn.Module) -> frozenset[int]:
     """The end-of-sequence token ids in the generation configuration and the configuration of a model, as they are now."""
     return end_ids_of(getattr(module, "generation_config", None), getattr(module, "config", None))
+
+
+def changed_settings(module: nn.Module, before: nn.Module) -> str:
+    """Return the generation settings of ``module`` that change tokens and differ from those ``before``, but not end tokens."""
+    configs = (getattr(model, "generation_config", None) for model in (module, before))
+    given, earlier = ({} if config is None else vars(config) for config in configs)
+    return ", ".join(
+        f"{name}={given.get(name)!r}"
+        for name in {**given, **earlier}
+        if given.get(name) != earlier.get(name) and name != "eos_token_id" and not name.startswith(WITHOUT_EFFECT)
+    )
 
 
 def check_decoder_only(config: object, engine: str) -> None:

@@ -318,7 +318,7 @@ class EngineBase(ABC):
         self._require_open("update_weights")
         if "weights" not in self._awake:
             raise EngineError(
-                f"{self._name}.update_weights: expected weights that are awake, but the weights are asleep. Call "
+                f"{self._name}.update_weights: expected awake weights, got weights that are asleep. Call "
                 f"wake_up(['weights']) first"
             )
         self._stale = "the last weight sync failed"
@@ -416,9 +416,9 @@ class EngineBase(ABC):
             return prompt
         if prompt.token_ids is None or prompt.has_media:
             raise EngineError(
-                f"{self._name}.generate: expected token ids without media to keep the last truncate_prompt_tokens={limit} of, "
-                f"got {'media' if prompt.has_media else 'text'} in prompt {index}, which is longer. Shorten it, or pass a "
-                f"larger truncate_prompt_tokens"
+                f"{self._name}.generate: expected token ids without media in a prompt that truncate_prompt_tokens={limit} "
+                f"shortens, got {'media' if prompt.has_media else 'text'} in prompt {index}. Shorten it, or pass a larger "
+                f"truncate_prompt_tokens"
             )
         return replace(prompt, token_ids=prompt.token_ids[-limit:], text=None)
 

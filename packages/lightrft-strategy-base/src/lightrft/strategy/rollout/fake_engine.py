@@ -23,7 +23,8 @@ class FakeEngine(EmbeddedEngine):
 
     def __init__(self, request: EngineRequest) -> None:
         super().__init__(request, "fake", has_weights=False)
-        self.longest = getattr(getattr(self._model.module, "config", None), "max_position_embeddings", None)
+        positions = getattr(getattr(self._model.module, "config", None), "max_position_embeddings", None)
+        self.longest = positions if positions and positions > 0 else None  # XLNet, without a limit, has -1
 
     @classmethod
     @override

@@ -70,26 +70,8 @@ def build_prompts(
     token_ids, texts = _token_lists(token_ids, "gather_and_generate"), _plain(texts)
     images, videos = (list(media) if isinstance(media, Iterator) else media for media in (images, videos))
     images_num, videos_num = _plain(images_num), _plain(videos_num)
-    if isinstance(texts, str):
-        raise ArgumentError(
-            f"gather_and_generate: expected a list of texts as all_prompts, got one text, {texts[:40]!r}. Pass [text]"
-        )
-    if token_ids is None and texts is None:
-        raise ArgumentError(
-            "gather_and_generate: expected all_prompt_token_ids or all_prompts, got neither. Pass at least one"
-        )
-    wrong = [text for text in texts or () if not isinstance(text, str)]
-    if wrong:
-        raise ArgumentError(
-            f"gather_and_generate: expected strings as all_prompts, got a {type(wrong[0]).__name__}. Pass token ids as "
-            f"all_prompt_token_ids"
-        )
+    _check_prompts(token_ids, texts)
     count = len(token_ids if token_ids is not None else texts or ())
-    if token_ids is not None and texts is not None and len(texts) != count:
-        raise ArgumentError(
-            f"gather_and_generate: expected the same prompts as token ids and as text, got {count} as token ids and "
-            f"{len(texts)} as text. Pass both lists in the same order"
-        )
     image_lists = media_by_prompt(images, images_num, count, "image")
     video_lists = media_by_prompt(videos, videos_num, count, "video")
     if texts is None and (any(image_lists) or any(video_lists)):
@@ -107,6 +89,28 @@ def build_prompts(
         )
         for index in range(count)
     ]
+
+
+def _check_prompts(token_ids: Any, texts: Any) -> None:
+    if isinstance(texts, str):
+        raise ArgumentError(
+            f"gather_and_generate: expected a list of texts as all_prompts, got one text, {texts[:40]!r}. Pass [text]"
+        )
+    if token_ids is None and texts is None:
+        raise ArgumentError(
+            "gather_and_generate: expected all_prompt_token_ids or all_prompts, got neither. Pass at least one"
+        )
+    wrong = [text for text in texts or () if not isinstance(text, str)]
+    if wrong:
+        raise ArgumentError(
+            f"gather_and_generate: expected strings as all_prompts, got a {type(wrong[0]).__name__}. Pass token ids as "
+            f"all_prompt_token_ids"
+        )
+    if token_ids is not None and texts is not None and len(texts) != len(token_ids):
+        raise ArgumentError(
+            f"gather_and_generate: expected the same prompts as token ids and as text, got {len(token_ids)} as token ids and "
+            f"{len(texts)} as text. Pass both lists in the same order"
+        )
 
 
 def media_by_prompt(

@@ -21,14 +21,14 @@ from lightrft.strategy.backend.contract import Backend
 from lightrft.strategy.distributed.rank_consensus import RankConsensus
 from lightrft.strategy.distributed.world import World, all_gather_objects
 from lightrft.strategy.models import weight_stream
-from lightrft.strategy.models.adapters import has_adapters
+from lightrft.strategy.models.adapters import base_without_adapters, has_adapters
 from lightrft.strategy.models.modules import with_buffers_of
 from lightrft.strategy.models.registry import ModelRegistry, PreparedModel
 from lightrft.strategy.models.state_dict_adapter import StateDictAdapter
 from lightrft.strategy.models.weight_stream import Bucket
 from lightrft.strategy.parallel.sequence import SequenceParallel
 from lightrft.strategy.rollout import multimodal
-from lightrft.strategy.rollout.embedded import end_ids_of_model
+from lightrft.strategy.rollout.embedded import changed_settings, end_ids_of_model
 from lightrft.strategy.rollout.engine import (
     PARTS,
     Completion,
@@ -41,7 +41,7 @@ from lightrft.strategy.rollout.engine import (
 from lightrft.strategy.rollout.held_elsewhere import HeldElsewhere
 from lightrft.strategy.rollout.sampling import Sampling
 from lightrft.strategy.supported_settings import validate_engine
-from lightrft.strategy.telemetry.log import say
+from lightrft.strategy.telemetry.log import logger, say
 
 
 class EngineStatus(Enum):
@@ -69,6 +69,8 @@ class Rollout:
         self._elsewhere: HeldElsewhere | None = None
         """In place of the engine, if another rank holds it for this one."""
         self._engine_config = config
+        self._warned_of = ""
+        """The generation settings of the actor that the last warning named."""
         self.mp_group, self.dp_group = self._make_groups()
 
     def _make_groups(self) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
@@ -135,13 +137,20 @@ class Rollout:
             longest = self._consensus.exchange("setup_inference_engine", getattr(self.engine, "longest", None))
             self._elsewhere = HeldElsewhere(longest[self._leader]) if self.engine is None else None
         if actor is not None:
-            self._end_like(actor)
+            self._end_like(actor, "setup_inference_engine")
         return self.handle
 
-    def _end_like(self, actor: PreparedModel) -> None:
-        """Let sequences end at the token ids that the configuration of ``actor`` names now."""
+    def _end_like(self, actor: PreparedModel, call: str) -> None:
+        """Let sequences end at the token ids that the configuration of ``actor`` names now; warn of other changes in it."""
         if isinstance(self.engine, EngineBase):
             self.engine.end_ids = end_ids_of_model(actor.module)
+        changed = changed_settings(actor.module, actor.names_model)
+        if changed and changed != self._warned_of:
+            self._warned_of = changed
+            logger.warning(
+                "%s: expected only end tokens to change in the model's generation_config after prepare, got %s. save_model writes "
+                "this, but the engine ignores it. Pass it to gather_and_generate, as a sampling parameter", call, changed,
+            )  # fmt: skip
 
     def _build(self, cls: type[EngineBase], config: StrategyConfig, meta_model: nn.Module | None) -> EngineBase:
         request = EngineRequest(
@@ -225,7 +234,7 @@ class Rollout:
         Compares names and shapes first, then streams. A sync that fails on one rank is revoked on all.
         """
         if self.status is EngineStatus.ABSENT:
-            say("update_engine_weights: there is no engine, so nothing was sent. setup_inference_engine makes one")
+            say("update_engine_weights: there is no engine, so nothing was sent. setup_inference_engine creates one")
             return
         actor = models.require_ready(model, "update_engine_weights")
         with self._consensus.together("update_engine_weights"):
@@ -239,7 +248,7 @@ class Rollout:
             with self._together("update_engine_weights"):
                 bucket_bytes = self._engine_config.weight_sync_bucket_bytes
                 self._send(weight_stream.full_parameters(backend, form, bucket_bytes, dtype))
-                self._end_like(actor)
+                self._end_like(actor, "update_engine_weights")
             if self._elsewhere is not None:
                 self._elsewhere.weight_version += 1
         except BaseException:
@@ -387,4 +396,4 @@ def _model_for_engine(actor: PreparedModel) -> nn.Module | None:
     if actor.meta_model is None:
         return None
     model: Any = with_buffers_of(actor.meta_model, actor.module)
-    return cast(nn.Module, model.unload() if has_adapters(actor.module) else model)
+    return base_without_adapters(model) if has_adapters(actor.module) else cast(nn.Module, model)

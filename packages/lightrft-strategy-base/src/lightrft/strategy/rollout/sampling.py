@@ -32,7 +32,7 @@ _OF_GENERATION_CONFIG = {
 """transformers' names, and ours."""
 _OF_DRAWING = ("temperature", "top_k", "top_p", "min_p")
 """Fields of a ``GenerationConfig`` that act with ``do_sample`` only."""
-_WITHOUT_EFFECT = (
+WITHOUT_EFFECT = (
     "use_cache", "cache_", "max_cache_len", "output_", "return_dict_in_generate", "pad_token_id", "bos_token_id",
     "decoder_start_token_id", "transformers_version", "compile_config", "disable_compile", "low_memory",
     "prefill_chunk_size", "continuous_batching_config", "renormalize_logits", "remove_invalid_values", "length_penalty",
@@ -188,7 +188,7 @@ def _from_generation_config(config: object) -> dict[str, Any]:
     others = {
         name: value
         for name, value in given.items()
-        if value and not name.startswith(_WITHOUT_EFFECT) and not (name in _NEUTRAL_AT_1 and value == 1)
+        if value and not name.startswith(WITHOUT_EFFECT) and not (name in _NEUTRAL_AT_1 and value == 1)
     }
     return {**others, **settings, **({"top_k": 50, **drawing} if sampled else {"temperature": 0.0})}
 

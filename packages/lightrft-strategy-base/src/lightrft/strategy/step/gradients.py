@@ -120,14 +120,14 @@ def check_untouched(trained: TrainedModel, call: str) -> None:
     if [len(group["params"]) for group in trained.optimizer.param_groups] != trained.group_sizes:
         raise StrategyError(
             f"{call}: expected the parameter groups with which {trained.class_name} was prepared, got others. Give the optimizer "
-            f"all parameters before prepare, those that train later with a learning rate of 0 until then"
+            f"all parameters before prepare; give those that train later a learning rate of 0 until then"
         )
     for (now, version), (left, left_version) in zip(versions(trained), trained.gradients_seen, strict=True):
         if now is not left or version != left_version:
             raise StrategyError(
-                f"{call}: expected gradients of {trained.class_name} that strategy.backward made, got some that were cleared, made "
-                f"or changed by hand, or by a backward that failed. Leave out zero_grad, loss.backward and clip_grad_norm_: strategy.backward adds up the "
-                f"gradients of an update, and optimizer_step clips and clears them"
+                f"{call}: expected gradients of {trained.class_name} that only strategy.backward made, got gradients that "
+                f"the script or a failed backward made, changed or cleared. Leave out zero_grad, loss.backward and "
+                f"clip_grad_norm_: strategy.backward adds up the gradients of an update, and optimizer_step clips and clears them"
             )
 
 
@@ -155,13 +155,13 @@ def guard_optimizer(trained: TrainedModel) -> Callable[[], None]:
         if not trained.updating:
             raise StrategyError(
                 f"{name}.step: expected {trained.class_name} to be stepped by the strategy, which reduces and clips its "
-                f"gradients, got a step by hand. Call strategy.optimizer_step(optimizer, model, scheduler) instead"
+                f"gradients, got a direct call. Call strategy.optimizer_step(optimizer, model, scheduler) instead"
             )
 
     def add_param_group(*_: object) -> None:
         raise StrategyError(
             f"{name}.add_param_group: expected the parameter groups with which {trained.class_name} was prepared, got another. "
-            f"Give the optimizer all parameters before prepare, those that train later with a learning rate of 0 until then"
+            f"Give the optimizer all parameters before prepare; give those that train later a learning rate of 0 until then"
         )
 
     def zero_grad(*args: Any, **kwargs: Any) -> None:
@@ -230,6 +230,6 @@ def check_frozen(trained: TrainedModel) -> None:
     if unfrozen:
         raise StrategyError(
             f"optimizer_step: expected the {len(unfrozen)} parameters of {trained.class_name} that were frozen when it was "
-            f"prepared to stay frozen, got requires_grad=True ({unfrozen[0]} first). Prepare the model with every parameter "
-            f"trainable that is to train later"
+            f"prepared to stay frozen, got requires_grad=True ({unfrozen[0]} first). Set requires_grad=True before prepare for "
+            f"every parameter that will train later"
         )

@@ -127,7 +127,7 @@ def _warn_of_buffers(source: TrainedModel, average: nn.Module) -> None:
             if not is_silent():
                 warnings.warn(
                     f"moving_average: averages include parameters only; buffers of {source.class_name} that training "
-                    f"changes ({name} first) stay as they are in the average. Copy them before you use the average",
+                    f"changes ({name} first) keep their values in the average. Copy them before you use the average",
                     stacklevel=5,
                 )
             return

@@ -59,5 +59,5 @@ def check_scheduler(trained: TrainedModel, scheduler: LRScheduler) -> None:
     if getattr(scheduler, "optimizer", trained.optimizer) is not trained.optimizer:
         raise StrategyError(
             f"optimizer_step: expected the scheduler of this model's optimizer ({trained.class_name}), got a {name} of "
-            f"another optimizer. Pass the one that was made with it and passed to prepare"
+            f"another optimizer. Pass the scheduler that was created for this optimizer"
         )

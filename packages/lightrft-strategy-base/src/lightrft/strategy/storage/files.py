@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from lightrft.config import ArgumentError, CheckpointError
+from lightrft.config.validation import path_fault, shown
 
 try:
     from isal.isal_zlib import crc32
@@ -36,11 +37,22 @@ _REMEDIES = {
 
 
 def user_path(path: str | os.PathLike[str], name: str) -> Path:
-    """Return the argument ``name`` as an absolute path, in which ``~`` is the home directory. Raise `ArgumentError`."""
+    """Return the argument ``name`` as an absolute path, in which ``~`` is the home directory. Raise `ArgumentError`.
+
+    An empty path is refused: it would be the working directory, where a script's variable was not set.
+    """
+    text = os.fspath(path)
+    if not text:
+        raise ArgumentError(f"expected {name} to be a path, got {shown(text)}. For the working directory, pass '.'")
+    ordinary = isinstance(text, str) and len(text) <= 255 and text.isascii() and text.isprintable()
+    if not ordinary and (fault := path_fault(text)):
+        raise ArgumentError(f"expected {name} to be a path, got {shown(text)}, {fault}")
     try:
         return Path(path).expanduser().absolute()
     except RuntimeError as error:
-        raise ArgumentError(f"expected {name} in a home directory that exists, got {str(path)!r}: {error}") from error
+        raise ArgumentError(
+            f"expected {name} in a home directory that exists, got {text!r}: {error} Write the whole path"
+        ) from error
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lightrft.config import StrategyConfig
+from lightrft.config import ConfigError, StrategyConfig
 from lightrft.strategy import registry
 from lightrft.strategy.arguments import INDEX, refusal
 from lightrft.strategy.telemetry.log import logger
@@ -47,7 +47,7 @@ class Tracking:
             return cls([], None)
         run = RunInfo(
             project=config.log_project, name=config.log_name, strategy=strategy, world_size=world_size,
-            directory=None if config.log_dir is None else Path(config.log_dir).expanduser().absolute(),
+            directory=None if config.log_dir is None else _absolute(config.log_dir),
             settings={name: value for name, value in config.to_dict().items() if name != "extra_args"},
         )  # fmt: skip
         return cls([_writer(name, run) for name in names], Recorder(device, config.max_norm))
@@ -64,7 +64,7 @@ class Tracking:
         elif is_writer and not self._has_said:
             self._has_said = True
             logger.warning(
-                "log: expected a place for the metrics, got none, so nothing is written. Set log_dir for JSON lines, or "
+                "log: expected a destination for the metrics, got none, so nothing is written. Set log_dir for JSON lines, or "
                 "name trackers, in the settings of the strategy"
             )
 
@@ -83,3 +83,12 @@ def tracker_names(config: StrategyConfig) -> list[str]:
 def _writer(name: str, run: RunInfo) -> Writer:
     tracker = registry.load(registry.TRACKERS, name, Tracker)()  # type: ignore[type-abstract]
     return (DirectWriter if isinstance(tracker, JsonLines) else BackgroundWriter)(name, tracker, run)
+
+
+def _absolute(log_dir: str) -> Path:
+    try:
+        return Path(log_dir).expanduser().absolute()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"expected log_dir in a home directory that exists, got {log_dir!r}: {error} Write the whole path"
+        ) from error
