@@ -1,7 +1,7 @@
 """What a rank does in the tests: functions that `workers` call in their processes."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,10 +47,10 @@ def train_laid_out_otherwise(program: Program) -> Observed:
         return Observed(parameters=training.full_parameters(made, model))
 
 
-def train(program: Program, **settings: Any) -> Observed:
+def train(program: Program, build: Callable[[int], nn.Module] = layered, **settings: Any) -> Observed:
     """Run ``program``; every rank's model begins with other weights, of which rank 0's count."""
     with strategy(program, **settings) as made:
-        model, optimizer = prepared(made)
+        model, optimizer = prepared(made, build(3 + made.get_rank()))
         results = training.run(program, made, model, optimizer)
         norms = [result.grad_norm for result in results if result.applied or result.skipped]
         return Observed(parameters=training.full_parameters(made, model), norms=norms)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import fsdp_cases
 import pytest
@@ -12,6 +13,7 @@ from programs import Program, loss_of, tokens
 from torch import nn
 
 from lightrft.config import LightRFTError, StrategyError
+from lightrft.fsdp import gathered_parameter
 
 Script = Callable[[Layered, Callable[[], None]], None]
 """Changes a model, and calls its second argument for one update."""
@@ -195,6 +197,41 @@ def accumulated(after: bool) -> tuple[str, str]:
     raise AssertionError("nothing was raised")
 
 
+def _through_parts(model: Layered) -> torch.Tensor:
+    """A layer and parts of another one, called outside the model's forward."""
+    states = model.layers[0](model.embed(tokens(1)))
+    states = model.layers[1].down(model.layers[1].up(states))
+    logits: torch.Tensor = model.head(states)
+    return logits
+
+
+def hooks_run_in_steps() -> int:
+    """How many hooks of parts two updates run: they are for calls outside the model's forward."""
+    calls: list[nn.Module] = []
+    make_hook = gathered_parameter._gather_or_refuse
+
+    def counting(*args: Any) -> Callable[[nn.Module, Any], None]:
+        hook = make_hook(*args)
+
+        def counted(part: nn.Module, inputs: Any) -> None:
+            calls.append(part)
+            hook(part, inputs)
+
+        return counted
+
+    with pytest.MonkeyPatch.context() as monkeypatch, fsdp_cases.strategy(Program()) as made:
+        monkeypatch.setattr(gathered_parameter, "_gather_or_refuse", counting)
+        prepared, optimizer = fsdp_cases.prepared(made)
+        for update in range(2):
+            made.backward(loss_of(prepared, tokens(update)), prepared, optimizer)
+            made.optimizer_step(optimizer, prepared)
+        in_steps = len(calls)
+        with torch.no_grad():
+            prepared.get_submodule("layers.0.up")(torch.ones(1, 2, 6))
+        assert len(calls) == in_steps + 1  # hooks that run are counted
+    return in_steps
+
+
 def parts() -> tuple[torch.Tensor, torch.Tensor, dict[str, str]]:
     """Outputs of parts that are called outside the model's forward, and errors of training through them."""
     errors = {}
@@ -202,10 +239,12 @@ def parts() -> tuple[torch.Tensor, torch.Tensor, dict[str, str]]:
         model = layered()
         prepared, optimizer = fsdp_cases.prepared(made, model)
         with torch.inference_mode():
-            outputs = model.head(model.layers[0](model.embed(tokens(1))))
+            outputs = _through_parts(model)
         made.backward(loss_of(prepared, tokens(0)), prepared, optimizer)
         losses = {
-            "part": lambda: model.head(model.layers[0](model.embed(tokens(1)))).mean(),
+            "part": lambda: _through_parts(model).mean(),
+            "part of a layer": lambda: model.layers[1].up(torch.ones(1, 2, 6)).mean(),
+            "tied part": lambda: model.head(torch.ones(1, 2, 6)).mean(),
             "penalty": lambda: model.layers[0].up.weight.square().sum() + loss_of(prepared, tokens(0)),
         }
         for name, loss in losses.items():
@@ -214,7 +253,7 @@ def parts() -> tuple[torch.Tensor, torch.Tensor, dict[str, str]]:
             except LightRFTError as error:
                 errors[name] = str(error)
         assert made.optimizer_step(optimizer, prepared).applied
-    return outputs.clone(), layered().head(layered().layers[0](layered().embed(tokens(1)))).detach(), errors
+    return outputs.clone(), _through_parts(layered()).detach(), errors
 
 
 def saved_and_loaded_in_inference_mode(path: str) -> float:

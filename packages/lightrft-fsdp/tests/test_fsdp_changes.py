@@ -40,7 +40,13 @@ def test_a_part_that_is_called_alone_is_evaluated_and_does_not_train(two: Worker
     for outputs, wanted, errors in two.run(cases.parts):
         torch.testing.assert_close(outputs, wanted)
         assert "expected embed to be called in the forward pass of Layered" in errors["part"]
+        assert "expected layers.1.up to be called in the forward pass of Layered" in errors["part of a layer"]
+        assert "expected head to be called in the forward pass of Layered" in errors["tied part"]
         assert "Compute penalties over parameters in the model's forward" in errors["penalty"]
+
+
+def test_a_step_runs_no_hooks_of_parts(two: Workers) -> None:
+    assert two.run(cases.hooks_run_in_steps) == [0, 0]
 
 
 def test_training_continues_after_saving_and_loading_in_inference_mode(two: Workers, tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def test_shared_parameters_and_a_models_own_saving_are_refused(two: Workers, tmp
 
 
 def test_a_compiled_model_trains_and_is_saved_as_it_is_uncompiled(two: Workers, tmp_path: Path) -> None:
-    for plain, got, graphs in two.run(preparing.compiled, strategy="fsdp", path=str(tmp_path / "out")):
+    for plain, got, graphs in two.run(preparing.compiled, deadline=300, strategy="fsdp", path=str(tmp_path / "out")):
         assert got.keys() == plain.keys() and graphs > 0
         assert all(close(got[name], tensor, 1e-6) for name, tensor in plain.items())
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == plain.keys()

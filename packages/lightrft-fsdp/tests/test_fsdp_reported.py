@@ -4,6 +4,7 @@ from pathlib import Path
 
 import mistakes
 import reported
+import reported_around
 from workers import Workers
 
 
@@ -11,6 +12,13 @@ def test_on_one_rank_and_on_two(one: Workers, two: Workers) -> None:
     for ranks in (one, two):
         for found in ranks.run(reported.outcomes, strategy="fsdp", deadline=600.0):
             assert reported.complaints(found, "fsdp") == []
+
+
+def test_around_the_updates_on_one_rank_and_on_two(one: Workers, two: Workers, tmp_path: Path) -> None:
+    for ranks in (one, two):
+        path = str(tmp_path / str(ranks.size))
+        for found in ranks.run(reported_around.outcomes, strategy="fsdp", path=path, deadline=600.0):
+            assert list(reported_around.complaints(found, "fsdp")) == []
 
 
 def test_mistakes_are_explained_on_every_rank(two: Workers, tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ import pytest
 import sequences
 from workers import Workers
 
+pytestmark = sequences.of_version_5
+
 
 @pytest.mark.parametrize("kind", ["plain", "recomputed", "reentrant", "adapter"])
 def test_two_ranks_that_share_sequences_train_as_plain_torch(two: Workers, kind: str) -> None:
@@ -48,7 +50,7 @@ def test_lists_are_gathered_and_divided_again(two: Workers) -> None:
     for rank, (collected, dealt, message) in enumerate(two.run(cases.with_sharing, function=sequences.shared_lists)):
         assert collected == ["0a", "0b", "1a", "1b"]
         assert dealt == [f"{rank}a", f"{rank}b"]
-        assert "divides by sp_size=2, got 5" in message
+        assert "a multiple of sp_size=2, got 5" in message
 
 
 def test_ranks_that_share_sequences_share_the_work_of_the_same_prompts(two: Workers) -> None:

@@ -3,7 +3,7 @@
 import fsdp_cases as cases
 import pytest
 import torch
-from fsdp_models import layered
+from fsdp_models import layered, routed
 from programs import Observed, Program, furthest, reference, relative
 from workers import Workers
 
@@ -87,6 +87,21 @@ def test_bfloat16_stays_near_the_fp32_reference_and_the_masters_are_fp32(two: Wo
 def test_a_layer_that_only_some_updates_use_moves_as_in_plain_torch(two: Workers) -> None:
     program = Program(updates=6, accumulation_steps=2, detours=[(0, 0), (3, 1)])
     assert relative(trained(two, program), plain(program, 2), layered) < 5e-5
+
+
+PARTS = Program(updates=6, accumulation_steps=2, max_norm=0.3, detours=[(0, 0), (3, 1)], detour_of=1)
+"""Ranks choose different experts of a layer, and only rank 1 uses the vision layer."""
+
+
+def test_a_part_that_one_rank_does_not_use_gets_a_zero_gradient_there(two: Workers) -> None:
+    got, wanted = trained(two, PARTS, build=routed, mixed_mm_data=True), reference(PARTS, 2, routed)
+    assert relative(got, wanted, routed) < 5e-5
+    assert got.norms == pytest.approx(wanted.norms, rel=1e-5)
+
+
+def test_replicas_may_use_different_parts(four: Workers) -> None:
+    got = trained(four, PARTS, build=routed, mixed_mm_data=True, fsdp_shard_size=2)
+    assert relative(got, reference(PARTS, 4, routed), routed) < 5e-5
 
 
 def test_a_nan_gradient_on_one_rank_skips_the_update_on_all(two: Workers) -> None:

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from lightrft.config import ConfigError, StrategyConfig, StrategyError, UnsupportedOperationError
 from lightrft.fsdp import patches, sharding
-from lightrft.fsdp.gathered_parameter import gather_for_parts, keep_changes
+from lightrft.fsdp.gathered_parameter import gather_for_parts, keep_changes, stop_gathering_for_parts
 from lightrft.fsdp.wrapping import layers_to_shard
 from lightrft.strategy.backend import (
     GradientShards,
@@ -61,6 +61,7 @@ class FSDPBackend(ReplicatedBackend):
         while self._undo:
             self._undo.pop()()
         for module in self._wrapped:
+            stop_gathering_for_parts(module)
             sharding.release_groups(module)
         self._wrapped.clear()
         self._meshes.clear()
@@ -101,7 +102,7 @@ class FSDPBackend(ReplicatedBackend):
         for name, parameter in module.named_parameters():
             set_attributes(parameter, attributes[name])
         keep_changes(module)
-        self._undo.extend(gather_for_parts(module))
+        gather_for_parts(module)
         self._wrapped.add(module)
         return module
 
@@ -129,8 +130,8 @@ class FSDPBackend(ReplicatedBackend):
         size = ranks if shard_size == -1 else shard_size
         if size < 1 or ranks % size:
             raise ConfigError(
-                f"prepare: expected shard_size to divide the {ranks} ranks, got {shard_size}. Each copy of the parameters takes that "
-                f"many ranks"
+                f"prepare: expected shard_size to divide the {ranks} ranks, got {shard_size}. Pass a divisor, or -1 "
+                f"for all ranks"
             )
         if size not in self._meshes:
             shape, names = ((ranks,), ("shard",)) if size == ranks else ((ranks // size, size), ("replicate", "shard"))

@@ -3,11 +3,11 @@
 FSDP2 keeps two objects for each parameter, the shard and the gathered parameter, and shows one at a time as the attribute
 of the module. It copies ``requires_grad`` from the shard to the gathered parameter and never back, and it copies no hooks:
 a change made while a module is gathered, after an evaluation for example, is lost. So are values written to a gathered
-parameter; these are refused.
+parameter; these are refused. It also reduces only the gradients that a rank has, which may be others on another rank.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -89,8 +89,53 @@ class GatheredParameter(FSDPParam):
             )
 
 
+class PartHook:
+    """A forward pre-hook that a module has only while its parameters are sharded, so that a step does not run it."""
+
+    def __init__(self, part: nn.Module, hook: Callable[[nn.Module, Any], None]) -> None:
+        self._key = part.register_forward_pre_hook(hook, prepend=True).id
+        self._hooks: Any = part._forward_pre_hooks  # an OrderedDict, which torch annotates as a dict
+        self._hook = hook
+
+    def add(self) -> None:
+        """Add the hook again. Each resharding does this for each part: without a new handle, which takes longer."""
+        self._hooks[self._key] = self._hook
+        self._hooks.move_to_end(self._key, last=False)
+
+    def remove(self) -> None:
+        """Remove the hook, if the module has it."""
+        self._hooks.pop(self._key, None)
+
+
 class GatheredGroup(FSDPParamGroup):
     """An `FSDPParamGroup` of `GatheredParameter`."""
+
+    part_hooks: Sequence[PartHook] = ()
+    """The modules have them while the group is sharded."""
+
+    @override
+    def _to_sharded(self) -> None:
+        super()._to_sharded()  # type: ignore[no-untyped-call]
+        self._add_part_hooks()
+
+    @override
+    def _to_sharded_post_forward(self) -> None:
+        super()._to_sharded_post_forward()  # type: ignore[no-untyped-call]
+        self._add_part_hooks()
+
+    @override
+    def _to_unsharded(self) -> None:
+        super()._to_unsharded()  # type: ignore[no-untyped-call]
+        self.remove_part_hooks()
+
+    def _add_part_hooks(self) -> None:
+        for hook in self.part_hooks:
+            hook.add()
+
+    def remove_part_hooks(self) -> None:
+        """Remove the hooks from all parts, until the group is sharded again."""
+        for hook in self.part_hooks:
+            hook.remove()
 
     @override
     def pre_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -100,6 +145,23 @@ class GatheredGroup(FSDPParamGroup):
                 parameter.check_hooks()  # type: ignore[attr-defined]
                 parameter.check_unwritten()  # type: ignore[attr-defined]
         return super().pre_forward(module, args, kwargs)
+
+    @override
+    def post_backward(self, *unused: Any) -> None:
+        self.complete_gradients()
+        super().post_backward(*unused)
+
+    def complete_gradients(self) -> None:
+        """Zero the missing gradients, if there are others: all ranks must reduce buffers of the same size.
+
+        A group without any is not reduced, so this adds no collective. `FSDPModule.set_reduce_scatter_unused_params`, which
+        torch 2.11 and 2.12 lack, also reduces groups that were not used in this backward pass.
+        """
+        gathered = [item._unsharded_param for item in self.fsdp_params if hasattr(item, "_unsharded_param")]
+        if any(parameter.grad is not None for parameter in gathered):
+            for parameter in gathered:
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
 
     @override
     def _init_mp_dtypes(self) -> None:
@@ -131,39 +193,53 @@ def keep_changes(module: nn.Module) -> None:
             parameter.__class__ = GatheredParameter
 
 
-def gather_for_parts(module: nn.Module) -> list[Callable[[], None]]:
-    """Gather the root's parameters for parts that are called outside the forward pass of ``module``, without gradients.
+def gather_for_parts(module: nn.Module) -> None:
+    """Gather parameters for parts that are called outside the forward pass that gathers them, without gradients.
 
     ``generate`` of a PEFT model, for example, calls the model inside it. With gradients this raises `StrategyError`: FSDP2
-    reduces what was used in a forward pass of the root.
-
-    Returns:
-        Functions that undo this.
+    reduces what was used in the forward pass of the module that it shards, the root or a layer.
+    `stop_gathering_for_parts` undoes this.
     """
     assert isinstance(module, FSDPModule)
     state: Any = module._get_fsdp_state()
     state._lazy_init()  # or a part that is called first would be taken for the root
-    groups = list(_groups_of(module))
     class_name = type(module).__name__.removeprefix("FSDP")
     names = {part: name for name, part in module.named_modules() if part is not module}
+    for sharded in module.modules():
+        if isinstance(sharded, FSDPModule):
+            for group in _groups_of(sharded):
+                group.part_hooks = [
+                    PartHook(part, _gather_or_refuse(sharded, names[part], class_name))
+                    for part in _users(group) - {sharded}
+                ]
+
+
+def stop_gathering_for_parts(module: nn.Module) -> None:
+    """Undo `gather_for_parts`."""
+    for group in parameter_groups(module):
+        group.remove_part_hooks()
+        group.part_hooks = ()
+
+
+def _gather_or_refuse(sharded: FSDPModule, name: str, class_name: str) -> Callable[[nn.Module, Any], None]:
+    """Return a forward pre-hook for the part ``name``, whose parameters ``sharded`` gathers."""
 
     def before(part: nn.Module, _: object) -> None:
-        if all(group.is_unsharded for group in groups):
-            return
         if torch.is_grad_enabled():
             raise StrategyError(
-                f"forward: expected {names[part]} to be called in the forward pass of {class_name}, got a call outside "
+                f"forward: expected {name} to be called in the forward pass of {class_name}, got a call outside "
                 f"it, for which FSDP2 does not gather its parameters. Call the model that prepare returned, and compute in "
                 f"its forward what needs its parts"
             )
-        module.unshard()
+        sharded.unshard()
 
-    owners = {info.module for group in groups for info in _owners(group)} & names.keys()
-    return [owner.register_forward_pre_hook(before, prepend=True).remove for owner in owners]
+    return before
 
 
-def _owners(group: Any) -> Iterator[Any]:
-    return (parameter._module_info for parameter in group.fsdp_params)
+def _users(group: Any) -> set[nn.Module]:
+    """Return the modules whose forward uses parameters of ``group``; several share a tied one."""
+    infos = [parameter._module_info for parameter in group.fsdp_params]
+    return {user for info in infos for user in (info.module, *info.shared_modules)}
 
 
 def _merged(first: Any, second: Any) -> Any:

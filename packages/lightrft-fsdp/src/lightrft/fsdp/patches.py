@@ -49,8 +49,8 @@ USED = [
     ),
     *_internals(
         "torch.distributed.fsdp._fully_shard._fsdp_param_group:FSDPParamGroup",
-        "_init_mp_dtypes", "_orig_dtype", "_reduce_dtype", "fsdp_params", "is_unsharded", "mesh_info",
-        "post_forward_mesh_info",
+        "_init_mp_dtypes", "_orig_dtype", "_reduce_dtype", "_to_sharded", "_to_sharded_post_forward", "_to_unsharded",
+        "fsdp_params", "is_unsharded", "mesh_info", "post_backward", "post_forward_mesh_info",
     ),
     *_internals("torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState", "_fsdp_param_group", "_lazy_init"),
     Target(target="torch.distributed.fsdp:FSDPModule._get_fsdp_state"),
