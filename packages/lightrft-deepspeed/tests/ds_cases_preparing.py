@@ -220,3 +220,18 @@ def written_to_sharded(path: str, **settings: object) -> list[str]:
         made.load_model(model, path)
         said.append(str(made.optimizer_step(optimizer, model).applied))
     return said
+
+
+def penalty_on_a_parameter(beside_a_forward: bool) -> str:
+    """The error for a loss that uses a large parameter directly, outside the model's forward."""
+    with ds_cases.strategy(Program(), persist=False, zero_stage=3) as made:
+        model: nn.Module = mixed()
+        model, optimizer, _ = made.prepare((model, made.create_optimizer(model, lr=RATE), None))
+        loss = model.get_parameter("hidden.weight").square().sum()
+        if beside_a_forward:
+            loss = loss + loss_of(model, tokens(0))
+        try:
+            made.backward(loss, model, optimizer)
+        except StrategyError as error:
+            return str(error)
+    raise AssertionError("nothing was raised")

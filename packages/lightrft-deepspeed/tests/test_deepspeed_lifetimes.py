@@ -75,7 +75,7 @@ def alone_without_torchrun() -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=100,
+        timeout=300,
     )
     return done.stdout
 

@@ -162,3 +162,12 @@ def test_a_write_to_sharded_weights_is_refused_until_weights_are_loaded(two: Wor
         assert first == again
         assert "Use load_model" in first
         assert applied == "True"
+
+
+@pytest.mark.parametrize("beside_a_forward", [False, True])
+def test_a_penalty_on_an_empty_parameter_is_refused_by_name(two: Workers, beside_a_forward: bool) -> None:
+    for error in two.run(cases.penalty_on_a_parameter, beside_a_forward=beside_a_forward):
+        assert error.startswith(
+            "backward: expected a loss from the forward pass of Mixed, got one that uses its parameters"
+        )
+        assert error.endswith("Compute penalties over parameters in the model's forward")

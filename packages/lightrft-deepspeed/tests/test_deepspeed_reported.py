@@ -5,6 +5,7 @@ from pathlib import Path
 import mistakes
 import pytest
 import reported
+import reported_around
 from workers import Workers
 
 
@@ -12,6 +13,13 @@ from workers import Workers
 def test_on_two_ranks(two: Workers, stage: int) -> None:
     for found in two.run(reported.outcomes, strategy="deepspeed", zero_stage=stage, deadline=600.0):
         assert reported.complaints(found, f"zero{stage}") == []
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_around_the_updates_on_two_ranks(two: Workers, stage: int, tmp_path: Path) -> None:
+    arguments = {"strategy": "deepspeed", "zero_stage": stage, "path": str(tmp_path)}
+    for found in two.run(reported_around.outcomes, deadline=600.0, **arguments):
+        assert list(reported_around.complaints(found, f"zero{stage}")) == []
 
 
 def test_mistakes_are_explained_on_every_rank(two: Workers, tmp_path: Path) -> None:

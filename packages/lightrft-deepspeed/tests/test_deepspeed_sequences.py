@@ -5,6 +5,8 @@ import pytest
 import sequences
 from workers import Workers
 
+pytestmark = sequences.of_version_5
+
 
 @pytest.mark.parametrize(
     ("stage", "kind"),

@@ -86,7 +86,7 @@ class Fp32Weights:
             if address is None or (address.start, address.numel) != (owned.start, len(owned)):
                 raise StrategyError(
                     f"prepare: expected DeepSpeed to give this rank the elements {owned} of a parameter of "
-                    f"{parameter.numel()}, got {address}. This version of DeepSpeed lays optimizer groups out in another way "
-                    f"than {__name__}. Use bf16=False, or another version of DeepSpeed"
+                    f"{parameter.numel()}, got {address}. This version of DeepSpeed arranges optimizer groups in another way than "
+                    f"{__name__} expects. Use bf16=False, or another version of DeepSpeed"
                 )
             fragment.hp_fragment.detach().copy_(values)

@@ -140,7 +140,8 @@ def _refuse_empty(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     if not keep_vars and any(map(_is_empty, module._parameters.values())):
         raise StrategyError(
             f"state_dict: expected a model with all of its weights, got a prepared {type(module).__name__}, whose parameters "
-            f"ZeRO-3 keeps in parts. Save with strategy.save_model or save_ckpt, or read strategy.full_parameters, before the strategy is closed"
+            f"ZeRO-3 has sharded. Save with strategy.save_model or save_ckpt, or read strategy.full_parameters, before the "
+            f"strategy is closed"
         )
 
 

@@ -1,5 +1,6 @@
 """`Zero3Backend`: parameters, gradients, master weights and optimizer state are sharded, parameter by parameter."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -28,6 +29,9 @@ from lightrft.deepspeed.zero_backend import ConfigMaker
 from lightrft.deepspeed.zero_checks import check_not_written, check_nothing_is_empty, check_still_trained
 from lightrft.deepspeed.zero_engine import ZeroEngine
 from lightrft.strategy.backend import Shard, StateSlice, TrainedModel, World, WrapOptions, cast
+
+_OF_AN_EMPTY_PARAMETER = (r"returned an invalid gradient.*\[0\]", r"^0 != \d+ Cannot reduce scatter gradients")
+"""What a backward pass raises for a loss that uses a parameter directly: torch's error, and DeepSpeed's for a large one."""
 
 
 class Zero3Backend(Zero1Backend):
@@ -118,7 +122,7 @@ class Zero3Backend(Zero1Backend):
         try:
             super().backward(trained, loss, retain_graph=retain_graph)
         except RuntimeError as error:
-            if "returned an invalid gradient" not in str(error) or "got [0]" not in str(error):
+            if not any(re.search(pattern, str(error)) for pattern in _OF_AN_EMPTY_PARAMETER):
                 raise
             raise StrategyError(
                 f"backward: expected a loss from the forward pass of {trained.class_name}, got one that uses its parameters "

@@ -21,7 +21,7 @@ def check_groups(optimizer: Optimizer) -> None:
             raise StrategyError(
                 f"prepare: expected trainable parameters in every group of the optimizer ({type(optimizer).__name__}), got "
                 f"none in group {index} of {len(optimizer.param_groups)}. DeepSpeed would drop it, and the scheduler would "
-                f"drive the wrong groups. Create the optimizer without this group"
+                f"change the wrong groups. Create the optimizer without this group"
             )
 
 
@@ -33,7 +33,7 @@ def check_can_be_partitioned(optimizer: Optimizer) -> None:
     ):  # https://github.com/deepspeedai/DeepSpeed/blob/v0.19.8/deepspeed/runtime/zero/stage_1_and_2.py#L947
         raise StrategyError(
             f"prepare: expected an optimizer that DeepSpeed keeps, got {name}. DeepSpeed replaces it by its own, which "
-            f"neither the scheduler nor param_groups reach. Use another optimizer, for example AdamW, or zero_stage=0"
+            f"the scheduler and param_groups do not change. Use another optimizer, for example AdamW, or zero_stage=0"
         )
     if optimizer.state:
         raise StrategyError(
@@ -89,7 +89,7 @@ def check_still_trained(trained: TrainedModel) -> None:
     frozen = sum(not parameter.requires_grad for parameter in trained.parameters)
     if frozen:
         raise StrategyError(
-            f"optimizer_step: expected the parameters of {trained.class_name} that were trainable when it was prepared to be "
-            f"still trainable, got {frozen} that are frozen. ZeRO would continue to update them. Freeze them before preparing, or "
+            f"optimizer_step: expected the parameters of {trained.class_name} that were trainable when it was prepared to "
+            f"stay trainable, got {frozen} that are frozen. ZeRO would continue to update them. Freeze them before preparing, or "
             f"use zero_stage=0"
         )
