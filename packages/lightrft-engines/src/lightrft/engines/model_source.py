@@ -190,7 +190,9 @@ def longest_sequence(config: "PretrainedConfig", settings: EngineSettings, direc
     scaling = getattr(text, "rope_parameters", None) or {}
     factor = scaling.get("factor") or 1.0 if scaling.get("rope_type") in ("linear", "dynamic") else 1.0
     positions = getattr(text, "max_position_embeddings", None)
-    limits = [limit for limit in (positions and int(positions * factor), _tokenizer_limit(directory)) if limit]
+    limits = [
+        limit for limit in (positions and int(positions * factor), _tokenizer_limit(directory)) if limit and limit > 0
+    ]
     wanted = settings.max_model_len
     if wanted is not None and limits and wanted > min(limits):
         raise ConfigError(

@@ -40,7 +40,7 @@ def _by_canonical_name(names: Iterable[str]) -> dict[str, str]:
         other = by_canonical.setdefault(canonical(name), name)
         if other != name:
             raise EngineError(
-                f"weight sync: expected names that differ without wrappers and prefixes, got {other} and {name}, both "
-                f"{canonical(name)}. Rename one of the modules"
+                f"weight sync: expected different names after removing wrappers and prefixes, got {other} and {name}, "
+                f"which both become {canonical(name)}. Rename one of the modules"
             )
     return by_canonical

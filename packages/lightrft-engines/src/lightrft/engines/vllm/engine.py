@@ -73,7 +73,7 @@ class VLLMEngine(EngineBase):
         if VLLMEngine._alive is not None:
             raise EngineError(
                 "setup_inference_engine: expected no other vLLM engine in this process, got one. vLLM supports one engine in a "
-                "process; shutdown() the other one first"
+                "process: call shutdown() on the other one first"
             )
         source = ModelSource.of(request, "vllm")
         try:
