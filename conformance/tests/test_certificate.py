@@ -10,14 +10,17 @@ from xml.etree import ElementTree
 import jsonschema
 import pytest
 
-from lightrft.conformance.certificate import FORMATS, SCHEMA_FILE, Certificate, combine
+from lightrft.conformance.certificates.certificate import SCHEMA_FILE, Certificate
+from lightrft.conformance.certificates.formats import FORMATS
+from lightrft.conformance.certificates.reports import combine
 from lightrft.conformance.certification import Report, Request
 from lightrft.conformance.cli import app
 from lightrft.conformance.contract import CONTRACT
 from lightrft.conformance.judge import ClauseResult, Verdict
-from lightrft.conformance.provenance import digest_of
+from lightrft.conformance.provenance import digest_of, digest_of_suite
 from lightrft.strategy import FakeStrategy
 
+HOLDS_FOR = "Holds only for the code with the digests at the end of this page"
 IDENTITY = {
     "class": "a.B", "capabilities": ["adoption"], "grouped": True, "digest": "sha256:1", "distribution": "some",
     "version": "1.2", "requirements": {"x": "3"},
@@ -152,7 +155,7 @@ def test_the_certificate_of_an_engine_has_its_name_and_digest(folder: Folder) ->
 def test_markdown_has_all_that_is_needed_to_read_and_to_repeat_it(complete: Certificate) -> None:
     text = FORMATS[".md"](complete)
     for words in (
-        f"**{complete.headline}**", "some 1.2 (with x 3)", "`bf16=False`", "| strategy | `sha256:1` |", complete.suite.digest,
+        HOLDS_FOR, f"**{complete.headline}**", "some 1.2 (with x 3)", "`bf16=False`", "| strategy | `sha256:1` |", complete.suite.digest,
         "### Lifecycle and process group", CONTRACT["LIFE-2"].text, "| pass, 203 | pass, 203 |", "| skip | pass, 3 |",
         "| OPT-2 | world size 1, cpu; world size 2, cpu | a &#60; b &#124; c, https://example.org/1 |",
         "| COLL-1 | world size 1, cpu | needs world size 2 |", "--world-size 2 --device cpu --set bf16=False --profile certify --seed 7",
@@ -179,6 +182,7 @@ def test_html_is_one_valid_page_without_references(complete: Certificate) -> Non
     page, text = Page(), FORMATS[".html"](complete)
     page.feed(text)
     assert not page.opened and not page.references and "url(" not in text
+    assert HOLDS_FOR in text and complete.suite.digest in text and complete.subject.digest in text
     assert "a &lt; b | c" in text and complete.headline in text and CONTRACT["COLL-1"].text in text
     assert "prefers-color-scheme: dark" in text and "@media print" in text
 
@@ -249,6 +253,19 @@ def test_what_is_no_report_is_one_line_and_exit_code_2(
     refused(capsys, words, str(file))
 
 
+def test_an_error_names_the_field_at_any_level(folder: Folder, capsys: pytest.CaptureFixture[str]) -> None:
+    report = json.loads(folder.report(result("LIFE-2"), result("COLL-1")).read_text(encoding="utf-8"))
+    del report["clauses"][1]["level"]
+    certificate = json.loads(certified(folder).read_text(encoding="utf-8"))
+    del certificate["suite"]["digest"]
+    file = folder.path / "broken.json"
+    file.write_text(json.dumps([report]), encoding="utf-8")
+    refused(capsys, f"got {file}: clauses.1.level: field required", str(file))
+    file.write_text(json.dumps(certificate), encoding="utf-8")
+    code, text = verified(capsys, file)
+    assert code == 2 and f"got {file}: suite.digest: field required" in text
+
+
 DIFFERENT: dict[str, tuple[str, dict[str, Any]]] = {
     "strategies": ("different strategies: mine", {"strategy": "yours"}),
     "settings": ("different settings", {"settings": {"bf16": True}}),
@@ -293,11 +310,12 @@ def test_the_command_writes_every_format(folder: Folder, capsys: pytest.CaptureF
         assert output.read_text(encoding="utf-8") == FORMATS[output.suffix](combine([report]))
 
 
-def certified(folder: Folder, engine: str = "", digest: str = "") -> Path:
-    """The certificate of `FakeStrategy` as it is installed, or of code with another ``digest``."""
+def certified(folder: Folder, engine: str = "", digest: str = "", suite: str = "") -> Path:
+    """The certificate of `FakeStrategy` as it is installed, or of code, or by a ``suite``, with another digest."""
     strategy = {"class": f"{FakeStrategy.__module__}.FakeStrategy", "digest": digest or digest_of(FakeStrategy)}
     engines = {"engine": {"class": engine, "digest": "sha256:2"}} if engine else {}
-    made = folder.certificate(result("ENG-1"), identity={**IDENTITY, **strategy, **engines})
+    change = {"suite_digest": suite} if suite else {}
+    made = folder.certificate(result("ENG-1"), identity={**IDENTITY, **strategy, **engines}, change=change)
     file = folder.path / "made.json"
     file.write_text(FORMATS[".json"](made), encoding="utf-8")
     return file
@@ -317,6 +335,8 @@ def test_a_certificate_of_other_code_than_the_installed_is_recognized(
     assert verified(capsys, current) == (0, f"{current}: holds for the installed code\n")
     words = f"strategy: certified sha256:1, installed {digest_of(FakeStrategy)}"
     assert verified(capsys, certified(folder, digest="sha256:1")) == (1, f"{current}: holds for other code; {words}\n")
+    words = f"suite: certified sha256:3, installed {digest_of_suite()}"
+    assert verified(capsys, certified(folder, suite="sha256:3")) == (1, f"{current}: holds for other code; {words}\n")
     code, text = verified(
         capsys, certified(folder, engine="lightrft.strategy.rollout.fake_engine.FakeEngine", digest="sha256:1")
     )
@@ -346,3 +366,16 @@ def test_an_output_of_another_format_is_refused(folder: Folder, capsys: pytest.C
         capsys, "expected a file named .md, .html, .svg, .json", str(folder.report(result("LIFE-2"))), "--output=x.pdf"
     )
     refused(capsys, "existing directory", str(folder.report(result("LIFE-2"))), "--output=missing/x.md")
+
+
+def test_an_output_in_the_home_directory_is_written_there(
+    folder: Folder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(folder.path))
+    monkeypatch.chdir(folder.path)
+    report = str(folder.report(result("LIFE-2")))
+    refused(capsys, "a home directory that exists", report, "--output=~nobody-has-this-name/x.md")
+    with pytest.raises(SystemExit) as ended:  # shells leave "~" as it is after "="
+        app(["certificate", report, "--output=~/home.md"])
+    assert ended.value.code == 0 and (folder.path / "home.md").read_text(encoding="utf-8")
+    assert not (folder.path / "~").exists()

@@ -1,7 +1,11 @@
-"""The command `lightrft-conformance`."""
+"""The command `lightrft-conformance` and the pytest plugin, also where a clone of LightRFT hides the suite."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 
 def test_help_imports_neither_torch_nor_the_contract() -> None:
@@ -14,3 +18,41 @@ def test_help_imports_neither_torch_nor_the_contract() -> None:
     *help_lines, imported = done.stdout.splitlines()
     assert imported == "set()"
     assert any(line.split()[:1] == ["run-engine"] for line in help_lines)
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """As a clone of LightRFT hides the namespace: a package `lightrft` with an ``__init__.py``."""
+    files = {"lightrft/__init__.py": "", "lightrft/trainer/__init__.py": "", "test_own.py": "def test_own(): pass\n"}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def _run_in(clone: Path, *command: str | Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(clone)}
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=clone, env=environment)
+
+
+def test_a_clone_that_hides_the_suite_is_named_with_the_remedy(clone: Path) -> None:
+    done = _run_in(clone, Path(sys.executable).with_name("lightrft-conformance"), "clauses")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"lightrft-conformance: the clone of LightRFT in {clone} hides the packages of this layer. "
+        f"Run: lightrft adopt {clone}\n"
+    )
+
+
+def test_pytest_runs_in_a_clone_without_the_plugin(clone: Path) -> None:
+    done = _run_in(clone, sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "test_own.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"lightrft-conformance is inactive: the clone of LightRFT in {clone}" in done.stdout
+    assert "1 passed" in done.stdout
+
+
+def test_pytest_has_the_options_of_the_plugin(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--help"], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert "--strategy-set=NAME=VALUE" in done.stdout

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 
 from lightrft.config import StrategyConfig
-from lightrft.conformance.certificate import Certificate
+from lightrft.conformance.certificates.certificate import Certificate
 
 ROOT = Path(__file__).parents[2]
 

@@ -44,6 +44,8 @@ class Request:
     expectations: Path | None = None
     engine: str = ""
     """The engine to certify, on ``strategy``; empty to certify the strategy."""
+    patience: float = 1.0
+    """Factor of the deadlines of programs; below 1 where a hang is expected."""
 
     def command(self, clause: str | None = None) -> str:
         """The command line that repeats this run, or one clause of it."""
@@ -182,6 +184,7 @@ class Certification:
             seed=self.request.seed,
             group=group,
             database=".lightrft-conformance",
+            patience=self.request.patience,
         )
 
     def _ask(self, group: WorkerGroup) -> Record:

@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal, TypeGuard
 import torch
 from hypothesis import strategies as st
 
-from lightrft.conformance.reference import Family, Reference
+from lightrft.conformance.reference import Reference
+from lightrft.conformance.reference_model import Family
 from lightrft.conformance.values import Record as Record
 from lightrft.conformance.values import decode
 

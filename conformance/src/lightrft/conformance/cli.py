@@ -15,11 +15,12 @@ import typer
 
 from lightrft.conformance.profiles import PROFILES
 from lightrft_cli.errors import CommandLine
+from lightrft_cli.output import on_terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lightrft.conformance.certificate import Certificate
+    from lightrft.conformance.certificates.certificate import Certificate
     from lightrft.conformance.certification import Report, Request
     from lightrft.conformance.judge import ClauseResult
     from lightrft.conformance.saboteurs.runner import Outcome
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help=__doc__,
     cls=CommandLine,
-    rich_markup_mode="rich" if sys.stdout.isatty() else None,  # importing rich takes longer than the rest
+    rich_markup_mode="rich" if on_terminal() else None,  # importing rich takes longer than the rest
 )
 CORES = len(os.sched_getaffinity(0))
 MARKS = {
@@ -52,7 +53,23 @@ def _profile(name: str) -> str:
     return name
 
 
+def _home(path: Path) -> Path:
+    """``path`` with the home directory for ``~``, which shells leave as it is after "="."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise typer.BadParameter(f"expected a path in a home directory that exists, got {path}: {error}") from error
+
+
+def _readable(path: Path | None) -> Path | None:
+    path = None if path is None else _home(path)
+    if path is not None and not path.is_file():
+        raise typer.BadParameter(f"expected an existing file, got {path}")
+    return path
+
+
 def _writable(path: Path | None) -> Path | None:
+    path = None if path is None else _home(path)
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise typer.BadParameter(f"expected a file in an existing directory, got {path}")
     return path
@@ -68,9 +85,7 @@ Seed = Annotated[int, typer.Option(help="Seed for drawing programs")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Setting of the strategy, NAME=VALUE; may be repeated")
 ]
-Expected = Annotated[
-    Path | None, typer.Option("--expected", help="TOML file of expected failures", exists=True, dir_okay=False)
-]
+Expected = Annotated[Path | None, typer.Option("--expected", help="TOML file of expected failures", callback=_readable)]
 ReportFile = Annotated[
     Path | None, typer.Option("--report", help="Write a JSON report to this file", callback=_writable)
 ]
@@ -220,13 +235,14 @@ def _conclude(console: "Console", outcome: "Report", seconds: float) -> None:
 
 
 def _renderable(files: list[Path] | None) -> list[Path]:
-    from lightrft.conformance.certificate import FORMATS
+    from lightrft.conformance.certificates.formats import FORMATS
 
-    for file in files or ():
+    files = [_home(file) for file in files or ()]
+    for file in files:
         _writable(file)
         if file.suffix not in FORMATS:
             raise typer.BadParameter(f"expected a file named {', '.join(FORMATS)}, got {file}")
-    return files or []
+    return files
 
 
 @app.command()
@@ -244,7 +260,8 @@ def certificate(
 
     Exit codes: 0, also if it says that clauses do not hold; 2, the files are no reports, or do not belong together.
     """
-    from lightrft.conformance.certificate import FORMATS, combine
+    from lightrft.conformance.certificates.formats import FORMATS
+    from lightrft.conformance.certificates.reports import combine
 
     try:
         made = combine(files)
@@ -264,7 +281,7 @@ def verify(
     Exit codes: 0, they are; 1, at least one is about other code, such as an older version; 2, a file is no certificate, or
     what it is about is not installed.
     """
-    from lightrft.conformance.certificate import read
+    from lightrft.conformance.certificates.reports import read
 
     try:
         differences = {file: _outdated(read(file)) for file in files}

@@ -106,6 +106,8 @@ class Judge:
     seed: int = 0
     group: WorkerGroup
     database: str | None = None
+    patience: float = 1.0
+    """Factor of the deadlines of programs."""
     executions: int = field(default=0, init=False)
 
     def judge(self, clause: Clause) -> ClauseResult:
@@ -268,7 +270,8 @@ class Judge:
     def _seconds(self, program: Program) -> float:
         """The deadline of ``program``: twice its own if a library of the target may have to build something first."""
         target = self.target
-        return program.seconds * (2 if target.grouped or target.device != "cpu" or target.engine != "fake" else 1)
+        factor = 2 if target.grouped or target.device != "cpu" or target.engine != "fake" else 1
+        return program.seconds * factor * self.patience
 
 
 def _unexpected_dead(program: Program, reports: Sequence[RankReport], killed: bool = False) -> list[int]:

@@ -1,208 +1,47 @@
-"""The small models and their data, the same in the workers and in the reference.
+"""Builds the small models and their data, the same in the workers and in the reference.
 
 Everything is reproducible: a model follows from its kind and seed, a batch from its number and the rank.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, cast
 
 import torch
 from torch import nn
 
-WIDTH = 6
-OUTPUTS = 3
-VOCABULARY = 17
+from lightrft.conformance.language_models import (
+    VOCABULARY,
+    Centred,
+    LanguageModel,
+    Policy,
+    ScaledPolicy,
+    llama,
+    recomputed,
+    transformer,
+)
+from lightrft.conformance.regressors import (
+    OUTPUTS,
+    WIDTH,
+    Checkpointed,
+    Deep,
+    Frozen,
+    Matrices,
+    Regressor,
+    Scaled,
+    Shifted,
+    Steep,
+    Tracked,
+    Uneven,
+    Unused,
+    Wide,
+)
+
 PADDING = -100
 """The target of a padded token."""
 POISONS = {
     "nan": float("nan"), "inf": float("inf"), "-inf": float("-inf"), "huge": 1e30, "to -inf": 1e5, "to inf": 1e10,
 }  # fmt: skip
 """Factors that make the gradient of a loss, or its norm, non-finite; the last two only that of a `Steep` model."""
-
-
-class Block(nn.Module):
-    """A residual block: a layer norm and a linear layer whose size does not divide evenly."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.linear = nn.Linear(width, width)
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = hidden + torch.tanh(self.linear(self.norm(hidden)))
-        return result
-
-
-class Regressor(nn.Module):
-    """(batch, WIDTH) to (batch, OUTPUTS)."""
-
-    _no_split_modules = ["Block"]
-    offset: torch.Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([Block(WIDTH), Block(WIDTH)])
-        self.head = nn.Linear(WIDTH, OUTPUTS)
-        self.register_buffer("offset", torch.linspace(-1, 1, WIDTH))
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        hidden = inputs + self.offset.to(inputs.dtype)
-        for block in self.blocks:
-            hidden = block(hidden)
-        result: torch.Tensor = self.head(hidden)
-        return result
-
-
-class Frozen(Regressor):
-    """A regressor whose first block is frozen."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks[0].requires_grad_(False)
-
-
-class Unused(Regressor):
-    """A regressor with a block that forward does not use."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.spare = Block(WIDTH)
-
-
-class Wide(Regressor):
-    """A regressor with enough parameters to measure: 64 MiB in fp32."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks.append(Block(WIDTH))
-        self.up = nn.Linear(WIDTH, 4096)
-        self.wide = nn.Linear(4096, 4096)
-        self.down = nn.Linear(4096, WIDTH)
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = super().forward(inputs + self.down(self.wide(self.up(inputs))))
-        return result
-
-
-class Uneven(Regressor):
-    """A regressor whose second block is used only by ranks whose first input is positive."""
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        hidden = self.blocks[0](inputs + self.offset.to(inputs.dtype))
-        if inputs[0, 0] > 0:
-            hidden = self.blocks[1](hidden)
-        result: torch.Tensor = self.head(hidden)
-        return result
-
-
-class Checkpointed(Regressor):
-    """A regressor with activation checkpointing."""
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        hidden = inputs + self.offset.to(inputs.dtype)
-        for block in self.blocks:
-            hidden = torch.utils.checkpoint.checkpoint(block, hidden, use_reentrant=False)
-        result: torch.Tensor = self.head(hidden)
-        return result
-
-
-class Shifted(Regressor):
-    """A regressor that takes a keyword argument."""
-
-    def forward(self, inputs: torch.Tensor, *, shift: float = 0.0) -> torch.Tensor:
-        return super().forward(inputs + shift)
-
-
-class Scaled(Regressor):
-    """A regressor with a non-persistent buffer."""
-
-    scale: torch.Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("scale", torch.linspace(0.5, 1.5, WIDTH), persistent=False)
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        return super().forward(inputs * self.scale.to(inputs.dtype))
-
-
-class Tracked(Regressor):
-    """A regressor with buffers that training changes, a 1-D weight that is neither bias nor norm, and a scalar weight.
-
-    The buffers affect only what a batch norm computes in evaluation mode.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first_norm = nn.BatchNorm1d(WIDTH)
-        self.second_norm = nn.BatchNorm1d(WIDTH)
-        self.gains = nn.Parameter(torch.linspace(0.5, 1.5, WIDTH))
-        self.temperature = nn.Parameter(torch.ones(1))
-        for norm in (self.first_norm, self.second_norm):
-            nn.init.normal_(norm.running_mean)  # type: ignore[arg-type]
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        hidden = inputs + self.first_norm(inputs) + self.second_norm(inputs)
-        return self.temperature * super().forward(self.gains * hidden)
-
-
-class _Overflowing(torch.autograd.Function):
-    """The identity, with a gradient in which large elements become -inf, and very large ones inf."""
-
-    @staticmethod
-    def forward(ctx: object, values: torch.Tensor) -> torch.Tensor:
-        return values.view_as(values)
-
-    @staticmethod
-    def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
-        size = gradient.abs()
-        return gradient.masked_fill(size > 1e2, -torch.inf).masked_fill(size > 1e7, torch.inf)
-
-
-class Steep(Regressor):
-    """A regressor with one weight whose gradient overflows before any other's: in one direction, and without a NaN."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shift = nn.Parameter(torch.zeros(1))
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = super().forward(inputs) + _Overflowing.apply(self.shift)  # type: ignore[no-untyped-call]
-        return result
-
-
-class Deep(nn.Module):
-    """Eight matrices of 16 MiB each, for measuring memory; (batch, WIDTH) to (batch, OUTPUTS)."""
-
-    _no_split_modules = ["Linear"]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(2048, 2048, bias=False) for _ in range(8)])
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        hidden = nn.functional.pad(inputs, (0, 2048 - WIDTH))
-        for layer in self.layers:
-            hidden = layer(hidden)
-        return hidden[:, :OUTPUTS]
-
-
-class Matrices(nn.Module):
-    """A regressor of matrices alone, which Muon trains."""
-
-    _no_split_modules = ["Linear"]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(2)])
-        self.head = nn.Linear(WIDTH, OUTPUTS, bias=False)
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            inputs = inputs + torch.tanh(layer(inputs))
-        result: torch.Tensor = self.head(inputs)
-        return result
 
 
 class TrustRatio(torch.optim.Optimizer):
@@ -228,85 +67,6 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 """Optimizers that need whole matrices."""
 
 
-class Mixer(nn.Module):
-    """A causal layer: each position sees the mean of the positions up to it."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.linear = nn.Linear(2 * width, width)
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        normal = self.norm(hidden)
-        counts = torch.arange(1, hidden.shape[1] + 1, device=hidden.device, dtype=hidden.dtype)[:, None]
-        past = normal.cumsum(dim=1) / counts
-        result: torch.Tensor = hidden + torch.tanh(self.linear(torch.cat([normal, past], dim=-1)))
-        return result
-
-
-class LanguageModel(nn.Module):
-    """(batch, length) tokens to (batch, length, VOCABULARY) logits; the embedding is tied to the head."""
-
-    _no_split_modules = ["Mixer"]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
-        self.mixers = nn.ModuleList([Mixer(WIDTH), Mixer(WIDTH)])
-        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        hidden = self.embedding(tokens)
-        for mixer in self.mixers:
-            hidden = mixer(hidden)
-        result: torch.Tensor = 2 * self.head(hidden)
-        return result
-
-
-class Centred(LanguageModel):
-    """A language model with a buffer that training changes, and that changes the logits."""
-
-    center: torch.Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("center", torch.linspace(-1, 1, WIDTH))
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        hidden = self.embedding(tokens)
-        if self.training:
-            self.center.mul_(0.5).add_(hidden.detach().float().mean(dim=(0, 1)))
-        for mixer in self.mixers:
-            hidden = mixer(hidden - self.center.to(hidden.dtype))
-        result: torch.Tensor = 2 * self.head(hidden)
-        return result
-
-
-class Policy(LanguageModel):
-    """A language model that names its head, takes a mask, and returns what the head computes."""
-
-    factor = 1
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.head
-
-    def forward(self, tokens: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        hidden = self.embedding(tokens)
-        if attention_mask is not None:
-            hidden = hidden * attention_mask.unsqueeze(-1)
-        for mixer in self.mixers:
-            hidden = mixer(hidden)
-        result: torch.Tensor = self.head(hidden)
-        return result if self.factor == 1 else self.factor * result
-
-
-class ScaledPolicy(Policy):
-    """A policy that changes its logits after the head."""
-
-    factor = 3
-
-
 class Wrapper(nn.Module):
     """A wrapper with ``.model``, as in LightRFT, that is not marked as an actor."""
 
@@ -322,41 +82,6 @@ class Actor(Wrapper):
     """A wrapper with ``.model``, marked as an actor, as in LightRFT."""
 
     is_actor = True
-
-
-def llama() -> nn.Module:
-    """A tiny Llama with tied embeddings, for engines that only run models of transformers."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=32, max_position_embeddings=64, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
-    model: nn.Module = LlamaForCausalLM(config)
-    return model
-
-
-def _transformer(name: str, **settings: object) -> nn.Module:
-    """A tiny causal language model of transformers, with four heads of one key-value head unless ``settings`` say otherwise."""
-    import transformers
-
-    common = {
-        "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 4, "max_position_embeddings": 64,
-        "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
-    }  # fmt: skip
-    family, _, head = name.partition(" ")
-    config = getattr(transformers, f"{family}Config")(**{**common, **settings})
-    model: nn.Module = getattr(transformers, f"{family}For{head or 'CausalLM'}")(config)
-    return model
-
-
-def _recomputed() -> nn.Module:
-    model: Any = _transformer("Llama", num_attention_heads=6, num_key_value_heads=3, hidden_size=18)
-    model.gradient_checkpointing_enable()
-    model.train()
-    return cast(nn.Module, model)
 
 
 KINDS: dict[str, Callable[[], nn.Module]] = {
@@ -377,17 +102,15 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "policy": Policy,
     "scaled policy": ScaledPolicy,
     "llama": llama,
-    "grouped": partial(_transformer, "Llama"),
-    "windowed": partial(_transformer, "Mistral", num_attention_heads=5, hidden_size=20, sliding_window=3),
-    "recomputed": _recomputed,
-    "nine heads": partial(_transformer, "Llama", num_attention_heads=9, num_key_value_heads=3, hidden_size=18),
-    "one head": partial(_transformer, "Llama", num_attention_heads=1),
-    "capped": partial(_transformer, "Gemma2", attn_logit_softcapping=30.0, layer_types=2 * ["full_attention"]),
-    "recurrent": partial(_transformer, "Mamba"),
-    "pooled": partial(_transformer, "Llama SequenceClassification"),
+    "grouped": partial(transformer, "Llama"),
+    "windowed": partial(transformer, "Mistral", num_attention_heads=5, hidden_size=20, sliding_window=3),
+    "recomputed": recomputed,
+    "nine heads": partial(transformer, "Llama", num_attention_heads=9, num_key_value_heads=3, hidden_size=18),
+    "one head": partial(transformer, "Llama", num_attention_heads=1),
+    "capped": partial(transformer, "Gemma2", attn_logit_softcapping=30.0, layer_types=2 * ["full_attention"]),
+    "recurrent": partial(transformer, "Mamba"),
+    "pooled": partial(transformer, "Llama SequenceClassification"),
 }
-
-
 INDIFFERENT = "indifferent "
 """Prefix of the kind of a language model that gives all tokens the same probability, whatever the prompt."""
 
@@ -454,6 +177,14 @@ def loss_of(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> to
     if targets.dtype == torch.int64:
         return nn.functional.cross_entropy(outputs.flatten(0, 1), targets.flatten())
     return nn.functional.mse_loss(outputs, targets)
+
+
+def loss_over_samples(model: nn.Module, samples: Sequence[int], device: torch.device) -> torch.Tensor:
+    """The mean loss of a regressor over ``samples``, which are numbers of a dataset."""
+    inputs, targets = (
+        torch.cat(parts).to(device) for parts in zip(*(batch(each, 0, 1, False) for each in samples), strict=True)
+    )
+    return loss_of(model, inputs, targets)
 
 
 def items_in(sequence: int) -> int:

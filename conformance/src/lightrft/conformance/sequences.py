@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from lightrft.conformance.models import VOCABULARY
+from lightrft.conformance.language_models import VOCABULARY
 
 FORMS = ("full", "left", "right", "packed", "cut")
 """No padding, padding on one side, two packed sequences, and two whose border is where two ranks would cut."""

@@ -19,6 +19,7 @@ from lightrft.conformance.contract import (  # noqa: F401 - each module register
     micro_batches,
     offloading,
     optimizers,
+    output,
     parity,
     preparing,
     process_state,
@@ -27,6 +28,7 @@ from lightrft.conformance.contract import (  # noqa: F401 - each module register
     syncing,
     tracking,
     updates,
+    weight_stream,
 )
 
 __all__ = ["CONTRACT"]

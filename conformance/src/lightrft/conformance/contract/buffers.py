@@ -28,8 +28,8 @@ def assert_buffers(clause: Clause, execution: Execution) -> None:
 
 @CONTRACT.add
 class OwnBuffers(Clause):
-    """Buffers that forward changes stay each rank's own. Updates, moving averages, reading weights, saving, offloading and
-    evaluation neither exchange them between ranks nor change them, apart from what forward itself does."""
+    """Buffers that forward changes stay each rank's own. Updates, moving averages, reading weights, saving, offloading
+    and evaluation neither exchange them between ranks nor change them, apart from what forward itself does."""
 
     id = "PREP-18"
     smallest_world = 2

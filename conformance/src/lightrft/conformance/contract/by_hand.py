@@ -22,9 +22,9 @@ def _first_error(execution: Execution, rank: int) -> tuple[int, Any] | None:
 
 @CONTRACT.add
 class ByHand(Clause):
-    """What a script does to the optimizer of a prepared model by hand has its meaning in plain torch, or is refused, on every
-    rank: zero_grad within an update never discards gradients, step never steps past the strategy, and a parameter group that
-    is added later trains like the others, or is refused."""
+    """Direct calls to the optimizer of a prepared model act as in plain torch, or are refused, on every rank: zero_grad
+    within an update never discards gradients, step never bypasses the strategy, and a parameter group that is added
+    later trains like the others, or is refused."""
 
     id = "PREP-14"
 
@@ -81,8 +81,8 @@ class ByHand(Clause):
 
 @CONTRACT.add
 class OwnOptimizers(Clause):
-    """An optimizer whose update is not element by element trains as in plain torch, or prepare refuses it on every rank, with
-    an error that names its class."""
+    """An optimizer whose update is not element by element trains as in plain torch, or prepare refuses it on every
+    rank, with an error that names its class."""
 
     id = "PREP-15"
 
@@ -116,8 +116,8 @@ class OwnOptimizers(Clause):
 
 @CONTRACT.add
 class WrittenWeights(Clause):
-    """Weights that a script writes to a prepared model between updates hold, or the next update refuses them with an error
-    that names load_model. Writes through .data may stay unnoticed."""
+    """Weights that a script writes to a prepared model between updates take effect, or the next update refuses them
+    with an error that names load_model. Writes through .data may go unnoticed."""
 
     id = "PREP-16"
 

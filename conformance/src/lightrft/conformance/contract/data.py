@@ -1,11 +1,14 @@
 """DATA: which rank sees which sample, in which order."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import torch
 from hypothesis import strategies as st
 from typing_extensions import override
 
+from lightrft.conformance import models
 from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Record, Target
+from lightrft.conformance.contract.program_parts import FP32, trained
 
 
 def interleaved(seen: Sequence[Record]) -> list[int]:
@@ -19,7 +22,7 @@ def interleaved(seen: Sequence[Record]) -> list[int]:
 class EverySample(Clause):
     """In an epoch, the ranks together see every sample once. With drop_last=False, the last round is padded by
     repeating fewer samples than there are ranks. With drop_last=True, samples that do not fill a round or a batch are
-    dropped. This holds for every epoch."""
+    dropped. This holds for every epoch. For whole updates, see DATA-4."""
 
     id = "DATA-1"
 
@@ -85,7 +88,7 @@ class EverySample(Clause):
 @CONTRACT.add
 class Resuming(Clause):
     """Resuming at consumed_samples gives exactly the remaining samples, in the same order. The epochs after it are
-    complete."""
+    complete. For whole updates, see DATA-4."""
 
     id = "DATA-2"
 
@@ -148,8 +151,8 @@ EPOCHS = (0, 1, 2, 3, 8)
 
 @CONTRACT.add
 class Order(Clause):
-    """The order depends only on the seed and the epoch, not on the number of ranks: it is that of FakeStrategy, which is one
-    process."""
+    """The order depends only on the seed and the epoch, not on the number of ranks: it is that of FakeStrategy, which
+    is one process."""
 
     id = "DATA-3"
 
@@ -192,3 +195,148 @@ class Order(Clause):
                 order == alone,
                 f"epoch {epoch}: expected the order of one process with the same seed, {alone}, got {order}",
             )
+
+
+@CONTRACT.add
+class WholeUpdates(Clause):
+    """With a loader for training, every epoch ends with a whole update: each update has the same samples at any number of
+    ranks, and the losses are those of plain PyTorch. An epoch that resumes in the middle, also within an update, counts
+    whole updates from there. A loader is for training if it shuffles, drops samples at the end, and has batches of
+    micro_train_batch_size; others drop no more than DATA-1 says. whole_updates=True makes another loader one for
+    training, whose batches have micro_train_batch_size samples, or end updates with an explicit boundary; without
+    drop_last it repeats samples to fill the last update. It raises if the dataset or the batch size allows no whole
+    update."""
+
+    id = "DATA-4"
+    rate = 0.01
+    training: Operation = {"do": "train_on", "model": "a", "loader": "l"}
+
+    @override
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
+        rows, total = _batch_sizes(target)
+        resumed, within = (
+            [{**self.training, "epoch": 1, "consumed": consumed}, {**self.training, "epoch": 2}]
+            for consumed in (2 * total, total // 2 + 1)
+        )
+        share = total // target.world
+        others = max(1, share // 3)  # samples of a batch that is no micro-batch
+        ended = [{**self.training, "epoch": epoch, "update_batches": share // others} for epoch in (0, 1)]
+        refused = [
+            {"samples": total - 1, "batch_size": rows, "whole_updates": True},
+            {"samples": 30, "batch_size": share + 1, "whole_updates": True},
+        ]
+        uncut = [
+            {"samples": 30, "batch_size": rows, "shuffle": False},
+            {"samples": 30, "batch_size": rows + 1},
+            {"samples": 30, "batch_size": rows, "whole_updates": False},
+            {"samples": total - 1, "batch_size": rows},
+        ]
+        return [
+            self._program(target, 30),
+            self._program(target, 30, drop_last=False, whole_updates=True),
+            self._program(target, 5, drop_last=False, whole_updates=True),
+            self._program(target, 30, calls=resumed),
+            self._program(target, 30, calls=resumed, drop_last=False, whole_updates=True),
+            self._program(target, 30, calls=within),
+            self._program(target, 30, calls=within, drop_last=False, whole_updates=True),
+            self._program(target, 30, calls=ended, batch_size=others, whole_updates=True),
+            self._settle(
+                target,
+                *({"do": "loader", "name": "r", **loader, "may_fail": True} for loader in refused),
+                *(
+                    operation
+                    for loader in uncut
+                    for operation in ({"do": "loader", "name": "u", **loader}, {"do": "batches", "name": "u"})
+                ),
+            ),
+        ]
+
+    def _program(self, target: Target, samples: int, calls: Sequence[Operation] = (), **options: object) -> Program:
+        loader: Operation = {"do": "loader", "name": "l", "samples": samples, "batch_size": _batch_sizes(target)[0]}
+        calls = calls or [{**self.training, "epoch": epoch} for epoch in (0, 1)]
+        epochs = [call["epoch"] for call in calls]
+        alone: Operation = {"do": "order_on_fake_strategy", "samples": samples, "epochs": epochs}
+        parts = trained(lr=self.rate, weight_decay=0.0)
+        return self._settle(target, *parts, {**loader, **options}, *calls, alone)
+
+    @staticmethod
+    def _settle(target: Target, *operations: Operation) -> Program:
+        rows, total = _batch_sizes(target)
+        return Program(
+            operations=operations, settings={**FP32, "micro_train_batch_size": rows, "train_batch_size": total}
+        )
+
+    @override
+    def check(self, execution: Execution) -> None:
+        if any(operation["do"] == "train_on" for operation in execution.program.operations):
+            self._check_updates(execution)
+        else:
+            self._check_others(execution)
+
+    def _check_updates(self, execution: Execution) -> None:
+        calls, world = list(execution.each("train_on")), execution.target.world
+        orders = execution.last("order_on_fake_strategy")[0]
+        loader = next(operation for operation in execution.program.operations if operation["do"] == "loader")
+        total = execution.program.settings["train_batch_size"]
+        plain = _PlainTraining(execution.program.operations[0], self.rate)
+        for (_, operation, seen), order in zip(calls, orders, strict=True):
+            expected = list(_updates_of(order, operation.get("consumed", 0), total, loader.get("drop_last", True)))
+            losses = [plain.update(samples) for samples in expected]
+            for rank, updates in enumerate(seen):
+                where = f"rank {rank}, epoch {operation['epoch']}"
+                got, shares = [each["samples"] for each in updates], [samples[rank::world] for samples in expected]
+                self.require(got == shares, f"{where}: expected updates of the samples {shares}, got {got}")
+                for number, (loss, update) in enumerate(zip(losses, updates, strict=True)):
+                    self.require(
+                        abs(update["loss"] - loss) < 1e-4,
+                        f"{where}, update {number}: expected the loss {loss} of plain PyTorch, got {update['loss']}",
+                    )
+
+    def _check_others(self, execution: Execution) -> None:
+        world, operations = execution.target.world, execution.program.operations
+        total = execution.program.settings["train_batch_size"]
+        for index, operation, seen in execution.each("loader"):
+            if operation.get("may_fail"):
+                uneven = total // world % operation["batch_size"]
+                word = "batch_size to divide" if uneven else "at least train_batch_size"
+                for rank, observed in enumerate(seen):
+                    self.require_error(
+                        observed, "ArgumentError", word, where=f"rank {rank}, loader (operation {index})"
+                    )
+        for index, _, seen in execution.each("batches"):
+            loader = operations[index - 1]
+            share = loader["samples"] // world // loader["batch_size"] * loader["batch_size"]
+            for rank, observed in enumerate(seen):
+                got = sum(map(len, observed["batches"]))
+                self.require(got == share, f"rank {rank}, {loader}: expected {share} samples per rank, got {got}")
+
+
+def _batch_sizes(target: Target) -> tuple[int, int]:
+    """Samples of a micro-batch and of an update; updates have the same size at 1, 2 and 4 ranks."""
+    rows = 3 if target.world <= 4 else 1
+    return rows, rows * target.world * max(1, 4 // target.world)
+
+
+def _updates_of(order: Sequence[int], consumed: int, total: int, drop_last: bool) -> Iterator[list[int]]:
+    """The samples of each update of an epoch in this ``order``, from ``consumed`` on."""
+    for start in range(consumed, len(order), total):
+        samples = list(order[start : start + total])
+        if len(samples) == total or not drop_last:
+            repeats = -(-total // len(order)) + 1
+            yield (samples + list(order) * repeats)[:total]
+
+
+class _PlainTraining:
+    """The same model in one process, with AdamW."""
+
+    def __init__(self, build: Operation, rate: float) -> None:
+        self._model = models.build(build["kind"], build["seed"])
+        self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=rate, weight_decay=0.0)
+
+    def update(self, samples: Sequence[int]) -> float:
+        """One update over ``samples``; the loss before it."""
+        loss = models.loss_over_samples(self._model, samples, torch.device("cpu"))
+        self._optimizer.zero_grad()
+        loss.backward()
+        self._optimizer.step()
+        return loss.item()

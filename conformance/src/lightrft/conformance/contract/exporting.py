@@ -9,7 +9,7 @@ from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, 
 from lightrft.conformance.contract.bounded_memory import BoundedMemory
 from lightrft.conformance.contract.program_parts import SEEDS, program, trained, updates
 from lightrft.conformance.contract.reference_checks import LOOK, STATE
-from lightrft.conformance.interpreter.exporting import VOCABULARY
+from lightrft.conformance.interpreter.exporting import WORDS
 
 DISCARD: Operation = {"do": "discard_exports"}
 
@@ -17,8 +17,8 @@ DISCARD: Operation = {"do": "discard_exports"}
 @CONTRACT.add
 class OpensElsewhere(Clause):
     """save_model writes a Hugging Face directory (safetensors, configuration, tokenizer).
-    AutoModelForCausalLM.from_pretrained opens it and computes the same logits. Tied weights stay tied. If there are several
-    files of weights, the index names the file of each tensor."""
+    AutoModelForCausalLM.from_pretrained opens it and computes the same logits. Tied weights stay tied. If there are
+    several files of weights, the index names the file of each tensor."""
 
     id = "EXPORT-1"
 
@@ -65,7 +65,7 @@ class OpensElsewhere(Clause):
             self.require(exported["tied"], f"{where}: the embeddings are no longer tied")
             if sharded:
                 self.require_same(exported["tensors"], exported["index"], f"{where}: the index of the files")
-            self.require(exported["vocabulary"] == VOCABULARY, f"{where}: the tokenizer has another vocabulary")
+            self.require(exported["vocabulary"] == WORDS, f"{where}: the tokenizer has another vocabulary")
             self.require(
                 exported["class"] == ["LlamaForCausalLM"],
                 f"{where}: expected the class LlamaForCausalLM, got {exported['class']}",
@@ -84,8 +84,8 @@ class OpensElsewhere(Clause):
 
 @CONTRACT.add
 class Reloaded(Clause):
-    """load_model reads what save_model wrote into the weights and persistent buffers of a prepared model, and training goes
-    on from them. It changes nothing else: optimizer state, learning rates, schedule and random states stay."""
+    """load_model reads what save_model wrote into the weights and persistent buffers of a prepared model, and training
+    continues from them. Nothing else changes: optimizer state, learning rates, schedule and random states are kept."""
 
     id = "EXPORT-3"
 

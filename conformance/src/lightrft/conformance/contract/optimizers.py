@@ -210,9 +210,9 @@ class OwnSettings(FollowsReference):
 @CONTRACT.add
 class Averages(Clause):
     """moving_average updates the average once per applied update, as the reference does, and changes nothing else. It
-    averages parameters: by default, an average keeps its own buffers. An average does not move for updates before it
-    was made. A model can have several averages, and beta may change from call to call. An average keeps its own dtype,
-    also with bf16. It may be in a wrapper that is not marked as an actor, while the model is in one that is."""
+    averages parameters: by default, an average keeps its own buffers. Updates before an average was created do not move
+    it. A model can have several averages, and beta may change from call to call. An average keeps its own dtype, also
+    with bf16. It may be in a wrapper that is not marked as an actor, while the model is in one that is."""
 
     id = "OPT-19"
 

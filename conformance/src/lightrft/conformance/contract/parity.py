@@ -11,7 +11,7 @@ from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, 
 from lightrft.conformance.contract import tolerances
 from lightrft.conformance.contract.program_parts import BF16, micro_batch, program, trained, training, updates
 from lightrft.conformance.contract.reference_checks import LOOK, assert_close, reference_weights
-from lightrft.conformance.reference import Family
+from lightrft.conformance.reference_model import Family
 
 
 @CONTRACT.add
@@ -99,7 +99,7 @@ SMALL = 2.0**-9
 @CONTRACT.add
 class GradientPrecision(Clause):
     """With bf16, gradients are added up over micro-batches and averaged over ranks in fp32: small contributions are not
-    rounded off. (The setting grad_accum_dtype="bf16" of a strategy that has it asks for the opposite.)"""
+    rounded off. (In a strategy that supports it, the setting grad_accum_dtype="bf16" requests the opposite.)"""
 
     id = "OPT-22"
 

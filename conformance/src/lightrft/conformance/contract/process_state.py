@@ -12,9 +12,9 @@ LOOK: Operation = {"do": "process_state"}
 
 @CONTRACT.add
 class ProcessState(Clause):
-    """A strategy does not change process-wide state, not even when it is created: torch's default dtype and device,
-    autograd mode and number of threads, the working directory, and the handlers of signals. Training, skipping,
-    averaging, offloading and collectives do not advance the random number generators."""
+    """A strategy does not change process-wide state, not even at creation: torch's default dtype and device, autograd
+    mode and number of threads, the working directory, and signal handlers. Training, skipping, averaging, offloading
+    and collectives do not advance the random number generators."""
 
     id = "LIFE-9"
 

@@ -8,6 +8,8 @@ from lightrft.conformance.clause import Operation, Program, Settings, Target
 
 FP32: Settings = {"bf16": False, "max_norm": None}
 BF16: Settings = {"bf16": True, "max_norm": None}
+SUM: Operation = {"do": "all_reduce", "data": {"per_rank": [1.0, 1.0]}, "op": "sum"}
+"""A collective that all ranks must reach."""
 
 
 def geometry(target: Target, accumulation_steps: int = 1, rows: int = 2) -> dict[str, int]:

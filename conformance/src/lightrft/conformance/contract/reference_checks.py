@@ -6,7 +6,7 @@ from typing_extensions import override
 
 from lightrft.conformance.clause import Clause, Execution, Operation
 from lightrft.conformance.contract import tolerances
-from lightrft.conformance.reference import Family
+from lightrft.conformance.reference_model import Family
 
 LOOK: Operation = {"do": "weights", "model": "a"}
 STATE: Operation = {"do": "state", "model": "a"}

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lightrft.conformance import models, reference
+from lightrft.conformance import decoding, models
 from lightrft.conformance.clause import Clause, Execution, Operation, Record, Target, same
 from lightrft.conformance.contract.program_parts import trained
 
@@ -68,7 +68,7 @@ class Rollouts(Clause):
                 len(seen) == len(prompts), f"rank {rank}: expected {len(prompts)} completions, got {len(seen)}"
             )
             for prompt, completion in zip(prompts, seen, strict=True):
-                tokens, logprobs = reference.greedy(model, prompt, operation["sampling"]["max_tokens"])
+                tokens, logprobs = decoding.greedy(model, prompt, operation["sampling"]["max_tokens"])
                 self.require(
                     completion["prompt"] == prompt,
                     f"rank {rank}: expected the completion of {prompt}, got that of {completion['prompt']}",

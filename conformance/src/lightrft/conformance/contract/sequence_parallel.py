@@ -137,9 +137,9 @@ class SharedData(Clause):
 @CONTRACT.add
 class InvisiblePadding(Clause):
     """Sequences whose length is not a multiple of sp_size are padded and unpadded invisibly. Positions, labels and
-    other per-token values of any type come back whole and in order, also after a batch of another length whose slices
-    are as long, and so do log-probabilities, including those of a model prepared for inference. A batch that was not
-    split is computed as without sp_size."""
+    other per-token values of any type come back complete and in order, even after a batch of another length with slices
+    of the same length. The same holds for log-probabilities, including those of a model prepared for inference. A batch
+    that was not split is computed as without sp_size."""
 
     id = "SP-3"
     smallest_world = 2
@@ -275,7 +275,8 @@ class RefusedSequences(Clause):
 @CONTRACT.add
 class LossOfSequences(Clause):
     """A loss that is computed from gathered per-token values is the same on all ranks of a sequence and counts once. So
-    does its denominator. A loss of a slice that was not gathered is refused, and the update can continue."""
+    does its denominator. A loss that is computed from a slice without gathering is refused, and the update can
+    continue."""
 
     id = "SP-6"
     smallest_world = 2

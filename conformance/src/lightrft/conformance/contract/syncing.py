@@ -13,6 +13,7 @@ from lightrft.conformance.contract.buffers import look_at_buffers
 from lightrft.conformance.contract.program_parts import SEEDS, program, trained, updates
 from lightrft.conformance.contract.reference_checks import LOOK
 from lightrft.conformance.contract.rollout_checks import Rollouts, alike, generate, rollout, sleeps
+from lightrft.conformance.language_models import VOCABULARY
 
 
 @CONTRACT.add
@@ -262,7 +263,7 @@ class Caches(Rollouts):
 
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
-        long = [(7 * index) % models.VOCABULARY for index in range(40)]  # longer than a block of a prefix cache
+        long = [(7 * index) % VOCABULARY for index in range(40)]  # longer than a block of a prefix cache
         again = generate([[long, [*long, 3], long[:33]]], max_tokens=3)
         sync: Operation = {"do": "sync", "model": "a"}
         return [

@@ -10,9 +10,10 @@ import torch
 from lightrft.conformance import models
 from lightrft.conformance.interpreter import memory
 from lightrft.conformance.interpreter.session import Session, operation
+from lightrft.conformance.language_models import VOCABULARY
 from lightrft.conformance.scratch import scratch
 
-VOCABULARY = {f"t{number}": number for number in range(models.VOCABULARY)}
+WORDS = {f"t{number}": number for number in range(VOCABULARY)}
 
 
 def _models_directory() -> Path:
@@ -32,7 +33,7 @@ def _tokenizer() -> Any:
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(WordLevel(VOCABULARY, unk_token="t0"))
+    words = Tokenizer(WordLevel(WORDS, unk_token="t0"))
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0")
 
 

@@ -17,14 +17,21 @@ def build(
 ) -> None:  # fmt: skip
     """Build a model.
 
-    ``differ``: each rank builds different weights; ``meta``: build inside init_model_context(meta_init=True);
+    ``differ``: each rank builds different weights; ``meta``: build inside init_model_context(meta_init=True), within another
+    and after an all_reduce;
     ``actor``, ``wrapped``: in a wrapper that is marked as an actor, or not;
     ``compiled``: torch.compile, with its eager backend; ``of``, ``shares``: what it shares with another model of its
     kind: a "module", a "parameter" or the "memory" of one.
     """
     if meta:
-        with session.strategy.init_model_context(meta_init=True):
-            module = models.KINDS[kind]()
+        strategy = session.strategy
+        with strategy.init_model_context(meta_init=True):
+            ranks = strategy.all_reduce(1, "sum")
+            with strategy.init_model_context(meta_init=True):
+                module = models.KINDS[kind]()
+        assert ranks == strategy.world_size, (
+            f"all_reduce in init_model_context gave {ranks} for {strategy.world_size} ranks"
+        )
         if not any(tensor.is_meta for tensor in [*module.parameters(), *module.buffers()]):
             module.load_state_dict(models.build(kind, seed).state_dict())
     else:
@@ -227,11 +234,12 @@ def loader(
     shuffle: bool = True,
     drop_last: bool = True,
     consumed: int = 0,
+    **more: Any,
 ) -> None:
     """setup_dataloader over the numbers 0 to ``samples`` - 1."""
     data = list(range(samples))
     session.memory[name] = session.strategy.setup_dataloader(
-        data, batch_size, shuffle=shuffle, drop_last=drop_last, consumed_samples=consumed
+        data, batch_size, shuffle=shuffle, drop_last=drop_last, consumed_samples=consumed, **more
     )
 
 

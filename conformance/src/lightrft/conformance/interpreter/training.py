@@ -6,7 +6,7 @@ import torch
 
 from lightrft.conformance import models
 from lightrft.conformance.interpreter.session import Entry, Session, operation
-from lightrft.conformance.values import plain
+from lightrft.conformance.values import Record, plain
 
 
 @operation
@@ -53,6 +53,31 @@ def bad_backward(session: Session, model: str, what: str, batch: int = 0) -> Non
         "number": 0.5,
     }
     session.strategy.backward(losses[what], entry.model, entry.optimizer)  # type: ignore[arg-type]
+
+
+@operation
+def train_on(
+    session: Session, model: str, loader: str, epoch: int, consumed: int = 0, update_batches: int | None = None
+) -> list[Record]:
+    """Train on the batches of an epoch; for each update, this rank's samples since the last update, and the loss.
+
+    ``update_batches``: end an update after so many batches with ``boundary``, instead of counting micro-batches.
+    """
+    entry, optimizer, data = session.models[model], session.optimizer(model), session.memory[loader]
+    pending: list[int] = session.memory.setdefault(f"samples of {model}", [])
+    updates = []
+    data.set_epoch(epoch, consumed)
+    for number, batch in enumerate(data, 1):
+        pending += batch.tolist()
+        boundary = None if update_batches is None else number % update_batches == 0
+        session.strategy.backward(
+            models.loss_over_samples(entry.model, batch.tolist(), session.strategy.device), entry.model, optimizer
+        )
+        result = session.strategy.optimizer_step(optimizer, entry.model, boundary=boundary)
+        if result.applied:
+            updates.append({"samples": list(pending), "loss": result.loss})
+            pending.clear()
+    return updates
 
 
 @operation

@@ -1,6 +1,7 @@
 """Defects of the data loader."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from typing_extensions import override
@@ -179,3 +180,92 @@ class OneOrder(WithSampler, FakeStrategy):
     """All epochs have the same order."""
 
     sampler = RepeatsAnOrder
+
+
+@saboteur("DATA-4")
+class LeavesMicroBatches(LoaderHooks, FakeStrategy):
+    """Micro-batches are left at the end of an epoch."""
+
+    @override
+    def loader_made(self, loader: ResumableLoader) -> None:
+        loader._sampler.multiple = loader._sampler.ranks
+
+
+@saboteur("DATA-4")
+class FillsNoUpdate(LoaderHooks, FakeStrategy):
+    """Without drop_last, only the last round of an epoch is filled, not the last update."""
+
+    @override
+    def loader_made(self, loader: ResumableLoader) -> None:
+        if not loader._sampler.drop_last:
+            loader._sampler.multiple = loader._sampler.ranks
+
+
+@saboteur("DATA-4")
+class CutsEvaluation(FakeStrategy):
+    """Loaders that do not shuffle are cut to whole updates too."""
+
+    def setup_dataloader(
+        self, replay_buffer: Any, *arguments: Any, whole_updates: bool | None = None, **more: Any
+    ) -> Any:
+        cut = not more.get("shuffle", True) and len(replay_buffer) >= self.config.train_batch_size
+        return super().setup_dataloader(replay_buffer, *arguments, whole_updates=cut or whole_updates, **more)
+
+
+@saboteur("DATA-4")
+class EmptyEpochs(FakeStrategy):
+    """With whole_updates=True, a dataset smaller than an update gives epochs without batches."""
+
+    def setup_dataloader(
+        self, replay_buffer: Any, *arguments: Any, whole_updates: bool | None = None, **more: Any
+    ) -> Any:
+        if not (whole_updates and more.get("drop_last", True) and len(replay_buffer) < self.config.train_batch_size):
+            return super().setup_dataloader(replay_buffer, *arguments, whole_updates=whole_updates, **more)
+        loader: Any = super().setup_dataloader(replay_buffer, *arguments, **more)
+        loader._sampler.multiple = self.config.train_batch_size
+        return loader
+
+
+@saboteur("DATA-4")
+class MicroBatchesOnly(LoaderHooks, FakeStrategy):
+    """whole_updates=True has no effect on batches that are no micro-batches."""
+
+    @override
+    def loader_made(self, loader: ResumableLoader) -> None:
+        if loader.batch_size != self.config.micro_train_batch_size:
+            loader._sampler.multiple = loader._sampler.ranks
+
+
+class _KeepsTheEnd(ElasticSampler):
+    @override
+    def set_epoch(self, epoch: int, consumed_samples: int = 0) -> None:
+        super().set_epoch(epoch, consumed_samples)
+        self.multiple = self.ranks if consumed_samples % self._update() else self._update()
+
+    def _update(self) -> int:
+        self._total = getattr(self, "_total", self.multiple)
+        return self._total
+
+
+@saboteur("DATA-4")
+class UncutWithinAnUpdate(WithSampler, FakeStrategy):
+    """An epoch that resumes within an update leaves micro-batches at its end."""
+
+    sampler = _KeepsTheEnd
+
+
+class _LosesTheLast(ElasticSampler):
+    @override
+    def __len__(self) -> int:
+        return super().__len__() if not self.consumed_samples else super().__len__() - 1
+
+    @override
+    def __iter__(self) -> Iterator[int]:
+        return iter(list(super().__iter__())[: len(self)])
+
+
+@saboteur("DATA-4")
+class LosesTheLast(WithSampler, FakeStrategy):
+    """A resumed epoch lacks its last sample."""
+
+    sampler = _LosesTheLast

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightrft.config import StrategyConfig
+from lightrft.config import StrategyConfig, StrategyError
 from lightrft.conformance.saboteurs.catalogue import saboteur
 from lightrft.conformance.saboteurs.hooks import StreamHooks
 from lightrft.strategy import FakeStrategy
@@ -226,6 +226,24 @@ class BuildsAnother(FakeStrategy):
         yield
         if meta_init:
             self.backend.shift = 1e-4  # type: ignore[attr-defined]
+
+
+@saboteur("PREP-6")
+class OneMetaInit(FakeStrategy):
+    """A meta init within another is refused, as where a context is patched in and out once."""
+
+    inside = False
+
+    @contextmanager
+    def init_model_context(self, meta_init: bool = False) -> Iterator[None]:
+        if meta_init and self.inside:
+            raise StrategyError("init_model_context: expected no other one around it, got one. Leave it first")
+        self.inside = meta_init
+        try:
+            with super().init_model_context(meta_init):
+                yield
+        finally:
+            self.inside = False
 
 
 @saboteur("PREP-7")

@@ -33,7 +33,7 @@ DAMAGES: list[tuple[str, float, int]] = [
 
 @CONTRACT.add
 class Killed(OnDisk):
-    """If any rank is killed at any time, also while it replaces a checkpoint under the same tag, the last committed
+    """If any rank is killed at any time, even while it replaces a checkpoint of the same tag, the last committed
     checkpoint still loads. A partially written checkpoint is never loaded, and the next save removes it."""
 
     id = "CKPT-5"
@@ -165,8 +165,8 @@ class NoCode(OnDisk):
 
 @CONTRACT.add
 class Refused(OnDisk):
-    """A full disk or a refused write on one rank raises on all ranks. Checkpoints that were committed earlier are still
-    there, also the one that the refused save was to replace."""
+    """A full disk or a refused write on one rank raises on all ranks. Checkpoints that were committed earlier remain,
+    including the one that the failed save was replacing."""
 
     id = "CKPT-11"
 

@@ -31,8 +31,8 @@ REST: Operation = {"do": "rest_of_epoch", "name": "l"}
 @CONTRACT.add
 class AnyToAny(OnDisk):
     """There is one checkpoint format: any strategy at any world size loads what any other saved, and training continues
-    within the parity tolerances, with the remaining samples of the epoch in the same order. (This clause runs FakeStrategy in one process, in both directions; the nox session
-    `checkpoints` runs all combinations.)"""
+    within the parity tolerances, with the remaining samples of the epoch in the same order. (This clause runs
+    FakeStrategy in one process, in both directions; the nox session `checkpoints` runs all combinations.)"""
 
     id = "CKPT-7"
 
@@ -94,8 +94,8 @@ class AnyToAny(OnDisk):
 
 @CONTRACT.add
 class Choosing(OnDisk):
-    """load_module_strict, load_optimizer_states, load_lr_scheduler_states and load_module_only each do exactly what
-    their name says."""
+    """load_module_strict, load_optimizer_states, load_lr_scheduler_states and load_module_only each do exactly what the
+    name says."""
 
     id = "CKPT-8"
 

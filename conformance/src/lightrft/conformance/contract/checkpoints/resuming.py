@@ -30,8 +30,8 @@ from lightrft.conformance.contract.program_parts import BF16, FP32, SEEDS, train
 class ExactResume(OnDisk):
     """Resuming is exact: training, saving and training on gives the same result, bit for bit, as loading and training
     on. This covers the model, optimizer, scheduler, step and skip counters, moving averages, all random states and the
-    data position, and each rank's own buffers. A resumable checkpoint is taken between updates: saving raises while gradients are pending. Weights
-    alone can be saved at any time."""
+    data position, and each rank's own buffers. A resumable checkpoint is taken between updates: saving raises while
+    gradients are pending. Weights alone can be saved at any time."""
 
     id = "CKPT-1"
 
@@ -162,8 +162,8 @@ class ExactResume(OnDisk):
 
 @CONTRACT.add
 class MicroBatches(OnDisk):
-    """A run continues with another micro-batch size and the same train_batch_size: loading keeps the weights, the
-    optimizer and the counters, and the loaders continue with the next sample in the same order."""
+    """A run can continue with a different micro-batch size and the same train_batch_size: loading restores the weights,
+    the optimizer and the counters, and the loaders continue with the next sample in the same order."""
 
     id = "CKPT-13"
 

@@ -96,8 +96,8 @@ class Harmless(OnDisk):
 
 @CONTRACT.add
 class Asynchronous(OnDisk):
-    """An asynchronous save stores the state at the time of the call, buffers and client_state included, whatever training
-    does next. A second save, close() and a load wait for it."""
+    """An asynchronous save stores the state at the time of the call, buffers and client_state included, whatever
+    training does next. A second save, close() and a load wait for it."""
 
     id = "CKPT-12"
 
