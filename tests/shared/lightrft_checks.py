@@ -12,7 +12,7 @@ import torch
 from lightrft_scripts import Outcome, arguments, pretrained
 from transformers import AutoModelForCausalLM
 
-pytestmark = pytest.mark.filterwarnings("ignore:get_strategy. a trainer:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:get_strategy.*have no effect on the strategy:UserWarning")
 SCRIPTS = {
     "PPO": {"enable_ema": True, "pretrain_data": "texts"},
     "GRPO": {"advantage_estimator": "group_norm", "n_samples_per_prompt": 2, "use_kl_loss": True, "meta_init": True, "freeze_prefix": True},

@@ -65,6 +65,13 @@ class _Actor(nn.Module):
         self.model, self.value_head = small(), nn.Linear(8, 1)
 
 
+class BytesPath(os.PathLike[bytes]):
+    """A path as os.scandir(b".") yields it."""
+
+    def __fspath__(self) -> bytes:
+        return b"run"
+
+
 SETTINGS: Mapping[str, Callable[[], object]] = {
     "a misspelled setting": lambda: get_strategy({"zero_stag": 3}),
     "a word for a number": lambda: get_strategy({"zero_stage": "three"}),
@@ -75,6 +82,12 @@ SETTINGS: Mapping[str, Callable[[], object]] = {
     ),
     "a norm below 0": lambda: get_strategy({"strategy": "fake", "max_norm": -1}),
     "a file that is missing": lambda: StrategyConfig.from_yaml("no/such/run.yaml"),
+    "a file with a byte 0 in its name": lambda: StrategyConfig.from_yaml("run\0.yaml"),
+    "a file with a character that no name can have": lambda: StrategyConfig.from_yaml("run\ud800.yaml"),
+    "a file whose path is bytes": lambda: StrategyConfig.from_yaml(BytesPath()),  # type: ignore[arg-type]
+    "logs in a home that is missing": lambda: get_strategy(
+        {"strategy": "fake", "log_dir": "~nobody-has-this-name/logs"}
+    ),
     "an option of another strategy": lambda: get_strategy(StrategyConfig(strategy="fake", grad_accum_dtype="bf16")),
     "ranks that do not share an engine": lambda: get_strategy({"strategy": "fake", "engine_tp_size": 2}),
     "ranks that do not share a sequence": lambda: get_strategy({"strategy": "fake", "sp_size": 2}),
@@ -131,6 +144,12 @@ CALLS: Mapping[str, Callable[[Script], object]] = {
     "a sequence above the budget": lambda it: it.made.plan_micro_batches([9], max_tokens=8, padded=True),
     "directory and model swapped": lambda it: it.made.save_ckpt(it.path, it.model),  # type: ignore[arg-type]
     "a checkpoint within an update": lambda it: it.sequence(it.backward, lambda: it.made.save_ckpt(it.model, it.path)),
+    "a variable for a directory that was not set": lambda it: it.made.save_ckpt(it.model, ""),
+    "a directory with a byte 0 in its name": lambda it: it.made.load_ckpt(it.model, "run\0"),
+    "a directory with a character that no name can have": lambda it: it.made.load_ckpt(it.model, "run\ud800"),
+    "a directory whose path is bytes": lambda it: it.made.save_ckpt(it.model, BytesPath()),  # type: ignore[arg-type]
+    "a directory with a name that is too long": lambda it: it.made.save_model(it.model, None, f"{it.path}/{'n' * 256}"),
+    "a home that is missing": lambda it: it.made.load_model(it.model, "~nobody-has-this-name/model"),
     "a tag that is a path": lambda it: it.made.save_ckpt(it.model, it.path, tag="a/b"),
     "a checkpoint that is missing": lambda it: it.made.load_ckpt(it.model, os.path.join(it.path, "none")),
     "a tokenizer by its name": lambda it: it.made.save_model(it.model, "tokenizer", it.path),

@@ -16,5 +16,5 @@ def remove(target: Target, targets: Sequence[Target], monkeypatch: pytest.Monkey
         return
     path = target.target.rpartition(".")[0]
     others = {other.name for other in targets if other.target.rpartition(".")[0] == path} - {target.name}
-    stand_in = type(owner.__name__, (), dict.fromkeys(others, lambda **arguments: None))
+    stand_in = type(owner.__name__, (), dict.fromkeys(others, lambda *values, **arguments: None))
     monkeypatch.setattr(import_module(path.partition(":")[0]), owner.__name__, stand_in)

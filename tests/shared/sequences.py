@@ -3,7 +3,9 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import pytest
 import torch
+import transformers
 from llamas import llama, with_adapter
 from torch import nn
 from torch.nn.functional import pad
@@ -11,6 +13,9 @@ from torch.nn.functional import pad
 from lightrft.strategy import StrategyBase
 from lightrft.strategy.parallel import attention
 
+of_version_5 = pytest.mark.skipif(
+    transformers.__version__.startswith("4."), reason="needs transformers 5, for sequence parallelism"
+)
 FORMS = ("full", "left", "packed")
 LENGTHS = (11, 12, 13)
 
