@@ -45,6 +45,25 @@ def test_the_launcher_reads_the_file_too(monkeypatch, tmp_path, text, options, r
     assert ("torch.distributed.run" in commands[0]) == (ranks == 2)
 
 
+def test_the_launcher_divides_the_cores_and_leaves_the_callers_choice(monkeypatch):
+    monkeypatch.syspath_prepend(DEMO)
+    import run
+
+    environments = []
+    monkeypatch.setattr(run, "unpack", lambda model: None)
+    monkeypatch.setattr(run, "wait_for", lambda command, environment: environments.append(environment) or 0)
+    monkeypatch.setattr(run.os, "sched_getaffinity", lambda process: range(6))
+    monkeypatch.setattr(sys, "argv", ["run.py", "--ranks=2"])
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    run.main()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    run.main()
+    assert [(each["OMP_NUM_THREADS"], each["OMP_WAIT_POLICY"]) for each in environments] == [
+        ("3", "PASSIVE"), ("1", "PASSIVE"),
+    ]  # fmt: skip
+
+
 def test_the_launcher_refuses_a_damaged_file(monkeypatch, tmp_path, capsys):
     monkeypatch.syspath_prepend(DEMO)
     import run
