@@ -36,7 +36,8 @@ def main() -> int:
     script = [str(HERE / "train.py"), "--pretrain", str(args.model), *others]
     launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))
-    status = wait_for([sys.executable, *launcher, *script], {"OMP_NUM_THREADS": threads, **os.environ})
+    threading = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}  # threads that spin stall on busy cores
+    status = wait_for([sys.executable, *launcher, *script], {**threading, **os.environ})
     if status or args.least_gain is None:
         return status
     points = gain(log_dir)
