@@ -126,12 +126,14 @@ def accelerate(accumulation: int, *, stage: int | None = None) -> Callable[[nn.M
         if stage is not None:
             plugin = DeepSpeedPlugin(hf_ds_config=ds_config(stage, accumulation))
         accelerator = Accelerator(
-            cpu=device.type == "cpu",
+            cpu=device.type == "cpu" and stage is None,  # with cpu=True, it ignores the plugin and uses DDP
             gradient_accumulation_steps=accumulation,
             deepspeed_plugin=plugin,
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         wrapped, optimizer = accelerator.prepare(model, adamw(model))
+        if stage is not None and not hasattr(wrapped, "zero_optimization_stage"):
+            raise RuntimeError(f"accelerate: expected a DeepSpeed engine from prepare(), got {type(wrapped).__name__}")
 
         def update(batches: Sequence[torch.Tensor]) -> None:
             for batch in batches:
