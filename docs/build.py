@@ -6,6 +6,7 @@ pages and badges of certificates from their JSON, which `nox -s certificates` wr
 """
 
 import argparse
+import json
 import sys
 import tomllib
 import zlib
@@ -16,37 +17,39 @@ from pathlib import Path
 from typing import Any
 
 from lightrft.config import StrategyConfig
-from lightrft.conformance.certificate import FORMATS, Certificate, markdown_text, schema
+from lightrft.conformance.certificates.certificate import Certificate, schema
+from lightrft.conformance.certificates.formats import FORMATS, markdown_text
 from lightrft.conformance.clause import Clause
 from lightrft.conformance.contract import CONTRACT
 from lightrft.conformance.families import by_family
+from lightrft.conformance.peers.page import peers_page
 from lightrft.conformance.saboteurs.corpus import saboteurs
 
 INTRODUCTIONS = {
-    "LIFE": "How a strategy starts, ends and fails: ranks join, notice lost ranks, and leave the process as they found it.",
-    "LOG": "What is printed and written, on which rank, and what the numbers mean.",
-    "COLL": "`all_reduce` and `all_gather`, which scripts use for metrics and data.",
-    "PREP": "`prepare` and its relatives: the prepared model computes and trains as the original would.",
-    "DATA": "`setup_dataloader`: every rank gets its share of the samples, in an order that a resumed run continues.",
-    "SP": "Several ranks share each sequence (`sp_size`), with the results of one rank per sequence.",
-    "OPT": "`backward`, `optimizer_step` and what belongs to an update: accumulation, averaging, clipping, skips, schedules.",
-    "NORM": "`backward(..., denominator=n)`: an update by the mean over items, such as tokens, instead of micro-batches.",
-    "BATCH": "`plan_micro_batches`: sequences of different lengths, divided by a budget of tokens.",
-    "LOGP": "`token_log_probs`: log-probabilities and entropies, also without the logits of the batch.",
+    "LIFE": "A strategy starts, notices lost ranks, and leaves the process as it found it.",
+    "LOG": "Only rank 0 prints and writes, and each number has one meaning on every strategy.",
+    "COLL": "`all_reduce` and `all_gather` exchange metrics and data between ranks.",
+    "PREP": "`prepare` and related methods return models that compute and train as the original ones would.",
+    "DATA": "`setup_dataloader` gives every rank its share of the samples, in an order that a resumed run continues.",
+    "SP": "Several ranks share each sequence (`sp_size`), with the same results as one rank per sequence.",
+    "OPT": "`backward` and `optimizer_step` make updates: accumulation, averaging, clipping, skips and schedules.",
+    "NORM": "`backward(..., denominator=n)` averages over items, such as tokens, instead of micro-batches.",
+    "BATCH": "`plan_micro_batches` divides sequences of different lengths by a budget of tokens.",
+    "LOGP": "`token_log_probs` computes log-probabilities and entropies, also without holding the logits of the batch in memory.",
     "OFF": "Models and optimizer state move to host memory and back.",
-    "CKPT": "`save_ckpt` and `load_ckpt`: a run resumes exactly, on any strategy, and a checkpoint survives crashes.",
-    "EXPORT": "`save_model`: a model that transformers opens.",
-    "ENG": "`setup_inference_engine`, and whether the engine is awake.",
-    "SYNC": "`update_engine_weights`: the engine generates from the weights of the actor, or not at all.",
-    "GEN": "`gather_and_generate` and `engine_generate_local`: who gets which completions, and how tokens are drawn.",
-    "ALL": "Everything above in one program, in any order.",
+    "CKPT": "`save_ckpt` and `load_ckpt` resume a run exactly, on any strategy; a checkpoint survives crashes.",
+    "EXPORT": "`save_model` writes a model that transformers opens.",
+    "ENG": "`setup_inference_engine` creates the engine, which can sleep and wake up.",
+    "SYNC": "After `update_engine_weights`, the engine generates from the weights of the actor. After a failure, it refuses to generate.",
+    "GEN": "`gather_and_generate` and `engine_generate_local` return the completions of each rank's prompts, sampled as requested.",
+    "ALL": "The guarantees above hold in one program, in any order.",
 }
 """A sentence about each family of clauses."""
 CONTRACT_PAGE = """\
 # The contract
 
-What every LightRFT strategy guarantees, on any backend. `nox -s pages` generates this page from the clauses that the conformance
-suite executes.
+This page lists what every LightRFT strategy guarantees, on any backend. `nox -s pages` generates it from the clauses that the
+conformance suite executes.
 
 A MUST decides the verdict; a SHOULD is only reported. *From* is the smallest world size at which a clause can fail,
 with its other requirements. *Defects* is the number of deliberately broken strategies and engines in which the clause
@@ -56,7 +59,7 @@ reference is a plain single-process implementation that shares no code with the 
 SETTINGS_PAGE = """\
 # Settings
 
-The fields of `StrategyConfig`. `nox -s pages` generates this page from the schema.
+This page lists the fields of `StrategyConfig`. `nox -s pages` generates it from the schema.
 
 No setting is ignored silently: a setting that the chosen strategy does not support is an error, or a warning if
 the settings come from a script's arguments (`StrategyConfig.from_args`). Settings of other backends are exempt.
@@ -89,10 +92,10 @@ Scripts whose options come from `StrategyConfig.add_arguments` read settings fro
 python train.py --config run.yaml --seed 7
 ```
 
-Defaults, including those of the script, come first, then the files, then the command line: options override files wherever
-they stand, and a later `--config` overrides an earlier one. Mappings of several files, such as `arguments` below, are merged
+Defaults, including those of the script, come first, then the files, then the command line: options override files regardless
+of their position, and a later `--config` overrides an earlier one. Mappings of several files, such as `arguments` below, are merged
 name by name. `StrategyConfig.from_file` reads a file without a command line. The
-[demo has a file](../examples/rlvr_arithmetic/run.yaml) for transformers; one for vLLM is
+[demo contains a file](../examples/rlvr_arithmetic/run.yaml) for transformers. A file for vLLM looks like this:
 
 ```yaml
 # run.yaml
@@ -118,12 +121,12 @@ run.yaml is valid
 - Files are YAML 1.2 (`.yaml`, `.yml`), TOML (`.toml`) or JSON (`.json`). TOML has no null: leave the setting out.
 - `engine.tp_size: 2` means the same as the section `engine`, and as `engine_tp_size: 2`. On the command line, write
   `--engine.tp_size 2` or `--engine.arguments.block_size 16`, which replaces only the value that it names.
-- `extra_args` may name every option and positional argument of the script, also a required one. A string is read as on the
-  command line; any other value is stored as it is, if the type and the choices of the option accept it. The command line
-  replaces the value, also of an option that may be repeated. An option `--config` that a script adds before it calls
-  `add_arguments` stays its own.
-- A file that cannot be read or parsed, a name that occurs twice, an unknown name and an invalid value are errors: one line with
-  the file, the name, and the name that was probably meant. Conflicts between settings are checked with the command line.
+- `extra_args` may name every option and positional argument of the script, including required ones. A string is read as on the
+  command line; any other value is stored unchanged, if the type and the choices of the option accept it. The command line
+  replaces the value, even if the option may be repeated. If a script adds an option `--config` before it calls
+  `add_arguments`, that option remains the script's.
+- A file that cannot be read or parsed, a duplicate name, an unknown name and an invalid value are errors, each in one line with
+  the file, the name, and the closest valid name. Conflicts between settings are checked with the command line.
 - `strategy.config.summary()` is a table of the settings that differ from their defaults, for scripts to print. A file that
   `strategy.config.to_yaml` has written repeats the run with `--config`.
 - `lightrft config show FILE` and `lightrft config check FILE` read files in the same way; see
@@ -230,12 +233,12 @@ def certificates_page(certificates: dict[str, Certificate]) -> str:
     lines = [
         "# Certificates",
         "",
-        "The strategies and engines of this project, judged by the [conformance suite](../certify-your-own.md). A certificate holds",
-        "only for the code with its digests. Not every commit runs the suite again, so it may be for an older version of the code:",
-        "`lightrft-conformance verify docs/certificates/*.json` tells for which of them the installed code is the certified code.",
+        "This page lists the strategies and engines of this project that the [conformance suite](../certify-your-own.md) has judged.",
+        "A certificate holds only for the code with its digests. Not every commit runs the suite again, so it may be for an older version of the code:",
+        "`lightrft-conformance verify docs/certificates/*.json` tells which of them are for the installed code.",
         '`nox -s certificates` runs the suite again and writes this folder; `nox -s "certificates(fsdp)"` does so for one of them.',
         "",
-        "| | verdict | certificate | suite | strategy, engine |",
+        "| | verdict | certificate | digest of the suite | of the strategy, engine |",
         "|---|---|---|---|---|",
     ]
     for name, certificate in certificates.items():
@@ -244,7 +247,13 @@ def certificates_page(certificates: dict[str, Certificate]) -> str:
         codes = [certificate.subject, *([certificate.subject.engine] if certificate.subject.engine else [])]
         digests = ", ".join(f"`{code.digest[7:19]}`" for code in codes)
         lines.append(
-            _row(badge, markdown_text(certificate.headline), links, f"`{certificate.suite.digest[7:19]}`", digests)
+            _row(
+                _label(certificate),
+                f"{badge}<br>{markdown_text(certificate.headline)}",
+                links,
+                f"`{certificate.suite.digest[7:19]}`",
+                digests,
+            )
         )
     return "\n".join(lines) + "\n"
 
@@ -297,6 +306,11 @@ def pages(folder: Path) -> dict[str, Callable[[], str]]:
         "../conformance/src/lightrft/conformance/certificate.schema.json": schema,
         "certificates/README.md": partial(certificates_page, certificates),
     }
+    results = folder / "peers.json"
+    if results.is_file():
+        peers = json.loads(results.read_text(encoding="utf-8"))
+        for suffix, texts in TEXTS.items():
+            made[f"peers{suffix}.md"] = partial(peers_page, peers, texts, f"note{suffix.replace('.', '_')}")
     for suffix, texts in TEXTS.items():
         readme = folder.parent / f"README{suffix}.md"
         if readme.is_file():
