@@ -127,6 +127,8 @@ MIN_GAIN = 30
 STRATEGIES_ENVIRONMENT = Environment(("lightrft-conformance", "lightrft-deepspeed", "lightrft-fsdp"))
 """All strategies, for tests of checkpoints."""
 DOCS_ENVIRONMENT = Environment(TRAINING_PACKAGES)
+PEERS_ENVIRONMENT = Environment(("lightrft-conformance", "lightrft-deepspeed", "lightrft-fsdp", *group("peers")))
+"""The training libraries that are judged beside this layer."""
 SEPARATE_INSTALLS = (*FOLDERS, "lightrft-engines[transformers]")
 """Requirements that must work when they are installed without any other."""
 SCHEMAS = {
@@ -156,6 +158,7 @@ def lint(session: nox.Session) -> None:
     environment.run(session, "kubernetes-validate", "--strict", launch / "kubernetes.yaml")
     for schema, files in SCHEMAS.items():
         environment.run(session, "check-jsonschema", f"--builtin-schema=vendor.{schema}", *sorted(ROOT.glob(files)))
+    environment.run(session, "zizmor", "--offline", "--quiet", ROOT / ".github/workflows")
 
 
 @session()
@@ -235,8 +238,8 @@ def checkpoints(session: nox.Session) -> None:
 
 @session()
 def faults(session: nox.Session) -> None:
-    """Kill ranks while they save, damage files, fill the disk; ``--all``: as often as nightly does."""
-    for script in ("faults/kills.py", "faults/damage.py"):
+    """Kill ranks while they save, damage files, fill the disk, start and end; ``--all``: as often as nightly does."""
+    for script in ("faults/kills.py", "faults/damage.py", "faults/lifetimes.py"):
         _script(session, STRATEGIES_ENVIRONMENT, script, *session.posargs)
 
 
@@ -327,6 +330,14 @@ def certificates(session: nox.Session, name: str) -> None:
     output = f"--output={ROOT / 'docs/certificates' / name}.json"
     environment.prepare(session)
     environment.run(session, "lightrft-conformance", "certificate", *reports, output)
+    _script(session, DOCS_ENVIRONMENT, "docs/build.py")
+
+
+@session(default=False)
+def peers(session: nox.Session) -> None:
+    """Judge Accelerate, Lightning Fabric, plain PyTorch and this layer by the same promises, and write docs/peers.md."""
+    PEERS_ENVIRONMENT.prepare(session)
+    PEERS_ENVIRONMENT.run(session, "python", "-m", "examples.peers.run", *session.posargs, cwd=ROOT)
     _script(session, DOCS_ENVIRONMENT, "docs/build.py")
 
 
