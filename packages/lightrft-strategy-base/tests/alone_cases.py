@@ -26,10 +26,12 @@ class Made:
     def either(self, right: Any, wrong: Any) -> Any:
         return wrong if self.is_wrong else right
 
-    def update(self, boundary: Any = None) -> bool:
+    def update(self, boundary: Any = None, **wrong: Any) -> bool:
+        """Make an update, with arguments of ``optimizer_step`` in place of the right ones on the rank that makes mistakes."""
         tokens_BT = torch.tensor([[5, 6, 7, 8]])
         self.strategy.backward(self.model(tokens_BT, labels=tokens_BT).loss, self.model, self.optimizer)
-        return self.strategy.optimizer_step(self.optimizer, self.model, boundary=boundary).applied
+        arguments = {"optimizer": self.optimizer, "model": self.model, **self.either({}, wrong)}
+        return self.strategy.optimizer_step(**arguments, boundary=boundary).applied
 
     def log_probs(self, **arguments: Any) -> Any:
         return self.strategy.token_log_probs(self.model, torch.tensor([[5, 6, 7, 8]]), **arguments)
@@ -46,6 +48,13 @@ CALLS: dict[str, Callable[[Made], object]] = {
         made.either(made.model, llama()), torch.tensor([[5, 6]])
     ),
     "optimizer_step, boundary": lambda made: made.update(boundary=made.either(True, "yes")),
+    "optimizer_step, scheduler": lambda made: made.update(scheduler="cosine"),
+    "optimizer_step, scheduler of another optimizer": lambda made: made.update(
+        scheduler=torch.optim.lr_scheduler.ConstantLR(_sgd(llama()))
+    ),
+    "optimizer_step, model": lambda made: made.update(model=llama()),
+    "optimizer_step, model and optimizer swapped": lambda made: made.update(model=made.optimizer, optimizer=made.model),
+    "optimizer_step, optimizer": lambda made: made.update(optimizer=_sgd(made.model)),
     "create_optimizer": lambda made: made.strategy.create_optimizer(llama(), lr=made.either(0.1, "fast")),
     "prepare": lambda made: made.strategy.prepare(made.either(llama(), "model")),
     "prepare, optimizer": lambda made: made.strategy.prepare((model := llama(), made.either(_sgd(model), "sgd"), None)),
@@ -85,6 +94,21 @@ def errors(what: str, fused: bool = False) -> tuple[str, bool]:
         except LightRFTError as error:
             said = f"{type(error).__name__}: {error}"
         return said, made.update(boundary=True)
+
+
+def mistake_before_the_update_is_due() -> tuple[str, bool, bool]:
+    """The error of an update of two micro-batches, the first with a wrong scheduler on one rank; what it left; the next."""
+    with Plain(device="cpu", bf16=False, train_batch_size=4, micro_train_batch_size=1, timeout=60.0) as strategy:
+        made = Made(strategy)
+        before = [parameter.detach().clone() for parameter in made.model.parameters()]
+        made.update(scheduler="cosine")
+        said = "no error"
+        try:
+            made.update()
+        except LightRFTError as error:
+            said = f"{type(error).__name__}: {error}"
+        unchanged = all(map(torch.equal, before, made.model.parameters()))
+        return said, unchanged, not made.update() and made.update()
 
 
 def forward_passes_in_consensus() -> list[bool]:

@@ -1,8 +1,12 @@
 """`lightrft doctor`, `strategies` and `engines`, in this environment and with packages that do not work."""
 
 import os
+import signal
+import subprocess
 import sys
+import time
 from importlib.metadata import distribution
+from pathlib import Path
 
 import pytest
 from command_line import lightrft, listed
@@ -148,3 +152,22 @@ def test_the_operator_cache_must_be_writable_and_free_of_locks_of_killed_builds(
 def test_a_process_that_ends_without_a_message_reports_its_exit_code():
     assert error_of([sys.executable, "-c", "raise SystemExit(7)"]) == "exit status 7"
     assert error_of([sys.executable, "-c", "print('fine')"]) == ""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_command_is_one_line_and_leaves_no_import_running(install, tmp_path, number, code):
+    started = tmp_path / "started"
+    source = f"import os, time; open({str(started)!r}, 'w').write(f'{{os.getpid()}}\\n'); time.sleep(100)\n"
+    install("slow-engine", points="[lightrft.engines]\nslow = slow_engine:Engine\n", source=source)
+    with subprocess.Popen(
+        [Path(sys.executable).with_name("lightrft"), "engines"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) as command:  # fmt: skip
+        deadline = time.monotonic() + 60
+        while not (started.exists() and started.read_text().endswith("\n")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        command.send_signal(number)
+        printed, errors = command.communicate(timeout=60)
+    assert (command.returncode, printed, errors) == (code, "", f"lightrft: interrupted by {number.name}\n")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)

@@ -7,10 +7,13 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+from denominator_cases import Plain
 from torch import nn
 
 from lightrft.config import ArgumentTypeError, ConfigError, StrategyError
 from lightrft.strategy import FakeStrategy, get_fake_strategy, get_strategy
+
+ONE = {"bf16": False, "train_batch_size": 1}
 
 
 def bare():
@@ -31,6 +34,26 @@ def test_one_of_several_processes_is_refused(monkeypatch, make):
         ConfigError, match=r"expected one process for strategy 'fake', got 2 .*Start .*without torchrun"
     ):
         make()
+
+
+@pytest.mark.parametrize("make", [FakeStrategy, Plain])
+@pytest.mark.parametrize(
+    ("variable", "launcher"),
+    [("OMPI_COMM_WORLD_SIZE", "mpirun"), ("PMI_SIZE", "mpirun"), ("SLURM_STEP_NUM_TASKS", "srun")],
+)
+def test_processes_of_a_launcher_that_gives_no_rank_do_not_train_by_themselves(monkeypatch, make, variable, launcher):
+    monkeypatch.setenv(variable, "2")
+    with pytest.raises(ConfigError, match=rf"get_strategy: expected .* 2 .*{launcher}.*{variable}"):
+        make(device="cpu")
+
+
+@pytest.mark.parametrize("make", [FakeStrategy, Plain])
+@pytest.mark.parametrize("told", [{"SLURM_NTASKS": "8"}, {"SLURM_STEP_NUM_TASKS": "1"}, {"PMI_SIZE": "many"}])
+def test_one_process_of_a_launcher_trains(monkeypatch, make, told):
+    for variable, value in told.items():
+        monkeypatch.setenv(variable, value)
+    with make(device="cpu") as strategy:
+        assert strategy.world_size == 1
 
 
 def test_torchrun_with_one_process_is_accepted(monkeypatch):
@@ -69,6 +92,32 @@ def test_a_model_that_was_not_prepared_is_named_once(caplog, tmp_path):
         "Linear is used without prepare, which this strategy accepts and the others refuse. Call "
         "prepare((model, optimizer, scheduler)), and use what it returns"
     ]
+
+
+def other_use(strategy, model, optimizer):
+    strategy.prepare((model, optimizer, None))
+
+
+@pytest.mark.parametrize("use", [updated, other_use, lambda strategy, model, _: strategy.prepare(nn.Sequential(model))])
+def test_a_model_of_another_open_strategy_is_refused_before_anything_changes(use):
+    with FakeStrategy(**ONE) as first, FakeStrategy(**ONE) as second:
+        model, optimizer = bare()
+        first.prepare((model, optimizer, None))
+        before = model.weight.clone()
+        with pytest.raises(StrategyError, match=r"shares 2 with Linear of another open strategy .*close the other"):
+            use(second, model, optimizer)
+        assert torch.equal(model.weight, before)
+        assert model.weight.requires_grad
+        assert updated(first, model, optimizer).applied
+
+
+def test_a_model_of_a_strategy_that_was_closed_is_accepted():
+    model, optimizer = bare()
+    with FakeStrategy(**ONE) as first:
+        first.prepare((model, optimizer, None))
+    with FakeStrategy(**ONE) as second:
+        second.prepare((model, optimizer, None))
+        assert updated(second, model, optimizer).applied
 
 
 def test_a_prepared_model_causes_no_warning(caplog, tmp_path):

@@ -15,6 +15,14 @@ def test_every_rank_is_told(two: Workers, what: str) -> None:
     assert message.startswith(what.partition(",")[0])
 
 
+def test_a_mistake_before_the_update_is_due_is_told_when_it_is(two: Workers) -> None:
+    (other, *after), (wrong, *also) = two.run(cases.mistake_before_the_update_is_due)
+    assert after == also == [True, True]
+    assert wrong.startswith("ArgumentTypeError: optimizer_step: expected a scheduler with step(), got str")
+    assert "The update was dropped, and nothing of" in wrong
+    assert f"ArgumentTypeError: optimizer_step failed on another rank; rank 1: {wrong}" == other
+
+
 def test_a_target_that_is_no_token_is_told_without_logits_too(two: Workers) -> None:
     other, wrong = two.run(cases.errors, what="token_log_probs, targets", fused=True)
     assert other[1] and wrong[1]

@@ -7,13 +7,14 @@ command that checks something found it invalid.
 import errno
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 from typing_extensions import override
 
 from lightrft_cli.adoption import hiding_package
+from lightrft_cli.interruption import interruptible
 
 INVALID_USAGE: Any = typer.BadParameter.__base__  # typer has its own copy of click, or depends on it
 
@@ -31,16 +32,36 @@ class CommandLine(TyperGroup):
 
     @override
     def main(self, *args: Any, **more: Any) -> Any:
+        program = str(more.get("prog_name") or Path(sys.argv[0]).name)
+        with interruptible() as interruptions:
+            code, details = 0, ""
+            try:
+                code = super().main(*args, **{**more, "standalone_mode": False}) or 0
+            except _Interrupted as interruption:
+                details = str(interruption)
+            except (typer.Abort, KeyboardInterrupt):  # while the command line was parsed
+                interruptions.note()
+            except Exception as error:
+                if not isinstance(error, INVALID_USAGE):
+                    raise
+                command = error.ctx.command_path if error.ctx else program
+                message = _with_input(error).removesuffix(".")
+                _fail(command, f"{message}{'' if message.endswith('?') else '.'} Run: {command} --help")
+            if interruptions.signal:
+                _print_line(program, "; ".join(filter(None, [interruptions.line, details])))
+                code = interruptions.exit_code
+        sys.exit(code)
+
+    @override
+    def invoke(self, ctx: Any) -> Any:
         try:
-            sys.exit(super().main(*args, **{**more, "standalone_mode": False}) or 0)
-        except typer.Abort:
-            sys.exit(130)
-        except Exception as error:
-            if not isinstance(error, INVALID_USAGE):
-                raise
-            command = error.ctx.command_path if error.ctx else str(more.get("prog_name") or Path(sys.argv[0]).name)
-            message = error.format_message().removesuffix(".")
-            _fail(command, f"{message}{'' if message.endswith('?') else '.'} Run: {command} --help")
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interruption:  # click would print an empty line
+            raise _Interrupted(*interruption.args) from interruption
+
+
+class _Interrupted(Exception):
+    """A command was interrupted; with what it has to say, such as where its results are."""
 
 
 class CommandGroup(CommandLine):
@@ -79,7 +100,19 @@ def _is_expected(error: Exception) -> bool:
     return isinstance(error, (CommandError, OSError, *ours))
 
 
-def _fail(command: str, message: str) -> None:
+def _with_input(error: Any) -> str:
+    """The message of an invalid command line, with the value that typer's newer versions leave out."""
+    message: str = error.format_message()
+    cause = error.__cause__ or error.__context__
+    inputs = [detail["input"] for detail in cause.errors()] if hasattr(cause, "errors") else []
+    return f"{message.removesuffix('.')}, got {inputs[0]!r}" if inputs and "got" not in message else message
+
+
+def _fail(command: str, message: str) -> NoReturn:
+    _print_line(command, message)
+    sys.exit(2)
+
+
+def _print_line(command: str, message: str) -> None:
     lines = [" ".join(line.split()) for line in message.splitlines()]
     typer.echo(f"{command}: {'; '.join(filter(None, lines))}", err=True)
-    sys.exit(2)

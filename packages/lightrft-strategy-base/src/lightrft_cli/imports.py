@@ -26,21 +26,36 @@ if find_spec(name):  # an engine or a backend of that name, which the entry poin
 
 def import_errors(points: Sequence[EntryPoint]) -> list[str]:
     """Return why each entry point cannot be imported; "" if it can."""
+    processes: list[subprocess.Popen[str]] = []
+    commands = [[sys.executable, "-c", _IMPORT, point.name, point.value, point.group] for point in points]
     with ThreadPoolExecutor(max_workers=2) as pool:
-        return list(pool.map(_import_error, points))
+        try:
+            return list(pool.map(lambda command: error_of(command, processes), commands))
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                process.kill()
+            raise
 
 
-def _import_error(point: EntryPoint) -> str:
-    return error_of([sys.executable, "-c", _IMPORT, point.name, point.value, point.group])
+def error_of(command: Sequence[str], started: list[subprocess.Popen[str]] | None = None) -> str:
+    """Run ``command``; return "" if it succeeds, else the last line that it wrote to stderr, or how it ended.
 
-
-def error_of(command: Sequence[str]) -> str:
-    """Run ``command``; return "" if it succeeds, else the last line that it wrote to stderr, or how it ended."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
-    except subprocess.TimeoutExpired:
-        return f"did not finish within {TIMEOUT} s"
-    if done.returncode < 0:
-        return f"killed by {signal.Signals(-done.returncode).name}"
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    return "" if not done.returncode else (lines or [f"exit status {done.returncode}"])[-1]
+    Args:
+        command: The program and its arguments.
+        started: Gets the process, for a caller in another thread that may have to end it.
+    """
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        if started is not None:
+            started.append(process)
+        try:
+            errors = process.communicate(timeout=TIMEOUT)[1]
+        except BaseException as error:  # also Ctrl-C, if there is no other thread
+            process.kill()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            return f"did not finish within {TIMEOUT} s"
+    if process.returncode < 0:
+        return f"killed by {signal.Signals(-process.returncode).name}"
+    lines = [line for line in errors.splitlines() if line.strip()]
+    return "" if not process.returncode else (lines or [f"exit status {process.returncode}"])[-1]

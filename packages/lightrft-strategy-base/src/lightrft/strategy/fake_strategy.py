@@ -4,15 +4,12 @@ Not a mock: it trains, clips, accumulates, skips and generates. The other strate
 scripts without a cluster.
 """
 
-import os
-
-import torch.distributed as dist
 from typing_extensions import override
 
 from lightrft.config import ArgumentTypeError, ConfigError, StrategyConfig
 from lightrft.strategy.backend.contract import Backend
 from lightrft.strategy.backend.replicated import ReplicatedBackend
-from lightrft.strategy.distributed.world import World
+from lightrft.strategy.distributed.world import World, launch
 from lightrft.strategy.strategy_base import StrategyBase
 
 
@@ -25,12 +22,13 @@ class FakeBackend(ReplicatedBackend):
     @classmethod
     @override
     def join(cls, config: StrategyConfig) -> World:
-        ranks = _launched_ranks()
-        if ranks != 1:
+        processes, launcher, variable = launch()
+        if processes != 1:
+            told = f"{launcher}, {variable}" if variable else launcher
             raise ConfigError(
-                f"get_strategy: expected one process for strategy 'fake', got {ranks} (torchrun, or a process group of the "
-                f"caller). Each would train by itself and overwrite the others' checkpoints. Start one process, without "
-                f"torchrun, or use another strategy"
+                f"get_strategy: expected one process for strategy 'fake', got {processes} ({told}). Each would train by "
+                f"itself and overwrite the others' checkpoints. Start one process, without {launcher}, or use another "
+                f"strategy"
             )
         return World.alone(config)
 
@@ -86,11 +84,3 @@ def get_fake_strategy(args: object = None, *, strict: bool = False, **settings: 
         **settings: Individual settings that override those of ``args``.
     """
     return FakeStrategy(args, strict=strict, **settings)
-
-
-def _launched_ranks() -> int:
-    """Return the number of processes in which this script runs: the caller's process group, else torchrun's."""
-    if dist.is_initialized():
-        return dist.get_world_size()
-    text = os.environ.get("WORLD_SIZE", "1") if "RANK" in os.environ else "1"
-    return int(text) if text.isdecimal() else 1

@@ -9,7 +9,7 @@ from lightrft.strategy.registry import STRATEGIES, load
 from lightrft.strategy.strategy_base import StrategyBase
 
 HEAD_START = 10.0
-"""Seconds that the other processes of a host leave to its first one, to print an error that all of them have."""
+"""Seconds that the other processes of a host wait while the first one reports an error that all of them have."""
 
 
 def get_strategy(args: object = None) -> StrategyBase:
@@ -32,16 +32,16 @@ def get_strategy(args: object = None) -> StrategyBase:
         config = StrategyConfig() if args is None else StrategyConfig.from_args(args)
         strategy = strategy_class(strategy_name(config))(config)
     except ConfigError as error:
-        _let_the_first_process_speak()
+        _wait_for_first_process()
         raise error.with_traceback(None) from None
     supported_settings.warn_of_trainer_settings(strategy.config)
     return strategy
 
 
-def _let_the_first_process_speak() -> None:
+def _wait_for_first_process() -> None:
     """Wait, in the other processes of a host, until torchrun ends them because the first one has failed.
 
-    If it does not, because the first process caught the error or had none, they raise it themselves.
+    If torchrun does not, because the first process caught the error or had none, they raise it themselves.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(HEAD_START)

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Sampler
 from lightrft.config import (
     ArgumentTypeError,
     ConfigError,
+    LightRFTError,
     StrategyConfig,
     StrategyError,
 )
@@ -100,7 +101,7 @@ Key = TypeVar("Key")
 UNKNOWN_NUMBER_OF_UPDATES = int(1e8)
 """Number of updates over which a schedule decays if the caller does not give one."""
 _OF_ONE_RANK = frozenset({"extra_args", "local_rank", "log_dir", "log_name", "log_project"})
-"""Settings that may differ between ranks. Rank 0 alone reads those of trackers, which scripts make of the time."""
+"""Settings that may differ between ranks. Only rank 0 uses those of trackers, which often contain the time."""
 _OPEN: "weakref.WeakSet[StrategyBase]" = weakref.WeakSet()
 """The strategies that are not closed."""
 
@@ -110,12 +111,12 @@ def open_strategies() -> "list[StrategyBase]":
     return list(_OPEN)
 
 
-os.register_at_fork(after_in_child=_OPEN.clear)  # the strategies are the parent's; a child must not end their groups
+os.register_at_fork(after_in_child=_OPEN.clear)  # they belong to the parent: a child must not destroy their groups
 
 
 @atexit.register
 def _end_process_groups_of_open_strategies() -> None:
-    """Run as the interpreter ends, for scripts that do not close a strategy. Leaves the engine, which ends by itself."""
+    """Called at interpreter exit, for scripts that do not close a strategy. Leaves the engine, which ends by itself."""
     for strategy in open_strategies():
         strategy._tracking.close()
         strategy._end_process_groups()
@@ -251,7 +252,7 @@ class StrategyBase(LightRFTMembers):
             return
         self._open = False
         _OPEN.discard(self)
-        with ExitStack() as freeing:  # from the last to the first; an error or an interruption in one skips no other
+        with ExitStack() as freeing:  # in reverse order; an error or an interruption in one does not skip the others
             freeing.callback(lambda: log.set_rank(current_rank()))  # the rank of another strategy in this process
             if self._watch is not None:
                 freeing.callback(self._watch.close)
@@ -356,12 +357,13 @@ class StrategyBase(LightRFTMembers):
 
     @final
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Write metrics, and the layer's own since the last call, to the trackers of the run. Any rank may call this.
+        """Write metrics, and those that the strategy collected, to the trackers of the run. Any rank may call this.
 
         Rank 0 writes its own values and waits for no other rank: reduce them with `all_reduce` first. It appends to
-        ``metrics.jsonl`` in ``log_dir``, and passes them to ``trackers`` in the background. The layer's own are, among
-        others, "model/loss", "model/grad_norm", "seconds/backward" and "rollout/staleness"; docs/trackers.md lists
-        them. A metric of yours replaces one of the same name. A tracker that fails is reported once; training continues.
+        ``metrics.jsonl`` in ``log_dir``, and passes them to ``trackers`` in the background. The strategy's own metrics
+        are, among others, "model/loss", "model/grad_norm", "seconds/backward" and "rollout/staleness"; docs/trackers.md
+        lists them. A metric of yours replaces one of the same name. A tracker that fails is reported once; training
+        continues.
 
         Args:
             metrics: By name: numbers, tensors of one number, or nested dicts of these, whose names are joined with "/".
@@ -682,13 +684,14 @@ class StrategyBase(LightRFTMembers):
                 number, or with ``whole_updates`` as many as fill the last update.
             sampler: The caller's own sampler; checkpoints do not store its position.
             consumed_samples: Number of samples of the epoch to skip, over all ranks.
-            whole_updates: Make each epoch a multiple of ``train_batch_size`` samples. An epoch that begins at a position
-                within an update has a multiple of them from there on. ``batch_size`` must be ``micro_train_batch_size``, or
-                divide a rank's share of an update; the script then passes ``boundary`` to each `optimizer_step`, which
-                otherwise counts batches of any size as micro-batches. Default: yes, with ``drop_last``, for a loader that
-                looks like one for training: it shuffles, its ``batch_size`` is ``micro_train_batch_size``, and the dataset
-                has at least ``train_batch_size`` samples. A warning says how many samples of each epoch such a loader
-                drops, or that its updates depend on the number of ranks, if it has too few samples or no ``drop_last``.
+            whole_updates: Make each epoch a multiple of ``train_batch_size`` samples. If an epoch resumes within an
+                update, its remaining samples are cut or filled to a multiple. ``batch_size`` must be
+                ``micro_train_batch_size``, or divide a rank's share of an update; the script then passes ``boundary``
+                to each `optimizer_step`, which otherwise counts batches of any size as micro-batches. Default: yes,
+                with ``drop_last``, for a loader that looks like one for training: it shuffles, its ``batch_size`` is
+                ``micro_train_batch_size``, and the dataset has at least ``train_batch_size`` samples. A warning says
+                how many samples of each epoch such a loader drops, or that its updates depend on the number of ranks,
+                if it has too few samples or no ``drop_last``.
 
         Returns:
             A `ResumableLoader`; a plain ``DataLoader`` if ``sampler`` is given.
@@ -849,20 +852,22 @@ class StrategyBase(LightRFTMembers):
             model: The model in training.
             scheduler: Its schedule, which steps with each applied update, and only if it is passed.
             name: Name of the model in error messages.
-            boundary: Whether to update now, for a varying number of micro-batches; the same on all ranks. None counts
-                to K.
+            boundary: Whether to update now, for a varying number of micro-batches; the same on all ranks. None: at the
+                K-th call.
 
         Returns:
             Whether the update was applied or skipped, the gradient norm before clipping, and the sum of the denominators.
 
         Raises:
             ArgumentError: On every rank, if a denominator was negative or not finite on any; the update was dropped.
+            LightRFTError: The optimizer, the model or the schedule is another's. With several ranks, every rank raises it
+                when the update is due, which is dropped.
             StrategyError: `backward` was not called; the ranks pass different values of ``boundary``; or, on every
                 rank, losses of the update came with and without a denominator on any, or ``max_skipped_updates``
                 consecutive updates were not finite.
         """
         with self._running("optimizer_step" if name == "model" else f"optimizer_step of {name}"):
-            trained = self._trained(model, optimizer, "optimizer_step")
+            trained = self._trained_or_pending(model, optimizer)
             if trained.optimizer_offloaded:
                 self._load_optimizer(trained, None)
             rate = trained.optimizer.param_groups[0]["lr"] + 0.0  # a copy: a schedule may change a tensor in place
@@ -872,6 +877,17 @@ class StrategyBase(LightRFTMembers):
             if self._stop.is_watching and not self._models.has_pending_gradient:
                 self._stop.agree()
             return result
+
+    def _trained_or_pending(self, model: nn.Module, optimizer: Optimizer) -> TrainedModel:
+        """Return the model in training; if an argument is wrong, the only one with a gradient, whose update then raises."""
+        try:
+            return self._trained(model, optimizer, "optimizer_step")
+        except LightRFTError as error:
+            pending = [trained for trained in self._models.in_training if trained.backwards]
+            if len(pending) != 1:
+                raise
+            update.hold_until_due(error, pending[0], self.backend.world)
+            return pending[0]
 
     def _trained(self, model: nn.Module, optimizer: Optimizer, call: str) -> TrainedModel:
         if not self._models.is_trained(model, optimizer):

@@ -78,7 +78,7 @@ class Preparing(Protocol):
         """Return the optimizer of `StrategyBase.create_optimizer`."""
 
     def check_optimizer(self, optimizer: Optimizer) -> None:
-        """Raise if this backend would not step the caller's ``optimizer`` as it steps on whole tensors.
+        """Raise if the caller's ``optimizer`` would compute other updates on this backend than on full tensors.
 
         Called before `wrap`. An error on one rank is raised on all. See `lightrft.strategy.backend.optimizer_probe`.
         """

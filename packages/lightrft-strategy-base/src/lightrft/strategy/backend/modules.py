@@ -36,7 +36,7 @@ def set_attributes(parameter: torch.Tensor, attributes: Mapping[str, Any]) -> No
 
 
 def check_gradient_hooks(module: nn.Module, backend: str) -> None:
-    """Raise `UnsupportedOperationError` for hooks that ``backend``, which shards gradients, would call with a part of one."""
+    """Raise `UnsupportedOperationError` for hooks that ``backend``, which shards gradients, would call with a shard."""
     hooked = [name for name, p in module.named_parameters() if p._post_accumulate_grad_hooks]
     if hooked:
         raise UnsupportedOperationError(

@@ -1,7 +1,7 @@
-"""Whether a backend can step an optimizer on parts of parameters: found by running a copy of it on small tensors.
+"""Tests whether a backend can step an optimizer on parts of parameters, by running a copy of it on small tensors.
 
-An optimizer that treats each element alone updates a part of a matrix as it updates the whole matrix. One that factors
-second moments (Adafactor), orthogonalizes (Muon) or scales by a norm (LARS) does not, and says nothing.
+An optimizer that treats each element independently updates a part of a matrix as it updates the whole matrix. One that
+factors second moments (Adafactor), orthogonalizes (Muon) or scales by a norm (LARS) does not, and raises no error.
 """
 
 import copy
@@ -18,28 +18,29 @@ from lightrft.strategy.backend.types import parameters_of
 from lightrft.strategy.tensors import elements, local_part
 
 Deal = Callable[[list[torch.Tensor]], list[list[torch.Tensor]]]
-"""Deals the whole tensors of one parameter group to one or several optimizers; returns the parts that each gets."""
+"""Distributes the full tensors of a parameter group over one or several optimizers; returns the parts of each."""
 
 STEPS = 4
 EDGE = 256
 RATE = 1e-2
 TOLERANCE = 1e-3
-"""Largest difference between the update of the parts and that of the whole, relative to the largest update."""
+"""Largest difference between the updates of the parts and of the full tensors, relative to the largest update."""
 
 _NOT_COPIED = ("state", "param_groups", "step", "zero_grad", "add_param_group")
-"""Attributes of an optimizer that a replica gets new; schedulers replace ``step`` on the object."""
+"""Attributes that are not copied to a replica; schedulers replace ``step`` on the object."""
 
 
 def check_on_parts(
     optimizer: Optimizer, deal: Deal, ndim_of: Callable[[torch.Tensor], int], *, device: torch.device, refusal: str
 ) -> None:
-    """Raise `StrategyError` unless ``optimizer`` updates parts of parameters as it updates whole ones.
+    """Raise `StrategyError` unless ``optimizer`` updates parts of parameters as it updates full parameters.
 
     Every kind of parameter group is tried for several steps, with a learning rate above 0 (a schedule may begin at 0).
 
     Args:
         optimizer: The caller's optimizer; it does not change.
-        deal: How the backend deals parameters to optimizers; linear, since it deals gradients and results too.
+        deal: How the backend distributes parameters over optimizers; must be linear, since gradients and results are
+            distributed in the same way.
         ndim_of: Returns the number of dimensions of a whole parameter.
         device: The device to compute on.
         refusal: For the message: what the optimizer gets, and the remedy.
@@ -86,7 +87,7 @@ def replica(optimizer: Optimizer, group: dict[str, Any], parameters: list[torch.
 def _kinds(
     optimizer: Optimizer, ndim_of: Callable[[torch.Tensor], int]
 ) -> Iterator[tuple[dict[str, Any], tuple[int, ...]]]:
-    """Yield one group of each kind: the groups of a kind differ in nothing but parameters and learning rate."""
+    """Yield one group of each kind: groups of the same kind differ only in their parameters and learning rates."""
     seen = set()
     for group in optimizer.param_groups:
         ndims = tuple(sorted({ndim_of(parameter) for parameter in group["params"]}))
@@ -107,7 +108,7 @@ def _shapes(ndims: Sequence[int]) -> list[tuple[int, ...]]:
 def _difference(
     optimizer: Optimizer, group: dict[str, Any], shapes: Sequence[tuple[int, ...]], deal: Deal, device: torch.device
 ) -> float:
-    """Return how far the parts end from where the whole ends, relative to the largest update."""
+    """Return the largest difference between the results on parts and on full tensors, over the largest update."""
     stream = torch.Generator().manual_seed(0)
     start = [_uneven(shape, stream).to(device) for shape in shapes]
     gradients = [[_uneven(shape, stream).to(device) for shape in shapes] for _ in range(STEPS)]
@@ -141,7 +142,7 @@ def _stepped(
     optimizer: Optimizer, group: dict[str, Any], start: Sequence[torch.Tensor],
     gradients: Sequence[Sequence[torch.Tensor]],
 ) -> list[torch.Tensor]:  # fmt: skip
-    """Return where a replica takes ``start`` with ``gradients``."""
+    """Return the values that a replica reaches from ``start`` with ``gradients``."""
     parameters: list[torch.Tensor] = [nn.Parameter(tensor.clone()) for tensor in start]
     stepping = replica(optimizer, {**group, **_rate(group.get("lr"))}, parameters)
     for step in gradients:
@@ -152,7 +153,7 @@ def _stepped(
 
 
 def _rate(rate: object) -> dict[str, Any]:
-    """Return a learning rate at which updates can be told from rounding; none for an optimizer that finds its own."""
+    """Return a learning rate whose updates exceed rounding errors; empty for an optimizer that chooses its own."""
     if isinstance(rate, torch.Tensor):
         return {"lr": rate.detach().clone().clamp(min=RATE)}
     return {"lr": max(rate, RATE)} if isinstance(rate, (int, float)) else {}

@@ -15,6 +15,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lightrft.config import LightRFTError
+
 
 @dataclass(frozen=True, kw_only=True)
 class WrapOptions:
@@ -129,7 +131,7 @@ class TrainedModel:
         self.backwards = 0
         """Calls of `backward` since the last update."""
         self.denominators: list[float | torch.Tensor | None] = []
-        """What each of them was called with; see `lightrft.strategy.step.denominators`."""
+        """The ``denominator`` of each of them; see `lightrft.strategy.step.denominators`."""
         self.losses: list[torch.Tensor] = []
         """The loss of each of them: 0-d, fp64, on its device."""
         self.updates = 0
@@ -138,8 +140,10 @@ class TrainedModel:
         """Updates skipped."""
         self.skipped_in_a_row = 0
         self.averages: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-        """By moving average, the number of updates that it includes. Without an entry: those before training went on."""
+        """Updates that each moving average includes. Without an entry: those before this run started or resumed."""
         self._resumed_updates = 0
+        self.mistake: LightRFTError | None = None
+        """An error of this rank alone in the update in progress, which `optimizer_step` raises on all ranks."""
         self.updating = False
         """Whether an update is being made: only then may the optimizer step."""
         self.gradients_seen: list[tuple[torch.Tensor | None, int]] = [(None, 0)] * len(

@@ -177,7 +177,7 @@ def _by_name(argument: str, value: object, names: list[str] | None) -> dict[str,
 # Loaders
 
 Position = dict[str, Any]
-"""JSON values: the position of a loader, and what its samples depend on."""
+"""The position of a loader, and what its samples depend on, as JSON values."""
 
 
 class LoaderPositions:

@@ -192,7 +192,7 @@ class CheckpointLoading:
 
     @property
     def _rank_entries(self) -> str:
-        """The entries of the rank whose place this one takes: r modulo the number of ranks that saved."""
+        """The entries of the saved rank that this rank restores: r modulo the number of ranks that saved."""
         return f"{RANKS}/{self._backend.world.rank % self._checkpoint.manifest.ranks}/"
 
     def _optimizer(self, plan: LoadPlan, trained: TrainedModel, numbers: Numbers) -> list[Shard]:

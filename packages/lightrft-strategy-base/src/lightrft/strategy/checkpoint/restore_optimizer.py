@@ -150,7 +150,7 @@ def allocate(
         else:
             made[state] = torch.zeros(stored[first], dtype=dtype, device=allocation.key.device)
             yield Shard(name=first, shape=stored[first], offset=0, values=made[state].view(-1))
-    if made:  # a checkpoint has no entry for None, which the optimizer may read all the same
+    if made:  # a checkpoint has no entry for None, but the optimizer may read it
         absent = {state: None for state, value in allocation.made.items() if value is None and state not in made}
         optimizer.state[allocation.key] = made | absent
     else:

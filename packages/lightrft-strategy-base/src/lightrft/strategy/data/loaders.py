@@ -4,9 +4,10 @@ The order of an epoch depends only on the seed and the epoch. The samples after 
 are distributed round-robin: rank r takes every world-size-th sample from the r-th on. So a run can continue with another
 number of ranks, with the same remaining samples in the same order.
 
-Each update takes the next ``train_batch_size`` samples of this order. Where an epoch is a multiple of them, no micro-batch is
-left at its end, and the updates do not depend on the number of ranks; see `multiple_of_epoch`. From a position within an update,
-what is left of the epoch is counted anew, so it is a multiple of them too.
+Each update takes the next ``train_batch_size`` samples of this order. If an epoch is a multiple of
+``train_batch_size``, no micro-batch is left over at its end, and the updates do not depend on the number of ranks; see
+`epoch_multiple`. An epoch that resumes within an update starts a new update there, so the rest of the epoch is a
+multiple of ``train_batch_size`` too.
 
 torchdata's StatefulDataLoader restores the state of each worker of each rank, and so cannot change the number of ranks; here
 the position is one number.
@@ -28,8 +29,8 @@ from lightrft.strategy.telemetry.log import logger
 class ElasticSampler(Sampler[int]):
     """One rank's share of an epoch, from ``consumed_samples`` on.
 
-    With ``drop_last`` the remaining samples are cut to a multiple of ``multiple``; without, the first samples of the epoch are
-    repeated to fill them up to one.
+    With ``drop_last``, the remaining samples are cut to a multiple of ``multiple``; without it, the first samples of
+    the epoch are repeated to reach one.
     """
 
     def __init__(
@@ -44,17 +45,18 @@ class ElasticSampler(Sampler[int]):
         consumed_samples: int = 0,
         multiple: int | None = None,
     ) -> None:
-        """Make the share of ``rank``.
+        """Create the share of ``rank``.
 
         Args:
-            length: Samples of an epoch.
+            length: Number of samples in an epoch.
             rank: This rank.
             ranks: Number of ranks.
-            shuffle: Whether each epoch has an order of its own.
-            seed: Of the orders.
+            shuffle: Whether each epoch is shuffled differently.
+            seed: Seed of the order.
             drop_last: Whether to drop samples at the end, instead of repeating some.
             consumed_samples: Samples of the first epoch to skip.
-            multiple: Of how many samples an epoch consists, over all ranks; a multiple of ``ranks``. Default: ``ranks``.
+            multiple: The number of samples in an epoch, over all ranks, is a multiple of this, which is a multiple of
+                ``ranks``. Default: ``ranks``.
         """
         self.length, self.rank, self.ranks = length, rank, ranks
         self.multiple = multiple or ranks
@@ -138,9 +140,9 @@ class ResumableLoader(DataLoader[Any]):
         self._yielded = 0
 
     def order(self) -> dict[str, Any]:
-        """Return what the batches at a position depend on, but for whole updates: JSON values, equal on all ranks.
+        """Return what the batches at a position depend on, except ``whole_updates``: JSON values, equal on all ranks.
 
-        ``train_batch_size`` may change with the position: from there on, updates are counted anew.
+        A resumed run may have another ``train_batch_size``: it starts a new update at the saved position.
         """
         sampler = self._sampler
         return {
@@ -175,7 +177,7 @@ class ResumableLoader(DataLoader[Any]):
         self.set_epoch(self.epoch + 1, 0)
 
 
-def multiple_of_epoch(
+def epoch_multiple(
     samples: int,
     *,
     batch_size: int,
@@ -186,12 +188,12 @@ def multiple_of_epoch(
     micro: int,
     ranks: int,
 ) -> int:
-    """Return of how many samples an epoch of a loader must consist: ``total``, or ``ranks``.
+    """Return the number that the samples of an epoch must be a multiple of: ``total``, or ``ranks``.
 
     Args:
         samples: Size of the dataset.
         batch_size: Samples per batch on one rank.
-        shuffle: Whether each epoch has an order of its own.
+        shuffle: Whether each epoch is shuffled differently.
         drop_last: Whether samples at the end are dropped, instead of repeating some.
         whole_updates: What the caller asked for. None: yes if the loader shuffles, has micro-batches, drops samples at the end,
             and has enough of them for an update.
@@ -280,7 +282,7 @@ def make_loader(
                 f"{total // ranks} samples"
             )
         return DataLoader(dataset, sampler=sampler, **settings)
-    multiple = multiple_of_epoch(
+    multiple = epoch_multiple(
         len(dataset), batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, whole_updates=whole_updates,
         total=total, micro=micro, ranks=ranks,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """Micro-batches by token budget: which of a rank's sequences go through the model together.
 
 A plan depends only on its arguments. It takes two steps, between which the ranks agree on the number of micro-batches:
-`Planner.fewest` is the number that one rank needs, and `Planner.plan` divides its sequences into the number that all make.
+`Planner.fewest` is the number that one rank needs, and `Planner.plan` divides its sequences into the agreed number.
 
 - Padded, a micro-batch costs count x longest. Taking the longest first, as many as fit, needs the fewest micro-batches
   possible and puts similar lengths together, which saves padding.

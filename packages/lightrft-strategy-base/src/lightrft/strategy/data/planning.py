@@ -29,15 +29,15 @@ def plan_micro_batches(
     """Implement `StrategyBase.plan_micro_batches`."""
     planners: list[Planner] = []
     with consensus.together(
-        CALL, tell=lambda: [planners[0].fewest, int(max_tokens), bool(padded)] if planners else None
-    ) as told:
+        CALL, report=lambda: [planners[0].fewest, int(max_tokens), bool(padded)] if planners else None
+    ) as reports:
         expected = {"max_tokens": (max_tokens, COUNT), "padded": (padded, FLAG), "lengths": (lengths, _LENGTHS)}
         for name, (value, allowed) in expected.items():
             if not allowed.matches(value):
                 raise refusal(CALL, name, value, allowed)
         checked = _checked_lengths(lengths, int(max_tokens))
         planners.append(Planner(checked, int(max_tokens), padded=bool(padded)))
-    fewest, *shared = zip(*told, strict=True)
+    fewest, *shared = zip(*reports, strict=True)
     for name, values in zip(("max_tokens", "padded"), shared, strict=True):
         if len(set(values)) > 1:
             given = "; ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))

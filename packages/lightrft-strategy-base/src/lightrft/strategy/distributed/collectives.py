@@ -82,7 +82,7 @@ class Collectives:
         leaves: list[Leaf] = []
         message: dict[str, Any] = {}
         schema: list[list[object]] = []
-        with self._consensus.together(call, tell=lambda: message) as messages:
+        with self._consensus.together(call, report=lambda: message) as messages:
             try:
                 leaves += flatten(data)
                 for leaf in leaves:
@@ -102,7 +102,7 @@ class Collectives:
                     and _frame_bytes(tensors) <= SMALL
                 ):
                     message["frame"] = base64.b64encode(_frame(tensors).numpy().tobytes()).decode()
-        if any(told["schema"] != message["schema"] for told in messages if self._world.size > 1):
+        if any(other["schema"] != message["schema"] for other in messages if self._world.size > 1):
             require_equal(call, self._consensus.exchange(call, schema))
         return leaves, messages
 

@@ -80,7 +80,7 @@ class Operations:
 
 
 def _enter_modes(modes: ExitStack) -> None:
-    """Enter what a public call needs where a caller's mode would give it tensors that cannot train, or without values."""
+    """Leave modes of the caller in which a public call would create tensors that cannot train or have no values."""
     if torch.is_inference_mode_enabled():
         modes.enter_context(torch.inference_mode(False))
         modes.enter_context(torch.no_grad())

@@ -2,7 +2,7 @@
 
 Ranks exchange short messages over gloo. `RankConsensus.together` is the one primitive for steps that may fail on some
 ranks: the rank where the step failed keeps its error, and every other rank raises an error that names that rank, the
-class of the error and its message. No rank is left waiting for another that has given up.
+class of the error and its message. No rank waits for one that has already failed.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ _ERRORS = {
 
 
 class RankConsensus:
-    """The agreements of one `World`. Every rank makes the same calls in the same order."""
+    """Agreement between the ranks of one `World`. Every rank makes the same calls in the same order."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -32,7 +32,7 @@ class RankConsensus:
         """Why this rank is no longer in step with the others."""
 
     @contextmanager
-    def together(self, call: str, doing: str = "", *, tell: Callable[[], Any] = lambda: None) -> Iterator[list[Any]]:
+    def together(self, call: str, doing: str = "", *, report: Callable[[], Any] = lambda: None) -> Iterator[list[Any]]:
         """Run the body on every rank; if it raises on some ranks, raise on all.
 
         The body must not wait for another rank.
@@ -40,7 +40,7 @@ class RankConsensus:
         Args:
             call: The public method, for messages.
             doing: The step of the call, if it has several.
-            tell: Called after the body, even if it raised; returns a JSON value to send to the other ranks.
+            report: Called after the body, even if it raised; returns a JSON value to send to the other ranks.
 
         Yields:
             A list that is filled after the body with the values of all ranks, in rank order.
@@ -51,17 +51,17 @@ class RankConsensus:
                 libraries. Names the rank, the class and the message.
         """
         error: Exception | None = None
-        told: list[Any] = []
+        reports: list[Any] = []
         try:
-            yield told
-        except Exception as raised:  # noqa: BLE001 - told to the other ranks, then raised again
+            yield reports
+        except Exception as raised:  # noqa: BLE001 - sent to the other ranks, then raised again
             error = raised
         except (KeyboardInterrupt, SystemExit) as interruption:  # not exchanged: the other ranks are still busy
             self._out_of_step = f"{call} was interrupted by {type(interruption).__name__}"
             raise
         failure = None if error is None else [type(error).__name__, str(error)]
-        messages = self.exchange(f"{call}: {doing}" if doing else call, [failure, tell()])
-        told += [value for _, value in messages]
+        messages = self.exchange(f"{call}: {doing}" if doing else call, [failure, report()])
+        reports += [value for _, value in messages]
         if isinstance(error, LightRFTError) and not str(error).startswith(call.split()[0]):
             error.args = (f"{call}: {error}",)
         if error is not None:
@@ -74,9 +74,9 @@ class RankConsensus:
     def everywhere(self, call: str, doing: str, step: Callable[[], Any]) -> list[Any]:
         """Run ``step`` on every rank, together; return its results, JSON values, in rank order."""
         results: list[Any] = []
-        with self.together(call, doing, tell=lambda: results[0] if results else None) as told:
+        with self.together(call, doing, report=lambda: results[0] if results else None) as reports:
             results.append(step())
-        return told
+        return reports
 
     def on_rank_0(self, call: str, doing: str, step: Callable[[], Any]) -> Any:
         """Run ``step`` on rank 0 alone, together; return its result, a JSON value, on every rank."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -51,7 +51,8 @@ class World:
         All ranks must call this.
 
         Raises:
-            ConfigError: The settings ask for a CUDA device that torch does not find.
+            ConfigError: The settings ask for a CUDA device that torch does not find, or a launcher started several processes
+                without telling each its rank.
         """
         device, timeout = _use_device(config), timedelta(seconds=config.timeout)
         earlier_groups, owns = frozenset(_groups()), not dist.is_initialized()
@@ -106,8 +107,8 @@ class World:
             dist.destroy_process_group()
         for group in self._new_groups():
             dist.destroy_process_group(group)
-        # torch joins a group's threads when the last reference goes. A gloo thread that still holds a tensor as the
-        # interpreter ends aborts the process: "terminate called without an active exception".
+        # torch joins a group's threads when its last reference is dropped. A gloo thread that still holds a tensor when
+        # the interpreter exits aborts the process: "terminate called without an active exception".
         self.control, self._earlier_groups = None, frozenset()
 
     def _new_groups(self) -> set[dist.ProcessGroup]:
@@ -181,11 +182,53 @@ def _init_process_group(device: torch.device, timeout: timedelta) -> None:
     importlib.import_module("torch.distributed.nn.functional")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     device_id = device if device.type == "cuda" else None
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if _is_ranked():
         store, rank, size = _rendezvous(timeout)
     else:
+        _check_alone()
         store, rank, size = HashStore(), 0, 1
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout, device_id=device_id)
+
+
+_SIZES = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun", "SLURM_STEP_NUM_TASKS": "srun"}
+"""Variables in which a launcher that does not set RANK and WORLD_SIZE gives the number of processes, and its command."""
+
+
+class Launch(NamedTuple):
+    """How this script was started."""
+
+    processes: int
+    launcher: str
+    variable: str = ""
+    """The environment variable that gives the number of processes."""
+
+
+def launch() -> Launch:
+    """Return the processes as which this script was started: those of the caller's process group, else of a launcher."""
+    if dist.is_initialized():
+        return Launch(dist.get_world_size(), "a process group of the caller")
+    sizes = {"WORLD_SIZE": "torchrun"} if _is_ranked() else _SIZES
+    for variable, launcher in sizes.items():
+        text = os.environ.get(variable, "1")
+        if text.isdecimal() and text != "1":
+            return Launch(int(text), launcher, variable)
+    return Launch(1, "no launcher")
+
+
+def _is_ranked() -> bool:
+    """Return whether a launcher such as torchrun gave this process its rank."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def _check_alone() -> None:
+    """Raise `ConfigError` if a launcher started several processes and told none of them its rank."""
+    processes, launcher, variable = launch()
+    if processes > 1:
+        raise ConfigError(
+            f"get_strategy: expected RANK and WORLD_SIZE in each of the {processes} processes of {launcher} ({variable}), "
+            f"got none. Each would train by itself and overwrite the others' checkpoints. Set RANK, WORLD_SIZE, "
+            f"LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or use torchrun; for independent runs, unset {variable}"
+        )
 
 
 _stores: dict[tuple[str | None, str | None], tuple[Store, int, int]] = {}
@@ -197,7 +240,7 @@ def _rendezvous(timeout: timedelta) -> tuple[Store, int, int]:
     """Return the store of torch's rendezvous, with a new prefix for its keys, the rank, and the world size.
 
     A process group leaves its addresses in the store. With the same keys, a second group would find the addresses of
-    the first, which are closed. All ranks count their process groups alike.
+    the first, which are closed. All ranks number their process groups in the same way.
     """
     address = (os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT"))
     if address not in _stores:

@@ -46,7 +46,7 @@ def adapter_form(module: nn.Module, meta_model: nn.Module, adapter: str) -> Name
         adapter: The adapter's name.
 
     Raises:
-        UnsupportedOperationError: PEFT saves something else than the adapter's tensors.
+        UnsupportedOperationError: PEFT saves something other than the adapter's tensors.
     """
     names, tensors = _adapter_names(meta_model, adapter), dict(state_dict_adapter.all_tensors(module))
     return NamedForm(tensors={name: tensors[name] for name in names}, names=names)
@@ -65,7 +65,7 @@ def _adapter_names(meta_model: Any, adapter: str) -> dict[str, str]:
     for_training, config.inference_mode = (
         config.inference_mode,
         True,
-    )  # else PEFT computes the prompt, which has no name
+    )  # otherwise PEFT computes the prompt, which has no name
     try:
         adapter_state = get_peft_model_state_dict(
             meta_model, state_dict=state, adapter_name=adapter, save_embedding_layers=embeddings

@@ -160,8 +160,8 @@ def around_forward(
 ) -> Callable[[], None]:
     """Enter ``context()`` around every forward pass of ``module``, its hooks included, and check each ``zero_grad``.
 
-    Replaces the class of this instance by a subclass of the same name, as FSDP2 does, because torch offers nothing beside
-    the model that does the same:
+    Replaces the class of this instance by a subclass of the same name, as FSDP2 does, because torch has no hook that
+    does the same:
 
     - Forward hooks, with ``always_call=True`` too, are not called on a `KeyboardInterrupt`, which would leave autocast on, and
       cannot name the call in the error of another hook, such as one that gathers parameters.
@@ -201,7 +201,7 @@ def around_forward(
 def refuse_save_pretrained(module: nn.Module, class_name: str) -> None:
     """Make ``save_pretrained`` of ``module`` and its submodules raise: they are sharded, and it would write the shards.
 
-    Also after the strategy is closed, since the parameters stay in parts.
+    This also holds after the strategy is closed, since the parameters stay sharded.
 
     Args:
         module: A prepared model.
@@ -220,7 +220,7 @@ def refuse_rank_allocation(module: nn.Module, class_name: str) -> Callable[[], N
 
 
 def _refuse_method(module: nn.Module, name: str, refuse: Callable[..., None]) -> Callable[[], None]:
-    """Put ``refuse`` in place of the method ``name`` in each part of ``module`` that has it. Return what undoes this."""
+    """Replace the method ``name`` by ``refuse`` in each part of ``module`` that has it. Return what undoes this."""
     parts = [part for part in module.modules() if hasattr(type(part), name)]
     for part in parts:
         vars(part)[name] = refuse

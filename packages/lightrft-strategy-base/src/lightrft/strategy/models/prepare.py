@@ -176,7 +176,7 @@ class Preparation:
             raise_precision(meta_model)
         else:
             module.eval().requires_grad_(False)
-            for trained in self._models.in_training:  # a moving average moves with later updates only
+            for trained in self._models.in_training:  # a moving average includes later updates only
                 trained.averages[module] = trained.updates
         self._consensus.agree_on_all("prepare", schema_of(module))
         state_dict_adapter.remember_conversions(module)
@@ -234,7 +234,7 @@ class Preparation:
         self.bind(model, optimizer)
 
     def warn_of_unprepared(self, model: nn.Module) -> None:
-        """Say once that other backends refuse a model that was not prepared."""
+        """Warn once that other backends refuse a model that was not prepared."""
         if not self._warned_of_unprepared:
             self._warned_of_unprepared = True
             logger.warning(

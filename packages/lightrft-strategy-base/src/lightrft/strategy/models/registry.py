@@ -1,8 +1,10 @@
 """The models that a strategy has prepared, looked up by the model or by its wrapper."""
 
+import itertools
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from weakref import WeakSet
 
 from torch import nn
 from torch.optim import Optimizer
@@ -91,12 +93,17 @@ def outside_of_wrapped(wrapper: nn.Module) -> list[str]:
     return [name for name in wrapper.state_dict(keep_vars=True) if not name.startswith("model.")]
 
 
+_registries: "WeakSet[ModelRegistry]" = WeakSet()
+"""Those of all strategies in this process; one is empty once its strategy is closed."""
+
+
 class ModelRegistry:
     """All prepared models of a strategy."""
 
     def __init__(self) -> None:
         self._by_id: dict[int, PreparedModel] = {}
         """Each model under the ``id`` of the model itself and of its wrapper."""
+        _registries.add(self)
 
     def __iter__(self) -> Iterator[PreparedModel]:
         return iter({id(prepared): prepared for prepared in self._by_id.values()}.values())
@@ -135,8 +142,11 @@ class ModelRegistry:
         return prepared
 
     def check_unshared(self, module: nn.Module, call: str) -> None:
-        """Raise `StrategyError` if ``module``, which is not prepared, shares parameters with a prepared model."""
-        for prepared in self:
+        """Raise `StrategyError` if ``module``, which is not prepared, shares parameters with a prepared model.
+
+        Or with a model of another open strategy, which would clip and step them too.
+        """
+        for prepared in itertools.chain(self, *(registry for registry in _registries if registry is not self)):
             current = {id(parameter) for parameter in prepared.module.parameters()}
             shared = [
                 name
@@ -144,11 +154,14 @@ class ModelRegistry:
                 if id(parameter) in current or prepared.memory.overlaps(parameter)
             ]
             if shared:
+                is_own = any(prepared is own for own in self)
+                owner = prepared.class_name if is_own else f"{prepared.class_name} of another open strategy"
+                remedy = "train both as one model with one optimizer" if is_own else "close the other strategy first"
                 raise StrategyError(
                     f"{call}: expected a model that shares no parameters with a prepared model, got {type(module).__name__}, "
-                    f"which shares {len(shared)} with {prepared.class_name} ({shared[0]} first). A parameter has the "
-                    f"gradients, the optimizer and the shards of one model. Give each model its own parameters "
-                    f"(copy.deepcopy, before preparing), or train both as one model with one optimizer"
+                    f"which shares {len(shared)} with {owner} ({shared[0]} first). A parameter has the gradients, the "
+                    f"optimizer and the shards of one model. Give each model its own parameters (copy.deepcopy, before "
+                    f"preparing), or {remedy}"
                 )
 
     def is_trained(self, model: object, optimizer: object) -> bool:

@@ -110,7 +110,7 @@ def _changed(result: LogProbs, change: Callable[[torch.Tensor], torch.Tensor]) -
 
 
 def from_logits(prepared: PreparedModel, consensus: RankConsensus, request: Request) -> LogProbs:
-    """Return log-probabilities and entropies computed from the logits of the model, all at once. All ranks must call this."""
+    """Return log-probabilities and entropies computed from the full logits of the model. All ranks must call this."""
     output = _call(prepared, request)
     with consensus.together(CALL, "checking targets"):
         logits_BTV = _logits_of(prepared, output)

@@ -101,13 +101,13 @@ class SequenceParallel:
         if self.size == 1:
             return batch  # type: ignore[return-value]
         self._require_open("sequence_parallel.split")
-        told: list[Any] = []
+        own: list[Any] = []
         with (
             self._operations.running("sequence_parallel.split"),
-            self._consensus.together("sequence_parallel.split", tell=lambda: told) as batches,
+            self._consensus.together("sequence_parallel.split", report=lambda: own) as batches,
         ):
             inputs = _check_batch(batch)
-            told += [list(inputs.shape[:2]), _digest(inputs)]
+            own += [list(inputs.shape[:2]), _digest(inputs)]
         for first in range(0, len(batches), self.size):
             self._check_same(first, batches[first : first + self.size])
         return self._slices(batch, inputs)
@@ -203,15 +203,15 @@ class SequenceParallel:
 
     # Prompts
 
-    def share(self, prompts: Sequence[T], told: Sequence[object]) -> list[T] | None:
+    def share(self, prompts: Sequence[T], reports: Sequence[object]) -> list[T] | None:
         """Return the prompts that this rank completes for its group, or None if it completes its own.
 
         Args:
             prompts: This rank's prompts.
-            told: A list with a checksum of the prompts of each rank, or with None. The ranks of a group share their
+            reports: A list with a checksum of the prompts of each rank, or with None. The ranks of a group share their
                 prompts if the checksums are equal.
         """
-        mine = told[self._first : self._first + self.size]
+        mine = reports[self._first : self._first + self.size]
         shared = self.size > 1 and mine[0] != [None] and all(other == mine[0] for other in mine)
         return list(prompts[self.rank :: self.size]) if shared else None
 

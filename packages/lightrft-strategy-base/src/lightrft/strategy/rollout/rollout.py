@@ -202,13 +202,13 @@ class Rollout:
     @contextmanager
     def _together(self, call: str) -> Iterator[None]:
         """Run the body like `RankConsensus.together`, and update the status of engines that other ranks hold."""
-        told: list[str] = []
+        reports: list[str] = []
         try:
-            with self._consensus.together(call, tell=lambda: self.status.value) as told:
+            with self._consensus.together(call, report=lambda: self.status.value) as reports:
                 yield
         finally:
-            if told and self._elsewhere is not None:  # also after an error
-                is_awake = EngineStatus(told[self._leader]) is EngineStatus.AWAKE
+            if reports and self._elsewhere is not None:  # also after an error
+                is_awake = EngineStatus(reports[self._leader]) is EngineStatus.AWAKE
                 self._elsewhere.awake = PARTS if is_awake else frozenset()
 
     @property
@@ -323,13 +323,13 @@ class Rollout:
             build_inputs: Builds prompts with media, if it is not `multimodal.multimodal_inputs`.
             *prompts_and_media: The arguments of `multimodal.build_prompts`.
         """
-        told: list[object] = []
-        with self._consensus.together("gather_and_generate", tell=lambda: told) as all_told:
+        own: list[object] = []
+        with self._consensus.together("gather_and_generate", report=lambda: own) as reports:
             self._require_engine("gather_and_generate")
             settings = Sampling.of(sampling)
             prompts = multimodal.build_prompts_with(build_inputs, *prompts_and_media)
-            told.append(_digest(prompts, settings) if self._sequence_parallel.size > 1 else None)
-        share = self._sequence_parallel.share(prompts, all_told)
+            own.append(_digest(prompts, settings) if self._sequence_parallel.size > 1 else None)
+        share = self._sequence_parallel.share(prompts, reports)
         with self._together("gather_and_generate"):
             completions = self._generate_shared(prompts if share is None else share, settings)
         if share is not None:

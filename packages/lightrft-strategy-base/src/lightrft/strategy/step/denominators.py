@@ -75,7 +75,7 @@ class Totals:
     uncounted: int
     """Losses without one."""
     invalid: int
-    """Losses whose denominator is negative or not finite."""
+    """Losses whose denominator is negative or not finite, and ranks that made another mistake."""
 
     @property
     def denominator(self) -> float | None:
@@ -119,6 +119,7 @@ class PendingTotals:
         *,
         sharing: int = 1,
         losses: Sequence[torch.Tensor] = (),
+        mistaken: bool = False,
     ) -> None:
         """Start the sum. All ranks must call this.
 
@@ -127,13 +128,20 @@ class PendingTotals:
             world: All ranks that train together.
             sharing: Ranks that share each sequence: all of them pass its denominator and loss, which count once.
             losses: Those of this rank, 0-d fp64 tensors on its device.
+            mistaken: Whether this rank made another mistake in the update. It counts as an invalid denominator.
         """
         self._sharing = sharing
         self._losses: torch.Tensor | _HostCopy | float = (total := _sum(losses))
         numbers = [value for value in denominators if isinstance(value, float)]
         on_device = [value for value in denominators if isinstance(value, torch.Tensor)]
         counted = len(numbers) + len(on_device)
-        self._values = [sum(numbers), counted, len(denominators) - counted, sum(map(_is_invalid, numbers)), 0.0]
+        self._values = [
+            sum(numbers),
+            counted,
+            len(denominators) - counted,
+            sum(map(_is_invalid, numbers), int(mistaken)),
+            0.0,
+        ]
         self._vector: torch.Tensor | None = None
         self._work: dist.Work | None = None
         if world.size > 1 or on_device:

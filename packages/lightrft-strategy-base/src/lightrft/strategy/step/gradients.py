@@ -23,7 +23,7 @@ from lightrft.strategy.backend.types import GradientShards, TrainedModel
 from lightrft.strategy.parallel.exchange import OWN_NODES
 
 _SPARSE = re.compile(r"'Sparse\w+' backend|dense and sparse Tensors")
-"""What torch says of an operation that sparse tensors lack."""
+"""torch's message for an operation that sparse tensors lack."""
 
 
 def depends_on(loss: torch.Tensor, leaves: Collection[int], transparent: Collection[str] = ()) -> bool:

@@ -25,9 +25,9 @@ class MovingAverages:
     def __init__(self, backend: Backend, consensus: RankConsensus) -> None:
         self._backend, self._consensus = backend, consensus
         self._sources: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
-        """By average, the model from which it last moved."""
+        """The model from which each average last moved."""
         self._loaded: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-        """By average that was loaded and has not moved since, the number of updates of its source that it includes."""
+        """The number of source updates that each average includes, if it was loaded and has not moved since."""
 
     def updates_in(self, average: nn.Module, trained: Iterable[TrainedModel]) -> int | None:
         """Return the number of updates of its source that ``average`` includes, for a checkpoint; None without a source.
@@ -98,13 +98,13 @@ class MovingAverages:
                     _move_towards(targets[name], targets[name].of(gathered[0]), beta, device)
 
     def _same_layout(self, sources: dict[str, Shard], targets: dict[str, Shard], names: Iterable[str]) -> bool:
-        """Return whether average and source are sharded alike on every rank, so that nothing must be gathered."""
-        alike = all(
+        """Return whether average and source have the same shards on every rank, so that nothing must be gathered."""
+        same = all(
             (name in sources) == (name in targets)
             and (name not in sources or sources[name].range[1:] == targets[name].range[1:])
             for name in names
         )
-        return all(self._consensus.exchange("moving_average", alike))
+        return all(self._consensus.exchange("moving_average", same))
 
 
 def _names_in(average: Collection[str], names: Collection[str]) -> dict[str, str]:

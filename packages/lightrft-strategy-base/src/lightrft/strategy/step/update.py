@@ -20,6 +20,7 @@ from lightrft.strategy.backend.contract import Backend
 from lightrft.strategy.backend.replicated import fill_missing
 from lightrft.strategy.backend.types import GradientShards, TrainedModel
 from lightrft.strategy.distributed.rank_consensus import RankConsensus, require_equal
+from lightrft.strategy.distributed.world import World
 from lightrft.strategy.step import denominators
 from lightrft.strategy.step.denominators import Denominator, PendingTotals, Totals
 from lightrft.strategy.step.gradients import (
@@ -75,8 +76,8 @@ def optimizer_step(
         trained: The model and its optimizer.
         scheduler: Stepped after an update that was applied.
         boundary: Whether this micro-batch is the last. None: the K-th is.
-        consensus: Checks that all ranks pass the same ``boundary``. A counted boundary needs no agreement, because all
-            ranks count alike.
+        consensus: Checks that all ranks pass the same ``boundary``. Without ``boundary`` no check is needed, because
+            the count is the same on all ranks.
 
     Raises:
         ArgumentError: A denominator of the update was negative or not finite.
@@ -84,7 +85,10 @@ def optimizer_step(
             updates in a row were not finite.
     """
     if scheduler is not None:
-        check_scheduler(trained, scheduler)
+        try:
+            check_scheduler(trained, scheduler)
+        except LightRFTError as error:
+            hold_until_due(error, trained, backend.world)
     check_untouched(trained, "optimizer_step")
     with _micro_batch(trained):
         if boundary is not None:
@@ -99,9 +103,11 @@ def optimizer_step(
             )
         check_frozen(trained)
         totals, norm, loss = _make_update(backend, trained)
-    given = _end_update(trained)
+    mistake, given = trained.mistake, _end_update(trained)
     if totals.mistaken:
-        reports = consensus.exchange("optimizer_step: denominators", denominators.report(given))
+        with consensus.together("optimizer_step", report=lambda: denominators.report(given)) as reports:
+            if mistake is not None:
+                raise mistake
         raise denominators.mistake("optimizer_step", trained.class_name, reports)
     if totals.denominator == 0:
         trained.skipped += 1
@@ -112,6 +118,19 @@ def optimizer_step(
     trained.skipped_in_a_row = 0
     _schedule(trained, scheduler)
     return StepResult(applied=True, skipped=False, grad_norm=norm, denominator=totals.denominator, loss=loss)
+
+
+def hold_until_due(error: LightRFTError, trained: TrainedModel, world: World) -> None:
+    """Keep an error until the update is due, which is then dropped, and where all ranks raise it.
+
+    If one of several ranks raised alone, the others would wait for it in the update. A single rank raises at once, and so
+    does one without a gradient, which makes no update.
+    """
+    if world.size == 1 or not trained.backwards:
+        raise error
+    if trained.mistake is None:
+        error.args = (f"{error}. The update was dropped, and nothing of {trained.class_name} changed",)
+        trained.mistake = error
 
 
 @contextmanager
@@ -128,13 +147,13 @@ def _micro_batch(trained: TrainedModel) -> Iterator[None]:
 
 def _agree_on_boundary(consensus: RankConsensus, boundary: object, micro_batches: int) -> None:
     """Raise on every rank unless all pass the same ``boundary``, a bool, after the same number of micro-batches."""
-    told = {"boundary": boundary if isinstance(boundary, bool) else shown(boundary), "micro-batches": micro_batches}
-    with consensus.together("optimizer_step", tell=lambda: told) as all_told:
+    own = {"boundary": boundary if isinstance(boundary, bool) else shown(boundary), "micro-batches": micro_batches}
+    with consensus.together("optimizer_step", report=lambda: own) as reports:
         if not isinstance(boundary, bool):
             raise ArgumentTypeError(
                 f"optimizer_step: expected boundary to be True, False or None, got {shown(boundary)}. Pass a bool"
             )
-    require_equal("optimizer_step", all_told)
+    require_equal("optimizer_step", reports)
 
 
 @contextmanager
@@ -156,7 +175,13 @@ def _make_update(backend: Backend, trained: TrainedModel) -> tuple[Totals, float
     sharing = backend.config.sp_size
     data_ranks = backend.world.size // sharing
     # Summed over the ranks while the gradient is reduced.
-    pending = PendingTotals(trained.denominators, backend.world, sharing=sharing, losses=trained.losses)
+    pending = PendingTotals(
+        trained.denominators,
+        backend.world,
+        sharing=sharing,
+        losses=trained.losses,
+        mistaken=trained.mistake is not None,
+    )
     # For the mean over the actual number of micro-batches.
     mean = trained.accumulation_steps / trained.micro_batches
     trained.updating = True
@@ -210,7 +235,7 @@ def _clip_and_step(
 def _end_update(trained: TrainedModel) -> list[Denominator]:
     """Reset the counters of the update, after its gradient was cleared. Return its denominators."""
     given, trained.denominators, trained.losses = trained.denominators, [], []
-    trained.micro_batches = trained.backwards = 0
+    trained.micro_batches, trained.backwards, trained.mistake = 0, 0, None
     trained.gradients_seen = versions(trained)
     return given
 

@@ -1,4 +1,4 @@
-"""`log`: the metrics of a script, and the layer's own, to the trackers of a run.
+"""`log`: sends the metrics of a script, and the strategy's own, to the trackers of a run.
 
 Rank 0 writes; other ranks only check the arguments, and no rank waits for another. A tracker that fails is reported once and
 does not stop the training; see `lightrft.strategy.telemetry.writers`.

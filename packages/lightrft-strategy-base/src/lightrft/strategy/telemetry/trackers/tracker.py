@@ -1,4 +1,4 @@
-"""The interface of a tracker, and what it is told about the run."""
+"""The interface of a tracker, and the description of the run that it gets."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
