@@ -120,7 +120,7 @@ class FSDPBackend(ReplicatedBackend):
             deal,
             lambda parameter: parameter.ndim,
             device=self.world.device,
-            refusal="FSDP2 gives it the rows of this rank, as DTensors. Use an optimizer that treats each element alone, for "
+            refusal="FSDP2 gives it the rows of this rank, as DTensors. Use an optimizer that treats each element independently, for "
             "example AdamW, or torch.optim.Muon, or strategy 'deepspeed' with zero_stage=0",
         )
 

@@ -1,9 +1,10 @@
-"""What FSDP2 loses of a parameter when it gathers and reshards it: `requires_grad` and gradient hooks.
+"""Keeps what FSDP2 loses when it gathers and reshards a parameter: `requires_grad` and gradient hooks.
 
 FSDP2 keeps two objects for each parameter, the shard and the gathered parameter, and shows one at a time as the attribute
 of the module. It copies ``requires_grad`` from the shard to the gathered parameter and never back, and it copies no hooks:
 a change made while a module is gathered, after an evaluation for example, is lost. So are values written to a gathered
-parameter; these are refused. It also reduces only the gradients that a rank has, which may be others on another rank.
+parameter; these are refused. It also reduces only the gradients that a rank has, and another rank may have different
+ones.
 """
 
 from collections import OrderedDict
@@ -22,10 +23,10 @@ from lightrft.strategy.backend import attributes_of, set_attributes
 
 
 class GatheredParameter(FSDPParam):
-    """An `FSDPParam` whose two parameters share ``requires_grad`` and gradient hooks, whichever of them is changed."""
+    """An `FSDPParam` whose two parameters share ``requires_grad`` and gradient hooks, whichever one changes."""
 
     _requires_grad: bool
-    """The value when both were equal last."""
+    """The last value on which both agreed."""
     _version: int
     """The version counter of the gathered parameter when it was gathered. Gathering keeps it, and writing raises it."""
 
@@ -57,7 +58,7 @@ class GatheredParameter(FSDPParam):
         super().to_sharded()
 
     def synchronize(self) -> None:
-        """Give both parameters what was set on one of them since the last call."""
+        """Copy what was set on one of the two parameters since the last call to the other."""
         shard, gathered = self.sharded_param, self._unsharded_param
         if shard.requires_grad is gathered.requires_grad:
             self._requires_grad = shard.requires_grad
@@ -152,7 +153,7 @@ class GatheredGroup(FSDPParamGroup):
         super().post_backward(*unused)
 
     def complete_gradients(self) -> None:
-        """Zero the missing gradients, if there are others: all ranks must reduce buffers of the same size.
+        """Zero the missing gradients, if any is present: all ranks must reduce buffers of the same size.
 
         A group without any is not reduced, so this adds no collective. `FSDPModule.set_reduce_scatter_unused_params`, which
         torch 2.11 and 2.12 lack, also reduces groups that were not used in this backward pass.

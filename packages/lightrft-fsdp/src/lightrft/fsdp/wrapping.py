@@ -13,7 +13,7 @@ from torch import nn
 from lightrft.config import UnsupportedOperationError
 
 _OTHER_MODALITY = re.compile(r"(^|[._])(vis|image|video|audio)")
-"""Names of submodules that text alone does not use: ``visual``, ``vision_tower``, ``audio_model``."""
+"""Names of submodules that text-only batches do not use: ``visual``, ``vision_tower``, ``audio_model``."""
 
 
 def layer_classes(module: nn.Module) -> set[str]:
