@@ -64,8 +64,8 @@ def _build(builder: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with holding(folder.parent, folder.name, math.inf), _tools_on_path():
         if folder.parent == extensions_dir():
-            # torch waits forever for the file that a killed build left behind. In a folder that only we use, nobody else
-            # builds while we hold the lock.
+            # torch waits forever for the file that a killed build left behind. In a folder that only we use, no other
+            # process builds while we hold the lock.
             (folder / "lock").unlink(missing_ok=True)
         if not (folder / f"{builder.name}.so").exists():
             log.say(f"building DeepSpeed's {builder.name} operator in {folder}; this takes about a minute, once")

@@ -35,8 +35,8 @@ def train_config(config: StrategyConfig, *, pin_memory: bool = False) -> dict[st
         "gradient_clipping": config.max_norm or 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        # immediate_grad_update: BF16_Optimizer (stage 1) would else clear the gradients at the output of each forward
-        # that a backward meets, and two forwards under one loss would lose the gradient of one of them.
+        # immediate_grad_update: BF16_Optimizer (stage 1) would otherwise clear the gradients at the output of each
+        # forward that a backward meets, and two forwards under one loss would lose the gradient of one of them.
         "bf16": {"enabled": computes_in_bf16(config), "immediate_grad_update": True},
         "data_types": {"grad_accum_dtype": accumulate},
         # The default is the parameters' dtype, regardless of the dtype in which gradients are accumulated.

@@ -3,9 +3,11 @@
 DeepSpeed rounds a model to bfloat16 first and makes the fp32 master weights from that, so that a model would start up
 to 0.4 % away from its checkpoint:
 https://github.com/deepspeedai/DeepSpeed/blob/v0.19.8/deepspeed/runtime/zero/stage_1_and_2.py#L577. Each rank keeps the
-fp32 values of the ranges that it will own, and puts them back. Until then they take their memory twice.
+fp32 values of the ranges that it will own, and copies them to the master weights; until then they take their memory
+twice.
 
-And master weights that take over what a script writes to the parameters, which DeepSpeed would undo in the next step.
+The module also copies what a script writes to the parameters to the master weights; DeepSpeed would overwrite it in
+the next step.
 """
 
 from collections.abc import Iterable, Sequence

@@ -1,4 +1,4 @@
-"""Device memory given back for a while, in place: every tensor, and every view of it, stays the same object."""
+"""Frees device memory temporarily, in place: every tensor, and every view of it, stays the same object."""
 
 from collections.abc import Iterable
 
@@ -6,7 +6,7 @@ import torch
 
 
 class OffloadedStorages:
-    """Storages whose contents are in host memory for now.
+    """Storages whose contents are temporarily in host memory.
 
     ZeRO keeps parameters, gradients and master weights as views of a few flat buffers. Moving the tensors one by one
     would separate them from the buffers; emptying and refilling the storages does not.

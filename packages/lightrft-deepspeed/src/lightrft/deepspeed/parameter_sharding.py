@@ -107,7 +107,7 @@ def note_updates(parameter: Any, updated: set[nn.Parameter]) -> None:
 
 
 def gather_in_forward(module: nn.Module) -> Callable[[], None]:
-    """Gather a sharded module without an engine for the time of each call. Returns what undoes this, also twice."""
+    """Gather a sharded module without an engine during each call. Returns an idempotent function that undoes this."""
     gathered: list[GatheredParameters] = []
 
     def before(*_: object) -> None:
@@ -129,8 +129,8 @@ def gather_in_forward(module: nn.Module) -> Callable[[], None]:
 def refuse_state_dict(module: nn.Module) -> None:
     """Make ``state_dict`` of ``module`` and its submodules raise where parameters are not gathered, and so are empty.
 
-    Also after the strategy is closed, since the parameters stay in parts. With ``keep_vars`` it returns the parameters
-    themselves, and is allowed.
+    This also holds after the strategy is closed, since the parameters stay sharded. With ``keep_vars`` it returns the
+    parameters themselves, and is allowed.
     """
     for part in module.modules():
         part.register_state_dict_pre_hook(_refuse_empty)
@@ -146,6 +146,6 @@ def _refuse_empty(module: nn.Module, prefix: str, keep_vars: bool) -> None:
 
 
 def _is_empty(parameter: object) -> bool:
-    """Whether ZeRO-3 keeps ``parameter`` in parts. After the strategy is closed it has no status, and stays empty."""
+    """Whether ZeRO-3 has sharded ``parameter``. After the strategy is closed it has no status, and stays empty."""
     status = getattr(parameter, "ds_status", ZeroParamStatus.NOT_AVAILABLE)
     return is_zero_param(parameter) and status is ZeroParamStatus.NOT_AVAILABLE

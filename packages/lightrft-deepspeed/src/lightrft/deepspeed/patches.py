@@ -148,7 +148,7 @@ GRADIENT_NORM = Patch(
     parameters=("gradients", "params"),
     replacement=around(_norm_that_overflows_in_fp32),
     why="stage 3 alone keeps its norm in fp64, so that a gradient whose squared norm exceeds fp32 counts as finite; Adam's "
-    "second moment, in fp32, would become infinite for good",
+    "second moment, in fp32, would become infinite permanently",
     upstream=f"{_SOURCE}/deepspeed/runtime/zero/stage3.py#L2419",
     versions="0.19.8",
     until="all stages compute the norm in the same type",

@@ -29,7 +29,7 @@ def unsupported(config: StrategyConfig, ranks: int) -> Iterator[tuple[str, str]]
 
 
 def validate(config: StrategyConfig, world: World) -> StrategyConfig:
-    """Return ``config`` with unsupported settings put back to their defaults, with a warning on rank 0.
+    """Return ``config`` with unsupported settings reset to their defaults, with a warning on rank 0.
 
     All ranks return the same.
 

@@ -56,7 +56,7 @@ class DeepspeedStrategy(StrategyBase):
         A subclass that overrides this may add options of DeepSpeed. Called once for each model, as it is prepared.
 
         Args:
-            is_actor: Part of LightRFT's signature; has no effect.
+            is_actor: Has no effect; accepted because LightRFT's scripts pass it.
         """
         return ds_config.train_config(self.config, pin_memory=self.world.device.type == "cuda")
 

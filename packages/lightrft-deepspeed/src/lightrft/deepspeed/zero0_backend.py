@@ -1,4 +1,4 @@
-"""`Zero0Backend`: every rank holds everything, and DeepSpeed averages the gradients once an update."""
+"""`Zero0Backend`: every rank holds everything, and DeepSpeed averages the gradients once per update."""
 
 from typing_extensions import override
 

@@ -31,7 +31,7 @@ ConfigMaker = Callable[[], dict[str, Any]]
 
 
 class ZeroBackend(ReplicatedBackend):
-    """Training with one DeepSpeed engine a model.
+    """Trains with one DeepSpeed engine per model.
 
     Models stay the caller's own objects: DeepSpeed attaches to their parameters and replaces none. The optimizer is the
     caller's own too; from stage 1 on its parameters are DeepSpeed's flat partitions.
@@ -40,7 +40,7 @@ class ZeroBackend(ReplicatedBackend):
     def __init__(
         self, config: StrategyConfig, world: World, *, train_config: ConfigMaker, eval_config: ConfigMaker
     ) -> None:
-        """Join DeepSpeed to the process group. All ranks must call this. `close` gives everything back.
+        """Join DeepSpeed to the process group. All ranks must call this. `close` undoes all of it.
 
         Args:
             config: The settings, as `stage_limits.validate` returned them.

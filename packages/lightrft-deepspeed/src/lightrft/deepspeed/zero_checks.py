@@ -11,7 +11,7 @@ from lightrft.config import StrategyError, UnsupportedOperationError
 from lightrft.strategy.backend import TrainedModel, World, check_on_parts
 
 _MOST_PARTS = 4
-"""Parts on which an optimizer is tried, at most; more ranks change nothing."""
+"""Maximum number of parts on which an optimizer is tested; more ranks change nothing."""
 
 
 def check_groups(optimizer: Optimizer) -> None:
@@ -60,7 +60,7 @@ def check_on_flat_parts(optimizer: Optimizer, world: World, shape_of: Callable[[
         lambda parameter: len(shape_of(parameter)),
         device=world.device,
         refusal="ZeRO flattens the parameters of a group and steps a range of them on each rank. Use an optimizer that treats "
-        "each element alone, for example AdamW, or zero_stage=0, or for Muon strategy 'fsdp'",
+        "each element independently, for example AdamW, or zero_stage=0, or for Muon strategy 'fsdp'",
     )
 
 
