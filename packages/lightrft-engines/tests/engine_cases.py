@@ -290,7 +290,8 @@ def rollout(
     """A strategy with a model in training, and an engine with its weights."""
     only = ("engine_kv", "engine_max", "pretrain", "limit_mm", "weight_sync_verify")
     engine_only = {name: settings.pop(name) for name in [*settings] if name.startswith(only)}
-    config = {"train_batch_size": 2, "micro_train_batch_size": 1, "bf16": False, **settings}
+    # A call that gets no answer must fail, with the engine's log, before pytest ends a test that hangs.
+    config = {"train_batch_size": 2, "micro_train_batch_size": 1, "bf16": False, "timeout": 300.0, **settings}
     with get_strategy({"strategy": strategy, "engine_type": engine, **config}) as made:
         actor = llama() if model is None else model
         optimizer = made.create_optimizer(actor, lr=1e-3, weight_decay=0.0)

@@ -65,7 +65,7 @@ def server_arguments(
         "trust_remote_code": settings.trust_remote_code,
         "custom_weight_loader": [LOADER],
         "schedule_policy": "lpm",  # prompts with a common prefix wait for the first of them
-        "sleep_on_idle": True,  # else the scheduler processes use a core each while idle
+        "sleep_on_idle": True,  # otherwise, each scheduler process uses a full core while idle
         "host": "127.0.0.1",
         "log_level": "error",
         **(_on_cpu(source) if on_cpu else {}),

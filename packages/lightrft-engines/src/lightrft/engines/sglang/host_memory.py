@@ -25,7 +25,7 @@ class HostMemory:
         self._sizes[tag] = [(storage, storage.nbytes()) for storage in storages.values()]
         for storage, _ in self._sizes[tag]:
             storage.resize_(0)
-        with contextlib.suppress(AttributeError):  # glibc keeps freed memory until it is asked to return it
+        with contextlib.suppress(AttributeError):  # glibc keeps freed memory unless told to return it
             ctypes.CDLL(None).malloc_trim(0)
 
     def resume(self, tag: str) -> None:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,17 +26,26 @@ from lightrft.engines.sglang.launcher_client import LENGTH, VARIABLE, receive
 
 
 def _fork_servers(listener: socket.socket) -> None:
-    """Fork a server for each connection."""
+    """Fork a server for each connection. A request that fails closes its connection, and the next is served."""
     while True:
         client, _ = listener.accept()
-        with client:
-            header, descriptors, _, _ = socket.recv_fds(client, LENGTH.size, 2)
-            environment = pickle.loads(receive(client, LENGTH.unpack(header)[0]))  # noqa: S301  from the same user
-            if os.fork() == 0:
-                listener.close()
-                _become_server(client, environment, *descriptors)
-            for descriptor in descriptors:
-                os.close(descriptor)
+        try:
+            with client:
+                _fork_server(client, listener)
+        except Exception:  # noqa: BLE001  the client has gone, or this system has no memory for another process
+            traceback.print_exc()
+
+
+def _fork_server(client: socket.socket, listener: socket.socket) -> None:
+    header, descriptors, _, _ = socket.recv_fds(client, LENGTH.size, 2)
+    try:
+        environment = pickle.loads(receive(client, LENGTH.unpack(header)[0]))  # noqa: S301  from the same user
+        if os.fork() == 0:
+            listener.close()
+            _become_server(client, environment, *descriptors)
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
 
 
 def _become_server(client: socket.socket, environment: Mapping[str, str], connection: int, output: int) -> None:
@@ -76,6 +86,7 @@ def main() -> int:
         forker = os.fork()
         if forker == 0:
             _be_forker(listener)
+        listener.close()  # so that connections are refused, and do not wait for ever, if the forker has ended
         try:
             return process.wait()
         finally:
@@ -93,6 +104,8 @@ def _be_forker(listener: socket.socket) -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no process waits for the servers
         assert threading.active_count() == 1, threading.enumerate()  # a fork would keep the locks of other threads
         _fork_servers(listener)
+    except Exception:  # noqa: BLE001  this process ends here, with any error
+        traceback.print_exc()
     finally:
         os._exit(1)
 

@@ -12,17 +12,23 @@ LENGTH = struct.Struct("!Q")
 """The format of the request's length, and of the answer."""
 
 
-def launch(address: str, environment: Mapping[str, str], descriptors: Sequence[int]) -> int:
+def launch(address: str, environment: Mapping[str, str], descriptors: Sequence[int], timeout: float) -> int:
     """Have a server forked.
 
     Args:
         address: The path of the launcher's socket.
         environment: The server's environment variables.
         descriptors: The server's connection, and the file for its output.
+        timeout: Seconds to wait for the launcher, which first imports SGLang.
 
     Returns: The server's process id.
+
+    Raises:
+        ConnectionError: The launcher has ended, and starts no server.
+        TimeoutError: It did not answer in time.
     """
     with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(timeout)
         client.connect(address)
         request = pickle.dumps(dict(environment))
         rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
@@ -37,8 +43,6 @@ def receive(source: socket.socket, size: int) -> bytes:
     while len(data) < size:
         part = source.recv(size - len(data))
         if not part:
-            raise ConnectionError(
-                "the launcher of SGLang's servers closed the connection. See its output for the cause"
-            )
+            raise ConnectionError("the other side closed the connection")
         data += part
     return data

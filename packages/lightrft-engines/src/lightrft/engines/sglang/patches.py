@@ -276,7 +276,7 @@ NO_TOTAL_LIMIT = Patch(
 
 
 def host_memory(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
-    """On a CPU, free and take the host's memory."""
+    """On a CPU, free and reallocate the host's memory."""
     runner = scheduler.tp_worker.model_runner
     if torch.device(runner.device).type == "cpu":
         scheduler.weight_updater.memory_saver_adapter = HostMemory(

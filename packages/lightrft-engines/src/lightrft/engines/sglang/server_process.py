@@ -5,6 +5,7 @@ child processes. It ends itself when this process is gone.
 """
 
 import contextlib
+import logging
 import os
 import select
 import signal
@@ -24,6 +25,8 @@ from lightrft.config import EngineError
 from lightrft.engines.sglang.arguments import IMPORTED_WITH_ON_CPU, server_variables
 from lightrft.engines.sglang.launcher_client import VARIABLE, launch
 from lightrft.engines.temporary_directory import TemporaryDirectory
+
+logger = logging.getLogger(__name__)
 
 GRACE = 10.0
 """Seconds that the server has to end by itself, and that its processes have to end after they were killed."""
@@ -55,7 +58,7 @@ class ServerProcess:
                 os.environ, self._directory.path, on_cpu=arguments.get("device") == "cpu",
                 ranks=arguments["tp_size"], cores=sorted(os.sched_getaffinity(0)),
             )  # fmt: skip
-            self._pid = _started(variables, theirs.fileno(), log.fileno())
+            self._pid = _started(variables, theirs.fileno(), log.fileno(), timeout)
         self._pidfd = os.pidfd_open(self._pid)
         self._connection = Connection(ours.detach())
         self.end = weakref.finalize(self, _end, self._pid, self._pidfd, self._connection, self._directory, self._owner)
@@ -128,11 +131,22 @@ def _unpacked(state: str, value: Any) -> Any:
     raise EngineError(f"SGLang raised {class_name}: {message}\n{trace}")
 
 
-def _started(variables: Mapping[str, str], connection: int, output: int) -> int:
+def _started(variables: Mapping[str, str], connection: int, output: int, timeout: float) -> int:
     """Start a server process in a new session. Returns its id."""
     launcher = os.environ.get(VARIABLE)
     if launcher is not None and IMPORTED_WITH_ON_CPU.items() <= variables.items():
-        return launch(launcher, variables, (connection, output))
+        try:
+            return launch(launcher, variables, (connection, output), timeout)
+        except ConnectionError as error:
+            logger.warning(
+                "SGLang's server: its launcher (lightrft.engines.sglang.launcher) has ended, see its output (%r). The server "
+                "starts as a new Python, which takes longer", error,
+            )  # fmt: skip
+        except TimeoutError as error:
+            raise EngineError(
+                f"SGLang's server expected its launcher (lightrft.engines.sglang.launcher) to fork it within {timeout:g} s, got "
+                f"no answer. See the launcher's output for the cause"
+            ) from error
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "lightrft.engines.sglang.server", str(connection)],
         stdin=subprocess.DEVNULL,

@@ -30,7 +30,7 @@ class Decoder(Protocol):
 
 
 def decoder_of(model: PreTrainedModel, device: torch.device) -> Decoder:
-    """The fastest decoder that is right for ``model``, which is on ``device``."""
+    """The fastest decoder that computes ``model`` correctly on ``device``."""
     return CachedDecoder(model, device) if caches_all(model) else PlainDecoder(model, device)
 
 

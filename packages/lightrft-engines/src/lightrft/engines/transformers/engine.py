@@ -116,7 +116,7 @@ class TransformersEngine(EmbeddedEngine):
 
 
 def _report_no_routers(config: PretrainedConfig) -> None:
-    """Turn off ``output_router_logits`` in the engine's copy: the loss that it asks for takes no cache, and has no use here."""
+    """Turn off ``output_router_logits`` in the engine's copy: its loss does not work with a cache, and is not needed."""
     for part in (config, config.get_text_config()):
         if getattr(part, "output_router_logits", False):
             part.output_router_logits = False
