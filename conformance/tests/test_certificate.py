@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ import pytest
 from lightrft.conformance.certificates.certificate import SCHEMA_FILE, Certificate
 from lightrft.conformance.certificates.formats import FORMATS
 from lightrft.conformance.certificates.reports import combine
-from lightrft.conformance.certification import Report, Request
+from lightrft.conformance.certification import Report
 from lightrft.conformance.cli import app
 from lightrft.conformance.contract import CONTRACT
 from lightrft.conformance.judge import ClauseResult, Verdict
-from lightrft.conformance.provenance import digest_of, digest_of_suite
+from lightrft.conformance.provenance import class_of, digest_of, digest_of_suite
+from lightrft.conformance.requests import Request
 from lightrft.strategy import FakeStrategy
 
 HOLDS_FOR = "Holds only for the code with the digests at the end of this page"
@@ -71,7 +73,7 @@ def complete(folder: Folder) -> Certificate:
 
 def test_reports_of_several_world_sizes_give_one_certificate(complete: Certificate) -> None:
     assert complete.headline == (
-        "Certified: world sizes 1 and 2, profile certify, up to 200 programs drawn a clause, except OPT-2, expected to fail"
+        "Certified: world sizes 1 and 2, profile certify, up to 200 programs drawn per clause, except OPT-2, expected to fail"
     )
     assert [run.world_size for run in complete.runs] == [1, 2]
     verdicts = {clause.id: [one.verdict for one in clause.results if one] for clause in complete.clauses}
@@ -379,3 +381,36 @@ def test_an_output_in_the_home_directory_is_written_there(
         app(["certificate", report, "--output=~/home.md"])
     assert ended.value.code == 0 and (folder.path / "home.md").read_text(encoding="utf-8")
     assert not (folder.path / "~").exists()
+
+
+@pytest.mark.parametrize("command", ["certificate", "verify"])
+def test_json_that_is_nested_too_deeply_is_refused(
+    tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "nested.json"
+    file.write_text("[" * 100_000 + "]" * 100_000, encoding="utf-8")
+    with pytest.raises(SystemExit) as ended:
+        app([command, str(file)])
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert printed.count("\n") == 1 and f"got {file}: " in printed
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("raise RuntimeError('no accelerator')", "got RuntimeError('no accelerator')"),
+        ("import sys; sys.exit(3)", "got SystemExit(3)"),
+        ("Name = 3", "expected a class at 'ends_here.Name', got 3"),
+        ("", "has no attribute 'Name'"),
+    ],
+)
+def test_a_certified_class_that_cannot_be_imported_is_refused(
+    tmp_path: Path, code: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ends_here.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "ends_here", raising=False)
+    with pytest.raises(ImportError) as raised:
+        class_of("ends_here.Name")
+    assert words in str(raised.value)

@@ -1,6 +1,8 @@
 """The command `lightrft-conformance` and the pytest plugin, also where a clone of LightRFT hides the suite."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -56,3 +58,27 @@ def test_pytest_has_the_options_of_the_plugin(tmp_path: Path) -> None:
         [sys.executable, "-m", "pytest", "--help"], capture_output=True, text=True, check=True, cwd=tmp_path
     )
     assert "--strategy-set=NAME=VALUE" in done.stdout
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_is_one_line_and_reports_what_was_judged(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    report = tmp_path / "report.json"
+    program = Path(sys.executable).with_name("lightrft-conformance")
+    with subprocess.Popen(
+        [program, "run", "fake", "--profile=smoke", f"--report={report}"], cwd=tmp_path,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    ) as command:  # fmt: skip
+        assert command.stdout is not None
+        command.stdout.readline()
+        command.send_signal(number)
+        printed, errors = command.communicate(timeout=60)
+    judged = 1 + len(printed.splitlines())
+    written = json.loads(report.read_text(encoding="utf-8"))
+    assert command.returncode == code
+    assert errors == (
+        f"lightrft-conformance: interrupted by {number.name}; fake {written['unjudged']}; their report is {report}\n"
+    )
+    assert written["unjudged"].startswith(f"was interrupted after {judged} of ")
+    assert (len(written["clauses"]), written["exit_code"]) == (judged, 2)

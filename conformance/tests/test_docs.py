@@ -85,3 +85,10 @@ def test_readmes_show_the_badge_of_each_certificate() -> None:
             with pytest.raises(ValueError, match="both lines"):
                 module.with_badges(text.replace(marker, ""), {"mine": certificate}, words)
     assert "Holds only" not in module.with_badges(texts[1], {"mine": certificate}, module.TEXTS[".zh"])
+
+
+def test_no_adapter_of_a_peer_is_longer_than_the_page_of_peers_says() -> None:
+    (limit,) = re.findall(r"an adapter of at most (\d+) lines", (ROOT / "docs/peers.md").read_text(encoding="utf-8"))
+    (translated,) = re.findall(r"不超过 (\d+) 行的适配器", (ROOT / "docs/peers.zh.md").read_text(encoding="utf-8"))
+    lengths = [len(file.read_text(encoding="utf-8").splitlines()) for file in (ROOT / "examples/peers").glob("*.py")]
+    assert limit == translated and 0 < max(lengths) <= int(limit)

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -135,10 +135,74 @@ def test_a_killed_driver_leaves_no_worker_and_no_file() -> None:
     assert written.exists() and len(pids) == 2 and all(map(running, pids))
     driver.kill()
     driver.wait()
-    deadline = time.monotonic() + 10
-    while (any(map(running, pids)) or written.exists()) and time.monotonic() < deadline:
+    assert all_ended(pids) and comes_true(lambda: not written.exists())
+
+
+IMPORTING = """
+import os, sys
+from pathlib import Path
+from lightrft.conformance.driver.fork_server import ForkServer
+server = ForkServer(["sleeps_when_imported"], dict(os.environ), Path(sys.argv[1]))
+print(server.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_killed_driver_leaves_no_fork_server_that_still_imports(tmp_path: Path) -> None:
+    module, written = tmp_path / "sleeps_when_imported.py", tmp_path / "directory"
+    module.write_text(f"import pathlib, time; pathlib.Path({str(written)!r}).mkdir(); time.sleep({LONG})\n")
+    driver = subprocess.Popen(
+        [sys.executable, "-c", IMPORTING, str(written)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert driver.stdout is not None and driver.stdin is not None
+    with driver.stdout, driver.stdin:
+        pid = int(driver.stdout.readline())
+        assert comes_true(written.exists) and running(pid)
+        driver.kill()
+        driver.wait()
+    assert all_ended([pid]) and not written.exists()
+
+
+POOL = """
+import multiprocessing, sys, time
+from lightrft.conformance.process_pool import process_pool
+with process_pool(2) as pool:
+    pool.submit(time.monotonic).result()
+    calls = [pool.submit(time.sleep, 100) for _ in range(2)]
+    print(*[process.pid for process in multiprocessing.active_children()], flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_pool_ends_with_its_command(number: signal.Signals) -> None:
+    command = subprocess.Popen(
+        [sys.executable, "-c", POOL], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert command.stdout is not None and command.stdin is not None
+    with command.stdout, command.stdin:
+        pids = [int(pid) for pid in command.stdout.readline().split()]
+        assert len(pids) == 2 and all(map(running, pids))
+        command.send_signal(number)
+        try:
+            command.wait(20)
+        finally:
+            command.kill()
+            command.wait()
+    assert all_ended(pids)
+
+
+def comes_true(condition: Callable[[], bool]) -> bool:
+    """Whether the condition holds within some seconds."""
+    deadline = time.monotonic() + 20
+    while not condition() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not any(map(running, pids)) and not written.exists()
+    return condition()
+
+
+def all_ended(pids: Sequence[int]) -> bool:
+    return comes_true(lambda: not any(map(running, pids)))
 
 
 def running(pid: int) -> bool:

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from lightrft.conformance.certification import Certification, Request, certify
+from lightrft.conformance import cli
+from lightrft.conformance.certification import Certification, certify
 from lightrft.conformance.cli import app
 from lightrft.conformance.contract import CONTRACT
 from lightrft.conformance.driver import worker_group
 from lightrft.conformance.driver.worker_group import WorkerGroup
 from lightrft.conformance.judge import ClauseResult, Unjudgeable
+from lightrft.conformance.requests import Request, impossible
+from lightrft.conformance.saboteurs import runner
 
 HERE = {"PYTHONPATH": str(Path(__file__).parent)}
 
@@ -94,7 +97,8 @@ def test_a_missing_package_is_no_verdict_and_says_how_to_install_it(group: Worke
 def test_a_strategy_of_one_process_is_not_judged_on_two_ranks() -> None:
     report = certify(Request(strategy="fake", world=2, clauses=("LIFE-2",)))
     assert report.exit_code == 2
-    assert "expected one process for strategy 'fake'" in report.unjudged and "\n" not in report.unjudged
+    assert "expected world size 1, because fake is one process, got 2" in report.unjudged
+    assert "\n" not in report.unjudged
     assert not report.results
 
 
@@ -147,7 +151,9 @@ UNJUDGEABLE = {
     "run cannot_be_imported:Any": "No module named 'a_package_that_nobody_has'",
     "run os:getcwd": "os:getcwd could not be judged: strategy 'os:getcwd': <built-in function getcwd> is not a subclass",
     "run odd_strategies:CannotBeMade": "judged: rank 0: the strategy cannot be created: ValueError: there is no accelerator",
-    "run fake --world-size 2": "fake could not be judged: get_strategy: expected one process for strategy 'fake', got 2",
+    "run fake --world-size 2": "expected world size 1, because fake is one process, got 2. Use --world-size 1",
+    "run fake --set strategy=fsdp": "--set: expected a setting that has no option of its own, got strategy=fsdp. Use the ",
+    "run fake --set device=cuda": "--set: expected a setting that has no option of its own, got device=cuda. Use --device",
     "run fake --clause NO-1": "unknown clauses: NO-1; `lightrft-conformance clauses` lists them",
     "run fake --set nosuch=1": "fake could not be judged: StrategyConfig: 'nosuch' is not a setting",
     "run-engine nosuch": "nosuch could not be judged: there is no engine 'nosuch'; registered names: fake",
@@ -176,11 +182,14 @@ def test_a_setting_without_a_value_is_exit_code_2() -> None:
         ("runs", "'runs'"),
         ("run fake --profile long", "smoke, ci, certify, nightly, got 'long'"),
         ("run fake --device tpu", "cpu or cuda, got 'tpu'"),
-        ("run fake --world-size 0", "--world-size"),
-        ("run fake --seed one", "--seed"),
+        ("run fake --world-size two", "'--world-size'"),
+        ("run fake --seed one", "'--seed'"),
+        ("run fake --seed one", "got 'one'"),
         ("run fake --set bf16", "NAME=VALUE"),
         ("run fake --expected missing.toml", "missing.toml"),
         ("run fake --report missing/report.json", "missing/report.json"),
+        ("run fake --report /proc/report.json", "expected a file that this user can write, got '/proc/report.json'"),
+        ("certificate x.json --output /proc/x.md", "expected a file that this user can write, got '/proc/x.md'"),
         ("run-engine", "'engine'"),
         ("certificate missing.json", "missing.json"),
         (f"certificate {__file__}", "expected a report"),
@@ -221,3 +230,49 @@ def test_a_file_of_expected_failures_that_cannot_be_read_is_exit_code_2(tmp_path
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "cannot read the file of expected failures" in done.stderr
     assert not done.stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("run fsdp --world-size 0", "expected 1 to 256 ranks, which all run on this machine, got 0"),
+        ("run fsdp --world-size 257", "expected 1 to 256 ranks, which all run on this machine, got 257"),
+        ("run-engine fake --world-size 257", "expected 1 to 256 ranks, which all run on this machine, got 257"),
+        ("run fake --jobs 257", "expected 1 to 256 processes, got 257"),
+        ("run fsdp --world-size 129 --jobs 2", "expected at most 256 processes, got --jobs 2 with --world-size 129"),
+        ("saboteurs --jobs 257", "expected 1 to 256 processes, got 257"),
+        ("saboteurs --seeds 0", "expected at least one seed, got 0"),
+        ("saboteurs --seed=-1", "expected a number from 0, got -1"),
+        ("run fake --seed=-1", "expected a number from 0, got -1"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_before_anything_starts(
+    line: str, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*args: object, **more: object) -> None:
+        raise AssertionError("the command would have started processes")
+
+    monkeypatch.setattr(cli, "_run", start)
+    monkeypatch.setattr(runner, "run_corpus", start)
+    with pytest.raises(SystemExit) as ended:
+        app(line.split())
+    printed = capsys.readouterr()
+    assert (ended.value.code, printed.out) == (2, "")
+    assert printed.err.count("\n") == 1 and words in printed.err
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        (
+            Request(strategy="some:Strategy", world=257),
+            "expected a world size from 1 to 256, because all ranks run here, got 257",
+        ),
+        (Request(strategy="fake", world=2), "expected world size 1, because fake is one process, got 2"),
+        (Request(strategy="fake", seed=-1), "expected a seed from 0, got -1"),
+        (Request(strategy="fake", world=1), ""),
+        (Request(strategy="some:Strategy", world=256), ""),
+    ],
+)
+def test_a_request_is_refused_for_its_numbers(request_: Request, words: str) -> None:
+    assert impossible(request_).startswith(words) and bool(impossible(request_)) == bool(words)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightrft.conformance.certification import Report, Request, certify, setting
+from lightrft.conformance.certification import Report, certify
 from lightrft.conformance.clause import Program, Target, difference
 from lightrft.conformance.contract import CONTRACT
 from lightrft.conformance.contract.program_parts import FP32, geometry, micro_batch, trained
@@ -17,6 +17,7 @@ from lightrft.conformance.expectations import Expectations
 from lightrft.conformance.judge import ClauseResult, Verdict
 from lightrft.conformance.provenance import digest_of_code, origin_of
 from lightrft.conformance.rendering import failure
+from lightrft.conformance.requests import Request, impossible, setting
 from lightrft.strategy import FakeStrategy
 
 
@@ -136,7 +137,23 @@ def test_expected_failures_are_of_one_strategy_with_its_settings(tmp_path: Path)
 
 
 def test_an_expected_failure_of_no_clause_is_found(tmp_path: Path) -> None:
-    assert "NO-1" in expectations(tmp_path, '["fake"]\n"NO-1" = "x"\n').unknown(["OPT-1"])
+    unknown = expectations(tmp_path, '["fake"]\n"NO-1" = "x"\n').unknown(["OPT-1"])
+    assert "unknown clauses: NO-1; `lightrft-conformance clauses` lists those that exist" in unknown
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("fake = 3", "expected a table of clauses with their reasons, got fake = 3"),
+        ("[fake]\nOPT-1 = 3", "expected a table of clauses with their reasons, got fake = {'OPT-1': 3}"),
+        ('["fake[bf16]"]\nOPT-1 = "x"', "expected settings NAME=VALUE in brackets, got 'fake[bf16]'"),
+        ("[fake", "cannot read the file of expected failures"),
+    ],
+)
+def test_a_file_of_expected_failures_in_another_form_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "expected.toml"
+    path.write_text(text, encoding="utf-8")
+    assert words in impossible(Request(strategy="fake", expectations=path))
 
 
 def test_a_drawn_program_that_fails_is_printed_as_a_pinned_example() -> None:

@@ -1,21 +1,17 @@
 """A whole run: start the workers, identify the strategy, judge every clause, and report the results."""
 
-import json
 import os
-import shlex
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, replace
-from multiprocessing import get_context
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.util import Finalize
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from lightrft.conformance.clause import Clause, Operation, Settings, Target, is_error, show_error
+from lightrft.conformance.clause import Clause, Operation, Target, is_error, show_error
 from lightrft.conformance.contract import CONTRACT
 from lightrft.conformance.contract.program_parts import FP32
 from lightrft.conformance.contract.rollout_checks import rollout
@@ -23,43 +19,13 @@ from lightrft.conformance.driver.fork_server import PRELOADED
 from lightrft.conformance.driver.worker_group import WorkerGroup
 from lightrft.conformance.expectations import Expectations
 from lightrft.conformance.judge import ClauseResult, Judge, NotInstalled, Unjudgeable, missing_package
+from lightrft.conformance.process_pool import process_pool
 from lightrft.conformance.profiles import PROFILES, Profile
 from lightrft.conformance.provenance import digest_of_suite, environment, version_of
+from lightrft.conformance.requests import MODEL_LIBRARY_ENGINES, Request, impossible, selected
 from lightrft.conformance.values import Record, decode
 
 CONTRACT_VERSION = "1"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What to certify, and how."""
-
-    strategy: str
-    world: int = 1
-    device: str = "cpu"
-    profile: str = "ci"
-    settings: Settings = field(default_factory=dict)
-    clauses: Sequence[str] = ()
-    seed: int = 0
-    expectations: Path | None = None
-    engine: str = ""
-    """The engine to certify, on ``strategy``; empty to certify the strategy."""
-    patience: float = 1.0
-    """Factor of the deadlines of programs; below 1 where a hang is expected."""
-
-    def command(self, clause: str | None = None) -> str:
-        """The command line that repeats this run, or one clause of it."""
-        parts = ["lightrft-conformance", "run", self.strategy]
-        if self.engine:
-            parts = ["lightrft-conformance", "run-engine", self.engine, "--strategy", self.strategy]
-        parts += ["--world-size", str(self.world), "--device", self.device]
-        for name, value in self.settings.items():
-            parts += ["--set", _setting_text(name, value)]
-        parts += ["--profile", self.profile, "--seed", str(self.seed)]
-        parts += ["--expected", str(self.expectations)] if self.expectations else []
-        for clause_id in [clause] if clause else self.clauses:
-            parts += ["--clause", clause_id]
-        return shlex.join(parts)
 
 
 @dataclass(kw_only=True)
@@ -104,33 +70,13 @@ class Report:
         }
 
 
-def setting(text: str) -> tuple[str, Any]:
-    """Parse ``NAME=VALUE``. The value is JSON, or else a string. Raises ValueError without ``=``."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"expected NAME=VALUE, got {text!r}")
-    try:
-        return name, json.loads(value.lower() if value in ("True", "False", "None") else value)
-    except json.JSONDecodeError:
-        return name, value
+class Interrupted(KeyboardInterrupt):
+    """A certification was interrupted."""
 
-
-def _setting_text(name: str, value: object) -> str:
-    """``NAME=VALUE``, such that `setting` parses it."""
-    text = f"{name}={value}"
-    return text if setting(text) == (name, value) else f"{name}={json.dumps(value)}"
-
-
-MODEL_LIBRARY_ENGINES = ("transformers", "vllm", "sglang")
-"""Engines that only run models of transformers."""
-ENGINE_CLAUSES = ("ENG-", "SYNC-", "GEN-", "LIFE-5", "ALL-1")
-
-
-def selected(ids: Sequence[str], *, engine: bool = False) -> Iterator[Clause]:
-    """The clauses with these ids, or all, in the order to judge them; for an ``engine``, only clauses about engines."""
-    for clause in sorted(CONTRACT, key=lambda clause: clause.ends_workers):
-        if (not ids or clause.id in ids) and (not engine or clause.id.startswith(ENGINE_CLAUSES)):
-            yield clause
+    def __init__(self, report: Report) -> None:
+        super().__init__(report.unjudged)
+        self.report = report
+        """Of the clauses that were judged before."""
 
 
 class Certification:
@@ -243,69 +189,54 @@ class Certification:
 
 @contextmanager
 def processes(jobs: int) -> Iterator[ProcessPoolExecutor | None]:
-    """A pool of ``jobs`` processes for `certify`; None for one job, or if a full disk prevents a pool.
-
-    The processes are forked, so that they need not import everything again: create them before any threads.
-    """
-    pool = None
-    if jobs > 1:
-        with suppress(OSError):
-            pool = ProcessPoolExecutor(jobs, mp_context=get_context("fork"))
-            pool.submit(os.getpid).result()
-    with pool or nullcontext():
+    """A pool of ``jobs`` processes for `certify`; None for one job, or if a full disk prevents a pool."""
+    with ExitStack() as stack:
+        pool = None
+        if jobs > 1:
+            with suppress(OSError):
+                pool = stack.enter_context(process_pool(jobs))
+                pool.submit(os.getpid).result()
         yield pool
 
 
 def certify(
     request: Request,
-    tell: Callable[[ClauseResult], None] = lambda result: None,
+    on_result: Callable[[ClauseResult], None] = lambda result: None,
     pool: ProcessPoolExecutor | None = None,
 ) -> Report:
     """Judge every clause that ``request`` selects.
 
     Args:
         request: What to certify, and how.
-        tell: Called with each result as soon as it is known.
+        on_result: Called with each result as soon as it is known.
         pool: Judges several clauses at a time; see `processes`.
 
     Returns:
         The report, also if the strategy, or a clause that was asked for by name, could not be judged.
+
+    Raises:
+        Interrupted: On Ctrl-C, with the report of what was judged before.
     """
-    impossible = _impossible(request)
-    if impossible:
-        return Report(request=request, identity={}, results=[], unjudged=impossible)
+    unjudged = impossible(request)
     identity: Record = {}
     results: list[ClauseResult] = []
-    try:
-        expectations = Expectations.read(request.expectations, request.strategy, request.settings)
-    except (OSError, ValueError, TypeError) as error:
-        unread = f"cannot read the file of expected failures {request.expectations}: {error}"
-        return Report(request=request, identity={}, results=[], unjudged=unread)
-    unjudged = expectations.unknown(CONTRACT.ids)
     try:
         if not unjudged:
             for reported, result in _judged(request, pool):
                 identity = reported
                 results.append(result)
-                tell(result)
+                on_result(result)
     except Unjudgeable as error:
         unjudged = str(error)
+    except KeyboardInterrupt as interruption:
+        total = len(list(selected(request.clauses, engine=bool(request.engine))))
+        unjudged = f"was interrupted after {len(results)} of {total} clauses"
+        report = Report(request=request, identity=identity, results=in_order(results), unjudged=unjudged)
+        raise Interrupted(report) from interruption
     except Exception as error:  # noqa: BLE001 - of the suite or the machine: no verdict on the strategy
         unjudged = f"the suite failed: {error!r}, {traceback.format_exc(limit=-2)}"
     unjudged = unjudged or _judged_nothing(request, results)
     return Report(request=request, identity=identity, results=in_order(results), unjudged=unjudged)
-
-
-def _impossible(request: Request) -> str:
-    """Why clauses that were asked for by name cannot be judged in this run; or nothing."""
-    unknown = [clause_id for clause_id in request.clauses if clause_id not in CONTRACT.ids]
-    if unknown:
-        return f"unknown clauses: {', '.join(unknown)}; `lightrft-conformance clauses` lists them"
-    possible = {clause.id for clause in selected(request.clauses, engine=bool(request.engine))}
-    others = [clause_id for clause_id in request.clauses if clause_id not in possible]
-    return (
-        f"{', '.join(others)}: not about engines; `lightrft-conformance run` judges it on a strategy" if others else ""
-    )
 
 
 def _judged_nothing(request: Request, results: Sequence[ClauseResult]) -> str:
@@ -342,13 +273,8 @@ def _side_by_side(request: Request, chosen: Sequence[str], pool: ProcessPoolExec
 
     Clauses that end workers come first, because they take longest.
     """
-    try:
-        for done in as_completed(
-            [pool.submit(_judge_in_process, request, clause_id) for clause_id in reversed(chosen)]
-        ):
-            yield done.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    for done in as_completed([pool.submit(_judge_in_process, request, clause_id) for clause_id in reversed(chosen)]):
+        yield done.result()
 
 
 def _judge_in_process(request: Request, clause: str) -> Judged:

@@ -13,7 +13,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lightrft.conformance.profiles import PROFILES
+from lightrft.conformance.options import (
+    Clauses,
+    Device,
+    Expected,
+    ProfileOption,
+    ReportFile,
+    RunJobs,
+    SaboteurJobs,
+    Seed,
+    Seeds,
+    Settings,
+    World,
+    renderable,
+)
+from lightrft.conformance.profiles import MOST_PROCESSES
 from lightrft_cli.errors import CommandLine
 from lightrft_cli.output import on_terminal
 
@@ -21,8 +35,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lightrft.conformance.certificates.certificate import Certificate
-    from lightrft.conformance.certification import Report, Request
+    from lightrft.conformance.certification import Report
     from lightrft.conformance.judge import ClauseResult
+    from lightrft.conformance.requests import Request
     from lightrft.conformance.saboteurs.runner import Outcome
 
 app = typer.Typer(
@@ -41,57 +56,6 @@ MARKS = {
 }
 
 
-def _device(name: str) -> str:
-    if name not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"expected cpu or cuda, got {name!r}")
-    return name
-
-
-def _profile(name: str) -> str:
-    if name not in PROFILES:
-        raise typer.BadParameter(f"expected one of {', '.join(PROFILES)}, got {name!r}")
-    return name
-
-
-def _home(path: Path) -> Path:
-    """``path`` with the home directory for ``~``, which shells leave as it is after "="."""
-    try:
-        return path.expanduser()
-    except RuntimeError as error:
-        raise typer.BadParameter(f"expected a path in a home directory that exists, got {path}: {error}") from error
-
-
-def _readable(path: Path | None) -> Path | None:
-    path = None if path is None else _home(path)
-    if path is not None and not path.is_file():
-        raise typer.BadParameter(f"expected an existing file, got {path}")
-    return path
-
-
-def _writable(path: Path | None) -> Path | None:
-    path = None if path is None else _home(path)
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
-        raise typer.BadParameter(f"expected a file in an existing directory, got {path}")
-    return path
-
-
-World = Annotated[int, typer.Option("--world-size", min=1, help="Number of ranks")]
-Device = Annotated[str, typer.Option(help="Device of the models: cpu or cuda", callback=_device)]
-ProfileOption = Annotated[
-    str, typer.Option("--profile", help=f"How many programs to run: {', '.join(PROFILES)}", callback=_profile)
-]
-Clauses = Annotated[list[str] | None, typer.Option("--clause", help="Run only this clause; may be repeated")]
-Seed = Annotated[int, typer.Option(help="Seed for drawing programs")]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", help="Setting of the strategy, NAME=VALUE; may be repeated")
-]
-Expected = Annotated[Path | None, typer.Option("--expected", help="TOML file of expected failures", callback=_readable)]
-ReportFile = Annotated[
-    Path | None, typer.Option("--report", help="Write a JSON report to this file", callback=_writable)
-]
-"""The options that `run` and `run-engine` share."""
-
-
 @app.command()
 def run(
     strategies: Annotated[list[str], typer.Argument(help="Registered names, such as fsdp, or module:attribute")],
@@ -103,10 +67,7 @@ def run(
     settings: Settings = None,
     expectations: Expected = None,
     report: ReportFile = None,
-    jobs: Annotated[
-        int | None,
-        typer.Option(min=1, help="Clauses to run in parallel. Default: one per core for certify and nightly, else 1"),
-    ] = None,
+    jobs: RunJobs = None,
 ) -> None:
     """Certify strategies, one after another. The report of several is a list of their reports.
 
@@ -115,7 +76,12 @@ def run(
     """
     request = _request(world, device, profile, clauses, seed, settings, expectations, strategy=strategies[0])
     requests = [replace(request, strategy=strategy) for strategy in strategies]
-    _run(requests, report, jobs or _jobs(profile, world, device))
+    jobs = jobs or _jobs(profile, world, device)
+    if jobs * world > MOST_PROCESSES:
+        raise typer.BadParameter(
+            f"expected at most {MOST_PROCESSES} processes, got --jobs {jobs} with --world-size {world}. Lower --jobs"
+        )
+    _run(requests, report, jobs)
 
 
 @app.command()
@@ -141,7 +107,7 @@ def _request(
     expectations: Path | None, *, strategy: str, engine: str = "",
 ) -> "Request":  # fmt: skip
     """Build the request. Raises typer.BadParameter for an invalid setting."""
-    from lightrft.conformance.certification import Request, setting
+    from lightrft.conformance.requests import Request, setting
 
     try:
         parsed = dict(map(setting, settings or []))
@@ -160,16 +126,34 @@ def _jobs(profile: str, world: int, device: str) -> int:
 
 
 def _run(requests: Sequence["Request"], report: Path | None, jobs: int = 1) -> None:
+    """Judge all, unless it is known beforehand that some cannot be judged; then report only these."""
     from rich.console import Console
 
+    from lightrft.conformance.certification import Interrupted, certify
+    from lightrft.conformance.requests import impossible
+
     console = Console(soft_wrap=True)
-    outcomes = []
-    for request in requests:
-        begun = monotonic()
-        outcomes.append(_with_progress(console, request, jobs))
-        _conclude(console, outcomes[-1], monotonic() - begun)
+    outcomes = [certify(request) for request in requests if impossible(request)]
+    for outcome in outcomes:
+        _conclude(console, outcome, 0)
+    try:
+        for request in requests if not outcomes else ():
+            begun = monotonic()
+            outcomes.append(_with_progress(console, request, jobs))
+            _conclude(console, outcomes[-1], monotonic() - begun)
+    except KeyboardInterrupt as interruption:
+        partial = [*outcomes, interruption.report] if isinstance(interruption, Interrupted) else outcomes
+        raise KeyboardInterrupt(_interrupted(partial, report)) from interruption
     exit_code = max(outcome.exit_code for outcome in outcomes)
     raise typer.Exit(exit_code if report is None or _written(outcomes, report) else 2)
+
+
+def _interrupted(outcomes: Sequence["Report"], path: Path | None) -> str:
+    """Write the report of what was judged, if one was asked for; return what to say of it."""
+    if not outcomes:
+        return "nothing was judged"
+    judged = f"{outcomes[-1].request.engine or outcomes[-1].request.strategy} {outcomes[-1].unjudged}"
+    return f"{judged}; their report is {path}" if path is not None and _written(outcomes, path) else judged
 
 
 def _print_error(request: "Request", message: str) -> None:
@@ -191,7 +175,8 @@ def _written(outcomes: Sequence["Report"], path: Path) -> bool:
 def _with_progress(console: "Console", request: "Request", jobs: int) -> "Report":
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from lightrft.conformance.certification import certify, processes, selected
+    from lightrft.conformance.certification import certify, processes
+    from lightrft.conformance.requests import selected
 
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
     shown = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
@@ -200,12 +185,12 @@ def _with_progress(console: "Console", request: "Request", jobs: int) -> "Report
             request.engine or request.strategy, total=len(list(selected(request.clauses, engine=bool(request.engine))))
         )
 
-        def tell(result: "ClauseResult") -> None:
+        def on_result(result: "ClauseResult") -> None:
             progress.advance(task)
             progress.update(task, description=f"{request.engine or request.strategy} {result.id}")
             _show(console, request, result)
 
-        return certify(request, tell, pool)
+        return certify(request, on_result, pool)
 
 
 def _show(console: "Console", request: "Request", result: "ClauseResult") -> None:
@@ -234,17 +219,6 @@ def _conclude(console: "Console", outcome: "Report", seconds: float) -> None:
     )
 
 
-def _renderable(files: list[Path] | None) -> list[Path]:
-    from lightrft.conformance.certificates.formats import FORMATS
-
-    files = [_home(file) for file in files or ()]
-    for file in files:
-        _writable(file)
-        if file.suffix not in FORMATS:
-            raise typer.BadParameter(f"expected a file named {', '.join(FORMATS)}, got {file}")
-    return files
-
-
 @app.command()
 def certificate(
     files: Annotated[list[Path], typer.Argument(help="JSON reports of one strategy or engine, from run or run-engine")],
@@ -252,13 +226,13 @@ def certificate(
         list[Path] | None,
         typer.Option(
             "--output", help="Write .md, .html, .svg (a badge) or .json; may be repeated. Default: print Markdown",
-            callback=_renderable,
+            callback=renderable,
         ),
     ] = None,
 ) -> None:  # fmt: skip
     """Combine the reports of one strategy or engine, at any world sizes and on any devices, into a certificate.
 
-    Exit codes: 0, also if it says that clauses do not hold; 2, the files are no reports, or do not belong together.
+    Exit codes: 0, also if it says that clauses do not hold; 2, the files are not reports, or cannot be combined.
     """
     from lightrft.conformance.certificates.formats import FORMATS
     from lightrft.conformance.certificates.reports import combine
@@ -278,7 +252,7 @@ def verify(
 ) -> None:
     """Tell whether certificates are about the code that is installed, by its digests.
 
-    Exit codes: 0, they are; 1, at least one is about other code, such as an older version; 2, a file is no certificate, or
+    Exit codes: 0, they are; 1, at least one is about other code, such as an older version; 2, a file is not a certificate, or
     what it is about is not installed.
     """
     from lightrft.conformance.certificates.reports import read
@@ -307,9 +281,9 @@ def _outdated(certificate: "Certificate") -> list[str]:
 def saboteurs(
     profile: ProfileOption = "ci",
     seed: Seed = 0,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, starting at --seed")] = 1,
+    seeds: Seeds = 1,
     only: Annotated[list[str] | None, typer.Option(help="Run only this saboteur; may be repeated")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Number of processes. Default: one per core")] = CORES,
+    jobs: SaboteurJobs = None,
 ) -> None:
     """Test the suite itself.
 
@@ -328,7 +302,7 @@ def saboteurs(
         raise typer.BadParameter(f"--only: unknown saboteurs {', '.join(sorted(unknown))}")
     chosen = [entry for entry in corpus() if not only or entry.name in only]
     outcomes = run_corpus(
-        chosen, profile, range(seed, seed + seeds), lambda outcome: _show_outcome(console, outcome), jobs
+        chosen, profile, range(seed, seed + seeds), lambda outcome: _show_outcome(console, outcome), jobs or CORES
     )
     wrong = {outcome.saboteur.name for outcome in outcomes if not outcome.right}
     defects, controls = ([entry.name for entry in chosen if bool(entry.clause) == kept] for kept in (True, False))

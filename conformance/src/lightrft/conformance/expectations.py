@@ -22,22 +22,34 @@ class Expectations:
 
     @classmethod
     def read(cls, path: Path | None, strategy: str, settings: Mapping[str, object]) -> "Expectations":
-        """Read the expected failures of ``strategy`` with ``settings``."""
+        """Read the expected failures of ``strategy`` with ``settings``.
+
+        Raises:
+            OSError: The file cannot be read.
+            ValueError: It is not TOML, or does not have the form above.
+        """
         if path is None:
             return cls(reasons={})
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        for name, table in tables.items():
+            if not isinstance(table, dict) or not all(isinstance(reason, str) for reason in table.values()):
+                raise ValueError(f"expected a table of clauses with their reasons, got {name} = {table!r}. Correct it")
+            if any("=" not in condition for condition in _conditions(name)):
+                raise ValueError(f"expected settings NAME=VALUE in brackets, got {name!r}. Correct it")
         reasons: dict[str, str] = {}
         for name, table in tables.items():
-            base, _, conditions = name.rstrip("]").partition("[")
-            wanted = dict(condition.split("=", 1) for condition in conditions.split(",") if condition)
-            if base == strategy and all(str(settings.get(key)) == value for key, value in wanted.items()):
+            wanted = dict(condition.split("=", 1) for condition in _conditions(name))
+            if name.partition("[")[0] == strategy and all(
+                str(settings.get(key)) == value for key, value in wanted.items()
+            ):
                 reasons.update(table)
         return cls(reasons=reasons)
 
     def unknown(self, ids: Sequence[str]) -> str:
         """An error message about clauses that do not exist, or an empty string."""
         unknown = sorted(set(self.reasons) - set(ids))
-        return f"the file of expected failures lists unknown clauses: {', '.join(unknown)}" if unknown else ""
+        hint = "`lightrft-conformance clauses` lists those that exist"
+        return f"the file of expected failures lists unknown clauses: {', '.join(unknown)}; {hint}" if unknown else ""
 
     def applied(self, result: ClauseResult) -> ClauseResult:
         """``result`` in the light of the expected failures."""
@@ -49,3 +61,8 @@ class Expectations:
                 result, verdict="fail", message=f"expected to fail ({reason}), but it passes: remove it from the list"
             )
         return replace(result, verdict="xfail", message=f"expected: {reason}")
+
+
+def _conditions(name: str) -> list[str]:
+    """The settings in the name of a table."""
+    return [condition for condition in name.rstrip("]").partition("[")[2].split(",") if condition]

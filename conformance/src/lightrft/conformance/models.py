@@ -159,7 +159,7 @@ def padded_batch(number: int, rank: int, rows: int) -> tuple[torch.Tensor, torch
 
 
 def policy_loss(log_probs: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
-    """A policy gradient in which each token has a weight of its own, with an entropy bonus."""
+    """A policy gradient in which each token has its own weight, with an entropy bonus."""
     weights = torch.linspace(-1, 2, log_probs.numel(), device=log_probs.device).view_as(log_probs)
     return (weights * log_probs.exp()).mean() - 0.1 * entropy.mean()
 

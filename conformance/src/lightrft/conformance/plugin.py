@@ -32,9 +32,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def certification(request: pytest.FixtureRequest) -> "Iterator[object]":
     """The running certification, with its workers and results."""
-    from lightrft.conformance.certification import Certification, Report, Request, in_order, setting
+    from lightrft.conformance.certification import Certification, Report, in_order
     from lightrft.conformance.contract import CONTRACT
     from lightrft.conformance.judge import Unjudgeable
+    from lightrft.conformance.requests import Request, impossible, setting
 
     option = request.config.getoption
     asked = Request(
@@ -46,6 +47,9 @@ def certification(request: pytest.FixtureRequest) -> "Iterator[object]":
         settings=dict(map(setting, option("--strategy-set"))),
         expectations=option("--expected-failures"),
     )
+    problem = impossible(asked)
+    if problem:
+        pytest.exit(f"could not be judged: {problem}", returncode=2)
     with Certification(asked) as running:
         try:
             running.open()

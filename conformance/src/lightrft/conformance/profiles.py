@@ -1,8 +1,13 @@
-"""Profiles: how many programs to draw, from none to enough for a night."""
+"""Profiles: how many programs to draw, from none to enough for a night; and how many processes."""
 
 from dataclasses import dataclass
 from typing import Literal
 
+MOST_PROCESSES = 256
+"""The most ranks, and the most jobs times ranks, to start on this machine.
+
+Each rank is a process that imports torch, so that a mistyped number would exhaust the machine's memory.
+"""
 ProfileName = Literal["smoke", "ci", "certify", "nightly"]
 
 

@@ -46,13 +46,14 @@ def digest_of(cls: type) -> str:
 
 
 def class_of(name: str) -> type:
-    """Import a class by its full name. Raises ImportError if that is impossible."""
+    """Import a class by its full name. Raises ImportError if that is impossible, whatever its module raises."""
+    remedy = "Install the package that contains it"
     try:
         found = resolve_name(name)
-    except (AttributeError, ValueError) as error:
-        raise ImportError(f"there is no class {name!r}") from error
+    except (Exception, SystemExit) as error:  # its code is not ours
+        raise ImportError(f"expected to import the class {name!r}, got {error!r}. {remedy}") from error
     if not isinstance(found, type):
-        raise ImportError(f"{name!r} is not a class")
+        raise ImportError(f"expected a class at {name!r}, got {found!r}. {remedy}")
     return found
 
 
@@ -145,7 +146,7 @@ def _installed(name: str) -> bool:
 
 
 def _package_of(file: Path) -> Path:
-    """The outermost package of ``file``, or the file itself. A namespace, such as ``lightrft``, is no package."""
+    """The outermost package of ``file``, or the file itself. A namespace, such as ``lightrft``, is not a package."""
     root = file
     while (root.parent / "__init__.py").is_file():
         root = root.parent

@@ -175,7 +175,7 @@ class Deep(nn.Module):
 
 
 class Matrices(nn.Module):
-    """A regressor of matrices alone, which Muon trains."""
+    """A regressor whose parameters are all matrices, for Muon."""
 
     _no_split_modules = ["Linear"]
 

@@ -2,9 +2,9 @@
 
 import json
 
-from lightrft.conformance.certification import Request
 from lightrft.conformance.clause import Clause
 from lightrft.conformance.judge import ClauseResult
+from lightrft.conformance.requests import Request
 
 LONGEST = 60
 """The most operations of a program to show."""

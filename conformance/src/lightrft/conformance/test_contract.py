@@ -2,9 +2,10 @@
 
 import pytest
 
-from lightrft.conformance.certification import Certification, selected
+from lightrft.conformance.certification import Certification
 from lightrft.conformance.contract import CONTRACT
 from lightrft.conformance.rendering import failure
+from lightrft.conformance.requests import selected
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -109,7 +109,7 @@ def _parsed(model: TypeAdapter[Content], file: Path, kind: str, remedy: str) -> 
         reason = f"{where}: {detail['msg'].lower()}"
     except OSError as error:
         reason = error.strerror or str(error)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         reason = f"not valid JSON: {error}"
     raise ValueError(f"expected {kind}, got {file}: {reason}. {remedy}")
 
@@ -211,7 +211,7 @@ def _how_much(reports: Sequence[_Report], clauses: Sequence[Clause]) -> str:
         return f"only {_listed(sorted(selected))}"
     profiles = sorted({report.profile for report in reports})
     drawn = most_drawn(clauses)
-    programs = f"up to {drawn} programs drawn a clause" if drawn else "pinned programs only"
+    programs = f"up to {drawn} programs drawn per clause" if drawn else "pinned programs only"
     return f"profile{'s' if len(profiles) > 1 else ''} {_listed(profiles)}, {programs}"
 
 

@@ -16,7 +16,7 @@ def look_at_buffers(model: str = "a") -> Operation:
 
 
 def assert_buffers(clause: Clause, execution: Execution) -> None:
-    """Require every look at buffers to match the reference's on each rank, within rounding."""
+    """Require the buffers, whenever a program reads them, to match the reference's on each rank, within rounding."""
     for index, operation, seen in execution.each("buffers"):
         for rank, (buffers, expected) in enumerate(zip(seen, execution.predicted()[index], strict=True)):
             mismatch = tolerances.absolute(buffers, expected)

@@ -1,4 +1,4 @@
-"""PREP: what a script does to a prepared model and its optimizer by hand, and which optimizer it brings."""
+"""PREP: direct changes of a script to a prepared model and its optimizer, and optimizers of its own."""
 
 from collections.abc import Sequence
 from typing import Any

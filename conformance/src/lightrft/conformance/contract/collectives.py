@@ -75,7 +75,7 @@ LARGE: Record = {"tensor": "float32", "shape": [70, 4], "seed": 9}
 
 
 def beside_large(program: Program) -> Program:
-    """The same calls with a large tensor beside the argument: what is small may travel in another way."""
+    """The same calls with a large tensor in addition to the argument: small values may be sent in another way."""
     operations = tuple(
         {**operation, "data": {"dict": [["argument", operation["data"]], ["large", LARGE]]}}
         for operation in program.operations

@@ -200,12 +200,12 @@ class Order(Clause):
 @CONTRACT.add
 class WholeUpdates(Clause):
     """With a loader for training, every epoch ends with a whole update: each update has the same samples at any number of
-    ranks, and the losses are those of plain PyTorch. An epoch that resumes in the middle, also within an update, counts
-    whole updates from there. A loader is for training if it shuffles, drops samples at the end, and has batches of
-    micro_train_batch_size; others drop no more than DATA-1 says. whole_updates=True makes another loader one for
-    training, whose batches have micro_train_batch_size samples, or end updates with an explicit boundary; without
-    drop_last it repeats samples to fill the last update. It raises if the dataset or the batch size allows no whole
-    update."""
+    ranks, and the losses are those of plain PyTorch. An epoch that resumes in the middle, also within an update, starts
+    a new update there. A loader is for training if it shuffles, drops samples at the end, and has batches of
+    micro_train_batch_size; others drop no more than DATA-1 allows. whole_updates=True makes any other loader end its
+    epochs in this way, with batches of micro_train_batch_size samples, or of another size if the script ends updates
+    with an explicit boundary; without drop_last it repeats samples to fill the last update. It raises if no whole
+    update can be made from the dataset or the batch size."""
 
     id = "DATA-4"
     rate = 0.01
@@ -219,7 +219,7 @@ class WholeUpdates(Clause):
             for consumed in (2 * total, total // 2 + 1)
         )
         share = total // target.world
-        others = max(1, share // 3)  # samples of a batch that is no micro-batch
+        others = max(1, share // 3)  # samples of a batch that is not a micro-batch
         ended = [{**self.training, "epoch": epoch, "update_batches": share // others} for epoch in (0, 1)]
         refused = [
             {"samples": total - 1, "batch_size": rows, "whole_updates": True},

@@ -1,4 +1,4 @@
-"""GEN: prompts with images and videos, as far as a strategy handles them."""
+"""GEN: how a strategy handles prompts with images and videos."""
 
 import json
 from collections.abc import Sequence

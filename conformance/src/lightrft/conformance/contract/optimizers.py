@@ -112,7 +112,7 @@ class Decay(Clause):
         self, target: Target, kind: str, seed: int = 8, weight_decay: float = 10.0, wrap_first: bool = False,
         by_hand: bool = False,
     ) -> Program:  # fmt: skip
-        """``by_hand``: with an optimizer over all parameters, also frozen ones, with the same weight decay."""
+        """``by_hand``: with an optimizer over all parameters, including frozen ones, with the same weight decay."""
         begun = trained(kind=kind, seed=seed, weight_decay=weight_decay, wrap_first=wrap_first)
         begun = [
             {**operation, "by_hand": by_hand} if operation["do"] == "optimizer" else operation for operation in begun

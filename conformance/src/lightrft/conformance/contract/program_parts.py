@@ -76,12 +76,12 @@ def training(
     *,
     precision: Settings = FP32,
     max_updates: int = 4,
-    windows: st.SearchStrategy[int] | None = None,
+    accumulation: st.SearchStrategy[int] | None = None,
     max_norms: st.SearchStrategy[float | None] | None = None,
     kinds: st.SearchStrategy[str] = TRAINED_KINDS,
 ) -> Program:
     """Train a model of any kind for a few updates, and look at its weights at the end."""
-    accumulation_steps = draw(st.integers(1, 3) if windows is None else windows)
+    accumulation_steps = draw(st.integers(1, 3) if accumulation is None else accumulation)
     max_norm = precision["max_norm"] if max_norms is None else draw(max_norms)
     scheduled = draw(st.booleans())
     operations = trained(

@@ -26,7 +26,7 @@ class SyncedWeights(Rollouts):
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
         programs = [self._program(target, 1), self._program(target, 1, bucket=64)]
-        takes_any = target.language_model == "language" and target.world == 1  # ranks have buffers of their own
+        takes_any = target.language_model == "language" and target.world == 1  # each rank has its own buffers
         return [*programs, self._program(replace(target, language_model="centred"), 1)] if takes_any else programs
 
     def _program(self, target: Target, seed: int, bucket: int = 1 << 20, count: int = 2) -> Program:

@@ -1,6 +1,6 @@
 """A process that imports what workers need and forks them: an import takes seconds, a fork milliseconds.
 
-Each rank has a fork server of its own, because real ranks differ in per-process state, such as the iteration order of
+Each rank has its own fork server, because real ranks differ in per-process state, such as the iteration order of
 a set of strings, and a strategy must tolerate that.
 
 The driver sends requests over a socket. ``b"s"`` starts a worker: it comes with the descriptors of the worker's
@@ -8,7 +8,8 @@ connection, output and stack file, and with a message that names the module and 
 worker's pid. ``b"w"`` with a pid asks for the exit status of a worker.
 
 The fork server also reaps orphans. If the driver goes away, even by SIGKILL, the socket closes; the fork server then
-kills the workers that are left, with everything they started in their sessions, and removes the scratch directory.
+kills the workers that are left, with everything they started in their sessions, and removes the scratch directory. While it
+imports, a thread watches the socket: on an overloaded machine an import takes minutes, or never ends.
 """
 
 import importlib
@@ -20,9 +21,10 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Thread
 from typing import NoReturn
 
 from lightrft.conformance.driver import wire
@@ -136,12 +138,36 @@ class ForkServer:
 def main() -> None:
     """Import the modules named on the command line, then serve; a fork becomes the worker that was asked for."""
     descriptor, directory, *preloaded = sys.argv[1:]
-    for name in preloaded:
-        with suppress(Exception):  # a worker that needs the module reports the error itself
-            importlib.import_module(name)
-    module = _serve(socket.socket(fileno=int(descriptor)), Path(directory))
+    driver = socket.socket(fileno=int(descriptor))
+    with _ending_without(driver, Path(directory)):
+        for name in preloaded:
+            with suppress(Exception):  # a worker that needs the module reports the error itself
+                importlib.import_module(name)
+    module = _serve(driver, Path(directory))
     sys.argv[:] = [module]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+@contextmanager
+def _ending_without(driver: socket.socket, directory: Path) -> Iterator[None]:
+    """End this process as soon as the driver is gone. The thread ends with the body: a fork must not find it running."""
+    imported = os.eventfd(0)
+    ends = select.poll()
+    ends.register(driver, 0)  # only its hang-up: requests may wait
+    ends.register(imported, select.POLLIN)
+
+    def watch() -> None:
+        if imported not in dict(ends.poll()):
+            _reap_orphans(set(), directory)
+
+    thread = Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        os.eventfd_write(imported, 1)
+        thread.join()
+        os.close(imported)
 
 
 def _serve(driver: socket.socket, directory: Path) -> str:
@@ -179,7 +205,7 @@ def _status_of(pid: int) -> int | None:
 
 
 def _reap_orphans(workers: set[int], directory: Path) -> NoReturn:
-    """Kill the workers nobody waited for, with their sessions, remove what they wrote, and exit."""
+    """Kill the remaining workers with their sessions, remove what they wrote, and exit."""
     for pid in workers:
         with suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)

@@ -1,8 +1,8 @@
 """A group of worker processes, one per rank: started once, sent program after program, ended by their own pids.
 
 A program has one deadline for the whole group. A rank that misses it is hung: the driver records its stack and kills
-the group, and the next `run` starts another. The driver notices at once a rank that died, or whose answer says that it
-gave up, gives the others `GRACE_SECONDS` to notice it too, then kills the group.
+the group, and the next `run` starts another. The driver immediately notices a rank that died, or whose answer says that
+it gave up, gives the others `GRACE_SECONDS` to notice it too, then kills the group.
 """
 
 import os
@@ -51,7 +51,7 @@ class WorkerGroup:
         worker: The module that each worker runs.
         preloaded: Modules to import once, before workers are forked.
         directory: Where programs write. Several groups may share one, and the caller removes it. By default the group
-            has a directory of its own, which `close` removes.
+            has its own directory, which `close` removes.
     """
 
     def __init__(

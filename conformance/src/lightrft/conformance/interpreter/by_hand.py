@@ -1,4 +1,4 @@
-"""Operations on a prepared model and its optimizer that pass by the strategy."""
+"""Operations on a prepared model and its optimizer that bypass the strategy."""
 
 import torch
 

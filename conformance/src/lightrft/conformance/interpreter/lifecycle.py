@@ -285,7 +285,7 @@ def _store() -> TCPStore:
 
 @operation
 def exit_process(session: Session) -> None:
-    """Exit the process at once."""
+    """Exit the process immediately."""
     os._exit(7)
 
 

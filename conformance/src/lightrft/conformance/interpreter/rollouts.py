@@ -46,7 +46,7 @@ def sleep_levels(session: Session) -> list[int]:
 
 @operation
 def claims(session: Session) -> dict[str, bool]:
-    """What the engine claims to support, sleep levels aside."""
+    """What the engine claims to support, apart from sleep levels."""
     assert session.strategy.inference_engine is not None
     supported = session.strategy.inference_engine.capabilities
     return {name: getattr(supported, name) for name in ("multimodal", "stop_strings", "seeds_by_prompt")}

@@ -23,10 +23,10 @@ def main() -> None:
         parser.error(f"unknown promises: {', '.join(sorted(unknown))}")
     start = time.monotonic()
 
-    def tell(result: Result) -> None:
+    def on_result(result: Result) -> None:
         print(f"{result.verdict:12}{result.promise:24}{result.detail} {result.link}".rstrip(), flush=True)
 
-    results = judge(options.target, world=options.world_size, only=options.promises, tell=tell)
+    results = judge(options.target, world=options.world_size, only=options.promises, on_result=on_result)
     print(f"{len(results)} promises in {time.monotonic() - start:.0f} s")
     if options.report:
         options.report.write_text(json.dumps([result.to_dict() for result in results], indent=1), encoding="utf-8")

@@ -58,7 +58,7 @@ def judge(
     *,
     world: int = 2,
     only: Iterable[str] = (),
-    tell: Callable[[Result], None] = lambda result: None,
+    on_result: Callable[[Result], None] = lambda result: None,
 ) -> list[Result]:
     """Judge a target.
 
@@ -66,7 +66,7 @@ def judge(
         target: ``module:attribute`` of a callable that takes `LoopSettings` and returns a `TrainingLoop`.
         world: The number of ranks.
         only: The ids of the promises to judge; by default all.
-        tell: Called with each result as soon as it is known.
+        on_result: Called with each result as soon as it is known.
 
     Returns:
         A result per promise, in the order of the table.
@@ -79,5 +79,5 @@ def judge(
     with Ranks(target, world) as ranks:
         for promise in chosen:
             results.append(judge_one(promise, ranks))
-            tell(results[-1])
+            on_result(results[-1])
     return results

@@ -10,17 +10,17 @@ Texts = Callable[[str, str, str], str]
 HEADER = """\
 # Peers
 
-Accelerate, Lightning Fabric and plain PyTorch, judged promise by promise, and this project's layer beside them. The promises are
-drawn from [the contract](contract.md), and worded for any training library. `nox -s peers` judges all of them again, runs the
-scripts below, and writes this page.
+Accelerate, Lightning Fabric, plain PyTorch and this project's layer, judged promise by promise. The promises are taken from
+[the contract](contract.md), and worded for any training library. `nox -s peers` judges all of them again, runs the scripts below,
+and writes this page.
 
-Each library is judged through an adapter of about 100 lines, in [examples/peers](../examples/peers), that uses the library's own
-means as its documentation shows them, and mends nothing. A promise compares what the ranks did with plain PyTorch in one process,
-never with this layer. The promises are judged one by one, so that one missing call does not hide the rest.
+Each library is judged through an adapter of at most 150 lines, in [examples/peers](../examples/peers), that uses the library as its
+documentation shows, and works around nothing. A promise compares what the ranks did with plain PyTorch in one process, never with
+this layer. The promises are judged one by one, so that one missing call does not hide the rest.
 
 There are four verdicts: *holds*; *differs, documented*; *differs*, if we found no documentation of it; and *not offered*, if the
 library leaves it to the script. Much of what differs is a choice: a library that leaves more to the script can do less behind its
-back. The promises are those of this project, so its own columns say that it keeps its word, not that the others fail.
+back. The promises are those of this project, so its own columns show that it keeps them, not that the others fail.
 """
 SETTINGS = """\
 Versions: {versions}. Settings: fp32, on CPUs with gloo, 2 ranks; otherwise defaults. One process: {single}.
@@ -30,7 +30,7 @@ ALL_HOLD = "What holds in all of them"
 PROMISES = "Promises"
 DIFFERENCES = "Differences"
 DIFFERENCES_INTRODUCTION = """\
-What each promise found, and scripts of at most 30 lines, without a line of this project, that show it. The session runs them;
+What was found for each promise, and scripts of at most 30 lines that show it without this project. The session runs them;
 below each is what it printed.
 """
 NOT_JUDGED = """\
@@ -38,7 +38,7 @@ This page is not complete. Not judged:
 """
 OTHERS = "Other differences"
 OTHERS_INTRODUCTION = """\
-Behaviour that no promise asks for, but that a script may meet.
+Behaviour that no promise covers, but that a script may encounter.
 """
 WORDS = {
     "promise": "promise",
@@ -141,7 +141,7 @@ class _Page:
             yield from ("", self.text("not-judged", NOT_JUDGED), "", *items)
 
     def held_by_all(self) -> Iterator[str]:
-        """The promises that every library keeps, where it takes part with enough ranks."""
+        """The promises that every library keeps, if it was judged on enough ranks."""
         yield from ("", f"## {self.text('all-hold', ALL_HOLD)}", "")
         for promise in self.promises:
             if {self.verdict(column["name"], promise["id"]) for column in self.columns} <= {"holds", "one process"}:
@@ -202,7 +202,7 @@ class _Page:
         return f"{self.title(column)}: {' '.join(parts)} ({', '.join(links)})".replace(":  (", " (")
 
     def others(self) -> Iterator[str]:
-        """Sections for the scripts that show what no promise asks for."""
+        """Sections for the scripts that show behaviour that no promise covers."""
         known = {promise["id"] for promise in self.promises}
         subjects: dict[str, list[str]] = {}
         for column, notes in self.results["notes"].items():

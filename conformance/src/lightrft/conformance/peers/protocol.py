@@ -1,7 +1,7 @@
-"""What a training library is judged through: a loop as its documentation writes it, in pieces that a program calls.
+"""The interface through which a training library is judged: the loop of its documentation, in parts.
 
-An adapter implements `TrainingLoop` with the library's own means and mends nothing. What the library leaves to the script, the
-adapter does as the library's documentation shows; where neither is possible, it raises `NotOffered`.
+An adapter implements `TrainingLoop` with the library's own means and works around nothing. What the library leaves to
+the script, the adapter does as the library's documentation shows; where neither is possible, it raises `NotOffered`.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +21,7 @@ ReduceOp = Literal["mean", "sum", "max"]
 
 
 class NotOffered(NotImplementedError):
-    """The library has nothing for this.
+    """The library does not offer this.
 
     Args:
         what: What it leaves to the script, in a few words.
@@ -47,7 +47,7 @@ class LoopSettings:
     timeout_seconds: float | None = None
     """How long a rank waits for the others; None: the library's default."""
     unused_parameters: bool = False
-    """Whether some parameters get no gradient in some updates: libraries that need to be told are told."""
+    """Whether some parameters get no gradient in some updates, for libraries that must be told."""
     random_streams: bool = False
     """Whether the program needs checkpoints with the state of the random generators of PyTorch, NumPy and Python; `save` of a
     library that leaves these to the script raises `NotOffered`."""
@@ -73,7 +73,7 @@ class TrainingLoop(Protocol):
         for batch in loop.batches(dataset, batch_size=4):
             with loop.micro_batch(model):
                 loop.backward(loss_of(model, batch), model)
-                update = loop.step(model)  # None, unless the window of K micro-batches is complete
+                update = loop.step(model)  # None until the K-th micro-batch
         loop.close()
     """
 
@@ -86,9 +86,9 @@ class TrainingLoop(Protocol):
         """Prepare a model for training. May be called for several models.
 
         Args:
-            model: The model, built alike on all ranks, unless a program tests otherwise.
+            model: The model, built in the same way on all ranks, unless a program tests otherwise.
             make_optimizer: Makes the optimizer from parameters, before or after the model is wrapped.
-            make_scheduler: Makes a scheduler that is to step once an update.
+            make_scheduler: Makes a scheduler that steps once per update.
 
         Returns:
             What the program calls, and passes to the other methods.
@@ -120,13 +120,13 @@ class TrainingLoop(Protocol):
 
         Args:
             model: What `prepare` returned.
-            last: Whether the data ends with this micro-batch, and so does the window, even if it has fewer than K.
+            last: Whether the data ends with this micro-batch, and the update with it, even if it has fewer than K.
                 Libraries that see the end of their loaders themselves need not read it.
         """
         ...
 
     def backward(self, loss: torch.Tensor, model: nn.Module, *, retain_graph: bool = False) -> None:
-        """Add the gradient of ``loss`` to the window. May be called several times in a micro-batch.
+        """Add the gradient of ``loss`` to the update in progress. May be called several times in a micro-batch.
 
         Args:
             loss: The mean over this rank's micro-batch, not divided by K.
@@ -136,10 +136,10 @@ class TrainingLoop(Protocol):
         ...
 
     def step(self, model: nn.Module) -> Update | None:
-        """End a micro-batch; at the end of a window, clip, step the optimizer and the scheduler, and clear the gradient.
+        """End a micro-batch; after the K-th, clip, step the optimizer and the scheduler, and clear the gradient.
 
         Returns:
-            What was done at the end of a window; None before.
+            The update that was made; None before the K-th micro-batch.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""The ranks of a target, from the driver: every run of a program has new processes, a deadline, and a store of its own."""
+"""The ranks of a target, from the driver: every run of a program has new processes, a deadline, and its own store."""
 
 import shutil
 from collections.abc import Callable
@@ -19,7 +19,7 @@ FIRST_SECONDS = 300.0
 
 
 class Differs(Exception):
-    """The target does something else than what was promised; the message says what was expected and what it did."""
+    """The target does something other than what was promised; the message says what was expected and what it did."""
 
 
 class NotJudged(Exception):
@@ -85,7 +85,7 @@ class Ranks:
             What each rank returned.
 
         Raises:
-            NotOffered: The library has nothing for what the program needs.
+            NotOffered: The library does not offer what the program needs.
             Differs: A rank raised, died or hung.
         """
         outcomes = self.attempt(program, world=world, **arguments)
@@ -106,7 +106,7 @@ class Ranks:
         default.
 
         Raises:
-            NotOffered: The library has nothing for what the program needs.
+            NotOffered: The library does not offer what the program needs.
             Differs: A rank raised, but not where the program allows for it.
         """
         size = world or self.world

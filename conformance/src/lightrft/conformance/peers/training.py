@@ -58,7 +58,7 @@ class SmallModel(nn.Module):
         self.first, self.second = Layer(FEATURES, width), nn.Linear(width, 1)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """One output a row."""
+        """One output per row."""
         output: torch.Tensor = self.second(self.first(features))
         return output
 
@@ -111,7 +111,7 @@ def copied(weights: Weights) -> dict[str, torch.Tensor]:
 
 
 def train_one(loop: TrainingLoop, model: nn.Module, batch: torch.Tensor, *, last: bool = False) -> Update | None:
-    """One micro-batch; the update, or None within a window."""
+    """One micro-batch; the update, or None before the K-th."""
     with loop.micro_batch(model, last=last):
         loop.backward(loss_of(model, batch), model)
         return loop.step(model)
@@ -130,7 +130,7 @@ def train(
 
     Args:
         rank: This rank.
-        updates: The number of windows.
+        updates: The number of updates.
         optimizer: A name in `OPTIMIZERS`.
         seeds: Of the model that each rank builds.
         schedule: Whether there is a scheduler, `halving`.
@@ -156,7 +156,7 @@ OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]]
 
 
 def reference(
-    windows: Sequence[Sequence[torch.Tensor]],
+    updates: Sequence[Sequence[torch.Tensor]],
     *,
     model: nn.Module | None = None,
     optimizer: str = "sgd",
@@ -164,7 +164,7 @@ def reference(
     max_norm: float | None = None,
     loss: Callable[[nn.Module, torch.Tensor], torch.Tensor] = loss_of,
 ) -> tuple[list[Weights], list[float]]:
-    """Plain PyTorch: each update is made from the mean of the losses of a window.
+    """Plain PyTorch: each update is made from the mean of the losses of its micro-batches.
 
     Returns:
         The weights before and after each update, and the norm of each gradient.
@@ -174,9 +174,9 @@ def reference(
     scheduler = halving(steps) if schedule else None
     history: list[Weights] = [copied(trained.state_dict())]
     norms: list[float] = []
-    for window in windows:
+    for micro_batches in updates:
         steps.zero_grad()
-        torch.stack([loss(trained, batch) for batch in window]).mean().backward()
+        torch.stack([loss(trained, batch) for batch in micro_batches]).mean().backward()
         norms.append(float(nn.utils.clip_grad_norm_(trained.parameters(), max_norm or float("inf"))))
         steps.step()
         if scheduler:
@@ -185,7 +185,7 @@ def reference(
     return history, norms
 
 
-def windows_of(updates: int, steps: int, world: int) -> list[list[torch.Tensor]]:
+def micro_batches_of(updates: int, steps: int, world: int) -> list[list[torch.Tensor]]:
     """What all ranks train on in each update of `train`."""
     return [
         [micro_batch(update * steps + step, rank) for step in range(steps) for rank in range(world)]

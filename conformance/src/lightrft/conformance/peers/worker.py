@@ -42,7 +42,7 @@ class Rank:
         """Where a program runs what the library may refuse; `Outcome.refused` says that it did so here."""
         try:
             yield
-        except BaseException as error:  # torch.distributed.checkpoint.CheckpointException is no Exception
+        except BaseException as error:  # torch.distributed.checkpoint.CheckpointException is not an Exception
             _refusals.append(error)
             raise
 
@@ -54,8 +54,8 @@ class Rank:
 
 _refusals: list[BaseException] = []
 _loops: list[TrainingLoop] = []
-"""Never freed: freeing DistributedDataParallel after its process group was left joins a thread of gloo that may wait for the
-interpreter, for ever."""
+"""Never freed: freeing DistributedDataParallel after its process group was left joins a thread of gloo that may wait
+for the interpreter forever."""
 
 
 def resolve(name: str) -> Any:

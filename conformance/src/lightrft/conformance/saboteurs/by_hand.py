@@ -1,4 +1,4 @@
-"""Defects in what a script does by hand, and in stepping its own optimizer."""
+"""Defects in handling direct changes by a script, and in stepping the script's own optimizer."""
 
 from typing import Any
 
@@ -118,7 +118,7 @@ class StepsFlat(HandsPieces):
 
 @saboteur("PREP-15")
 class StepsRows(HandsPieces):
-    """The optimizer gets each row of a parameter as a parameter of its own."""
+    """The optimizer gets each row of a parameter as a separate parameter."""
 
     @override
     def pieces(self, parameter: nn.Parameter) -> list[slice]:

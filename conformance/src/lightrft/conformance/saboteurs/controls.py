@@ -60,7 +60,7 @@ class Wrapping(FakeBackend):
 
 @control(world=2)
 class TwoRanks(PlainStrategy):
-    """Averages gradients once an update."""
+    """Averages gradients once per update."""
 
 
 @control(world=2)

@@ -228,7 +228,7 @@ class EmptyEpochs(FakeStrategy):
 
 @saboteur("DATA-4")
 class MicroBatchesOnly(LoaderHooks, FakeStrategy):
-    """whole_updates=True has no effect on batches that are no micro-batches."""
+    """whole_updates=True has no effect on batches that are not micro-batches."""
 
     @override
     def loader_made(self, loader: ResumableLoader) -> None:

@@ -261,7 +261,7 @@ class RemovesTheReplacedFirst(Saves):
 
 @saboteur("CKPT-10")
 class PicklesBeside(Saves):
-    """A checkpoint contains a pickle of its own, which loading unpickles after the other files were verified."""
+    """Checkpoints contain a pickle, which loading unpickles after the other files were verified."""
 
     @override
     def save(self, model: Models, directory: Path, tag: str | None, options: Options) -> Path:

@@ -1,6 +1,7 @@
 """Strategies with hooks for saboteurs: each hook changes one part of a call, so that a saboteur shows only its defect.
 
-Those that derive from `StrategyBase` stand before a strategy: ``class Saboteur(CheckpointHooks, FakeStrategy)``.
+Those that derive from `StrategyBase` come before the strategy among the base classes: ``class Saboteur(CheckpointHooks,
+FakeStrategy)``.
 """
 
 from collections.abc import Iterator

@@ -61,6 +61,16 @@ class SetsVariables(FakeBackend):
         os.environ["RANK"] = "0"
 
 
+@saboteur("LIFE-2")
+class KnowsTorchrunOnly(FakeBackend):
+    """As one of several processes of mpirun or srun, it trains by itself."""
+
+    @classmethod
+    @override
+    def join(cls, config: StrategyConfig) -> World:
+        return super().join(config) if "RANK" in os.environ else World.alone(config)
+
+
 @saboteur("LIFE-3", world=2)
 class WaitsForEver(ReplicatedBackend):
     """The process group does not have the timeout of the settings."""

@@ -30,7 +30,7 @@ class PlanHooks(StrategyBase):
         return lengths
 
     def planned(self, plan: Plan, lengths: list[int], max_tokens: int, padded: bool) -> Plan:
-        """Return the plan to give back."""
+        """Return the plan to return."""
         return plan
 
 
@@ -105,7 +105,7 @@ class FillersRepeat(PlanHooks, PlainStrategy):
 
 @saboteur("BATCH-1", world=2)
 class OnlyThisRankRaises(PlanHooks, PlainStrategy):
-    """Ranks with valid arguments continue with a plan of their own if those of another rank are invalid."""
+    """Ranks with valid arguments continue with their own plan if those of another rank are invalid."""
 
     def plan_micro_batches(self, lengths: Any, *, max_tokens: int, padded: bool) -> Plan:
         try:
@@ -192,7 +192,7 @@ class ShufflesThePlan(PlanHooks, FakeStrategy):
 
 @saboteur("BATCH-3")
 class EachAlone(PlanHooks, FakeStrategy):
-    """Each sequence is a micro-batch of its own."""
+    """Each sequence is a separate micro-batch."""
 
     @override
     def planned(self, plan: Plan, lengths: list[int], max_tokens: int, padded: bool) -> Plan:

@@ -31,7 +31,7 @@ class NeedsSchedule(StepHooks):
 
 @saboteur("OPT-6")
 class SchedulesTwice(StepHooks):
-    """The schedule steps twice an update."""
+    """The schedule steps twice per update."""
 
     @override
     def stepped(self, result: StepResult, scheduler: LRScheduler | None) -> None:

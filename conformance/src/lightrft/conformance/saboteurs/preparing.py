@@ -366,7 +366,7 @@ class SavesShards(FakeBackend):
 
 @saboteur("PREP-17")
 class SavesNothing(FakeBackend):
-    """save_pretrained of a model that was prepared for inference writes nothing, and does not say so."""
+    """save_pretrained of a model that was prepared for inference writes nothing, without an error."""
 
     @override
     def wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:

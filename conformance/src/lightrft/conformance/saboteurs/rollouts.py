@@ -75,7 +75,7 @@ class GeneratesNothing(FakeStrategy):
 
 @saboteur("ENG-3")
 class SyncsInSilence(FakeStrategy):
-    """Without an engine, a sync does nothing and says nothing."""
+    """Without an engine, a sync does nothing and prints no message."""
 
     def update_engine_weights(self, actor: nn.Module) -> None:
         if self.inference_engine is not None:

@@ -1,16 +1,17 @@
 """Running the corpus: each saboteur against the clause that must kill it, each control against all."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from functools import cache, partial
-from multiprocessing import get_context
 from multiprocessing.util import Finalize
 
-from lightrft.conformance.certification import Certification, Request
+from lightrft.conformance.certification import Certification
 from lightrft.conformance.contract import CONTRACT
 from lightrft.conformance.driver.worker_group import WorkerGroup
 from lightrft.conformance.judge import ClauseResult, Unjudgeable
+from lightrft.conformance.process_pool import process_pool
+from lightrft.conformance.requests import Request
 from lightrft.conformance.saboteurs.catalogue import Saboteur
 
 TOGETHER = 8
@@ -46,21 +47,21 @@ class Outcome:
 
 def run_corpus(
     chosen: Sequence[Saboteur], profile: str, seeds: Iterable[int],
-    tell: Callable[[Outcome], None] = lambda outcome: None, jobs: int = 1,
+    on_outcome: Callable[[Outcome], None] = lambda outcome: None, jobs: int = 1,
 ) -> list[Outcome]:  # fmt: skip
-    """Run ``chosen`` with each seed, in ``jobs`` processes; call ``tell`` with each outcome.
+    """Run ``chosen`` with each seed, in ``jobs`` processes; call ``on_outcome`` with each outcome.
 
     A saboteur that a pinned example kills runs with the first seed only, because no seed changes a pinned example.
     """
     outcomes: list[Outcome] = []
-    with ProcessPoolExecutor(jobs, mp_context=get_context("fork")) as pool:
+    with process_pool(jobs) as pool:
         for seed in seeds:
             run = partial(_run_together, profile=profile, seed=seed)
             of_seed: list[Outcome] = []
             for done in as_completed([pool.submit(run, batch) for batch in _batches(chosen)]):
                 for outcome in done.result():
                     of_seed.append(outcome)
-                    tell(outcome)
+                    on_outcome(outcome)
             outcomes += of_seed
             chosen = [outcome.saboteur for outcome in of_seed if not outcome.conclusive]
     return outcomes

@@ -57,7 +57,7 @@ class TextIsDropped(FakeStrategy):
 
 @saboteur("LOG-3", world=2)
 class LossOfOneRank(PlainStrategy):
-    """optimizer_step reports the loss of this rank alone, where losses have no denominators."""
+    """optimizer_step reports only this rank's loss if losses have no denominators."""
 
     local_loss: float
 

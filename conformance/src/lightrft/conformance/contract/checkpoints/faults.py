@@ -1,4 +1,4 @@
-"""Crashes, full disks, damaged files, and files that are an attack."""
+"""Crashes, full disks, damaged files, and malicious files."""
 
 from collections.abc import Sequence
 from dataclasses import replace

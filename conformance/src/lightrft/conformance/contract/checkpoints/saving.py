@@ -1,4 +1,4 @@
-"""What a save stores, and what it leaves alone."""
+"""What a save stores, and what it does not change."""
 
 from collections.abc import Sequence
 

@@ -115,7 +115,7 @@ class StopRequested(Clause):
     def _program(
         self, target: Target, models: str, position: int, rank: int, poison: str | None = None, raising: bool = False
     ) -> Program:
-        """Micro-batches of ``models``, two an update, with SIGTERM before the one at ``position``."""
+        """Micro-batches of ``models``, two per update, with SIGTERM before the one at ``position``."""
         turns = [micro_batch(number, model, poison=poison) for number, model in enumerate(models)]
         turns.insert(position, [{"do": "sigterm", "ranks": [rank]}])
         inside = [operation for turn in turns for operation in turn]

@@ -20,6 +20,11 @@ from lightrft.conformance.clause import (
 )
 from lightrft.conformance.contract.program_parts import SUM, geometry
 
+SEVERAL_PROCESSES: Sequence[dict[str, str]] = (
+    {"RANK": "0", "WORLD_SIZE": "2"}, {"OMPI_COMM_WORLD_SIZE": "2"}, {"SLURM_STEP_NUM_TASKS": "2"},
+)  # fmt: skip
+"""What launchers tell one of two processes."""
+
 
 @CONTRACT.add
 class Ready(Clause):
@@ -66,15 +71,18 @@ class Ready(Clause):
 @CONTRACT.add
 class WorldInfo(Clause):
     """world_size, get_rank() and is_rank_0() agree with the process group. Without one they are 1, 0 and True, and the
-    strategy sets no environment variable and creates no process group. A distributed strategy started without torchrun
-    runs as a world of size 1."""
+    strategy sets no environment variable, creates no process group, and refuses to be one of several processes of torchrun,
+    mpirun or srun. A distributed strategy started without a launcher runs as a world of size 1."""
 
     id = "LIFE-2"
 
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
         plain = Program(operations=({"do": "world"},), settings=geometry(target, 3))
-        if not target.grouped or target.device != "cpu":
+        if not target.grouped:
+            refused = {"do": "world", "may_fail": True}
+            return [plain, *(Program(operations=({"do": "environ", **told}, refused)) for told in SEVERAL_PROCESSES)]
+        if target.device != "cpu":
             return [plain]
         # each rank alone on its host, and then an environment that contradicts the process group
         first, changed = ({"do": "environ", name: "0"} for name in ("LOCAL_RANK", "RANK"))
@@ -82,7 +90,11 @@ class WorldInfo(Clause):
 
     @override
     def check(self, execution: Execution) -> None:
-        for _, _, places in execution.each("world"):
+        for _, operation, places in execution.each("world"):
+            if operation.get("may_fail"):
+                for rank, seen in enumerate(places):
+                    self.require_error(seen, "ConfigError", "2", where=f"rank {rank}, one of 2 processes")
+                continue
             self._check(execution, places)
 
     def _check(self, execution: Execution, places: list[Record]) -> None:

@@ -43,7 +43,8 @@ class ChangesOfTrainability(Clause):
         return program(target, *trained(kind=kind, seed=3, lr=1e-2), *passes, LOOK)
 
     def _frozen_later(self, target: Target, part: str, inference_mode: bool = False, away: bool = False) -> Program:
-        """A part is frozen after an evaluation, and trains again after another; ``away``: then the model is offloaded."""
+        """A part is frozen after an evaluation, and unfrozen after another; with ``away``, the model is then
+        offloaded."""
         freeze: Operation = {"do": "freeze", "model": "a", "part": part}
         evaluate: Operation = {"do": "evaluate", "model": "a", "batch": 50, "inference_mode": inference_mode}
         offload: list[Operation] = [{"do": do, "model": "a"} for do in ("offload_model", "reload_model") if away]

@@ -1,4 +1,4 @@
-"""The promises: each is a check that runs in the driver, with the programs that it runs on the ranks beside it."""
+"""The promises: each is a check that runs in the driver, followed by the programs that it runs on the ranks."""
 
 from lightrft.conformance.peers.promises import checkpoints, damage, data, failures, parameters, updates
 from lightrft.conformance.peers.registry import PROMISES, Promise

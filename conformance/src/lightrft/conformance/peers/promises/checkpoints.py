@@ -18,10 +18,10 @@ from lightrft.conformance.peers.training import (
     expect_weights,
     halving,
     micro_batch,
+    micro_batches_of,
     reference,
     small_model,
     train_one,
-    windows_of,
 )
 from lightrft.conformance.peers.worker import Rank
 from lightrft.conformance.values import Record
@@ -29,7 +29,7 @@ from lightrft.conformance.values import Record
 
 @promise("resume", "A run that is resumed from a checkpoint continues as if uninterrupted.")
 def resume(ranks: Ranks) -> None:
-    history, _ = reference(windows_of(4, 1, ranks.world), optimizer="adamw")
+    history, _ = reference(micro_batches_of(4, 1, ranks.world), optimizer="adamw")
     ranks.run(train_and_save, updates=2)
     for rank, weights in enumerate(ranks.run(load_and_train, first=2, updates=2)):
         expect_weights(history[-1], weights, f"rank {rank}, after 2 updates, a restart and 2 more")
@@ -73,8 +73,8 @@ def _rates_of_an_update(rank: Rank, loop: TrainingLoop, model: nn.Module) -> lis
 def world_size(ranks: Ranks) -> None:
     for before, after in ((ranks.world, 1), (1, ranks.world)):
         ranks.begin()
-        windows = [*windows_of(2, 1, before), *windows_of(3, 1, after)[2:]]
-        history, _ = reference(windows, optimizer="adamw")
+        micro_batches = [*micro_batches_of(2, 1, before), *micro_batches_of(3, 1, after)[2:]]
+        history, _ = reference(micro_batches, optimizer="adamw")
         ranks.run(train_and_save, updates=2, world=before)
         for rank, weights in enumerate(ranks.run(load_and_train, first=2, updates=1, world=after)):
             expect_weights(history[-1], weights, f"{before} ranks to {after}, rank {rank}, after another update")

@@ -43,8 +43,8 @@ def wide_model() -> nn.Module:
 
 def wide_history(updates: int) -> Sequence[Weights]:
     """What the weights should be before and after each update."""
-    windows = [[micro_batch(number, 0)] for number in range(updates)]
-    history, _ = reference(windows, model=wide_model(), optimizer="adamw")
+    micro_batches = [[micro_batch(number, 0)] for number in range(updates)]
+    history, _ = reference(micro_batches, model=wide_model(), optimizer="adamw")
     return history
 
 

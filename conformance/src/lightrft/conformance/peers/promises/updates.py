@@ -12,12 +12,12 @@ from lightrft.conformance.peers.training import (
     expect_weights,
     loss_of,
     micro_batch,
+    micro_batches_of,
     reference,
     sgd,
     small_model,
     train,
     train_one,
-    windows_of,
 )
 from lightrft.conformance.peers.worker import Rank
 from lightrft.conformance.values import Record
@@ -25,22 +25,22 @@ from lightrft.conformance.values import Record
 
 @promise("parity", "AdamW on several ranks computes what one process computes from all of their data.")
 def parity(ranks: Ranks) -> None:
-    history, _ = reference(windows_of(5, 1, ranks.world), optimizer="adamw")
+    history, _ = reference(micro_batches_of(5, 1, ranks.world), optimizer="adamw")
     for rank, seen in enumerate(ranks.run(train, updates=5, optimizer="adamw")):
         expect_weights(history[-1], seen["weights"][-1], f"rank {rank}, after 5 updates")
 
 
 @promise("accumulation", "K micro-batches make the update of one large batch. Before the K-th, nothing changes.")
 def accumulation(ranks: Ranks) -> None:
-    history, _ = reference(windows_of(3, 2, ranks.world))
+    history, _ = reference(micro_batches_of(3, 2, ranks.world))
     for rank, seen in enumerate(ranks.run(train, updates=3, accumulation_steps=2)):
         for number, got in enumerate(seen["weights"]):
-            expect_weights(history[number // 2], got, f"rank {rank}, after micro-batch {number} of windows of 2")
+            expect_weights(history[number // 2], got, f"rank {rank}, after micro-batch {number}, with K = 2")
 
 
 @promise("clipping", "The gradient is clipped by its global norm, over all parameters and ranks.")
 def clipping(ranks: Ranks) -> None:
-    history, norms = reference(windows_of(2, 2, ranks.world), max_norm=0.1)
+    history, norms = reference(micro_batches_of(2, 2, ranks.world), max_norm=0.1)
     if min(norms) < 0.2:
         raise AssertionError(f"the gradients are too small to be clipped: {norms}")
     for rank, seen in enumerate(ranks.run(train, updates=2, accumulation_steps=2, max_norm=0.1)):
@@ -49,7 +49,7 @@ def clipping(ranks: Ranks) -> None:
 
 @promise("reported-norm", "The norm that is reported is that of the averaged gradient, before clipping.")
 def reported_norm(ranks: Ranks) -> None:
-    _, norms = reference(windows_of(2, 2, ranks.world), max_norm=0.1)
+    _, norms = reference(micro_batches_of(2, 2, ranks.world), max_norm=0.1)
     for rank, seen in enumerate(ranks.run(train, updates=2, accumulation_steps=2, max_norm=0.1)):
         if len(seen["norms"]) != len(norms):
             raise Differs(f"rank {rank}: expected {len(norms)} updates, got {len(seen['norms'])}")
@@ -60,25 +60,28 @@ def reported_norm(ranks: Ranks) -> None:
 
 @promise("ranks-alike", "Ranks that built different models train the weights of rank 0.", smallest_world=2)
 def ranks_alike(ranks: Ranks) -> None:
-    history, _ = reference(windows_of(2, 1, ranks.world))
+    history, _ = reference(micro_batches_of(2, 1, ranks.world))
     for rank, seen in enumerate(ranks.run(train, updates=2, seeds=(0, 1))):
         expect_weights(history[-1], seen["weights"][-1], f"rank {rank}, after 2 updates")
 
 
-@promise("scheduler", "A scheduler steps once an update, on any number of ranks, with any K.")
+@promise("scheduler", "A scheduler steps once per update, on any number of ranks, with any K.")
 def scheduler(ranks: Ranks) -> None:
     for rank, seen in enumerate(ranks.run(train, updates=3, accumulation_steps=2, schedule=True)):
         if abs(seen["rate"] - RATE / 8) > 1e-9:
             raise Differs(f"rank {rank}: expected learning rate {RATE / 8} (halved 3 times), got {seen['rate']}")
 
 
-@promise("short-window", "If data ends within a window, the update is the mean over the micro-batches that it holds.")
+@promise(
+    "short-window",
+    "If the data ends before the K-th micro-batch, the update is the mean over the micro-batches since the last update.",
+)
 def short_window(ranks: Ranks) -> None:
     rows = _rows(3 * ranks.world)
     whole = 2 * ranks.world * ROWS
     history, _ = reference([[rows[:whole]], [rows[whole:]]])
     for rank, weights in enumerate(ranks.run(train_epoch, accumulation_steps=2)):
-        expect_weights(history[-1], weights, f"rank {rank}, after a window of 2 and one of 1")
+        expect_weights(history[-1], weights, f"rank {rank}, after an update of 2 micro-batches and one of 1")
 
 
 def _rows(batches: int) -> torch.Tensor:
@@ -86,7 +89,7 @@ def _rows(batches: int) -> torch.Tensor:
 
 
 def train_epoch(rank: Rank, *, accumulation_steps: int) -> Record:
-    """Train on 3 batches a rank, from the loader of the library."""
+    """Train on 3 batches per rank, from the library's loader."""
     loop = rank.loop(accumulation_steps=accumulation_steps)
     model = loop.prepare(small_model(), sgd)
     count = 3
@@ -98,9 +101,9 @@ def train_epoch(rank: Rank, *, accumulation_steps: int) -> Record:
     return weights
 
 
-@promise("models-in-turn", "Two models that train in turn each have their own windows of K micro-batches.")
+@promise("models-in-turn", "Two models that train in turn each accumulate their own K micro-batches.")
 def models_in_turn(ranks: Ranks) -> None:
-    history, _ = reference(windows_of(2, 2, ranks.world))
+    history, _ = reference(micro_batches_of(2, 2, ranks.world))
     for rank, seen in enumerate(ranks.run(train_in_turn)):
         for name in ("a", "b"):
             expect_weights(history[-1], seen[name], f"rank {rank}, model {name}, updated at steps {seen['updates']}")
@@ -120,9 +123,9 @@ def train_in_turn(rank: Rank) -> Record:
     return {**weights, "updates": updates}
 
 
-@promise("evaluation", "An evaluation within a window, without gradients, changes no update.")
+@promise("evaluation", "An evaluation between micro-batches, without gradients, changes no update.")
 def evaluation(ranks: Ranks) -> None:
-    history, _ = reference(windows_of(2, 2, ranks.world))
+    history, _ = reference(micro_batches_of(2, 2, ranks.world))
     for rank, weights in enumerate(ranks.run(train_with_evaluation)):
         expect_weights(history[-1], weights, f"rank {rank}, after 2 updates with evaluations")
 
@@ -144,7 +147,7 @@ def train_with_evaluation(rank: Rank) -> Record:
 
 @promise("two-forwards", "A loss may come from two calls of the model, as in preference training.")
 def two_forwards(ranks: Ranks) -> None:
-    history, _ = reference(windows_of(2, 1, ranks.world), loss=preference)
+    history, _ = reference(micro_batches_of(2, 1, ranks.world), loss=preference)
     for rank, weights in enumerate(ranks.run(train_preferences)):
         expect_weights(history[-1], weights, f"rank {rank}, after 2 updates")
 
@@ -168,9 +171,9 @@ def train_preferences(rank: Rank) -> Record:
     return weights
 
 
-@promise("two-backwards", "Two backward passes through one graph (retain_graph) add up, and ranks stay alike.")
+@promise("two-backwards", "Two backward passes through one graph (retain_graph) add up, and the ranks stay identical.")
 def two_backwards(ranks: Ranks) -> None:
-    history, _ = reference(windows_of(2, 1, ranks.world), loss=lambda model, batch: sum(losses(model, batch)))  # type: ignore[arg-type, return-value]
+    history, _ = reference(micro_batches_of(2, 1, ranks.world), loss=lambda model, batch: sum(losses(model, batch)))  # type: ignore[arg-type, return-value]
     for rank, weights in enumerate(ranks.run(train_backwards)):
         expect_weights(history[-1], weights, f"rank {rank}, after 2 updates")
 
@@ -182,7 +185,7 @@ def losses(model: torch.nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def train_backwards(rank: Rank) -> Record:
-    """Two backward passes an update."""
+    """Two backward passes per update."""
     loop = rank.loop()
     model = loop.prepare(small_model(), sgd)
     for number in range(2):
@@ -198,8 +201,8 @@ def train_backwards(rank: Rank) -> Record:
 
 @promise("nan", "If the loss of one rank is NaN, the update is skipped on every rank, or every rank raises.")
 def nan(ranks: Ranks) -> None:
-    windows = windows_of(3, 1, ranks.world)
-    skipped, _ = reference([windows[0], windows[2]], max_norm=1.0)
+    micro_batches = micro_batches_of(3, 1, ranks.world)
+    skipped, _ = reference([micro_batches[0], micro_batches[2]], max_norm=1.0)
     outcomes = ranks.attempt(train_with_nan)
     if all(outcome.refused for outcome in outcomes):
         return
