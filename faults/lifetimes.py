@@ -19,6 +19,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -131,15 +132,23 @@ def names_of_threads() -> list[str]:
     return sorted(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm"))
 
 
-def run(options: Options, folder: Path, port: int) -> list[int]:
+def run(options: Options, folder: Path) -> list[int]:
     """Run one lifetime; the exit code of each rank, negative if a signal ended it."""
-    ranks = []
+    ranks, port = [], free_port()
     for rank in range(options.ranks):
         process = os.fork()
         if not process:
             live(options, folder, rank, port)
         ranks.append(process)
     return [exit_code(process, deadline=time.monotonic() + PATIENCE) for process in ranks]
+
+
+def free_port() -> int:
+    """Return a TCP port that the system has just chosen."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
 
 
 def exit_code(process: int, deadline: float) -> int:
@@ -166,7 +175,7 @@ def main() -> None:
     stream, codes, wrong = random.Random(arguments.seed), Counter[str](), 0
     for number in range(count):
         options, folder = draw(number, stream), Path(tempfile.mkdtemp(prefix="lightrft-life-"))
-        ended = run(options, folder, port=20000 + stream.randrange(12000))
+        ended = run(options, folder)
         codes.update(map(str, ended))
         if any(ended):
             wrong += 1
