@@ -25,11 +25,11 @@ def judged(name: str, promises: list[str]) -> list[dict[str, str]]:
     """The results of one column; of each message, the first line: stacks name paths of this machine."""
     start = time.monotonic()
 
-    def tell(result: Result) -> None:
+    def on_result(result: Result) -> None:
         line = f"{time.monotonic() - start:4.0f} s  {name:18}{result.verdict:13}{result.promise:22}{result.detail}"
         print(line.splitlines()[0][:300], flush=True)
 
-    results = judge(COLUMNS[name].target, world=COLUMNS[name].world, only=promises, tell=tell)
+    results = judge(COLUMNS[name].target, world=COLUMNS[name].world, only=promises, on_result=on_result)
     return [{**result.to_dict(), "detail": result.detail.partition("\n")[0]} for result in results]
 
 
