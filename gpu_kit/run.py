@@ -91,11 +91,12 @@ def checks(device: str) -> Iterator[Check]:
     for name in ("fsdp", "zero2", "zero3"):
         size = ("--size=large",) if device == "cuda" else ()
         yield benchmark("steps.py", name, *size, "--rounds=20", device=device, limit=90)
-    yield benchmark("weight_sync.py", "transformers", "--rounds=4", "--generations=1", device=device, limit=90)
+    yield benchmark("weight_sync.py", "transformers", "--rounds=3", "--generations=1", device=device, limit=90)
     yield benchmark(
-        "weight_sync.py", "transformers", "--strategy=fsdp", "--rounds=4", "--generations=1", device=device, limit=90
+        "weight_sync.py", "transformers", "--strategy=fsdp", "--rounds=3", "--generations=1", device=device, limit=90
     )
-    yield benchmark("checkpoints.py", "--rounds=2", device=device, limit=90)
+    rounds = 2 if device == "cuda" else 1  # two take 107 s on two cores
+    yield benchmark("checkpoints.py", f"--rounds={rounds}", device=device, limit=120)
     for name, arguments in strategies.items():
         yield certification(*arguments, device=device, profile="ci", limit=300, name=name)
 
