@@ -180,7 +180,7 @@ def test_conflicts_are_judged_with_the_command_line(write):
         ("run.yaml", "extra_args: {step: 1}", "{file}: extra_args: 'step' is not an option of this script. Did you mean 'steps'?"),
         ("run.yaml", "extra_args: {zzz: 1}", "{file}: extra_args: 'zzz' is not an option of this script. Remove it"),
         ("run.yaml", "extra_args: 3\nengine: {eager: true}", "{file}: extra_args: expected a mapping of names to values, got int (3)"),
-        ("run.yaml", "extra_args: {seed: 3}", "{file}: extra_args: 'seed' is a setting. Write it beside extra_args"),
+        ("run.yaml", "extra_args: {seed: 3}", "{file}: extra_args: 'seed' is a setting. Write it outside extra_args"),
         ("run.yaml", "engine: {eager: true}\nextra_args: {engine_eager: true}", "{file}: duplicate key 'engine_eager'"),
         ("run.yaml", "extra_args: {lora: 3}", "{file}: extra_args: lora: expected True or False, got int (3)"),
     ],

@@ -86,7 +86,17 @@ def test_verify_finds_a_damaged_manifest_and_a_missing_file(directory):
     flip(directory / "step1/manifest.json", 200)
     (directory / "step2/rank-00000-of-00001.safetensors").unlink()
     errors = {row["tag"]: row["error"] for row in listed("checkpoint", "verify", directory, code=1)}
-    assert "manifest.json" in errors["step1"] and "cannot be opened" in errors["step2"]
+    assert "manifest.json" in errors["step1"] and "it is missing" in errors["step2"]
+
+
+def test_a_file_that_the_system_refuses_to_open_is_not_called_damaged(directory):
+    file = directory / "step1/rank-00000-of-00001.safetensors"
+    file.unlink()
+    file.symlink_to(file.name)  # leads to itself; unlike permissions, it stops root too
+    error = listed("checkpoint", "verify", directory, code=1)[0]["error"]
+    assert f"cannot open {file}: Too many levels of symbolic links" in error and "damaged" not in error
+    refusal = refused("checkpoint", "show", directory / ("a" * 300))
+    assert "expected a path that this user can open" in refusal and "File name too long. Check it" in refusal
 
 
 def test_verify_of_one_checkpoint_with_a_damaged_manifest(directory):

@@ -67,7 +67,7 @@ def test_a_package_that_was_removed_in_part_is_passed_over_and_the_first_of_two_
         "Metadata-Version: 2.1\nName: lightrft-odd\nVersion: 2.0\n"
     )
     monkeypatch.syspath_prepend(first)
-    ours = {installed.name: installed.version for installed in requirements.packages_of_ours()}
+    ours = {installed.name: installed.version for installed in requirements.our_packages()}
     assert ours["lightrft-odd"] == "2.0"
     assert "lightrft-odd 2.0" in lightrft("--version").splitlines()
 
@@ -76,8 +76,8 @@ def test_an_extra_counts_when_all_that_it_names_is_installed(install):
     requires = ["base", "typer>=99; extra=='a'", "typer>=99; extra=='b'", "absent; extra=='b'"]
     odd = install("lightrft-odd", requires, ["a", "b"])
     assert requirements.extras_in_use(odd) == ["a"]
-    assert [misfit.requirement for misfit in requirements.misfits(odd, "a")] == ["typer>=99"]
-    assert [misfit.requirement for misfit in requirements.misfits(odd)] == ["base"]
+    assert [misfit.requirement for misfit in requirements.unmet_requirements(odd, "a")] == ["typer>=99"]
+    assert [misfit.requirement for misfit in requirements.unmet_requirements(odd)] == ["base"]
 
 
 def test_one_variant_of_an_extra_suffices(install):

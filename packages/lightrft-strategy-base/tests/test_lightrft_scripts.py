@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from lightrft.config import ArgumentError, ArgumentTypeError, EngineError, StrategyConfig
 from lightrft.strategy import Completion, EngineBase, EngineCapabilities, FakeStrategy, Prompt, Sampling, get_strategy
 from lightrft.strategy.rollout.engine import is_engine
-from lightrft.strategy.rollout.held_elsewhere import HeldElsewhere
+from lightrft.strategy.rollout.engine_placeholder import EnginePlaceholder
 from lightrft.strategy.rollout.rollout import _digest
 
 
@@ -256,15 +256,15 @@ def test_the_longest_sequence_is_where_vllm_has_it(strategy):
     assert engine.llm_engine.model_config.max_model_len == 32
 
 
-def test_a_rank_whose_engine_is_on_another_rank_has_a_proxy():
-    stand_in = HeldElsewhere(longest=64)
-    assert is_engine(stand_in) and stand_in.llm_engine.model_config.max_model_len == 64
+def test_a_rank_whose_engine_is_on_another_rank_has_a_placeholder():
+    placeholder = EnginePlaceholder(longest=64)
+    assert is_engine(placeholder) and placeholder.llm_engine.model_config.max_model_len == 64
     calls = {
         "generate": ([], Sampling()), "update_weights": ([],), "revoke_weights": ("",), "sleep": (), "wake_up": (), "shutdown": (),
     }  # fmt: skip
     for call, arguments in calls.items():
         with pytest.raises(EngineError, match=rf"inference_engine.{call}: .* Call strategy.\w+ on all ranks"):
-            getattr(stand_in, call)(*arguments)
+            getattr(placeholder, call)(*arguments)
 
 
 def test_a_sync_without_an_engine_does_nothing_whatever_the_model(strategy, capsys):
@@ -334,9 +334,9 @@ def test_saving_within_an_update_names_the_remedy(tmp_path: Path):
 @pytest.mark.filterwarnings("ignore:get_strategy.*have no effect on the strategy:UserWarning")
 @pytest.mark.parametrize("script", lightrft_checks.SCRIPTS)
 def test_a_script_that_trains_with_rollouts(tmp_path, script):
-    lightrft_checks.check_colocate(lightrft_checks.here, script, tmp_path, strategy="fake")
+    lightrft_checks.check_colocate(lightrft_checks.run_here, script, tmp_path, strategy="fake")
 
 
 @pytest.mark.filterwarnings("ignore:get_strategy.*have no effect on the strategy:UserWarning")
 def test_a_script_that_trains_a_reward_model(tmp_path):
-    lightrft_checks.check_reward_model(lightrft_checks.here, tmp_path, strategy="fake")
+    lightrft_checks.check_reward_model(lightrft_checks.run_here, tmp_path, strategy="fake")

@@ -21,10 +21,10 @@ def test_any_number_of_ranks_shares_the_remaining_samples(length, ranks, consume
         for rank in range(ranks)
     ]
     left = ElasticSampler(length, rank=0, ranks=1, shuffle=True, seed=1, drop_last=False).order()[consumed:]
-    dealt = [share[index] for index in range(max(map(len, shares), default=0)) for share in shares]
-    assert dealt[: len(left)] == left[: len(dealt)]
+    in_order = [share[index] for index in range(max(map(len, shares), default=0)) for share in shares]
+    assert in_order[: len(left)] == left[: len(in_order)]
     assert len({len(share) for share in shares}) == 1
-    assert len(dealt) == (len(left) - len(left) % ranks if drop_last else -(-len(left) // ranks) * ranks)
+    assert len(in_order) == (len(left) - len(left) % ranks if drop_last else -(-len(left) // ranks) * ranks)
 
 
 def test_a_position_outside_the_epoch_is_refused():

@@ -155,12 +155,12 @@ def clip(model):
     nn.utils.clip_grad_norm_(model.parameters(), 0.1)
 
 
-def add_by_hand(model):
+def add_directly(model):
     model(torch.ones(1, 2)).sum().backward()
 
 
-@pytest.mark.parametrize("change", [clear, clip, add_by_hand])
-def test_gradients_that_are_changed_by_hand_are_noticed(strategy, change):
+@pytest.mark.parametrize("change", [clear, clip, add_directly])
+def test_gradients_that_are_changed_directly_are_noticed(strategy, change):
     model, optimizer = prepared(strategy)
     backward(strategy, model, optimizer)
     change(model)
@@ -172,12 +172,12 @@ def test_gradients_that_are_changed_by_hand_are_noticed(strategy, change):
 
 def test_a_gradient_that_was_there_before_an_update_is_noticed(strategy):
     model, optimizer = prepared(strategy)
-    add_by_hand(model)
+    add_directly(model)
     with pytest.raises(StrategyError, match="backward: expected gradients of Sequential"):
         backward(strategy, model, optimizer)
 
 
-def test_a_step_by_hand_is_refused_until_the_strategy_is_closed():
+def test_a_direct_step_is_refused_until_the_strategy_is_closed():
     with get_fake_strategy(bf16=False, train_batch_size=1) as strategy:
         model, optimizer = prepared(strategy)
         backward(strategy, model, optimizer)
@@ -186,7 +186,7 @@ def test_a_step_by_hand_is_refused_until_the_strategy_is_closed():
             optimizer.step()
         assert torch.equal(model[0].weight, before)
         assert strategy.optimizer_step(optimizer, model).applied
-    add_by_hand(model)
+    add_directly(model)
     optimizer.step()
     optimizer.zero_grad()
     optimizer.add_param_group({"params": list(model[1].parameters())})

@@ -7,17 +7,17 @@ import reported_around
 
 
 def test_on_fake_strategy():
-    assert reported.complaints(reported.outcomes("fake"), "fake") == []
+    assert reported.unexpected_outcomes(reported.outcomes("fake"), "fake") == []
 
 
 def test_around_the_updates(tmp_path):
     found = reported_around.outcomes("fake", str(tmp_path))
-    assert list(reported_around.complaints(found, "fake")) == []
+    assert list(reported_around.unexpected_outcomes(found, "fake")) == []
 
 
 def test_mistakes_are_explained(tmp_path):
     found = {name: mistakes.error_of(mistake) for name, mistake in mistakes.SETTINGS.items()}
-    assert mistakes.complaints(found | mistakes.said("fake", str(tmp_path))) == []
+    assert mistakes.incomplete_messages(found | mistakes.error_messages("fake", str(tmp_path))) == []
 
 
 @pytest.mark.parametrize("error", [
@@ -26,5 +26,5 @@ def test_mistakes_are_explained(tmp_path):
     "ArgumentError: expected a path, got 5. Pass one", f"ArgumentError: save: expected a path, got {'5' * 800}. Pass one",
 ])  # fmt: skip
 def test_an_error_that_lacks_something_is_noticed(error):
-    assert mistakes.lacks(error)
-    assert not mistakes.lacks("ArgumentError: save: expected a path, got int (5). Pass one")
+    assert mistakes.missing_parts(error)
+    assert not mistakes.missing_parts("ArgumentError: save: expected a path, got int (5). Pass one")

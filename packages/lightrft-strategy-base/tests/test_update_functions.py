@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tied_model import Tied
 
-from lightrft.strategy.backend.adamw import parameter_groups, spared_from_decay
+from lightrft.strategy.backend.adamw import names_without_decay, parameter_groups
 from lightrft.strategy.backend.types import GradientShards
 from lightrft.strategy.models.weight_stream import buckets_of
 from lightrft.strategy.step.gradients import clip_factor, global_norm, scale
@@ -17,7 +17,7 @@ from lightrft.strategy.step.schedules import warmup_then_cosine
 
 
 def test_biases_and_norms_are_spared_from_decay():
-    assert spared_from_decay(Tied()) == {
+    assert names_without_decay(Tied()) == {
         "ln_f.weight",
         "attention.q_proj.bias",
         "attention.q_norm.weight",

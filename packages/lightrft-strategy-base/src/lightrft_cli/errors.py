@@ -61,7 +61,7 @@ class CommandLine(TyperGroup):
 
 
 class _Interrupted(Exception):
-    """A command was interrupted; with what it has to say, such as where its results are."""
+    """A command was interrupted. The message, if any, says where its results are."""
 
 
 class CommandGroup(CommandLine):
@@ -74,15 +74,7 @@ class CommandGroup(CommandLine):
         except Exception as error:
             if not _is_expected(error):
                 raise
-            if (
-                isinstance(error, OSError)
-                and error.errno in (errno.EDQUOT, errno.EIO, errno.ENOSPC)
-                and not error.filename
-            ):
-                message = f"expected to write its output, got: {error.strerror}. Free space, or write elsewhere"
-            else:
-                message = str(error)
-            _fail(f"{ctx.command_path} {ctx.invoked_subcommand}", message)
+            _fail(f"{ctx.command_path} {ctx.invoked_subcommand}", _message(error))
 
 
 def require_our_packages() -> None:
@@ -98,6 +90,15 @@ def _is_expected(error: Exception) -> bool:
     errors = sys.modules.get("lightrft.config.errors")  # without it, no error of ours was raised
     ours = () if errors is None else (errors.LightRFTError,)
     return isinstance(error, (CommandError, OSError, *ours))
+
+
+def _message(error: Exception) -> str:
+    """What is printed of an expected error."""
+    if isinstance(error, OSError) and error.filename:
+        return f"expected a path that this user can open, got {error.filename}: {error.strerror}. Check it and its permissions"
+    if isinstance(error, OSError) and error.errno in (errno.EDQUOT, errno.EIO, errno.ENOSPC):
+        return f"expected to write its output, got: {error.strerror}. Free space, or write elsewhere"
+    return str(error)
 
 
 def _with_input(error: Any) -> str:

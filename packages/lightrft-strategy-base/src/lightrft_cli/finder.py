@@ -31,10 +31,10 @@ class CloneFinder:
         from importlib.machinery import ModuleSpec  # not at the start of Python
 
         spec = ModuleSpec(name, None, is_package=True)
-        spec.submodule_search_locations = [*self._folders_of_ours(), os.path.join(self.clone, "lightrft")]
+        spec.submodule_search_locations = [*self._our_folders(), os.path.join(self.clone, "lightrft")]
         return spec
 
-    def _folders_of_ours(self) -> list[str]:
+    def _our_folders(self) -> list[str]:
         roots = [root for root in dict.fromkeys(map(os.path.abspath, sys.path)) if _has_package(root)]
         clones = [root for root in roots if is_clone(root) and os.path.realpath(root) != self.clone]
         if clones:

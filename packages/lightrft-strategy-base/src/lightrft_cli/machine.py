@@ -123,7 +123,7 @@ def _operator_cache() -> Iterator[Finding]:
 
 
 def _is_writable(directory: Path) -> bool:
-    """Try it: permissions do not say it for a read-only file system, or for root."""
+    """Try to write: permission bits do not tell for a read-only file system, or for root."""
     try:
         with tempfile.TemporaryDirectory(dir=directory):
             return True

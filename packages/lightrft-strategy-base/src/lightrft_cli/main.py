@@ -11,7 +11,7 @@ from lightrft_cli.doctor import doctor
 from lightrft_cli.errors import CommandGroup
 from lightrft_cli.output import on_terminal
 from lightrft_cli.registered import engines, strategies
-from lightrft_cli.requirements import packages_of_ours
+from lightrft_cli.requirements import our_packages
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -29,7 +29,7 @@ def _print_versions(value: bool) -> None:
 
 def versions() -> dict[str, str]:
     """Return the versions of the installed packages of this project, by name."""
-    return {installed.name: installed.version for installed in packages_of_ours()}
+    return {installed.name: installed.version for installed in our_packages()}
 
 
 @app.callback()

@@ -9,7 +9,7 @@ from packaging.version import InvalidVersion, Version
 
 
 @dataclass(frozen=True)
-class Misfit:
+class UnmetRequirement:
     """A requirement that the environment does not meet."""
 
     package: str
@@ -38,7 +38,7 @@ def installed_version(name: str) -> str:
         return ""
 
 
-def packages_of_ours() -> list[Distribution]:
+def our_packages() -> list[Distribution]:
     """Return the installed packages of this project by name; of two of one name on sys.path, the first is imported."""
     by_name: dict[str, Distribution] = {}
     for installed in distributions():
@@ -48,7 +48,7 @@ def packages_of_ours() -> list[Distribution]:
     return [by_name[name] for name in sorted(by_name)]
 
 
-def misfits(installed: Distribution, extra: str = "") -> list[Misfit]:
+def unmet_requirements(installed: Distribution, extra: str = "") -> list[UnmetRequirement]:
     """Return what ``installed`` requires and the environment does not have.
 
     Args:
@@ -56,7 +56,7 @@ def misfits(installed: Distribution, extra: str = "") -> list[Misfit]:
         extra: Check the requirements of this extra; if "", those of the distribution without extras.
     """
     required = _requirements_of(installed, extra)
-    return [misfit for requirement in required if (misfit := _misfit(installed.name, requirement)) is not None]
+    return [misfit for requirement in required if (misfit := _unmet(installed.name, requirement)) is not None]
 
 
 def extras_in_use(installed: Distribution) -> list[str]:
@@ -70,7 +70,7 @@ def extras_in_use(installed: Distribution) -> list[str]:
     ]
 
 
-def missing_for(requirement: str) -> list[Misfit]:
+def missing_for(requirement: str) -> list[UnmetRequirement]:
     """Return what is missing for ``requirement``, such as "lightrft-engines[vllm]".
 
     An extra may have variants for other hardware, such as vllm-cpu for vllm; one of them suffices.
@@ -79,11 +79,11 @@ def missing_for(requirement: str) -> list[Misfit]:
     try:
         installed = distribution(wanted.name)
     except PackageNotFoundError:
-        return [Misfit(package=wanted.name, requirement=requirement, installed="")]
-    missing = misfits(installed)
+        return [UnmetRequirement(package=wanted.name, requirement=requirement, installed="")]
+    missing = unmet_requirements(installed)
     for extra in wanted.extras:
         variants = [name for name in extras_in_use(installed) if name == extra or name.startswith(f"{extra}-")]
-        missing += misfits(installed, next(iter(variants), extra))
+        missing += unmet_requirements(installed, next(iter(variants), extra))
     return missing
 
 
@@ -97,12 +97,12 @@ def _requirements_of(installed: Distribution, extra: str) -> Iterator[Requiremen
             yield requirement
 
 
-def _misfit(package: str, requirement: Requirement) -> Misfit | None:
+def _unmet(package: str, requirement: Requirement) -> UnmetRequirement | None:
     installed = installed_version(requirement.name)
     if installed and _fits(requirement, installed):
         return None
     requirement.marker = None
-    return Misfit(package=package, requirement=str(requirement), installed=installed)
+    return UnmetRequirement(package=package, requirement=str(requirement), installed=installed)
 
 
 def _fits(requirement: Requirement, installed: str) -> bool:

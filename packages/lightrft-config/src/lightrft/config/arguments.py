@@ -232,7 +232,7 @@ def _checked(parser: argparse.ArgumentParser, settings: dict[str, Any]) -> dict[
     own = own_options(parser)
     for name, value in extra.items():
         if name in Settings.model_fields:
-            raise ConfigError(f"extra_args: {name!r} is a setting. Write it beside extra_args, not in it")
+            raise ConfigError(f"extra_args: {name!r} is a setting. Write it outside extra_args")
         if name in own:
             values[name] = option_value(parser, own[name], name, value) if own[name] else value
         elif OF_ENGINES.match(name):

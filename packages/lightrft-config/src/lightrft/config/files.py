@@ -2,7 +2,7 @@
 
 A file maps the names of settings to values. Names that begin with ``engine_`` may also be written as a section, or with a
 dot: ``engine: {tp_size: 2}`` and ``engine.tp_size: 2`` mean ``engine_tp_size: 2``. Values that are not settings are under
-``extra_args``; those that rollout engines read may also stand beside the settings.
+``extra_args``; those that rollout engines read may also be among the settings.
 """
 
 import json

@@ -24,9 +24,9 @@ class FakeBackend(ReplicatedBackend):
     def join(cls, config: StrategyConfig) -> World:
         processes, launcher, variable = launch()
         if processes != 1:
-            told = f"{launcher}, {variable}" if variable else launcher
+            source = f"{launcher}, {variable}" if variable else launcher
             raise ConfigError(
-                f"get_strategy: expected one process for strategy 'fake', got {processes} ({told}). Each would train by "
+                f"get_strategy: expected one process for strategy 'fake', got {processes} ({source}). Each would train by "
                 f"itself and overwrite the others' checkpoints. Start one process, without {launcher}, or use another "
                 f"strategy"
             )

@@ -201,7 +201,7 @@ class StrategyBase(LightRFTMembers):
         if timeout is not None and timeout != self.world.timeout:
             self.world.timeout = timeout
             self._operations.timeout = timeout.total_seconds()
-            self.world.impose_timeout()
+            self.world.set_group_timeouts()
 
     def _begin(self) -> None:
         self.world = world = self.backend_class.join(self.config)
@@ -231,7 +231,7 @@ class StrategyBase(LightRFTMembers):
                 self._tracking = Tracking.begin(self.config, self.name, world.rank, world.size, world.device)
             recorder = self._tracking.recorder
             operations.timer = None if recorder is None else recorder.phases
-            world.impose_timeout()
+            world.set_group_timeouts()
             on_failure.pop_all()
         self._watch = Watch(operations) if world.size > 1 and world.device.type == "cuda" else None
         self._open = True
@@ -246,7 +246,7 @@ class StrategyBase(LightRFTMembers):
         call this.
 
         Raises:
-            CheckpointError: Writing that checkpoint failed; everything is freed nevertheless.
+            CheckpointError: Writing that checkpoint failed; everything is still freed.
         """
         if not self._open:
             return
@@ -353,7 +353,7 @@ class StrategyBase(LightRFTMembers):
     @final
     def print(self, *message: object) -> None:
         """Print with the time, on rank 0 only. Any rank may call this."""
-        log.say(*message)
+        log.print_on_rank_0(*message)
 
     @final
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
@@ -394,7 +394,7 @@ class StrategyBase(LightRFTMembers):
     def report_memory(self, prefix: str = "") -> memory.MemoryReport:
         """Measure this process's memory, in bytes, and print the report on rank 0. Any rank may call this."""
         report = memory.measure(self.world.device)
-        log.say(f"MEMORY {prefix}: {report}")
+        log.print_on_rank_0(f"MEMORY {prefix}: {report}")
         return report
 
     @final
@@ -488,7 +488,7 @@ class StrategyBase(LightRFTMembers):
 
         Args:
             model: A model that will be passed to `prepare` with the optimizer, or one that `prepare_model` returned.
-            **settings: ``lr``, ``betas`` and the like, as in ``torch.optim.AdamW``. ``weight_decay`` is 0 by default.
+            **settings: Arguments of ``torch.optim.AdamW``, such as ``lr`` and ``betas``. ``weight_decay`` is 0 by default.
 
         Raises:
             StrategyError: The model already has an optimizer, or was prepared for inference.
@@ -892,7 +892,7 @@ class StrategyBase(LightRFTMembers):
     def _trained(self, model: nn.Module, optimizer: Optimizer, call: str) -> TrainedModel:
         if not self._models.is_trained(model, optimizer):
             check_kinds(call, model, optimizer)
-            self._preparation.adopt_if_bare(model, optimizer)
+            self._preparation.accept_unprepared(model, optimizer)
         return self._models.require_trained(model, optimizer, call)
 
     @final
@@ -1099,8 +1099,8 @@ class StrategyBase(LightRFTMembers):
     ) -> tuple[Path, Any]:  # fmt: skip
         """Resume from a checkpoint that any strategy saved on any number of ranks. All ranks must call this.
 
-        The batch sizes may differ too: positions of loaders count samples over all ranks. The checkpoint is verified before any state changes. Rank r gets the random states of rank r modulo the number
-        of ranks that saved.
+        The batch sizes may differ too: positions of loaders count samples over all ranks. The checkpoint is verified
+        before any state changes. Rank r gets the random states of rank r modulo the number of ranks that saved.
 
         Args:
             model: One prepared model, or several by name: all models of the checkpoint, or some of them.
@@ -1237,7 +1237,7 @@ class StrategyBase(LightRFTMembers):
 
     @property
     def inference_engine(self) -> RolloutEngine | None:
-        """The rollout engine; None before `setup_inference_engine`. If another rank holds the engine, an object that refuses calls."""
+        """The rollout engine; None before `setup_inference_engine`. If it runs on another rank, a placeholder that refuses calls."""
         return self._rollout.handle
 
     @property
@@ -1269,7 +1269,7 @@ class StrategyBase(LightRFTMembers):
             actor: A model in training.
 
         Returns:
-            The engine; on ranks that share an engine held by another rank, an object that refuses calls.
+            The engine; on ranks that share an engine of another rank, a placeholder that refuses calls.
 
         Raises:
             ConfigError, BackendNotInstalledError: The engine is unknown, or not installed.
@@ -1341,7 +1341,7 @@ class StrategyBase(LightRFTMembers):
 
         Raises:
             ArgumentError: Both token ids and multimodal inputs are given, or neither.
-            EngineError: There is no engine, or another rank holds it.
+            EngineError: There is no engine, or it runs on another rank.
         """
         with self._running("engine_generate_local"):
             return self._recorded(self._rollout.generate_local(sampling_params, prompt_token_ids, multi_modal_inputs))

@@ -17,25 +17,25 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
-def spared_from_decay(module: nn.Module) -> set[str]:
+def names_without_decay(module: nn.Module) -> set[str]:
     """Return the names of biases and of the parameters of norms, which have no weight decay.
 
     A norm is recognised by its class or its name: ``LlamaRMSNorm``, ``ln_f``, ``input_layernorm``.
     """
-    spared = set()
+    without_decay = set()
     for path, owner in module.named_modules():
         is_norm = "norm" in type(owner).__name__.lower() or _NORM_NAME.search(path.rpartition(".")[2])
         for name, _ in owner.named_parameters(recurse=False):
             if name.endswith("bias") or is_norm:
-                spared.add(f"{path}.{name}" if path else name)
-    return spared
+                without_decay.add(f"{path}.{name}" if path else name)
+    return without_decay
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Return the trainable parameters in at most two groups: with weight decay, and without."""
-    spared = spared_from_decay(module)
-    decaying = [parameter for name, parameter in trainable(module).items() if name not in spared]
-    others = [parameter for name, parameter in trainable(module).items() if name in spared]
+    without_decay = names_without_decay(module)
+    decaying = [parameter for name, parameter in trainable(module).items() if name not in without_decay]
+    others = [parameter for name, parameter in trainable(module).items() if name in without_decay]
     groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 

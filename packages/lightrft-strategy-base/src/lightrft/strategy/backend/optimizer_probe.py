@@ -17,7 +17,7 @@ from lightrft.config import StrategyError
 from lightrft.strategy.backend.types import parameters_of
 from lightrft.strategy.tensors import elements, local_part
 
-Deal = Callable[[list[torch.Tensor]], list[list[torch.Tensor]]]
+Partition = Callable[[list[torch.Tensor]], list[list[torch.Tensor]]]
 """Distributes the full tensors of a parameter group over one or several optimizers; returns the parts of each."""
 
 STEPS = 4
@@ -31,7 +31,12 @@ _NOT_COPIED = ("state", "param_groups", "step", "zero_grad", "add_param_group")
 
 
 def check_on_parts(
-    optimizer: Optimizer, deal: Deal, ndim_of: Callable[[torch.Tensor], int], *, device: torch.device, refusal: str
+    optimizer: Optimizer,
+    partition: Partition,
+    ndim_of: Callable[[torch.Tensor], int],
+    *,
+    device: torch.device,
+    refusal: str,
 ) -> None:
     """Raise `StrategyError` unless ``optimizer`` updates parts of parameters as it updates full parameters.
 
@@ -39,16 +44,16 @@ def check_on_parts(
 
     Args:
         optimizer: The caller's optimizer; it does not change.
-        deal: How the backend distributes parameters over optimizers; must be linear, since gradients and results are
+        partition: How the backend distributes parameters over optimizers; must be linear, since gradients and results are
             distributed in the same way.
-        ndim_of: Returns the number of dimensions of a whole parameter.
+        ndim_of: Returns the number of dimensions of a full parameter.
         device: The device to compute on.
         refusal: For the message: what the optimizer gets, and the remedy.
     """
     name = type(optimizer).__name__
     for group, ndims in _kinds(optimizer, ndim_of):
         try:
-            difference = _difference(optimizer, group, _shapes(ndims), deal, device)
+            difference = _difference(optimizer, group, _shapes(ndims), partition, device)
         except Exception as error:  # an optimizer may raise anything
             raise StrategyError(
                 f"prepare: expected an optimizer that can be stepped on parts of parameters, got {name}, which raised "
@@ -68,7 +73,7 @@ def replica(optimizer: Optimizer, group: dict[str, Any], parameters: list[torch.
         TypeError: The optimizer frees something when it is deleted, which a copy would free too.
     """
     if hasattr(type(optimizer), "__del__"):
-        raise TypeError(f"{type(optimizer).__name__} has a __del__, so that it cannot be copied")
+        raise TypeError(f"{type(optimizer).__name__} has a __del__ method, so it cannot be copied")
     made = type(optimizer).__new__(type(optimizer))
     memo: dict[int, Any] = {id(optimizer): made, **{id(parameter): parameter for parameter in parameters_of(optimizer)}}
     attributes = {
@@ -106,7 +111,11 @@ def _shapes(ndims: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def _difference(
-    optimizer: Optimizer, group: dict[str, Any], shapes: Sequence[tuple[int, ...]], deal: Deal, device: torch.device
+    optimizer: Optimizer,
+    group: dict[str, Any],
+    shapes: Sequence[tuple[int, ...]],
+    partition: Partition,
+    device: torch.device,
 ) -> float:
     """Return the largest difference between the results on parts and on full tensors, over the largest update."""
     stream = torch.Generator().manual_seed(0)
@@ -114,16 +123,16 @@ def _difference(
     gradients = [[_uneven(shape, stream).to(device) for shape in shapes] for _ in range(STEPS)]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         stepped = _stepped(optimizer, group, start, gradients)
-        dealt = [deal(tensors) for tensors in gradients]
+        parts_of_steps = [partition(tensors) for tensors in gradients]
         parts = [
-            _stepped(optimizer, group, tensors, [step[index] for step in dealt])
-            for index, tensors in enumerate(deal(start))
+            _stepped(optimizer, group, tensors, [step[index] for step in parts_of_steps])
+            for index, tensors in enumerate(partition(start))
         ]
     largest = max(float((after - before).abs().max()) for after, before in zip(stepped, start, strict=True))
     furthest = max(
         (
             float((_local(part) - _local(expected)).abs().max())
-            for got, wanted in zip(parts, deal(stepped), strict=True)
+            for got, wanted in zip(parts, partition(stepped), strict=True)
             for part, expected in zip(got, wanted, strict=True)
             if _local(part).numel()
         ),

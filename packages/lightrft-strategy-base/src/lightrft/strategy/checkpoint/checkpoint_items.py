@@ -32,7 +32,7 @@ from lightrft.strategy.step.moving_average import MovingAverages
 Models = nn.Module | Mapping[str, nn.Module]
 """One model, or several by name."""
 SINGLE = "model"
-"""The name of a model that is saved by itself."""
+"""The name of a model that is saved alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +126,7 @@ class RunState:
             )
         if optimizer is not None:
             check_kinds(call, model, optimizer)
-            self._preparation.adopt_if_bare(model, optimizer)
+            self._preparation.accept_unprepared(model, optimizer)
             self._models.require_trained(model, optimizer, call)
         prepared = self._models.find(model)
         if prepared is None and self.backend.accepts_unprepared:

@@ -51,10 +51,11 @@ class CheckpointReader:
 
     def _open(self, file: File) -> int:
         path = self.path / file.name
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise self._damaged(path, f"it cannot be opened ({error.strerror})") from error
+        with files.explain_os_errors(path, "cannot open"):
+            try:
+                descriptor = os.open(path, os.O_RDONLY)
+            except FileNotFoundError as error:
+                raise self._damaged(path, "it is missing") from error
         size = os.fstat(descriptor).st_size
         if size != file.nbytes:
             os.close(descriptor)

@@ -29,7 +29,7 @@ ReduceOp = Literal["mean", "sum", "max"]
 ALIGNMENT = 16
 """Each tensor starts at a multiple of this many bytes in a frame."""
 SMALL = 512
-"""Frames of at most this many bytes travel in the first message, where they fit beside the rest of it."""
+"""Frames of at most this many bytes travel in the first message, if they fit in it."""
 
 
 class Collectives:

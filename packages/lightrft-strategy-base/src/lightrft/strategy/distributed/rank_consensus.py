@@ -141,7 +141,7 @@ def require_equal(call: str, values: Sequence[Any]) -> None:
     """Raise `StrategyError` if the ranks' ``values`` differ; the message has what each rank has that others lack."""
     if any(value != values[0] for value in values):
         given = "; ".join(f"rank {rank}: {_difference(value, values)}" for rank, value in enumerate(values))
-        raise StrategyError(f"{call}: the ranks do not agree: {given}")
+        raise StrategyError(f"{call}: expected the same on all ranks, got {given}. Pass the same on every rank")
 
 
 def _difference(value: object, values: Sequence[Any]) -> str:

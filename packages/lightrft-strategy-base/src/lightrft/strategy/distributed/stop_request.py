@@ -1,4 +1,4 @@
-"""SIGTERM, with which a cluster scheduler announces the end: recorded, agreed by all ranks, left to the caller to handle."""
+"""SIGTERM from a cluster scheduler: recorded, agreed on by all ranks, and left to the caller to handle."""
 
 import signal
 import threading

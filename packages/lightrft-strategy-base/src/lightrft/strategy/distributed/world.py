@@ -76,7 +76,7 @@ class World:
         """Return a new group of ``ranks``, with the timeout. Its members must call this, and other ranks need not."""
         return cast(dist.ProcessGroup, dist.new_group(ranks, timeout=self.timeout, use_local_synchronization=True))
 
-    def impose_timeout(self) -> None:
+    def set_group_timeouts(self) -> None:
         """Set the timeout of every process group made since this world began, those of backends included.
 
         `new_group` does not inherit the timeout of the default group, and backends make groups themselves.
@@ -150,7 +150,7 @@ def device_of(config: StrategyConfig) -> torch.device:
     if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ConfigError("device='cuda': torch finds no CUDA device. Use device='cpu' or 'auto'")
+        raise ConfigError("device='cuda': expected a CUDA device, torch finds none. Use device='cpu' or 'auto'")
     index, count = local_rank(config), torch.cuda.device_count()
     if index >= count:
         raise ConfigError(

@@ -95,7 +95,7 @@ def parts_of(
     if not adapters.has_adapters(module):
         form = StateDictAdapter.of(module)
         return [WholeModel(form=form, module=module, model_class=model_class, generates=module)]
-    peft_model: Any = module  # not the copy, whose configuration is that of the moment of preparing
+    peft_model: Any = module  # not the copy, whose configuration dates from preparing
     if merge_adapters:
         merged, base = adapters.MergedForm(module, meta_model), peft_model.get_base_model()
         return [WholeModel(form=merged, module=base, model_class=type(base), generates=module)]

@@ -1,7 +1,7 @@
 """The output embedding of a language model: which linear layer computes its logits, and what the model does with them.
 
 Models multiply, divide or cap the logits, as their configuration says. `Head` handles these three: it reads the attributes
-that transformers models use in forward, so that the same can be computed elsewhere and switched off in the model.
+that transformers models use in forward, so that these changes can be computed outside the model and switched off inside it.
 """
 
 import sys

@@ -88,7 +88,7 @@ def _items(value: object) -> Iterable[object]:
     return value if isinstance(value, (list, tuple)) else (value,)
 
 
-def raise_precision(module: nn.Module) -> None:
+def upcast_trainable(module: nn.Module) -> None:
     """Convert trainable parameters of fewer than 32 bits to fp32, in place: updates accumulate in them."""
     for parameter in module.parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
@@ -155,7 +155,7 @@ def check_materialized(module: nn.Module, world: World) -> None:
         )
 
 
-def around_forward(
+def wrap_forward(
     module: nn.Module, context: Callable[[], AbstractContextManager[object]], check_zero_grad: Callable[[], None]
 ) -> Callable[[], None]:
     """Enter ``context()`` around every forward pass of ``module``, its hooks included, and check each ``zero_grad``.

@@ -22,16 +22,16 @@ from lightrft.strategy.distributed.rank_consensus import RankConsensus
 from lightrft.strategy.models import state_dict_adapter
 from lightrft.strategy.models.compiled import compile_in_place, replace_inner
 from lightrft.strategy.models.modules import (
-    around_forward,
     check_actor,
     check_attributes,
     check_gradients,
     check_materialized,
     meta_copy,
-    raise_precision,
     refuse_rank_allocation,
     refuse_save_pretrained,
     schema_of,
+    upcast_trainable,
+    wrap_forward,
 )
 from lightrft.strategy.models.optimizers import check_belongs, check_kinds, check_steps, rebind
 from lightrft.strategy.models.registry import ModelRegistry, PreparedModel, inner_model
@@ -172,8 +172,8 @@ class Preparation:
         """Wrap a checked ``module``, and register it."""
         model_class, memory = type(module), ParameterMemory(module)
         if meta_model is not None:
-            raise_precision(module)
-            raise_precision(meta_model)
+            upcast_trainable(module)
+            upcast_trainable(meta_model)
         else:
             module.eval().requires_grad_(False)
             for trained in self._models.in_training:  # a moving average includes later updates only
@@ -182,7 +182,7 @@ class Preparation:
         state_dict_adapter.remember_conversions(module)
         with self._backend.world.remembering_environment():
             wrapped = self._backend.wrap(module, options)
-        self._backend.world.impose_timeout()
+        self._backend.world.set_group_timeouts()
         self._add(
             PreparedModel(
                 module=module,
@@ -205,12 +205,12 @@ class Preparation:
         prepared.trained = trained
         with self._backend.world.remembering_environment():
             self._backend.bind(trained)
-        self._backend.world.impose_timeout()
+        self._backend.world.set_group_timeouts()
         trained.group_sizes = sizes_of_groups(optimizer)
         prepared.undo.callback(guard_optimizer(trained))
         return trained
 
-    def adopt_if_bare(self, model: nn.Module, optimizer: Optimizer) -> None:
+    def accept_unprepared(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Put a model and an optimizer that were never prepared in training, if the backend accepts that."""
         if not self._backend.accepts_unprepared:
             return
@@ -258,7 +258,7 @@ class Preparation:
                 )
 
     def _add(self, prepared: PreparedModel) -> None:
-        undo = around_forward(
+        undo = wrap_forward(
             prepared.wrapped,
             lambda: self._forward(prepared),
             lambda: check_zero_grad(prepared.trained, "zero_grad of the model"),

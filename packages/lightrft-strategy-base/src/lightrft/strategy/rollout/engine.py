@@ -186,7 +186,7 @@ class EngineBase(ABC):
     longest: int | None = None
     """Maximum tokens of a sequence, prompt included; a completion ends there with "length". None: no limit."""
     end_ids: frozenset[int] = frozenset()
-    """Token ids that end a sequence, besides those of a tokenizer. A strategy sets them to those of the actor whenever it
+    """Token ids that end a sequence, in addition to those of a tokenizer. A strategy sets them to those of the actor whenever it
     passes one: when the engine is built, and with every sync."""
 
     def __init_subclass__(cls, **arguments: object) -> None:

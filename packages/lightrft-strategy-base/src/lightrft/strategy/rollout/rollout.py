@@ -38,10 +38,10 @@ from lightrft.strategy.rollout.engine import (
     RolloutEngine,
     engine_class,
 )
-from lightrft.strategy.rollout.held_elsewhere import HeldElsewhere
+from lightrft.strategy.rollout.engine_placeholder import EnginePlaceholder
 from lightrft.strategy.rollout.sampling import Sampling
 from lightrft.strategy.supported_settings import validate_engine
-from lightrft.strategy.telemetry.log import logger, say
+from lightrft.strategy.telemetry.log import logger, print_on_rank_0
 
 
 class EngineStatus(Enum):
@@ -65,9 +65,9 @@ class Rollout:
             config,
         )
         self.engine: RolloutEngine | None = None
-        """The engine that this rank holds."""
-        self._elsewhere: HeldElsewhere | None = None
-        """In place of the engine, if another rank holds it for this one."""
+        """The engine that runs on this rank."""
+        self._placeholder: EnginePlaceholder | None = None
+        """In place of the engine, if it runs on another rank."""
         self._engine_config = config
         self._warned_of = ""
         """The generation settings of the actor that the last warning named."""
@@ -102,8 +102,8 @@ class Rollout:
 
     @property
     def handle(self) -> RolloutEngine | None:
-        """The engine, or the `HeldElsewhere` if another rank holds it; None if there is none."""
-        return self.engine or self._elsewhere
+        """The engine, or the `EnginePlaceholder` if it runs on another rank; None if there is none."""
+        return self.engine or self._placeholder
 
     def setup(self, engine_type: str, config: StrategyConfig, actor: PreparedModel | None) -> RolloutEngine | None:
         """Build the engine; see `StrategyBase.setup_inference_engine`. All ranks must call this.
@@ -135,12 +135,12 @@ class Rollout:
             raise
         if cls.leader_only and config.engine_tp_size > 1:
             longest = self._consensus.exchange("setup_inference_engine", getattr(self.engine, "longest", None))
-            self._elsewhere = HeldElsewhere(longest[self._leader]) if self.engine is None else None
+            self._placeholder = EnginePlaceholder(longest[self._leader]) if self.engine is None else None
         if actor is not None:
-            self._end_like(actor, "setup_inference_engine")
+            self._use_end_ids_of(actor, "setup_inference_engine")
         return self.handle
 
-    def _end_like(self, actor: PreparedModel, call: str) -> None:
+    def _use_end_ids_of(self, actor: PreparedModel, call: str) -> None:
         """Let sequences end at the token ids that the configuration of ``actor`` names now; warn of other changes in it."""
         if isinstance(self.engine, EngineBase):
             self.engine.end_ids = end_ids_of_model(actor.module)
@@ -174,7 +174,7 @@ class Rollout:
     def shutdown(self) -> None:
         """End the engine, if there is one. Idempotent."""
         engine, self.engine = self.engine, None
-        self._elsewhere = None
+        self._placeholder = None
         if engine is not None:
             engine.shutdown()
 
@@ -207,9 +207,9 @@ class Rollout:
             with self._consensus.together(call, report=lambda: self.status.value) as reports:
                 yield
         finally:
-            if reports and self._elsewhere is not None:  # also after an error
+            if reports and self._placeholder is not None:  # also after an error
                 is_awake = EngineStatus(reports[self._leader]) is EngineStatus.AWAKE
-                self._elsewhere.awake = PARTS if is_awake else frozenset()
+                self._placeholder.awake = PARTS if is_awake else frozenset()
 
     @property
     def _leader(self) -> int:
@@ -234,7 +234,9 @@ class Rollout:
         Compares names and shapes first, then streams. A sync that fails on one rank is revoked on all.
         """
         if self.status is EngineStatus.ABSENT:
-            say("update_engine_weights: there is no engine, so nothing was sent. setup_inference_engine creates one")
+            print_on_rank_0(
+                "update_engine_weights: there is no engine, so nothing was sent. setup_inference_engine creates one"
+            )
             return
         actor = models.require_ready(model, "update_engine_weights")
         with self._consensus.together("update_engine_weights"):
@@ -248,9 +250,9 @@ class Rollout:
             with self._together("update_engine_weights"):
                 bucket_bytes = self._engine_config.weight_sync_bucket_bytes
                 self._send(weight_stream.full_parameters(backend, form, bucket_bytes, dtype))
-                self._end_like(actor, "update_engine_weights")
-            if self._elsewhere is not None:
-                self._elsewhere.weight_version += 1
+                self._use_end_ids_of(actor, "update_engine_weights")
+            if self._placeholder is not None:
+                self._placeholder.weight_version += 1
         except BaseException:
             if self.engine is not None and self.engine.weight_version != before:
                 self.engine.revoke_weights("the last weight sync failed on another rank")
@@ -300,8 +302,8 @@ class Rollout:
         self._require_engine("engine_generate_local")
         if self.engine is None:
             raise EngineError(
-                "engine_generate_local: expected an engine that this rank holds, got a shared engine that another rank "
-                "holds. Call gather_and_generate on all ranks"
+                "engine_generate_local: expected an engine that runs on this rank, got a shared engine that runs on "
+                "another rank. Call gather_and_generate on all ranks"
             )
         self.engine.wake_up()
         return self.engine.generate(prompts, sampling)

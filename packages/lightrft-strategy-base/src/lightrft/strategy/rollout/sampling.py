@@ -146,7 +146,7 @@ class Sampling:
         for name, value in given.items():
             if name not in known and value not in _NEUTRAL.get(name, ()):
                 likely = nearest(name, known)
-                hint = f"; did you mean {likely!r}?" if likely else ""
+                hint = f"; did you mean {likely!r}?" if likely else ". Remove it"
                 raise ArgumentError(f"Sampling: {name}={value!r} is not supported{hint}")
         return cls(**{name: _plain(name, value) for name, value in given.items() if name in known})
 

@@ -143,7 +143,7 @@ def check_zero_grad(trained: TrainedModel | None, call: str) -> None:
 def guard_optimizer(trained: TrainedModel) -> Callable[[], None]:
     """Refuse what a script may do to the optimizer of a model in training, and what backends would take differently.
 
-    ``step`` by hand, ``add_param_group``, and ``zero_grad`` within an update.
+    Direct ``step`` calls, ``add_param_group``, and ``zero_grad`` within an update.
 
     Returns:
         A function that undoes this.
@@ -182,9 +182,7 @@ def guard_optimizer(trained: TrainedModel) -> Callable[[], None]:
 def versions(trained: TrainedModel) -> list[tuple[torch.Tensor | None, int]]:
     """Return the gradients of the first and the last parameter with their versions: enough to notice what a script does."""
     gradients = [parameter.grad for parameter in trained.parameters[:1] + trained.parameters[-1:]]
-    local = [
-        getattr(gradient, "_local_tensor", gradient) for gradient in gradients
-    ]  # a DTensor has no version of its own
+    local = [getattr(gradient, "_local_tensor", gradient) for gradient in gradients]  # a DTensor has no version counter
     return [(gradient, 0 if part is None else part._version) for gradient, part in zip(gradients, local, strict=True)]
 
 

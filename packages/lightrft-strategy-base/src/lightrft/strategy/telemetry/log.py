@@ -20,7 +20,7 @@ logger.addFilter(_filter)
 
 
 def set_rank(rank: int) -> None:
-    """Set the rank of this process: `logger` and `say` are silent on every rank but 0."""
+    """Set the rank of this process: `logger` and `print_on_rank_0` are silent on every rank but 0."""
     _filter.rank = rank
 
 
@@ -29,7 +29,7 @@ def is_silent() -> bool:
     return _filter.rank != 0
 
 
-def say(*message: object) -> None:
+def print_on_rank_0(*message: object) -> None:
     """Print with the time, on rank 0 only."""
     if not is_silent():
         print(f"[{datetime.now():%m-%d %H:%M:%S}]", *message, flush=True)

@@ -1,4 +1,4 @@
-"""The strategy's own metrics, collected where they arise and written with the next `log`. docs/trackers.md lists them.
+"""The strategy's own metrics, collected where they occur and written with the next `log`. docs/trackers.md lists them.
 
 Only rank 0 of a run with trackers has a `Recorder`. It reads nothing from the device: it uses numbers that an update reads
 anyway. Means, sums and fractions are over what happened since the last `log`.

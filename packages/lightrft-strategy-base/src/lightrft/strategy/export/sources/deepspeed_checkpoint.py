@@ -48,7 +48,7 @@ class DeepspeedSource:
         return read().view(tensor.shape)
 
 
-def is_here(directory: Path) -> bool:
+def found_in(directory: Path) -> bool:
     """Return whether ``directory`` has the files of a DeepSpeed checkpoint."""
     return any(_MODEL.match(path.name) for path in directory.iterdir())
 

@@ -19,13 +19,13 @@ def open_source(path: Path, *, allow_pickle: bool = False) -> Source:
         )
     if has_adapters(path):
         return safetensors_files.SafetensorsSource(path, "adapter_model")
-    if safetensors_files.is_here(path, "model"):
+    if safetensors_files.found_in(path, "model"):
         return safetensors_files.SafetensorsSource(path, "model")
     if (path / dcp_checkpoint.METADATA).exists():
         return dcp_checkpoint.DcpSource(path)
-    if deepspeed_checkpoint.is_here(path):
+    if deepspeed_checkpoint.found_in(path):
         return deepspeed_checkpoint.DeepspeedSource(path, allow_pickle=allow_pickle)
-    if torch_files.is_here(path):
+    if torch_files.found_in(path):
         return torch_files.TorchFileSource(path, allow_pickle=allow_pickle)
     return _open_below(path, allow_pickle)
 

@@ -55,6 +55,6 @@ class SafetensorsSource:
             return cast(torch.Tensor, self._open[file].get_tensor(name))
 
 
-def is_here(path: Path, stem: str) -> bool:
+def found_in(path: Path, stem: str) -> bool:
     """Return whether ``path`` has safetensors files of this name."""
     return (path / f"{stem}.safetensors").exists() or (path / f"{stem}.safetensors.index.json").exists()

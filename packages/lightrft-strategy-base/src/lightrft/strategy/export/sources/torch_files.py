@@ -38,7 +38,7 @@ class TorchFileSource:
         return self._tensors[name]
 
 
-def is_here(path: Path) -> bool:
+def found_in(path: Path) -> bool:
     """Return whether ``path`` has weights in files of ``torch.save``."""
     return (path / WEIGHTS).exists() or (path / f"{WEIGHTS}.index.json").exists()
 

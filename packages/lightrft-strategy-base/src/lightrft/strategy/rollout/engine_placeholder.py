@@ -1,4 +1,4 @@
-"""What a rank has in place of an engine that another rank holds for it."""
+"""The placeholder for a shared engine that runs on another rank."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NoReturn
@@ -12,13 +12,13 @@ from lightrft.strategy.rollout.engine import PARTS, Completion, EngineCapabiliti
 from lightrft.strategy.rollout.sampling import Sampling
 
 
-class HeldElsewhere:
-    """The engine of another rank. It has the state of that engine, and refuses calls; only the strategy may make them."""
+class EnginePlaceholder:
+    """Reports the state of an engine that runs on another rank, and refuses calls: only the strategy may make them."""
 
     capabilities = EngineCapabilities()
 
     def __init__(self, longest: int | None) -> None:
-        """Represent an engine that was just built.
+        """Create the placeholder of a new engine.
 
         Args:
             longest: Maximum tokens of a sequence; None: no limit.
@@ -56,6 +56,6 @@ class HeldElsewhere:
 
     def _refuse(self, call: str, instead: str) -> NoReturn:
         raise EngineError(
-            f"inference_engine.{call}: expected an engine that this rank holds, got one that another rank holds. Call "
+            f"inference_engine.{call}: expected an engine that runs on this rank, got one that runs on another rank. Call "
             f"strategy.{instead} on all ranks"
         )
