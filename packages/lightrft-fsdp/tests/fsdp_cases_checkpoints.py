@@ -67,7 +67,7 @@ def went_on(path: str, done: int) -> dict[str, torch.Tensor]:
         return training.full_parameters(made, model)
 
 
-def dealt(path: str, first: int | None = None) -> list[list[int]]:
+def sample_order(path: str, first: int | None = None) -> list[list[int]]:
     """The samples that this rank sees in an epoch: with ``first`` so many batches, then saved; without, what is left."""
     with fsdp_cases.strategy(Program()) as made:
         model, _ = fsdp_cases.prepared(made)

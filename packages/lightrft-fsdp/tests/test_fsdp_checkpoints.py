@@ -37,16 +37,16 @@ def test_sigterm_on_one_rank_saves_on_all_and_the_run_can_be_resumed(two: Worker
 
 
 def in_turn(ranks: Sequence[Sequence[Sequence[int]]]) -> list[int]:
-    """The samples in the order in which they were dealt, one to each rank in turn."""
+    """The samples in the order in which they were distributed, one to each rank per round."""
     return [sample for batches in zip(*ranks, strict=True) for turn in zip(*batches, strict=True) for sample in turn]
 
 
 def test_other_numbers_of_ranks_see_what_is_left_in_the_same_order(
     one: Workers, two: Workers, three: Workers, tmp_path: Path
 ) -> None:
-    begun = in_turn(two.run(cases.dealt, path=str(tmp_path), first=3))
-    left = in_turn(two.run(cases.dealt, path=str(tmp_path)))
+    begun = in_turn(two.run(cases.sample_order, path=str(tmp_path), first=3))
+    left = in_turn(two.run(cases.sample_order, path=str(tmp_path)))
     assert sorted(begun + left) == list(range(48))
     assert begun + left != sorted(begun + left)
     for others in (one, three):
-        assert in_turn(others.run(cases.dealt, path=str(tmp_path))) == left
+        assert in_turn(others.run(cases.sample_order, path=str(tmp_path))) == left

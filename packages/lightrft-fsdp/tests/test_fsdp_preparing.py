@@ -1,6 +1,7 @@
 """What becomes of a model: its weights, on all ranks, at rest and away."""
 
 import fsdp_cases as cases
+import preparing
 import pytest
 import torch
 from fsdp_models import layered
@@ -33,3 +34,9 @@ def test_a_model_that_only_rank_0_built_is_complete_on_every_rank(two: Workers, 
 def test_training_with_offload_cycles_equals_training_without(two: Workers, settings: dict[str, object]) -> None:
     with_them, without = (two.run(cases.moved_about, cycles=cycles, **settings)[0] for cycles in (True, False))
     assert all(torch.equal(with_them[name], tensor) for name, tensor in without.items())
+
+
+def test_a_weight_used_outside_the_forward_pass_raises_what_the_documentation_explains(two: Workers) -> None:
+    for error, goes_on in two.run(preparing.weight_outside_forward, strategy="fsdp"):
+        assert "got mixed torch.Tensor and DTensor" in error
+        assert goes_on

@@ -47,9 +47,11 @@ def test_a_size_that_does_not_divide_the_ranks_is_refused(two: Workers) -> None:
 
 
 def test_lists_are_gathered_and_divided_again(two: Workers) -> None:
-    for rank, (collected, dealt, message) in enumerate(two.run(cases.with_sharing, function=sequences.shared_lists)):
+    for rank, (collected, scattered, message) in enumerate(
+        two.run(cases.with_sharing, function=sequences.shared_lists)
+    ):
         assert collected == ["0a", "0b", "1a", "1b"]
-        assert dealt == [f"{rank}a", f"{rank}b"]
+        assert scattered == [f"{rank}a", f"{rank}b"]
         assert "a multiple of sp_size=2, got 5" in message
 
 

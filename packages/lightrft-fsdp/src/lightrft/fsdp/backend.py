@@ -112,12 +112,12 @@ class FSDPBackend(ReplicatedBackend):
         mesh = self._mesh(self.config.fsdp_shard_size)
         placements = [*[Replicate()] * (mesh.ndim - 1), Sharded(0)]
 
-        def deal(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+        def partition(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
             return [[distribute_tensor(tensor, mesh, placements, src_data_rank=None) for tensor in tensors]]
 
         check_on_parts(
             optimizer,
-            deal,
+            partition,
             lambda parameter: parameter.ndim,
             device=self.world.device,
             refusal="FSDP2 gives it the rows of this rank, as DTensors. Use an optimizer that treats each element independently, for "

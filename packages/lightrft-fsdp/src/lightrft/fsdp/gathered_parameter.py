@@ -203,7 +203,7 @@ def gather_for_parts(module: nn.Module) -> None:
     """
     assert isinstance(module, FSDPModule)
     state: Any = module._get_fsdp_state()
-    state._lazy_init()  # or a part that is called first would be taken for the root
+    state._lazy_init()  # or a part that is called first would become the root
     class_name = type(module).__name__.removeprefix("FSDP")
     names = {part: name for name, part in module.named_modules() if part is not module}
     for sharded in module.modules():

@@ -45,7 +45,7 @@ def layers_to_shard(module: nn.Module, *, mixed_modalities: bool = False) -> lis
     layers = [
         part
         for path, part in declared
-        if _stands_alone(path, part, holders) and not (mixed_modalities and _OTHER_MODALITY.search(path))
+        if _shares_no_parameters(path, part, holders) and not (mixed_modalities and _OTHER_MODALITY.search(path))
     ]
     if not layers:
         raise UnsupportedOperationError(
@@ -63,7 +63,7 @@ def _holders(module: nn.Module) -> dict[int, list[str]]:
     return names
 
 
-def _stands_alone(path: str, part: nn.Module, holders: Mapping[int, Sequence[str]]) -> bool:
+def _shares_no_parameters(path: str, part: nn.Module, holders: Mapping[int, Sequence[str]]) -> bool:
     """Return whether no parameter of the layer at ``path`` is also used outside it."""
     return all(name.startswith(f"{path}.") for parameter in part.parameters() for name in holders[id(parameter)])
 
