@@ -176,7 +176,7 @@ def with_optimizer(name: str, **settings: object) -> None:
         made.prepare((model, getattr(torch.optim, name)(trained, lr=0.0), None))
 
 
-def written_by_hand(
+def written_by_script(
     bf16: bool, how: str, **settings: object
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Weights before and after an update with rate 0, after one was halved between two updates."""

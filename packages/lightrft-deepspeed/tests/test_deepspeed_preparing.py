@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import ds_cases_preparing as cases
+import preparing
 import pytest
 import torch
 from programs import Program, mixed, tokens
@@ -151,7 +152,7 @@ def test_an_optimizer_of_full_matrices_is_refused(two: Workers, stage: int, name
 @BF16
 @pytest.mark.parametrize(("stage", "how"), [(0, "directly"), (1, "directly"), (2, "directly"), (3, "gathered")])
 def test_weights_that_a_script_writes_are_kept(two: Workers, stage: int, how: str, bf16: bool) -> None:
-    for before, after in two.run(cases.written_by_hand, zero_stage=stage, how=how, bf16=bf16):
+    for before, after in two.run(cases.written_by_script, zero_stage=stage, how=how, bf16=bf16):
         rows = before["out.weight"][:3]
         before["out.weight"][:3] = (rows.bfloat16() if bf16 and stage else rows) * 0.5
         assert all(torch.equal(after[name], before[name]) for name in before)
@@ -171,3 +172,9 @@ def test_a_penalty_on_an_empty_parameter_is_refused_by_name(two: Workers, beside
             "backward: expected a loss from the forward pass of Mixed, got one that uses its parameters"
         )
         assert error.endswith("Compute penalties over parameters in the model's forward")
+
+
+def test_a_weight_used_outside_the_forward_pass_raises_what_the_documentation_explains(two: Workers) -> None:
+    for error, goes_on in two.run(preparing.weight_outside_forward, strategy="deepspeed", zero_stage=3):
+        assert "size mismatch" in error
+        assert goes_on

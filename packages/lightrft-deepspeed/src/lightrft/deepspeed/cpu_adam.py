@@ -68,7 +68,9 @@ def _build(builder: Any) -> None:
             # process builds while we hold the lock.
             (folder / "lock").unlink(missing_ok=True)
         if not (folder / f"{builder.name}.so").exists():
-            log.say(f"building DeepSpeed's {builder.name} operator in {folder}; this takes about a minute, once")
+            log.print_on_rank_0(
+                f"building DeepSpeed's {builder.name} operator in {folder}; this takes about a minute, once"
+            )
         _load(builder)
 
 

@@ -14,7 +14,7 @@ REDUCE_BUCKET_ELEMENTS = 500_000_000
 
 
 def computes_in_bf16(config: StrategyConfig) -> bool:
-    """Return whether DeepSpeed stores models in training in bfloat16, beside fp32 master weights.
+    """Return whether DeepSpeed stores models in training in bfloat16, in addition to fp32 master weights.
 
     Not at stage 0: DeepSpeed would accumulate gradients in bfloat16 there (it refuses fp32 as an "unsupported mix"), and
     would save no memory. Stage 0 trains fp32 parameters under autocast.

@@ -51,12 +51,12 @@ def check_on_flat_parts(optimizer: Optimizer, world: World, shape_of: Callable[[
         return
     ranks = min(world.size, _MOST_PARTS)
 
-    def deal(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    def partition(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
         return [[part] for part in torch.cat([tensor.reshape(-1) for tensor in tensors]).chunk(ranks)]
 
     check_on_parts(
         optimizer,
-        deal,
+        partition,
         lambda parameter: len(shape_of(parameter)),
         device=world.device,
         refusal="ZeRO flattens the parameters of a group and steps a range of them on each rank. Use an optimizer that treats "
