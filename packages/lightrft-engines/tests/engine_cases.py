@@ -304,9 +304,9 @@ def rollout(
 def interrupted(seconds: float) -> Iterator[None]:
     """Send SIGINT after ``seconds``; it must end the body."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
-    threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
     try:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012 - the signal may come before start returns
+            threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
             yield
     finally:
         signal.signal(signal.SIGINT, before)

@@ -251,7 +251,7 @@ def test_weights_that_differ_from_those_sent_are_an_error(running, monkeypatch):
     monkeypatch.setattr(patches, "layers_with_tied_weights", lambda model: [])
     made.update_engine_weights(actor)  # the tied head itself arrives: only its packed copy is old
     monkeypatch.setattr("lightrft.engines.vllm.engine.reload", _reload_and_change)
-    with pytest.raises(EngineError, match=r"differ from those sent in 1 layers, the first is layers\.1"):
+    with pytest.raises(EngineError, match=r"got others in 1 layers \(layers\.1 first\)"):
         made.update_engine_weights(actor)
     monkeypatch.undo()
     made.update_engine_weights(actor)

@@ -147,8 +147,8 @@ def opening(path: str) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         raise EngineError(
-            f"pretrain={path!r}: cannot open a model there: {type(error).__name__}: {error}. Pass a directory in Hugging "
-            f"Face's layout, or the name of a model on the Hub"
+            f"pretrain: expected a model at {path!r}, got {type(error).__name__} when opening it: {error}. Pass a directory in "
+            f"Hugging Face's layout, or the name of a model on the Hub"
         ) from error
 
 

@@ -86,7 +86,7 @@ def main() -> int:
         forker = os.fork()
         if forker == 0:
             _be_forker(listener)
-        listener.close()  # so that connections are refused, and do not wait for ever, if the forker has ended
+        listener.close()  # so that connections are refused, and do not wait forever, if the forker has ended
         try:
             return process.wait()
         finally:

@@ -127,7 +127,7 @@ def alters_logits(sampling: Sampling) -> bool:
 def scored_tokens(drawn: Sequence[int], scored: Sequence[tuple[float, int]], last: int) -> list[tuple[float, int]]:
     """Correct the ids next to the log-probabilities of a prompt's tokens.
 
-    SGLang takes the ``last`` id of the vocabulary for a placeholder and reports it as 0; the log-probability is right.
+    SGLang treats the ``last`` id of the vocabulary as a placeholder and reports it as 0; the log-probability is right.
 
     Args:
         drawn: The tokens.
@@ -156,7 +156,8 @@ def completions(
     """
     if len(answers) != len(prompts) * sampling.n:
         raise EngineError(
-            f"generate: expected {sampling.n} answers to each of {len(prompts)} prompts, got {len(answers)} from SGLang"
+            f"generate: expected {sampling.n} answers to each of {len(prompts)} prompts, got {len(answers)} from "
+            f"SGLang. Generate again; if it recurs, set up a new engine"
         )
     repeated = [prompt for prompt in prompts for _ in range(sampling.n)]
     return [_completion(prompt, answer, version) for prompt, answer in zip(repeated, answers, strict=True)]
@@ -166,7 +167,8 @@ def _completion(prompt: Prompt, answer: Answer, version: int) -> Completion:
     reason = answer["finish_reason"]
     if reason not in ("stop", "length"):
         raise EngineError(
-            f"generate: expected finish_reason 'stop' or 'length', got {reason!r} from SGLang: {answer['message']}"
+            f"generate: expected finish_reason 'stop' or 'length', got {reason!r} from SGLang: {answer['message']}. See the "
+            f"server's output for the cause"
         )
     if version and answer["weight_version"] != str(version):
         raise EngineError(
@@ -187,7 +189,8 @@ def _matched(tokens: Sequence[int], logprobs: Sequence[tuple[float, int]]) -> It
     """The log-probabilities, after a check that they belong to ``tokens``."""
     if [token for _, token in logprobs] != list(tokens):
         raise EngineError(
-            f"generate: expected log-probabilities of the {len(tokens)} drawn tokens, got other tokens from SGLang"
+            f"generate: expected log-probabilities of the {len(tokens)} drawn tokens, got those of other "
+            f"tokens from SGLang. Generate again; if it recurs, set up a new engine"
         )
     for logprob, _ in logprobs:
         yield float(logprob)

@@ -128,7 +128,7 @@ def _unpacked(state: str, value: Any) -> Any:
     error_class = getattr(lightrft.config, class_name, None)
     if isinstance(error_class, type) and issubclass(error_class, lightrft.config.LightRFTError):
         raise error_class(message)
-    raise EngineError(f"SGLang raised {class_name}: {message}\n{trace}")
+    raise EngineError(f"SGLang raised {class_name}: {message}. Remove the cause, and try again\n{trace}")
 
 
 def _started(variables: Mapping[str, str], connection: int, output: int, timeout: float) -> int:

@@ -63,8 +63,8 @@ class TransformersEngine(EmbeddedEngine):
     def build(cls, request: EngineRequest) -> Self:
         if request.group is not None:
             raise EngineError(
-                f"engine_tp_size: engine 'transformers' has no tensor parallelism, got {request.config.engine_tp_size}. "
-                f"Use engine_tp_size=1"
+                f"engine_tp_size: expected 1 for engine 'transformers', which has no tensor parallelism, got "
+                f"{request.config.engine_tp_size}. Use engine_tp_size=1"
             )
         return cls(request)
 

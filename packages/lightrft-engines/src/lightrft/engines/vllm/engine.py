@@ -114,7 +114,7 @@ class VLLMEngine(EngineBase):
         self._deliver_interrupt()
 
     @contextlib.contextmanager
-    def _undisturbed(self) -> Iterator[None]:
+    def _with_deferred_sigint(self) -> Iterator[None]:
         """Run the body in vLLM's process state. Ctrl-C is deferred until the body delivers it."""
         with defer_sigint() as self._deliver_interrupt, self._inside():
             yield
@@ -153,7 +153,7 @@ class VLLMEngine(EngineBase):
             sampling, self.end_ids | self._source.tokenizer_end_ids, tokenizer=tokenizer is not None
         )
         requests = [request(prompt) for prompt in prompts]
-        with self._undisturbed(), self._broken_by_failed_step():
+        with self._with_deferred_sigint(), self._broken_by_failed_step():
             self._abort_in_flight()
             self._in_flight = True
             with _translated("generate"):
@@ -193,7 +193,7 @@ class VLLMEngine(EngineBase):
             self._close()
             self._open()
         self._broken = True  # until it succeeds: vLLM cannot resume an interrupted reload
-        with self._undisturbed(), _translated("take the weights"):
+        with self._with_deferred_sigint(), _translated("take the weights"):
             self._abort_in_flight()
             sums: Counter[str] = Counter()
             tensors = self._tensors(buckets)
@@ -230,7 +230,7 @@ class VLLMEngine(EngineBase):
 
     @override
     def _sleep(self, level: int) -> None:
-        with self._undisturbed():
+        with self._with_deferred_sigint():
             if self._llm.llm_engine.is_sleeping():
                 self._llm.wake_up()  # vLLM changes the sleep level only from awake
             weights = sum(self._llm.apply_model(_device_bytes))
@@ -245,7 +245,7 @@ class VLLMEngine(EngineBase):
 
     @override
     def _wake(self, parts: frozenset[Part]) -> None:
-        with self._undisturbed():
+        with self._with_deferred_sigint():
             self._llm.wake_up(tags=sorted(parts))
 
     @override
@@ -282,7 +282,10 @@ def _translated(call: str) -> Iterator[None]:
     except _CarriedError as carrier:
         raise carrier.error from None
     except Exception as error:
-        raise EngineError(f"vLLM could not {call}: {type(error).__name__}: {error}") from error
+        raise EngineError(
+            f"vLLM could not {call}: {type(error).__name__}: {error}. Remove the cause; if vLLM has ended, call "
+            f"setup_inference_engine again"
+        ) from error
 
 
 def _device_bytes(model: torch.nn.Module) -> int:

@@ -82,7 +82,8 @@ def completions(
     counts = [len(answer.outputs) for answer in answers]
     if counts != [drawn] * len(prompts):
         raise EngineError(
-            f"generate: expected {drawn} completions of each of {len(prompts)} prompts, got {counts} from vLLM"
+            f"generate: expected {drawn} completions of each of {len(prompts)} prompts, got {counts} from vLLM. Generate again;"
+            f" if it recurs, set up a new engine"
         )
     return [
         _completion(tokens, output, version, None if tokenizer is None else output.text)
@@ -126,7 +127,8 @@ def _completion(prompt: tuple[int, ...], output: "CompletionOutput", version: in
 def _logprobs(tokens: Sequence[int], positions: Any) -> Iterator[float]:
     if positions is None or len(positions) != len(tokens):
         raise EngineError(
-            f"generate: expected log-probabilities of {len(tokens)} tokens, got {len(positions or ())} from vLLM"
+            f"generate: expected log-probabilities of {len(tokens)} tokens, got {len(positions or ())} from vLLM. Generate again; if "
+            f"it recurs, set up a new engine"
         )
     for token, position in zip(tokens, positions, strict=True):
         yield float(position[token].logprob)

@@ -33,8 +33,8 @@ def reload(llm: "LLM", tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
     (unfilled,) = llm.apply_model(_process_tied_weights)
     if unfilled:
         raise EngineError(
-            f"update_weights: vLLM's reload left {len(unfilled)} weights without values, the first is {unfilled[0]}. "
-            f"Send all weights of the checkpoint"
+            f"update_weights: expected a value for every weight of vLLM's model, got none for {len(unfilled)} "
+            f"({unfilled[0]} first). Send all weights of the checkpoint"
         )
     reset_caches(llm)
 

@@ -44,8 +44,8 @@ def require_equal(sent: Mapping[str, int], held: Mapping[str, int]) -> None:
     differing = sorted(layer for layer in sent.keys() | held.keys() if sent.get(layer, 0) != held.get(layer, 0))
     if differing:
         raise EngineError(
-            f"update_weights: vLLM's weights differ from those sent in {len(differing)} layers, the first is "
-            f"{differing[0]}. Sync again, or set up a new engine"
+            f"update_weights: expected vLLM to hold the weights that were sent, got others in {len(differing)} layers "
+            f"({differing[0]} first). Sync again, or set up a new engine"
         )
 
 
