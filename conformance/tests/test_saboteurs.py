@@ -1,5 +1,7 @@
 """The corpus of saboteurs and controls covers the contract."""
 
+import faulthandler
+import tempfile
 from collections import Counter
 from importlib import import_module
 from typing import Any
@@ -51,6 +53,27 @@ def test_each_seed_tries_what_no_pinned_example_has_killed(monkeypatch: pytest.M
     times = Counter(tensor.saboteur.name for tensor in got)
     assert times == {pinned.name: 1, drawn.name: 3, survivor.name: 3, control.name: 3}
     assert {tensor.saboteur.name for tensor in got if not tensor.right} == {survivor.name}
+
+
+class Waits:
+    def wait(self) -> str:
+        """Return the stack at which it would wait."""
+        with tempfile.TemporaryFile("w+") as file:
+            faulthandler.dump_traceback(file)
+            file.seek(0)
+            return file.read()
+
+
+class WaitsElsewhere(Waits):
+    def wait(self) -> str:
+        return super().wait()
+
+
+@pytest.mark.parametrize(("waits", "counts"), [(Waits, True), (WaitsElsewhere, False)])
+def test_an_expected_hang_counts_only_at_a_line_of_the_saboteur(waits: type[Waits], counts: bool) -> None:
+    target = f"{__name__}:{waits.__name__}"
+    saboteur = Saboteur(name="-", target=target, defect="-", clause="GEN-1", verdict="hang")
+    assert runner.hangs_in(saboteur, f"no answer within 6 s\nrank 0 hung:\n{waits().wait()}") is counts
 
 
 def test_the_target_of_every_saboteur_is_a_strategy_or_an_engine() -> None:

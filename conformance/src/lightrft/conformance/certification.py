@@ -139,8 +139,8 @@ class Certification:
         identity: Record = self._answer(group, [question])
         if self.request.world > 1 and not identity["grouped"]:
             raise Unjudgeable(
-                f"{self.request.strategy} is one process: on {self.request.world} ranks it forms no process group. Certify "
-                f"it with --world-size 1"
+                f"expected {self.request.strategy} to form a process group of {self.request.world} ranks, got separate "
+                f"processes. Certify it with --world-size 1"
             )
         return identity
 
@@ -235,18 +235,18 @@ def certify(
         raise Interrupted(report) from interruption
     except Exception as error:  # noqa: BLE001 - of the suite or the machine: no verdict on the strategy
         unjudged = f"the suite failed: {error!r}, {traceback.format_exc(limit=-2)}"
-    unjudged = unjudged or _judged_nothing(request, results)
+    unjudged = unjudged or _not_applicable(request, results)
     return Report(request=request, identity=identity, results=in_order(results), unjudged=unjudged)
 
 
-def _judged_nothing(request: Request, results: Sequence[ClauseResult]) -> str:
-    """The clauses that were asked for by name and did not apply, with the reasons; or nothing."""
+def _not_applicable(request: Request, results: Sequence[ClauseResult]) -> str:
+    """The clauses that were requested by name and did not apply, with the reasons; empty if there are none."""
     skipped = [f"{result.id} {result.message}" for result in results if result.verdict == "skip"]
     return "; ".join(skipped) if request.clauses else ""
 
 
 def _refusal(rank: int, observed: Record) -> str:
-    """Why the strategy cannot be created; an error of this project says it by itself."""
+    """Why the strategy cannot be created. An error of this project needs no further words."""
     if "lightrft.config.errors.LightRFTError" in observed["error"]:
         return str(observed["message"])
     return f"rank {rank}: the strategy cannot be created: {show_error(observed)}"

@@ -248,8 +248,8 @@ def same(left: object, right: object) -> bool:
     if isinstance(left, torch.Tensor) or isinstance(right, torch.Tensor):
         if not (isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor)):
             return False
-        alike = left.dtype == right.dtype and left.shape == right.shape
-        return alike and left.numpy().tobytes() == right.numpy().tobytes()
+        same_type = left.dtype == right.dtype and left.shape == right.shape
+        return same_type and left.numpy().tobytes() == right.numpy().tobytes()
     if isinstance(left, dict) and isinstance(right, dict):
         return list(left) == list(right) and all(same(left[key], right[key]) for key in left)
     if isinstance(left, list) and isinstance(right, list):

@@ -138,9 +138,9 @@ def _run(requests: Sequence["Request"], report: Path | None, jobs: int = 1) -> N
         _conclude(console, outcome, 0)
     try:
         for request in requests if not outcomes else ():
-            begun = monotonic()
+            start = monotonic()
             outcomes.append(_with_progress(console, request, jobs))
-            _conclude(console, outcomes[-1], monotonic() - begun)
+            _conclude(console, outcomes[-1], monotonic() - start)
     except KeyboardInterrupt as interruption:
         partial = [*outcomes, interruption.report] if isinstance(interruption, Interrupted) else outcomes
         raise KeyboardInterrupt(_interrupted(partial, report)) from interruption

@@ -57,7 +57,7 @@ class EchoEngine(EngineBase):
         """Nothing to end."""
 
 
-class FrailEngine(EchoEngine):
+class FailingSyncEngine(EchoEngine):
     """Its second sync fails on rank 1, after part of it, and succeeds on the other ranks."""
 
     _rank = 0

@@ -52,7 +52,7 @@ class Expectations:
         return f"the file of expected failures lists unknown clauses: {', '.join(unknown)}; {hint}" if unknown else ""
 
     def applied(self, result: ClauseResult) -> ClauseResult:
-        """``result`` in the light of the expected failures."""
+        """``result``, with the expected failures applied."""
         reason = self.reasons.get(result.id)
         if reason is None or result.verdict in ("skip", "error"):
             return result

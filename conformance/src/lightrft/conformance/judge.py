@@ -115,7 +115,7 @@ class Judge:
         reason = self.not_applicable(clause)
         if reason is not None:
             return ClauseResult(id=clause.id, level=clause.level, verdict="skip", message=reason)
-        begun, before = time.monotonic(), self.executions
+        start, before = time.monotonic(), self.executions
         denied = clause.capability is not None and clause.capability not in self.target.capabilities
         verdict, message, program, execution = self._outcome(lambda: self._search(clause))
         drawn = self.executions - self._pinned if verdict == "pass" and self._drawing else None
@@ -131,7 +131,7 @@ class Judge:
             verdict=verdict,
             examples=self.executions - before,
             drawn=drawn,
-            seconds=round(time.monotonic() - begun, 3),
+            seconds=round(time.monotonic() - start, 3),
             message=message,
             program=None if shown is None else shown.command(self.target)["program"],
             observations=None if execution is None or verdict == "pass" else _as_text(execution),
@@ -203,7 +203,7 @@ class Judge:
     def _try(self, clause: Clause, program: Program) -> None:
         """Run ``program``, check it, and remember it if it fails."""
         execution: Execution | None = None
-        begun = time.monotonic()
+        start = time.monotonic()
         try:
             execution = self.run(program)
             clause.check(execution)
@@ -225,7 +225,7 @@ class Judge:
         self._failed = (program, execution)
         now = time.monotonic()
         self._failing_since = min(now, self._failing_since)
-        if now - begun > SLOW_SECONDS or now - self._failing_since > SHRINK_SECONDS:
+        if now - start > SLOW_SECONDS or now - self._failing_since > SHRINK_SECONDS:
             raise SmallEnough(violation)
         raise violation from None
 
@@ -317,7 +317,7 @@ def _lost_peer(program: Program, answer: Record) -> bool:
 
 
 def missing_package(observed: object) -> str:
-    """The package that an observed error says is not installed, with the command that installs it; or nothing."""
+    """The package that an observed error reports as not installed, with the command that installs it; empty for other errors."""
     if not is_error(observed):
         return ""
     names = [name.rpartition(".")[2] for name in observed["error"]]

@@ -111,7 +111,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "recurrent": partial(transformer, "Mamba"),
     "pooled": partial(transformer, "Llama SequenceClassification"),
 }
-INDIFFERENT = "indifferent "
+UNIFORM = "uniform "
 """Prefix of the kind of a language model that gives all tokens the same probability, whatever the prompt."""
 
 
@@ -119,10 +119,10 @@ def build(kind: str, seed: int) -> nn.Module:
     """A model whose weights depend only on ``kind`` and ``seed``. The caller's random state does not change."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # `torch.manual_seed` records a stack for CUDA, which is slow
-        model = KINDS[kind.removeprefix(INDIFFERENT)]()
+        model = KINDS[kind.removeprefix(UNIFORM)]()
         for parameter in model.parameters():  # initial norms of 1 and biases of 0 would hide errors
             parameter.data.add_(0.1 * torch.randn_like(parameter))
-            if kind.startswith(INDIFFERENT):
+            if kind.startswith(UNIFORM):
                 parameter.data.zero_()
     return model
 

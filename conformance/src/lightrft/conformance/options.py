@@ -73,7 +73,7 @@ def _writable(path: Path | None) -> Path | None:
 
 
 def _can_write(path: Path) -> bool:
-    """Try it: permissions do not say it for a read-only file system, or for root."""
+    """Try to write: permission bits do not tell for a read-only file system, or for root."""
     if path.exists():
         return os.access(path, os.W_OK)
     try:

@@ -68,9 +68,9 @@ class Reference:
         self.averaged |= {(model, source): trained.updates for source, trained in self.models.items()}
 
     def _optimizer(
-        self, model: str, lr: float = 1e-3, weight_decay: float = 0.0, by_hand: bool = False, **more: object
+        self, model: str, lr: float = 1e-3, weight_decay: float = 0.0, plain_adamw: bool = False, **more: object
     ) -> None:
-        self.models[model].train_with(lr, weight_decay, all_decay=by_hand, **more)
+        self.models[model].train_with(lr, weight_decay, all_decay=plain_adamw, **more)
 
     def _own_optimizer(self, model: str, algorithm: str, lr: float) -> None:
         trained = self.models[model]
@@ -126,8 +126,10 @@ class Reference:
     ) -> list[dict[str, torch.Tensor]]:
         return self.models[model].policy_backward(batch, rows, temperature)
 
-    def _step(self, model: str, boundary: bool | None = None, scheduled: bool = False, **_: object) -> Record:
-        return self.models[model].step(boundary, scheduled)
+    def _step(
+        self, model: str, boundary: bool | None = None, scheduled: bool = False, wrong: str | None = None, **_: object
+    ) -> Record:
+        return self.models[model].step(boundary, scheduled, refused=wrong is not None)
 
     def _train_planned(self, model: str, sequences: Sequence[Sequence[int]], **_: object) -> Record:
         self.models[model].backward_over(sequences, None, 1.0)
@@ -145,8 +147,8 @@ class Reference:
     def _set_mode(self, model: str, part: str, training: bool) -> None:
         self.models[model].module.get_submodule(part).train(training)
 
-    def _freeze(self, model: str, part: str, thaw: bool = False) -> None:
-        self.models[model].module.get_submodule(part).requires_grad_(thaw)
+    def _freeze(self, model: str, part: str, trainable: bool = False) -> None:
+        self.models[model].module.get_submodule(part).requires_grad_(trainable)
 
     def _hook(self, model: str, parameter: str) -> None:
         self.models[model].module.get_parameter(parameter).register_hook(models.every_other_row)

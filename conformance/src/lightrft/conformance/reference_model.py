@@ -37,6 +37,8 @@ class ReferenceModel:
     given: list[list[float | None]] = field(default_factory=list)
     """The denominators of the ranks, for each backward of the update."""
     micro_batches: int = 0
+    refused: bool = False
+    """Whether a micro-batch of the update was refused on a rank, so that the update must be dropped."""
     updates: int = 0
     scheduled: int = 0
     rate: float = 0.0
@@ -138,13 +140,14 @@ class ReferenceModel:
         new = gradients if self.family == "once" else [_mean(gradients)]
         self.pending = [_sum(old, more) for old, more in zip(self.pending, new, strict=True)] if self.pending else new
 
-    def step(self, boundary: bool | None, scheduled: bool) -> Record:
-        """End a micro-batch and make an update if it is the last one."""
+    def step(self, boundary: bool | None, scheduled: bool, refused: bool = False) -> Record:
+        """End a micro-batch and make an update if it is the last one, and none of the update was ``refused``."""
         self.micro_batches += 1
+        self.refused |= refused
         nothing: Record = {"applied": False, "skipped": False, "grad_norm": None, "denominator": None}
         if not (self.micro_batches >= self.accumulation_steps if boundary is None else boundary):
             return nothing
-        if self._mistaken:
+        if self.refused or self._mistaken:
             self._drop()
             return nothing
         given = [value for of_ranks in self.given for value in of_ranks if value is not None]
@@ -176,7 +179,7 @@ class ReferenceModel:
 
     def _drop(self) -> None:
         """End the update."""
-        self.pending, self.given, self.micro_batches = [], [], 0
+        self.pending, self.given, self.micro_batches, self.refused = [], [], 0, False
 
     def _apply(self, gradient: list[torch.Tensor], norm: float) -> None:
         factor = min(1.0, self.max_norm / (norm + 1e-6)) if self.max_norm else 1.0

@@ -85,7 +85,7 @@ SINGLE_PROCESS = ("fake",)
 
 
 def impossible(request: Request) -> str:
-    """Why the request cannot be carried out, as far as this is known before any process starts; or nothing."""
+    """Why the request cannot be carried out, if that is known before any process starts; empty otherwise."""
     return (
         _unknown_name(STRATEGIES, request.strategy)
         or (_unknown_name(ENGINES, request.engine) if request.engine else "")

@@ -3,11 +3,11 @@
 from lightrft.conformance.clause import CONTRACT
 from lightrft.conformance.contract import (  # noqa: F401 - each module registers its clauses
     buffers,
-    by_hand,
     checkpoints,
     collectives,
     data,
     denominators,
+    direct_calls,
     engine_lifecycle,
     exporting,
     generation,

@@ -65,8 +65,8 @@ def leaves(clause: Clause, value: Any, like: object, where: str) -> Iterator[tup
     if not isinstance(like, dict):
         yield where, value, like
         return
-    alike = isinstance(value, dict) and list(value) == list(like)
-    clause.require(alike, f"{where}: expected the keys {list(like)}, got {show(value)}")
+    matches = isinstance(value, dict) and list(value) == list(like)
+    clause.require(matches, f"{where}: expected the keys {list(like)}, got {show(value)}")
     for key in like:
         yield from leaves(clause, value[key], like[key], f"{where}[{key!r}]")
 
@@ -74,7 +74,7 @@ def leaves(clause: Clause, value: Any, like: object, where: str) -> Iterator[tup
 LARGE: Record = {"tensor": "float32", "shape": [70, 4], "seed": 9}
 
 
-def beside_large(program: Program) -> Program:
+def with_large_tensor(program: Program) -> Program:
     """The same calls with a large tensor in addition to the argument: small values may be sent in another way."""
     operations = tuple(
         {**operation, "data": {"dict": [["argument", operation["data"]], ["large", LARGE]]}}
@@ -124,8 +124,8 @@ class Reducing(Clause):
 
 def require_form(clause: Clause, value: object, given: torch.Tensor, where: str) -> None:
     """Require ``value`` to be a tensor with the dtype and shape of ``given``."""
-    alike = isinstance(value, torch.Tensor) and value.dtype == given.dtype and value.shape == given.shape
-    clause.require(alike, f"{where}: expected {given.dtype}{tuple(given.shape)}, got {show(value)}")
+    matches = isinstance(value, torch.Tensor) and value.dtype == given.dtype and value.shape == given.shape
+    clause.require(matches, f"{where}: expected {given.dtype}{tuple(given.shape)}, got {show(value)}")
 
 
 def arguments(execution: Execution, operation: Operation) -> list[Any]:
@@ -159,7 +159,7 @@ class Reduction(Reducing):
         below = [{"tensor": dtype, "shape": [3], "fill": -3} for dtype in ("int64", "int32", "int8", "float32")]
         largest = [{"do": "all_reduce", "data": data, "op": "max"} for data in (*large, *below, lost)]
         program = Program(operations=(*operations, *alone, *exact, *largest))
-        return [program, beside_large(program)]
+        return [program, with_large_tensor(program)]
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
@@ -219,7 +219,7 @@ class ArgumentsLeftAlone(Clause):
         mean = {"do": "all_reduce", "data": single, "op": "mean"}
         gathers = [{"do": "all_gather", "data": argument} for argument in (data, single)]
         program = Program(operations=(*reductions, mean, *gathers))
-        return [program, beside_large(program)]
+        return [program, with_large_tensor(program)]
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
@@ -267,7 +267,7 @@ class FormKept(Clause):
             ]
         }
         program = Program(operations=tuple({"do": "all_reduce", "data": data, "op": op} for op in OPS))
-        return [program, beside_large(program)]
+        return [program, with_large_tensor(program)]
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
@@ -318,7 +318,7 @@ class Gathering(Clause):
         alone += [{"tensor": "float32", "shape": [3, 2], "seed": 6, "transposed": True}]
         alone += [{"tensor": "float32", "shape": [0, 2], "seed": 7}, {"per_rank": [2**53 + 1, 2]}]
         program = Program(operations=tuple({"do": "all_gather", "data": argument} for argument in (data, *alone)))
-        return [program, beside_large(program)]
+        return [program, with_large_tensor(program)]
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
@@ -372,7 +372,7 @@ class Mismatches(Clause):
         ]
 
     def _reducing(self, data: object, op: str) -> Program:
-        operations = ({"do": "all_reduce", "data": data, "op": op, "may_fail": True}, *AFTERWARDS)
+        operations = ({"do": "all_reduce", "data": data, "op": op, "may_fail": True}, *LATER_CALLS)
         return Program(operations=operations, settings={"timeout": 15.0}, seconds=40)
 
     def _program(self, target: Target, call: str, what: str, odd: int) -> Program:
@@ -385,7 +385,7 @@ class Mismatches(Clause):
         return Program(
             operations=(
                 {"do": call, "data": data, "may_fail": True, **({"op": "sum"} if call == "all_reduce" else {})},
-                *AFTERWARDS,
+                *LATER_CALLS,
             ),
             settings={"timeout": 15.0},
             seconds=40,
@@ -405,7 +405,7 @@ class Mismatches(Clause):
                 is_error(execution.at(rank, 0)),
                 f"rank {rank}: expected an error because the ranks disagree, got {show(execution.at(rank, 0))}",
             )
-            for index, operation in enumerate(AFTERWARDS, 1):
+            for index, operation in enumerate(LATER_CALLS, 1):
                 self._check_after(execution.at(rank, index), operation, execution, rank)
 
     def _check_after(self, seen: Any, operation: Operation, execution: Execution, rank: int) -> None:
@@ -417,10 +417,10 @@ class Mismatches(Clause):
         self.require(right, f"{where}: expected {show(wanted)}, got {show(seen['result'])}")
 
 
-AFTER: Record = {"tensor": "int64", "shape": [2], "seed": 8}
-AFTERWARDS: list[Operation] = [
-    {"do": "all_reduce", "data": AFTER, "op": "sum", "may_fail": True},
-    {"do": "all_gather", "data": AFTER, "may_fail": True},
+LATER_TENSOR: Record = {"tensor": "int64", "shape": [2], "seed": 8}
+LATER_CALLS: list[Operation] = [
+    {"do": "all_reduce", "data": LATER_TENSOR, "op": "sum", "may_fail": True},
+    {"do": "all_gather", "data": LATER_TENSOR, "may_fail": True},
 ]
 
 

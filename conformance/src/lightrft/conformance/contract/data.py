@@ -240,7 +240,7 @@ class WholeUpdates(Clause):
             self._program(target, 30, calls=within),
             self._program(target, 30, calls=within, drop_last=False, whole_updates=True),
             self._program(target, 30, calls=ended, batch_size=others, whole_updates=True),
-            self._settle(
+            self._with_batch_sizes(
                 target,
                 *({"do": "loader", "name": "r", **loader, "may_fail": True} for loader in refused),
                 *(
@@ -257,10 +257,10 @@ class WholeUpdates(Clause):
         epochs = [call["epoch"] for call in calls]
         alone: Operation = {"do": "order_on_fake_strategy", "samples": samples, "epochs": epochs}
         parts = trained(lr=self.rate, weight_decay=0.0)
-        return self._settle(target, *parts, {**loader, **options}, *calls, alone)
+        return self._with_batch_sizes(target, *parts, {**loader, **options}, *calls, alone)
 
     @staticmethod
-    def _settle(target: Target, *operations: Operation) -> Program:
+    def _with_batch_sizes(target: Target, *operations: Operation) -> Program:
         rows, total = _batch_sizes(target)
         return Program(
             operations=operations, settings={**FP32, "micro_train_batch_size": rows, "train_batch_size": total}

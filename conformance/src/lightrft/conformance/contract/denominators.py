@@ -10,41 +10,42 @@ from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, 
 from lightrft.conformance.contract import tolerances
 from lightrft.conformance.contract.program_parts import BF16, FP32, SEEDS, micro_batch, program, trained, updates
 from lightrft.conformance.contract.reference_checks import (
-    LOOK,
-    STATE,
+    READ_STATE,
+    READ_WEIGHTS,
     assert_close,
     assert_flags,
     assert_norms,
+    assert_unchanged,
     reference_weights,
 )
 from lightrft.conformance.interpreter.denominators import FORMS
 
-Deal = Sequence[Sequence[Sequence[int]]]
+Assignment = Sequence[Sequence[Sequence[int]]]
 """The sequences of one update: by micro-batch, then by rank."""
 SEQUENCES = range(9)
 
 
-def dealt(numbers: Sequence[int], micro_batches: int, ranks: int) -> Deal:
-    """Deal the sequences one by one, to a micro-batch of each rank in turn."""
-    hands = micro_batches * ranks
-    return [[list(numbers[index * ranks + rank :: hands]) for rank in range(ranks)] for index in range(micro_batches)]
+def round_robin(numbers: Sequence[int], micro_batches: int, ranks: int) -> Assignment:
+    """Assign the sequences one by one to the micro-batches: the first of each rank, then the second of each rank, and so on."""
+    slots = micro_batches * ranks
+    return [[list(numbers[index * ranks + rank :: slots]) for rank in range(ranks)] for index in range(micro_batches)]
 
 
-def skewed(numbers: Sequence[int], micro_batches: int, ranks: int) -> Deal:
-    """Deal one sequence to each micro-batch of each rank from the end on, as long as there are any, and the rest to the first."""
-    hands = micro_batches * ranks
-    ones = min(hands - 1, len(numbers) // 2)
-    flat = [list(numbers[ones:]), *([] for _ in range(hands - 1 - ones)), *([number] for number in numbers[:ones])]
+def skewed(numbers: Sequence[int], micro_batches: int, ranks: int) -> Assignment:
+    """Assign one sequence to each of the last micro-batches, and all others to the first micro-batch of rank 0."""
+    slots = micro_batches * ranks
+    ones = min(slots - 1, len(numbers) // 2)
+    flat = [list(numbers[ones:]), *([] for _ in range(slots - 1 - ones)), *([number] for number in numbers[:ones])]
     return [flat[index * ranks : (index + 1) * ranks] for index in range(micro_batches)]
 
 
-def token_update(deal: Deal, model: str = "a", **more: object) -> list[Operation]:
-    """One update over the sequences of ``deal``, whatever K is."""
+def token_update(assignment: Assignment, model: str = "a", **more: object) -> list[Operation]:
+    """One update over the sequences of ``assignment``, whatever K is."""
     operations: list[Operation] = []
-    for index, sequences in enumerate(deal):
+    for index, sequences in enumerate(assignment):
         operations += [
             {"do": "backward_over", "model": model, "sequences": sequences, **more},
-            {"do": "step", "model": model, "boundary": index == len(deal) - 1, "scheduled": True},
+            {"do": "step", "model": model, "boundary": index == len(assignment) - 1, "scheduled": True},
         ]
     return operations
 
@@ -83,26 +84,26 @@ class SumOverSum(Clause):
 
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
-        ways = [dealt(SEQUENCES, 2, target.world), skewed(SEQUENCES, 3, target.world)]
-        one = [dealt(SEQUENCES, 1, target.world), dealt(SEQUENCES, 4, target.world)]
-        exact = [*trained(lr=0.0), *self._sized(target, 2**24), LOOK]
+        ways = [round_robin(SEQUENCES, 2, target.world), skewed(SEQUENCES, 3, target.world)]
+        one = [round_robin(SEQUENCES, 1, target.world), round_robin(SEQUENCES, 4, target.world)]
+        exact = [*trained(lr=0.0), *self._sized(target, 2**24), READ_WEIGHTS]
         return [
             *(self._program(target, kind, ways, form) for kind in ("regressor", "language") for form in FORMS),
             self._program(target, "checkpointed", one, "tensor"),
             self._program(target, "language", one, "number", bf16=True),
             program(target, *exact),
-            program(target, *trained(seed=5), *self._mixed_updates(target), LOOK, accumulation_steps=2),
+            program(target, *trained(seed=5), *self._mixed_updates(target), READ_WEIGHTS, accumulation_steps=2),
         ]
 
     def _program(
-        self, target: Target, kind: str, ways: Sequence[Deal], form: str, seed: int = 7, bf16: bool = False
+        self, target: Target, kind: str, ways: Sequence[Assignment], form: str, seed: int = 7, bf16: bool = False
     ) -> Program:
-        """Train two equal models on the same sequences, dealt in two ways."""
+        """Train two equal models on the same sequences, assigned in two ways."""
         operations: list[Operation] = []
-        for model, deal in zip("ab", ways, strict=True):
+        for model, assignment in zip("ab", ways, strict=True):
             operations += trained(model, kind, seed, schedule=True)
             for _ in range(3):
-                operations += token_update(deal, model, form=form)
+                operations += token_update(assignment, model, form=form)
             operations.append({"do": "weights", "model": model})
         return program(target, *operations, precision=BF16 if bf16 else FP32, accumulation_steps=2)
 
@@ -119,20 +120,20 @@ class SumOverSum(Clause):
 
     def _mixed_updates(self, target: Target) -> list[Operation]:
         """Updates with and without denominators in turn, with two losses in a micro-batch."""
-        tokens = token_update(dealt(SEQUENCES, 2, target.world))
+        tokens = token_update(round_robin(SEQUENCES, 2, target.world))
         return [*updates(1, 2), tokens[0], *tokens, *updates(1, 2, first=10, backwards=2), *tokens]
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
         numbers = st.lists(st.integers(0, 200), min_size=1, max_size=12)
-        deals = st.builds(
-            lambda deal, numbers, micro_batches: deal(numbers, micro_batches, target.world),
-            st.sampled_from([dealt, skewed]), st.shared(numbers, key="sequences"), st.integers(1, 4),
+        assignments = st.builds(
+            lambda assign, numbers, micro_batches: assign(numbers, micro_batches, target.world),
+            st.sampled_from([round_robin, skewed]), st.shared(numbers, key="sequences"), st.integers(1, 4),
         )  # fmt: skip
         kinds = st.sampled_from(["regressor", "language", "frozen", "unused", "checkpointed"])
         return st.builds(
             lambda kind, one, other, form, seed: self._program(target, kind, [one, other], form, seed),
-            kinds, deals, deals, st.sampled_from(list(FORMS)), SEEDS,
+            kinds, assignments, assignments, st.sampled_from(list(FORMS)), SEEDS,
         )  # fmt: skip
 
     @override
@@ -144,11 +145,11 @@ class SumOverSum(Clause):
             assert_follows(self, execution, model)
         if len(looks) == 2 and not execution.program.settings["bf16"]:
             mismatch = tolerances.absolute(looks["b"][0], looks["a"][0], tolerances.ACROSS_FAMILIES)
-            self.require(mismatch is None, f"the same sequences, dealt in another way: {mismatch}")
+            self.require(mismatch is None, f"the same sequences, assigned in another way: {mismatch}")
 
 
 @CONTRACT.add
-class Nothing(Clause):
+class ZeroDenominator(Clause):
     """A rank or a micro-batch may have no items: n is 0. If the denominators of an update add up to 0, the update is
     skipped on every rank, as for a gradient that is not finite, with grad_norm None and denominator 0. Such an update
     does not count for max_skipped_updates, and does not interrupt a series of updates that are not finite."""
@@ -162,18 +163,18 @@ class Nothing(Clause):
 
     def _program(self, target: Target, micro_batches: int, weight: float, seed: int = 4, bf16: bool = False) -> Program:
         """An update in which only the last rank has items, one in which none has, and the next."""
-        none: Deal = [[[] for _ in range(target.world)] for _ in range(micro_batches)]
+        none: Assignment = [[[] for _ in range(target.world)] for _ in range(micro_batches)]
         some = [[*[[] for _ in range(target.world - 1)], [1, 2]], *none]
-        loss = dealt(SEQUENCES, micro_batches, target.world)
+        loss = round_robin(SEQUENCES, micro_batches, target.world)
         return program(
             target,
             *trained(seed=seed, schedule=True, weight_decay=0.1),
             *token_update(some),
-            STATE,
+            READ_STATE,
             *token_update(none if weight == 0 else loss, denominators=[0] * target.world, weight=weight),
-            STATE,
+            READ_STATE,
             *token_update(loss),
-            LOOK,
+            READ_WEIGHTS,
             precision=BF16 if bf16 else FP32,
             max_skipped_updates=2,
         )
@@ -183,7 +184,7 @@ class Nothing(Clause):
         sequences = [[rank] for rank in range(target.world)]
         empty = token_update([sequences], denominators=[0] * target.world)
         nan = micro_batch(0, poison="nan", scheduled=True)
-        operations = [*trained(seed=6, schedule=True), STATE, *4 * empty, *nan, *empty, STATE, *nan]
+        operations = [*trained(seed=6, schedule=True), READ_STATE, *4 * empty, *nan, *empty, READ_STATE, *nan]
         operations[-1] = {**operations[-1], "may_fail": True}
         return program(target, *operations, max_skipped_updates=2)
 
@@ -209,17 +210,13 @@ class Nothing(Clause):
                 if expected["denominator"] == 0:
                     norm = result["grad_norm"]
                     self.require(norm is None, f"rank {rank}: expected no norm of an update of 0 items, got {norm}")
-        for rank in range(execution.target.world):
-            for part in ("parameters", "optimizer", "rates", "schedule"):
-                self.require_same(
-                    before[rank][part], after[rank][part], f"rank {rank}: {part} changed in an empty update"
-                )
+        assert_unchanged(self, before, after, "an empty update")
         if not steps[-1][1].get("may_fail"):
             assert_follows(self, execution)
 
 
 @CONTRACT.add
-class Mistakes(Clause):
+class InvalidDenominators(Clause):
     """Losses with and without a denominator in one update, and a denominator that is negative or not finite, are
     refused. On a single rank, backward raises. On several ranks, whichever of them made the mistake, optimizer_step
     raises on every rank at the end of the update, so that no rank waits for another; the message names the ranks.
@@ -231,9 +228,9 @@ class Mistakes(Clause):
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
         values: list[float | None] = [-1, float("nan"), float("inf"), None]
-        last, everybody = [target.world - 1], list(range(target.world))
+        last, all_ranks = [target.world - 1], list(range(target.world))
         programs = [self._program(target, value, last, 1) for value in values]
-        programs += [self._program(target, value, everybody, 1) for value in values] if target.world > 1 else []
+        programs += [self._program(target, value, all_ranks, 1) for value in values] if target.world > 1 else []
         return [*programs, self._program(target, -2.5, last, 0), self._never(target)]
 
     def _program(
@@ -268,11 +265,11 @@ class Mistakes(Clause):
         return self._around(target, [alone, {"do": "step", "model": "a", "boundary": True, "may_fail": True}], 8)
 
     def _around(self, target: Target, bad: Sequence[Operation], seed: int) -> Program:
-        update = token_update(dealt(SEQUENCES, 2, target.world))
+        update = token_update(round_robin(SEQUENCES, 2, target.world))
         start = trained(seed=seed, schedule=True, weight_decay=0.1)
         counted = updates(1, 2, scheduled=True)
         return program(
-            target, *start, *update, STATE, *bad, STATE, *counted, *2 * update, LOOK, accumulation_steps=2,
+            target, *start, *update, READ_STATE, *bad, READ_STATE, *counted, *2 * update, READ_WEIGHTS, accumulation_steps=2,
             max_skipped_updates=1,
         )  # fmt: skip
 
@@ -296,11 +293,7 @@ class Mistakes(Clause):
                 for rank in range(world):
                     self._check_error(execution, index, rank)
         before, after = [seen for _, _, seen in execution.each("state")]
-        for rank in range(world):
-            for part in ("parameters", "optimizer", "rates", "schedule"):
-                self.require_same(
-                    before[rank][part], after[rank][part], f"rank {rank}: {part} changed in a refused update"
-                )
+        assert_unchanged(self, before, after, "a refused update")
         applied = [step for step in execution.each("step") if not step[1].get("may_fail")]
         for index, _, seen in applied:
             expected = execution.predicted()[index]["applied"]
@@ -323,7 +316,7 @@ class Mistakes(Clause):
 
 
 @CONTRACT.add
-class Normalised(Clause):
+class NormalizedClipping(Clause):
     """Clipping and the reported norm use the gradient after it was divided by the sum of the denominators, even if an
     explicit boundary ends the update."""
 
@@ -337,8 +330,8 @@ class Normalised(Clause):
         operations = trained(seed=seed, weight_decay=0.1)
         for number, length in enumerate(lengths):
             sequences = range(number, number + (2 if number % 2 else 9))  # sums of different sizes, which Adam can tell
-            operations += token_update(dealt(sequences, length, target.world))
-        return program(target, *operations, LOOK, accumulation_steps=2, max_norm=max_norm)
+            operations += token_update(round_robin(sequences, length, target.world))
+        return program(target, *operations, READ_WEIGHTS, accumulation_steps=2, max_norm=max_norm)
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:

@@ -11,7 +11,7 @@ from lightrft.conformance.contract.rollout_checks import GREEDY, generate, rollo
 
 
 @CONTRACT.add
-class EngineLife(Clause):
+class EngineStates(Clause):
     """The engine is absent, awake or asleep, and the strategy always reports the actual state, even after an exception.
     Sleeping and waking are idempotent. Generating and syncing wake the engine first. With enable_engine_sleep=False it
     stays awake."""

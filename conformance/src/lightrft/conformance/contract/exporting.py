@@ -8,14 +8,14 @@ from typing_extensions import override
 from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Target, same
 from lightrft.conformance.contract.bounded_memory import BoundedMemory
 from lightrft.conformance.contract.program_parts import SEEDS, program, trained, updates
-from lightrft.conformance.contract.reference_checks import LOOK, STATE
+from lightrft.conformance.contract.reference_checks import READ_STATE, READ_WEIGHTS
 from lightrft.conformance.interpreter.exporting import WORDS
 
 DISCARD: Operation = {"do": "discard_exports"}
 
 
 @CONTRACT.add
-class OpensElsewhere(Clause):
+class OpensInTransformers(Clause):
     """save_model writes a Hugging Face directory (safetensors, configuration, tokenizer).
     AutoModelForCausalLM.from_pretrained opens it and computes the same logits. Tied weights stay tied. If there are
     several files of weights, the index names the file of each tensor."""
@@ -35,7 +35,7 @@ class OpensElsewhere(Clause):
             *trained(kind="llama", seed=seed, lr=0.05),
             export,
             *updates(count),
-            LOOK,
+            READ_WEIGHTS,
             export,
             DISCARD,
             weight_sync_bucket_bytes=bucket,
@@ -96,9 +96,9 @@ class Reloaded(Clause):
         rest: Operation = {"do": "set_rate", "model": "a", "lr": 0.0}
         return [
             program(
-                target, DISCARD, *setup, *updates(1, scheduled=True), STATE, {"do": "save_weights", "model": "a"},
-                *updates(2, first=5, scheduled=True), STATE, random, {"do": "load_weights", "model": "a"}, random, STATE,
-                rest, *updates(1, first=9), LOOK, DISCARD,
+                target, DISCARD, *setup, *updates(1, scheduled=True), READ_STATE, {"do": "save_weights", "model": "a"},
+                *updates(2, first=5, scheduled=True), READ_STATE, random, {"do": "load_weights", "model": "a"}, random, READ_STATE,
+                rest, *updates(1, first=9), READ_WEIGHTS, DISCARD,
             )
         ]  # fmt: skip
 

@@ -1,12 +1,20 @@
 """OPT: invalid usage, and the result of a step."""
 
 from collections.abc import Sequence
+from itertools import product
 
 from typing_extensions import override
 
 from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Target, is_error, show
-from lightrft.conformance.contract.program_parts import program, trained, updates
-from lightrft.conformance.contract.reference_checks import LOOK, assert_close, assert_flags, norm_fits
+from lightrft.conformance.contract.program_parts import micro_batch, program, trained, updates
+from lightrft.conformance.contract.reference_checks import (
+    READ_STATE,
+    READ_WEIGHTS,
+    assert_close,
+    assert_flags,
+    assert_unchanged,
+    norm_fits,
+)
 
 
 @CONTRACT.add
@@ -29,7 +37,7 @@ class BadLosses(Clause):
         build = {"do": "build", "model": "c", "seed": 4}
         inference: list[Operation] = [
             build,
-            {"do": "optimizer", "model": "c", "by_hand": True},
+            {"do": "optimizer", "model": "c", "plain_adamw": True},
             {"do": "prepare_inference", "model": "c"},
         ]
         unused = {"do": "backward", "model": "c", "batch": 0, "may_fail": True}
@@ -45,7 +53,7 @@ class BadLosses(Clause):
                 *inference,
                 unused,
                 *updates(2),
-                LOOK,
+                READ_WEIGHTS,
             )
         ]
 
@@ -81,6 +89,69 @@ class BadLosses(Clause):
 
 
 @CONTRACT.add
+class WrongOnOneRank(Clause):
+    """If one of several ranks passes the optimizer, the model or the scheduler of another model to optimizer_step, every
+    rank raises when the update is due, so that no rank waits for another; on the other ranks, the message names that
+    rank. Weights, optimizer state, learning rates and schedule are unchanged, the gradient is cleared, and the next
+    update works."""
+
+    id = "OPT-23"
+    smallest_world = 2
+
+    @override
+    def pinned_examples(self, target: Target) -> Sequence[Program]:
+        operations = [*trained("a", schedule=True), *trained("b", seed=2, schedule=True)]
+        operations += updates(1, 2, scheduled=True)
+        cases = product(("optimizer", "model", "scheduler"), range(2))
+        for number, (wrong, position) in enumerate(cases):
+            rank = 0 if number % 4 == 1 else target.world - 1
+            operations += [
+                READ_STATE,
+                *self._update(10 * number, wrong, position, rank, counted=number % 3 > 0),
+                READ_STATE,
+            ]
+        operations += updates(2, 2, first=100, scheduled=True)
+        return [program(target, *operations, READ_WEIGHTS, {"do": "weights", "model": "b"}, accumulation_steps=2)]
+
+    def _update(self, batch: int, wrong: str, position: int, rank: int, *, counted: bool) -> list[Operation]:
+        """An update of two micro-batches, of which ``rank`` ends one with a ``wrong`` argument."""
+        operations: list[Operation] = []
+        for index in range(2):
+            backward, step = micro_batch(batch + index, scheduled=True)
+            mistake = {"wrong": wrong, "wrong_rank": rank} if index == position else {}
+            boundary = {} if counted else {"boundary": index == 1}
+            operations += [backward, {**step, **mistake, **boundary}]
+        operations[-1] = {**operations[-1], "may_fail": True}
+        return operations
+
+    @override
+    def check(self, execution: Execution) -> None:
+        mistake: Operation = {}
+        for index, operation, seen in execution.each("step"):
+            mistake = operation if "wrong" in operation else mistake
+            if operation.get("may_fail"):
+                self._check_errors(mistake, seen)
+                continue
+            expected = execution.predicted()[index]["applied"]
+            self.require(
+                all(result["applied"] is expected for result in seen),
+                f"step (operation {index}): expected applied={expected}, got {show(list(seen))}",
+            )
+        states = [seen for _, _, seen in execution.each("state")]
+        for before, after in zip(states[::2], states[1::2], strict=True):
+            assert_unchanged(self, before, after, "a refused update")
+        for model in ("a", "b"):
+            assert_close(self, execution, model)
+
+    def _check_errors(self, mistake: Operation, seen: Sequence[object]) -> None:
+        for rank, observed in enumerate(seen):
+            words = ["optimizer_step", mistake["wrong"]]
+            words += [] if rank == mistake["wrong_rank"] else [f"rank {mistake['wrong_rank']}"]
+            where = f"rank {rank}, an update with another model's {mistake['wrong']} on rank {mistake['wrong_rank']}"
+            self.require_error(observed, "LightRFTError", *words, where=where)
+
+
+@CONTRACT.add
 class Adoption(Clause):
     """A strategy with the capability "adoption" accepts an unprepared model and its optimizer at first use. Any other
     strategy refuses them, and the error says that the model was not prepared."""
@@ -91,9 +162,9 @@ class Adoption(Clause):
     def pinned_examples(self, target: Target) -> Sequence[Program]:
         bare = [
             {"do": "build", "model": "a", "seed": 3},
-            {"do": "optimizer", "model": "a", "by_hand": True, "weight_decay": 0.0},
+            {"do": "optimizer", "model": "a", "plain_adamw": True, "weight_decay": 0.0},
         ]
-        return [program(target, *({**operation, "may_fail": True} for operation in (*bare, *updates(2), LOOK)))]
+        return [program(target, *({**operation, "may_fail": True} for operation in (*bare, *updates(2), READ_WEIGHTS)))]
 
     @override
     def check(self, execution: Execution) -> None:

@@ -8,7 +8,7 @@ from typing_extensions import override
 from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Target, is_error
 from lightrft.conformance.contract import tolerances
 from lightrft.conformance.contract.program_parts import SEEDS, program, trained
-from lightrft.conformance.contract.reference_checks import LOOK, assert_close, assert_values
+from lightrft.conformance.contract.reference_checks import READ_WEIGHTS, assert_close, assert_values
 
 
 def policy_updates(kind: str, temperature: float, count: int = 3, seed: int = 5, **more: object) -> list[Operation]:
@@ -44,7 +44,7 @@ class TokenLogProbs(Clause):
 
     def _program(self, target: Target, fused: bool, temperature: float, seed: int = 5, rows: int = 2) -> Program:
         operations = policy_updates("policy", temperature, seed=seed, rows=rows)
-        return program(target, *operations, LOOK, fused_linear_logprob=fused)
+        return program(target, *operations, READ_WEIGHTS, fused_linear_logprob=fused)
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:

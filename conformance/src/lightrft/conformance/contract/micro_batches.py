@@ -8,7 +8,7 @@ from typing_extensions import override
 from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Record, Target, show
 from lightrft.conformance.contract import tolerances
 from lightrft.conformance.contract.program_parts import SEEDS, program, trained
-from lightrft.conformance.contract.reference_checks import LOOK, close, first_mismatch
+from lightrft.conformance.contract.reference_checks import READ_WEIGHTS, close, first_mismatch
 
 BUDGET = 12
 
@@ -143,7 +143,7 @@ class FillersTakePart(Clause):
     ) -> Program:
         train: Operation = {"do": "train_planned", "model": "a", "max_tokens": BUDGET, "padded": padded}
         operations = [{**train, "sequences": [list(rank_lengths) for rank_lengths in ranks]} for ranks in updates]
-        return program(target, *trained(kind=kind, seed=seed), *operations, LOOK)
+        return program(target, *trained(kind=kind, seed=seed), *operations, READ_WEIGHTS)
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
@@ -180,7 +180,7 @@ class FillersTakePart(Clause):
 
 
 @CONTRACT.add
-class FewAndEven(Clause):
+class BalancedPlans(Clause):
     """A plan depends only on the arguments. The number of micro-batches is the largest that any rank needs, at most
     11/9 of that rank's optimum + 1. If packed, the largest sum is at most 4/3 of the best possible for that number."""
 

@@ -7,10 +7,10 @@ from typing_extensions import override
 
 from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Settings, Target
 from lightrft.conformance.contract.program_parts import BF16, FP32, SEEDS, geometry, micro_batch, trained, updates
-from lightrft.conformance.contract.reference_checks import LOOK, STATE, FollowsReference
+from lightrft.conformance.contract.reference_checks import READ_STATE, READ_WEIGHTS, FollowsReference
 
-OUT: list[Operation] = [{"do": "offload_optimizer", "model": "a"}, {"do": "offload_model", "model": "a"}]
-BACK: list[Operation] = [{"do": "reload_model", "model": "a"}, {"do": "load_optimizer", "model": "a"}]
+OFFLOAD: list[Operation] = [{"do": "offload_optimizer", "model": "a"}, {"do": "offload_model", "model": "a"}]
+RELOAD: list[Operation] = [{"do": "reload_model", "model": "a"}, {"do": "load_optimizer", "model": "a"}]
 
 
 def settings(target: Target, precision: Settings = FP32) -> dict[str, object]:
@@ -20,7 +20,7 @@ def settings(target: Target, precision: Settings = FP32) -> dict[str, object]:
 
 
 @CONTRACT.add
-class EveryBit(Clause):
+class BitExactOffload(Clause):
     """Offloading and reloading an optimizer or a model preserves every bit. Both are idempotent."""
 
     id = "OFF-1"
@@ -30,8 +30,8 @@ class EveryBit(Clause):
         return [self._program(target, FP32), self._program(target, BF16)]
 
     def _program(self, target: Target, precision: Settings, seed: int = 2, count: int = 2) -> Program:
-        cycle = [*OUT, *OUT, *BACK, *BACK]
-        operations = (*trained(seed=seed), *updates(count), STATE, *cycle, STATE, *cycle, STATE)
+        cycle = [*OFFLOAD, *OFFLOAD, *RELOAD, *RELOAD]
+        operations = (*trained(seed=seed), *updates(count), READ_STATE, *cycle, READ_STATE, *cycle, READ_STATE)
         return Program(operations=operations, settings=settings(target, precision))
 
     @override
@@ -50,7 +50,7 @@ class EveryBit(Clause):
 
 
 @CONTRACT.add
-class TrainingOn(FollowsReference):
+class OffloadedTraining(FollowsReference):
     """Offloading between updates, or between the micro-batches of one update, does not change the result of
     training."""
 
@@ -63,15 +63,26 @@ class TrainingOn(FollowsReference):
     def _inside(self, target: Target) -> Program:
         """Offload while a gradient is pending."""
         first, second = micro_batch(1), micro_batch(2)
-        operations = (*trained(seed=3), *updates(1, 2), *first, *OUT, *BACK, *second, *updates(1, 2, first=9), LOOK)
+        operations = (
+            *trained(seed=3),
+            *updates(1, 2),
+            *first,
+            *OFFLOAD,
+            *RELOAD,
+            *second,
+            *updates(1, 2, first=9),
+            READ_WEIGHTS,
+        )
         return Program(operations=operations, settings={**settings(target), **geometry(target, 2)})
 
     def _program(self, target: Target, turns: Sequence[int], seed: int = 3) -> Program:
         operations = trained(seed=seed)
         for number, turn in enumerate(turns):
-            cycle = [[*OUT, *BACK], OUT[:1], [OUT[1], BACK[0]], [*OUT, *BACK, *OUT, *BACK]][turn]
+            cycle = [[*OFFLOAD, *RELOAD], OFFLOAD[:1], [OFFLOAD[1], RELOAD[0]], [*OFFLOAD, *RELOAD, *OFFLOAD, *RELOAD]][
+                turn
+            ]
             operations += [*updates(1, first=10 * number), *cycle]
-        return Program(operations=(*operations, *updates(2, first=90), LOOK), settings=settings(target))
+        return Program(operations=(*operations, *updates(2, first=90), READ_WEIGHTS), settings=settings(target))
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
@@ -83,7 +94,7 @@ class TrainingOn(FollowsReference):
 
 
 @CONTRACT.add
-class MemoryBack(Clause):
+class FreedMemory(Clause):
     """Offloading frees at least 95 % of the memory that the object used on the device."""
 
     id = "OFF-3"
@@ -92,7 +103,7 @@ class MemoryBack(Clause):
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
         look: Operation = {"do": "device_bytes"}
-        operations = (look, *trained(kind="wide"), look, *updates(1), look, OUT[0], look, OUT[1], look)
+        operations = (look, *trained(kind="wide"), look, *updates(1), look, OFFLOAD[0], look, OFFLOAD[1], look)
         return [Program(operations=operations, settings=settings(target))]
 
     @override

@@ -19,8 +19,8 @@ from lightrft.conformance.contract.program_parts import (
     updates,
 )
 from lightrft.conformance.contract.reference_checks import (
-    LOOK,
-    STATE,
+    READ_STATE,
+    READ_WEIGHTS,
     FollowsReference,
     assert_close,
     assert_norms,
@@ -53,8 +53,8 @@ class Schedule(Clause):
                 operations += micro_batch(10 * number + index, scheduled=pass_scheduler, poison=poison)
                 if sizes:
                     operations[-1] = {**operations[-1], "boundary": index == size - 1}
-            operations.append(STATE)
-        return program(target, *operations, LOOK, accumulation_steps=2, max_skipped_updates=0)
+            operations.append(READ_STATE)
+        return program(target, *operations, READ_WEIGHTS, accumulation_steps=2, max_skipped_updates=0)
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
@@ -99,25 +99,28 @@ class Decay(Clause):
     def pinned_examples(self, target: Target) -> Sequence[Program]:
         return [
             *(self._program(target, kind) for kind in ("regressor", "frozen", "unused", "tracked")),
-            self._program(target, "frozen", by_hand=True),
+            self._program(target, "frozen", plain_adamw=True),
             self._frozen_later(target),
         ]
 
     def _frozen_later(self, target: Target) -> Program:
         freeze: Operation = {"do": "freeze", "model": "a", "part": "blocks.0"}
         more = [{**operation, "may_fail": True} for operation in updates(1, first=20)]
-        return program(target, *trained(seed=8, weight_decay=10.0), *updates(2), LOOK, freeze, *more, LOOK)
+        return program(
+            target, *trained(seed=8, weight_decay=10.0), *updates(2), READ_WEIGHTS, freeze, *more, READ_WEIGHTS
+        )
 
     def _program(
         self, target: Target, kind: str, seed: int = 8, weight_decay: float = 10.0, wrap_first: bool = False,
-        by_hand: bool = False,
+        plain_adamw: bool = False,
     ) -> Program:  # fmt: skip
-        """``by_hand``: with an optimizer over all parameters, including frozen ones, with the same weight decay."""
-        begun = trained(kind=kind, seed=seed, weight_decay=weight_decay, wrap_first=wrap_first)
-        begun = [
-            {**operation, "by_hand": by_hand} if operation["do"] == "optimizer" else operation for operation in begun
+        """``plain_adamw``: with an optimizer over all parameters, including frozen ones, with the same weight decay."""
+        setup = trained(kind=kind, seed=seed, weight_decay=weight_decay, wrap_first=wrap_first)
+        setup = [
+            {**operation, "plain_adamw": plain_adamw} if operation["do"] == "optimizer" else operation
+            for operation in setup
         ]
-        return program(target, *begun, *updates(3), LOOK)
+        return program(target, *setup, *updates(3), READ_WEIGHTS)
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
@@ -164,7 +167,7 @@ class UnevenModules(Clause):
 
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
-        return [program(target, *trained(kind="uneven"), *updates(3), LOOK, seconds=40, timeout=5.0)]
+        return [program(target, *trained(kind="uneven"), *updates(3), READ_WEIGHTS, seconds=40, timeout=5.0)]
 
     @override
     def check(self, execution: Execution) -> None:
@@ -173,7 +176,7 @@ class UnevenModules(Clause):
 
 
 @CONTRACT.add
-class LiveRates(FollowsReference):
+class ChangedHyperparameters(FollowsReference):
     """Changes to the hyperparameters in the optimizer's param_groups take effect at the next update."""
 
     id = "PREP-9"
@@ -189,11 +192,13 @@ class LiveRates(FollowsReference):
             {"do": "set_rate", "model": "a", "lr": 1e-2, "decayed": True},
             *({"do": "set_group", "model": "a", "group": group, "values": values} for group in (0, 1)),
         ]
-        return [program(target, *trained(), *updates(1), change, *updates(2, first=5), LOOK) for change in changes]
+        return [
+            program(target, *trained(), *updates(1), change, *updates(2, first=5), READ_WEIGHTS) for change in changes
+        ]
 
 
 @CONTRACT.add
-class OwnSettings(FollowsReference):
+class OptimizerSettings(FollowsReference):
     """create_optimizer creates AdamW with the learning rate, betas, eps and weight decay that it is given."""
 
     id = "OPT-20"
@@ -204,7 +209,7 @@ class OwnSettings(FollowsReference):
 
     def _program(self, target: Target, **given: object) -> Program:
         build, optimizer, prepare = trained(seed=13, weight_decay=1.0)
-        return program(target, build, {**optimizer, **given}, prepare, *updates(4), LOOK)
+        return program(target, build, {**optimizer, **given}, prepare, *updates(4), READ_WEIGHTS)
 
 
 @CONTRACT.add
@@ -245,9 +250,9 @@ class Averages(Clause):
             *trained(seed=2),
             *self._copy("ema", "regressor"),
             *updates(1),
-            LOOK,
+            READ_WEIGHTS,
             average,
-            LOOK,
+            READ_WEIGHTS,
             self.look("ema"),
             precision=BF16,
         )
@@ -268,7 +273,7 @@ class Averages(Clause):
                 operations += micro_batch(10 * number + index, poison=poison if index else None)
                 operations.append({"do": "average", "model": "a", "into": "ema", "beta": beta})
                 operations.append({"do": "average", "model": "a", "into": "slow", "beta": 0.8 if number else 0.3})
-        operations += [LOOK, self.look("ema"), self.look("slow"), look_at_buffers(), look_at_buffers("ema")]
+        operations += [READ_WEIGHTS, self.look("ema"), self.look("slow"), look_at_buffers(), look_at_buffers("ema")]
         return program(target, *operations, accumulation_steps=2)
 
     @override
@@ -294,11 +299,11 @@ class Averages(Clause):
                 self.require(mismatch is None, f"rank {rank}, model {operation['model']}: {mismatch}")
 
     def _check_half(self, execution: Execution) -> None:
-        begun = dict(models.build("regressor", 2).named_parameters())
+        initial = dict(models.build("regressor", 2).named_parameters())
         for rank, (before, after, average) in enumerate(
             zip(*(seen for _, _, seen in execution.each("weights")), strict=True)
         ):
-            expected = {name: 0.75 * begun[name].detach() + 0.25 * tensor for name, tensor in before.items()}
+            expected = {name: 0.75 * initial[name].detach() + 0.25 * tensor for name, tensor in before.items()}
             mismatch = tolerances.absolute(average, expected)
             self.require(mismatch is None, f"rank {rank}: the average with bf16: {mismatch}")
             mismatch = tolerances.bitwise(after, before)

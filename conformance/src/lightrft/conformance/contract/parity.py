@@ -10,7 +10,7 @@ from lightrft.conformance import models
 from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Target
 from lightrft.conformance.contract import tolerances
 from lightrft.conformance.contract.program_parts import BF16, micro_batch, program, trained, training, updates
-from lightrft.conformance.contract.reference_checks import LOOK, assert_close, reference_weights
+from lightrft.conformance.contract.reference_checks import READ_WEIGHTS, assert_close, reference_weights
 from lightrft.conformance.reference_model import Family
 
 
@@ -39,7 +39,7 @@ class Parity(Clause):
             target,
             *trained(kind=kind, seed=seed),
             *updates(count, accumulation_steps, first=1, backwards=backwards),
-            LOOK,
+            READ_WEIGHTS,
             accumulation_steps=accumulation_steps,
         )
 
@@ -77,7 +77,7 @@ class HalfPrecision(Clause):
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
         return [
-            program(target, *trained(kind=kind, seed=9), *updates(20), LOOK, precision=BF16)
+            program(target, *trained(kind=kind, seed=9), *updates(20), READ_WEIGHTS, precision=BF16)
             for kind in ("regressor", "language")
         ]
 
@@ -157,7 +157,11 @@ class MasterWeights(Clause):
 
     def _program(self, target: Target, dtype: str) -> Program:
         return program(
-            target, *trained(seed=12, lr=1e-6, weight_decay=0.0, dtype=dtype), *updates(12), LOOK, precision=BF16
+            target,
+            *trained(seed=12, lr=1e-6, weight_decay=0.0, dtype=dtype),
+            *updates(12),
+            READ_WEIGHTS,
+            precision=BF16,
         )
 
     @override
@@ -168,8 +172,8 @@ class MasterWeights(Clause):
             start = {name: parameter.detach().bfloat16().float() for name, parameter in start.items()}
         weights = execution.last("weights")[0]
         reference = reference_weights(execution, "once")
-        for name, begun in dict(models.build("regressor", first["seed"]).named_parameters()).items():
-            expected = reference[name] - begun.detach()
+        for name, initial in dict(models.build("regressor", first["seed"]).named_parameters()).items():
+            expected = reference[name] - initial.detach()
             moved = weights[name] - start[name].detach()
             # Adam's step has the size of the learning rate whatever the gradient: compare sizes, because bf16 may flip signs.
             sizes = moved.abs().mean().item(), expected.abs().mean().item()

@@ -7,7 +7,7 @@ from typing_extensions import override
 from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Target
 from lightrft.conformance.contract.program_parts import micro_batch, program, trained, updates
 
-LOOK: Operation = {"do": "process_state"}
+READ_PROCESS_STATE: Operation = {"do": "process_state"}
 
 
 @CONTRACT.add
@@ -27,9 +27,9 @@ class ProcessState(Clause):
         away: list[Operation] = [{"do": do, "model": "a"} for do in ("offload_model", "reload_model", "weights")]
         return [
             program(
-                target, LOOK, {"do": "world"}, LOOK, *trained(schedule=True), *average, *updates(2, scheduled=True),
+                target, READ_PROCESS_STATE, {"do": "world"}, READ_PROCESS_STATE, *trained(schedule=True), *average, *updates(2, scheduled=True),
                 *micro_batch(7, poison="nan"), {"do": "average", "model": "a", "into": "ema", "beta": 0.5}, *away,
-                {"do": "all_reduce", "data": 1.0}, {"do": "all_gather", "data": 1.0}, LOOK, {"do": "close"}, LOOK,
+                {"do": "all_reduce", "data": 1.0}, {"do": "all_gather", "data": 1.0}, READ_PROCESS_STATE, {"do": "close"}, READ_PROCESS_STATE,
                 bf16=bf16,
             )
             for bf16 in (False, True)
@@ -37,9 +37,9 @@ class ProcessState(Clause):
 
     @override
     def check(self, execution: Execution) -> None:
-        begun, before, used, closed = [seen for _, _, seen in execution.each("process_state")]
+        initial, before, used, closed = [seen for _, _, seen in execution.each("process_state")]
         for rank in range(execution.target.world):
-            for name, was in begun[rank].items():
+            for name, was in initial[rank].items():
                 now = before[rank][name]  # creating a strategy seeds the generators
                 holds = now == was or name.endswith("generator")
                 self.require(holds, f"rank {rank}: in the constructor, {name} is {now}, expected {was}")

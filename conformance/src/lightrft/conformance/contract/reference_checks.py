@@ -1,15 +1,16 @@
 """What clauses about training share: looking at a model, and comparing it with the reference."""
 
 import math
+from collections.abc import Sequence
 
 from typing_extensions import override
 
-from lightrft.conformance.clause import Clause, Execution, Operation
+from lightrft.conformance.clause import Clause, Execution, Operation, Record
 from lightrft.conformance.contract import tolerances
 from lightrft.conformance.reference_model import Family
 
-LOOK: Operation = {"do": "weights", "model": "a"}
-STATE: Operation = {"do": "state", "model": "a"}
+READ_WEIGHTS: Operation = {"do": "weights", "model": "a"}
+READ_STATE: Operation = {"do": "state", "model": "a"}
 VALUES = 1e-5
 """Bound on the error of per-token values in fp32."""
 
@@ -49,6 +50,13 @@ def assert_flags(clause: Clause, execution: Execution, *flags: str) -> None:
                 reported == [expected] * len(seen),
                 f"step (operation {index}) of model {operation['model']}: expected {flag}={expected}, got {reported}",
             )
+
+
+def assert_unchanged(clause: Clause, before: Sequence[Record], after: Sequence[Record], by: str) -> None:
+    """Require all that training changes to be the same on every rank in two observations of ``state``."""
+    for rank, (earlier, later) in enumerate(zip(before, after, strict=True)):
+        for part in ("parameters", "optimizer", "rates", "schedule"):
+            clause.require_same(earlier[part], later[part], f"rank {rank}: {part} changed in {by}")
 
 
 def assert_norms(clause: Clause, execution: Execution) -> None:

@@ -38,7 +38,7 @@ def model_with(kind: str, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
     return model
 
 
-def alike(left: Sequence[Record], right: Sequence[Record]) -> bool:
+def same_completions(left: Sequence[Record], right: Sequence[Record]) -> bool:
     """Whether two calls gave the same completions.
 
     Log-probabilities need only agree as closely as with the reference: an engine with a prefix cache computes in another

@@ -13,7 +13,13 @@ from lightrft.conformance.contract import tolerances
 from lightrft.conformance.contract.data import interleaved
 from lightrft.conformance.contract.denominators import assert_denominators
 from lightrft.conformance.contract.program_parts import FP32, trained
-from lightrft.conformance.contract.reference_checks import LOOK, assert_close, assert_norms, assert_values, close
+from lightrft.conformance.contract.reference_checks import (
+    READ_WEIGHTS,
+    assert_close,
+    assert_norms,
+    assert_values,
+    close,
+)
 
 REFUSED = {
     "regressor": ("transformers",),
@@ -71,7 +77,7 @@ class SharedSequences(Clause):
         ]
         return [
             _program(
-                target, size, *trained(kind=kind, seed=5), *_updates(forms, steps), LOOK, accumulation_steps=steps,
+                target, size, *trained(kind=kind, seed=5), *_updates(forms, steps), READ_WEIGHTS, accumulation_steps=steps,
                 max_norm=max_norm,
             )
             for size in _sizes(target) for kind, forms, steps, max_norm in kinds
@@ -213,9 +219,9 @@ class PortableSequences(Clause):
         discard: Operation = {"do": "discard_exports"}
         export: Operation = {"do": "export", "model": "a", "batch": 3}
         rest = _updates(("left", "full"), first=50, data_of=0)
-        before = _program(target, size, *first, LOOK, discard, export, discard, *rest, LOOK)
-        load: list[Operation] = [*model, {"do": "load", "model": "a"}, LOOK]
-        after = _program(target, 1, *load, *rest, LOOK, {"do": "empty_disk", "keep": False})
+        before = _program(target, size, *first, READ_WEIGHTS, discard, export, discard, *rest, READ_WEIGHTS)
+        load: list[Operation] = [*model, {"do": "load", "model": "a"}, READ_WEIGHTS]
+        after = _program(target, 1, *load, *rest, READ_WEIGHTS, {"do": "empty_disk", "keep": False})
         return [replace(before, afterwards=after)]
 
     @override
@@ -296,10 +302,10 @@ class LossOfSequences(Clause):
                     *_updates(("full",)),
                     refused,
                     *_updates(("right",), first=30),
-                    LOOK,
+                    READ_WEIGHTS,
                     max_norm=0.5,
                 ),
-                _program(target, size, *model, *more, LOOK, accumulation_steps=2),
+                _program(target, size, *model, *more, READ_WEIGHTS, accumulation_steps=2),
             ]
         ]
 

@@ -9,7 +9,7 @@ from typing_extensions import override
 from lightrft.conformance import models
 from lightrft.conformance.clause import CONTRACT, Clause, Execution, Program, Record, Settings, Target, is_error, show
 from lightrft.conformance.contract import offloading, tolerances
-from lightrft.conformance.contract.offloading import BACK, OUT
+from lightrft.conformance.contract.offloading import OFFLOAD, RELOAD
 from lightrft.conformance.contract.program_parts import (
     BF16,
     FP32,
@@ -20,7 +20,13 @@ from lightrft.conformance.contract.program_parts import (
     trained,
     updates,
 )
-from lightrft.conformance.contract.reference_checks import LOOK, STATE, assert_close, assert_flags, reference_weights
+from lightrft.conformance.contract.reference_checks import (
+    READ_STATE,
+    READ_WEIGHTS,
+    assert_close,
+    assert_flags,
+    reference_weights,
+)
 
 
 @CONTRACT.add
@@ -57,12 +63,12 @@ class Skips(Clause):
         operations = [
             *trained(kind=kind, seed=seed, schedule=True, weight_decay=0.1),
             *updates(1, accumulation_steps, scheduled=True),
-            STATE,
+            READ_STATE,
         ]
         for index in range(accumulation_steps):
             poisoned: Record = {"poison": poison, "poisoned_rank": rank} if index == position else {}
             operations += micro_batch(50 + index, scheduled=True, **poisoned)
-        operations += [STATE, *updates(2, accumulation_steps, first=90, scheduled=True), LOOK]
+        operations += [READ_STATE, *updates(2, accumulation_steps, first=90, scheduled=True), READ_WEIGHTS]
         return program(target, *operations, precision=precision, accumulation_steps=accumulation_steps)
 
     @override
@@ -132,7 +138,8 @@ class TooManySkips(Clause):
             Program(operations=(*trained(), *two, *early, *two, *third), settings=three),
             Program(operations=(*trained(), *endless), settings={**three, "max_skipped_updates": 0}),
             Program(
-                operations=(*trained(), *two, *OUT, *BACK, *third), settings={**offloading.settings(target), **three}
+                operations=(*trained(), *two, *OFFLOAD, *RELOAD, *third),
+                settings={**offloading.settings(target), **three},
             ),
         ]
 

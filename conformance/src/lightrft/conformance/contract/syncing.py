@@ -11,8 +11,8 @@ from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, 
 from lightrft.conformance.contract.bounded_memory import BoundedMemory
 from lightrft.conformance.contract.buffers import look_at_buffers
 from lightrft.conformance.contract.program_parts import SEEDS, program, trained, updates
-from lightrft.conformance.contract.reference_checks import LOOK
-from lightrft.conformance.contract.rollout_checks import Rollouts, alike, generate, rollout, sleeps
+from lightrft.conformance.contract.reference_checks import READ_WEIGHTS
+from lightrft.conformance.contract.rollout_checks import Rollouts, generate, rollout, same_completions, sleeps
 from lightrft.conformance.language_models import VOCABULARY
 
 
@@ -37,7 +37,7 @@ class SyncedWeights(Rollouts):
             *updates(count),
             {"do": "sync", "model": "a"},
             generate(),
-            LOOK,
+            READ_WEIGHTS,
             look_at_buffers(),
             *updates(1, first=9),
             generate(),
@@ -123,7 +123,9 @@ class Coverage(Clause):
                 execution.last("version")[rank] == 1,
                 f"rank {rank}: after a refused sync, expected version 1, got {execution.last('version')[rank]}",
             )
-            self.require(alike(before[rank], after[rank]), f"rank {rank}: a refused sync changed the completions")
+            self.require(
+                same_completions(before[rank], after[rank]), f"rank {rank}: a refused sync changed the completions"
+            )
 
 
 @CONTRACT.add
@@ -169,7 +171,7 @@ class Versions(Clause):
 
 
 @CONTRACT.add
-class Stale(Rollouts):
+class StaleEngine(Rollouts):
     """A failed or interrupted sync, or a sleep that discards the weights, marks the engine as stale. Generating from a
     stale engine raises StaleWeightsError until a complete sync is committed."""
 
@@ -191,7 +193,7 @@ class Stale(Rollouts):
             {**generate(), "may_fail": True},
             {"do": "sync", "model": "a"},
             generate(),
-            LOOK,
+            READ_WEIGHTS,
         )
         return program(target, *operations, enable_engine_sleep=sleeps(target))
 
@@ -228,7 +230,7 @@ class SyncedTogether(Clause):
             program(
                 target,
                 *trained(),
-                {"do": "engine", "kind": "lightrft.conformance.echo:FrailEngine", "actor": "a"},
+                {"do": "engine", "kind": "lightrft.conformance.echo:FailingSyncEngine", "actor": "a"},
                 {"do": "version"},
                 {**sync, "may_fail": True},
                 {**local, "may_fail": True},
@@ -242,21 +244,23 @@ class SyncedTogether(Clause):
 
     @override
     def check(self, execution: Execution) -> None:
-        begun, failed, committed = [seen for _, _, seen in execution.each("version")]
+        initial, failed, committed = [seen for _, _, seen in execution.each("version")]
         for rank in range(execution.target.world):
             where = f"rank {rank}, after a sync that failed on rank 1"
             self.require(is_error(execution.last_of("sync", 0)[rank]), f"{where}: expected an error, got none")
             self.require_error(execution.last_of("generate_local", 0)[rank], "StaleWeightsError", where=where)
-            self.require(failed[rank] == begun[rank], f"{where}: expected version {begun[rank]}, got {failed[rank]}")
+            self.require(
+                failed[rank] == initial[rank], f"{where}: expected version {initial[rank]}, got {failed[rank]}"
+            )
             versions = (committed[rank], execution.last("generate_local")[rank][0]["version"])
             self.require(
-                versions == (begun[rank] + 1,) * 2,
-                f"rank {rank}: after the next sync, expected version {begun[rank] + 1} of engine and completions, got {versions}",
+                versions == (initial[rank] + 1,) * 2,
+                f"rank {rank}: after the next sync, expected version {initial[rank] + 1} of engine and completions, got {versions}",
             )
 
 
 @CONTRACT.add
-class Caches(Rollouts):
+class NoStaleCaches(Rollouts):
     """Cached results for a prompt never outlive the weights that produced them."""
 
     id = "SYNC-5"
@@ -272,15 +276,15 @@ class Caches(Rollouts):
                 *rollout(target),
                 again,
                 again,
-                LOOK,
+                READ_WEIGHTS,
                 *updates(2),
                 sync,
                 again,
-                LOOK,
+                READ_WEIGHTS,
                 *updates(1),
                 sync,
                 again,
-                LOOK,
+                READ_WEIGHTS,
             )
         ]
 

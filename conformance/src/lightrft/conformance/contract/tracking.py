@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 from typing_extensions import override
 
 from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Target
-from lightrft.conformance.contract.denominators import dealt, token_update
+from lightrft.conformance.contract.denominators import round_robin, token_update
 from lightrft.conformance.contract.program_parts import SEEDS, program, trained, updates
 from lightrft.conformance.contract.reference_checks import close
-from lightrft.conformance.interpreter.tracking import Fails, Keeps
+from lightrft.conformance.interpreter.tracking import FailingTracker, RecordingTracker
 
-KEEPS, FAILS = (f"{tracker.__module__}:{tracker.__name__}" for tracker in (Keeps, Fails))
+KEEPS, FAILS = (f"{tracker.__module__}:{tracker.__name__}" for tracker in (RecordingTracker, FailingTracker))
 SEQUENCES = range(9)
 NUMBERS = {"none": 0, "zero": 0.0, "large": 2**53 + 1, "small": -5e-324, "undefined": math.nan, "endless": -math.inf}
 """Metrics that a tracker gets as they are."""
@@ -33,7 +33,7 @@ class TrackersOnRankZero(Clause):
 
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
-        update = token_update(dealt(SEQUENCES, 2, target.world))
+        update = token_update(round_robin(SEQUENCES, 2, target.world))
         operations = [
             *trained(),
             logs(3, {"reward": {"mean": 1.5}, **NUMBERS}),
@@ -74,7 +74,7 @@ class LossOfAnUpdate(Clause):
         operations: list[Operation] = []
         for step in range(2):
             operations += [*updates(1, 2, first=10 * step, backwards=backwards), logs(step)]
-        operations += [*token_update(dealt(SEQUENCES, 3, target.world)), logs(2), {"do": "logged"}]
+        operations += [*token_update(round_robin(SEQUENCES, 3, target.world)), logs(2), {"do": "logged"}]
         return program(target, *trained(seed=seed), *operations, accumulation_steps=2, trackers=[KEEPS])
 
     @override

@@ -8,8 +8,8 @@ from typing_extensions import override
 from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Record, Target, difference
 from lightrft.conformance.contract.program_parts import SEEDS, micro_batch, program, trained, updates
 from lightrft.conformance.contract.reference_checks import (
-    LOOK,
-    STATE,
+    READ_STATE,
+    READ_WEIGHTS,
     FollowsReference,
     assert_close,
     assert_flags,
@@ -34,10 +34,10 @@ class Accumulation(Clause):
         ]
 
     def _program(self, target: Target, accumulation_steps: int, backwards: int, seed: int = 1) -> Program:
-        operations = [*trained(seed=seed, schedule=True), *updates(1, accumulation_steps, scheduled=True), STATE]
+        operations = [*trained(seed=seed, schedule=True), *updates(1, accumulation_steps, scheduled=True), READ_STATE]
         for index in range(2 * accumulation_steps):
-            operations += [*micro_batch(10 + index, backwards=backwards, scheduled=True), STATE]
-        return program(target, *operations, LOOK, accumulation_steps=accumulation_steps)
+            operations += [*micro_batch(10 + index, backwards=backwards, scheduled=True), READ_STATE]
+        return program(target, *operations, READ_WEIGHTS, accumulation_steps=accumulation_steps)
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
@@ -78,7 +78,7 @@ class KeptGraph(FollowsReference):
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
         twice: Operation = {"do": "backward_twice", "model": "a", "batch": 3}
-        return [program(target, *trained(), twice, {"do": "step", "model": "a"}, *updates(1, first=9), LOOK)]
+        return [program(target, *trained(), twice, {"do": "step", "model": "a"}, *updates(1, first=9), READ_WEIGHTS)]
 
 
 @CONTRACT.add
@@ -106,7 +106,7 @@ class Boundary(Clause):
                 operations += micro_batch(batch, backwards=backwards)
                 operations[-1] = {**operations[-1], "boundary": index == length - 1}
                 batch += 1
-        return program(target, *operations, LOOK, accumulation_steps=3, max_norm=max_norm)
+        return program(target, *operations, READ_WEIGHTS, accumulation_steps=3, max_norm=max_norm)
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
@@ -136,7 +136,7 @@ class MeanOfLosses(Clause):
             target,
             *trained(seed=seed, kind=kind),
             *updates(2, accumulation_steps),
-            LOOK,
+            READ_WEIGHTS,
             accumulation_steps=accumulation_steps,
         )
 
@@ -176,7 +176,7 @@ class Clipping(Clause):
             target,
             *trained(seed=seed, weight_decay=0.1),
             *updates(3, accumulation_steps),
-            LOOK,
+            READ_WEIGHTS,
             accumulation_steps=accumulation_steps,
             max_norm=max_norm,
         )
@@ -201,12 +201,12 @@ class NoClipping(FollowsReference):
 
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
-        operations = (*trained(seed=6), *updates(2), LOOK)
+        operations = (*trained(seed=6), *updates(2), READ_WEIGHTS)
         return [program(target, *operations, max_norm=value) for value in (None, 0.0)]
 
 
 @CONTRACT.add
-class Apart(Clause):
+class IndependentModels(Clause):
     """Two models trained by one strategy are independent: counters, norms, clipping, skips and schedulers."""
 
     id = "OPT-4"
@@ -221,7 +221,7 @@ class Apart(Clause):
         operations = [*trained("a", seed=1, schedule=True), *trained("b", "language", seed=2, schedule=True, lr=3e-4)]
         for batch, (model, poison) in enumerate(turns):
             operations += micro_batch(batch, model, scheduled=True, poison=poison, poisoned_rank=target.world - 1)
-        operations += [LOOK, {"do": "weights", "model": "b"}]
+        operations += [READ_WEIGHTS, {"do": "weights", "model": "b"}]
         return program(target, *operations, accumulation_steps=2, max_norm=max_norm, max_skipped_updates=0)
 
     @override
@@ -247,5 +247,5 @@ class NoLeak(FollowsReference):
     def pinned_examples(self, target: Target) -> Sequence[Program]:
         operations = [*trained(seed=11), *micro_batch(0, weight=1.0)]
         operations[-2] = {**operations[-2], "weight": 1e4}  # a gradient that would dominate the next ones
-        operations += [*updates(2, first=1), LOOK]
+        operations += [*updates(2, first=1), READ_WEIGHTS]
         return [program(target, *operations)]

@@ -139,7 +139,7 @@ class WorkerGroup:
     # Starting
 
     def _start(self) -> list[RankReport]:
-        """Start the workers; returns reports only if one of them does not come up."""
+        """Start the workers; returns reports only if one of them does not start."""
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         shared = self._shared_environment()
         if not self._fork_servers or any(fork_server.ended for fork_server in self._fork_servers):

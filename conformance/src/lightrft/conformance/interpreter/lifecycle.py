@@ -262,7 +262,7 @@ def print_and_log(session: Session, text: str) -> dict[str, str]:
 
 @operation
 def idle(session: Session, seconds: float, until: list[int]) -> bool:
-    """Stay away from what the other ranks do, for ``seconds`` or until the ranks ``until`` call `report_done`: whether they did."""
+    """Do nothing for ``seconds``, or until the ranks ``until`` call `report_done`; returns whether they did."""
     _ = session.strategy
     store, end, keys = _store(), time.monotonic() + seconds, [f"done/{rank}" for rank in until]
     while not (done := store.check(keys)) and time.monotonic() < end:

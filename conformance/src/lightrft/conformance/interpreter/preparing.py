@@ -57,13 +57,13 @@ def _share(module: Any, other: Any, what: str) -> None:
 
 @operation
 def optimizer(
-    session: Session, model: str, lr: float = 1e-3, weight_decay: float = 0.0, by_hand: bool = False, **more: Any
+    session: Session, model: str, lr: float = 1e-3, weight_decay: float = 0.0, plain_adamw: bool = False, **more: Any
 ) -> None:
-    """create_optimizer; with ``by_hand``, torch's AdamW over all parameters."""
+    """create_optimizer; with ``plain_adamw``, torch's AdamW over all parameters."""
     entry = session.models[model]
     if "betas" in more:
         more["betas"] = tuple(more["betas"])
-    if by_hand:
+    if plain_adamw:
         entry.optimizer = torch.optim.AdamW(entry.model.parameters(), lr=lr, weight_decay=weight_decay, **more)
     else:
         entry.optimizer = session.strategy.create_optimizer(entry.model, lr=lr, weight_decay=weight_decay, **more)
@@ -200,9 +200,9 @@ def buffers(session: Session, model: str) -> dict[str, torch.Tensor]:
 
 
 @operation
-def freeze(session: Session, model: str, part: str, thaw: bool = False) -> None:
+def freeze(session: Session, model: str, part: str, trainable: bool = False) -> None:
     """Freeze a part of the model, or let it train again."""
-    session.strategy.unwrap_model(session.models[model].model).get_submodule(part).requires_grad_(thaw)
+    session.strategy.unwrap_model(session.models[model].model).get_submodule(part).requires_grad_(trainable)
 
 
 @operation

@@ -17,9 +17,9 @@ import torch.distributed as dist
 
 from lightrft.config import StrategyConfig
 from lightrft.conformance.interpreter import (  # noqa: F401 - each module registers its operations
-    by_hand,
     checkpoints,
     denominators,
+    direct_calls,
     disk,
     exporting,
     fingerprints,

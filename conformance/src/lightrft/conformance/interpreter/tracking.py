@@ -8,7 +8,7 @@ from lightrft.conformance.values import Record
 from lightrft.strategy.telemetry.trackers import RunInfo
 
 
-class Keeps:
+class RecordingTracker:
     """A tracker that keeps what this process logs."""
 
     entries: ClassVar[list[Record]] = []
@@ -25,7 +25,7 @@ class Keeps:
         """There is nothing to close."""
 
 
-class Fails(Keeps):
+class FailingTracker(RecordingTracker):
     """A tracker that always fails."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -43,6 +43,6 @@ def log(session: Session, metrics: Record, step: int) -> None:
 def logged(session: Session) -> list[Record]:
     """Close the strategy; what its trackers got on this rank."""
     session.close()
-    entries = list(Keeps.entries)
-    Keeps.entries.clear()
+    entries = list(RecordingTracker.entries)
+    RecordingTracker.entries.clear()
     return entries

@@ -97,15 +97,22 @@ def policy_backward(
 
 @operation
 def step(
-    session: Session, model: str, boundary: bool | None = None, scheduled: bool = False, optimizer_of: str | None = None
-) -> dict[str, object]:
-    """optimizer_step; its result."""
+    session: Session, model: str, boundary: bool | None = None, scheduled: bool = False,
+    optimizer_of: str | None = None, wrong: str | None = None, wrong_rank: int = 0, wrong_of: str = "b",
+) -> dict[str, object]:  # fmt: skip
+    """optimizer_step; its result.
+
+    ``wrong``: the argument, "optimizer", "model" or "scheduler", that ``wrong_rank`` takes from the model ``wrong_of``.
+    """
     entry = session.models[model]
-    owner = session.optimizer(optimizer_of or model)
-    arguments: dict[str, Any] = {} if boundary is None else {"boundary": boundary}
+    arguments: dict[str, Any] = {"optimizer": session.optimizer(optimizer_of or model), "model": entry.model}
+    if boundary is not None:
+        arguments["boundary"] = boundary
     if scheduled:
         arguments["scheduler"] = entry.scheduler
-    result = session.strategy.optimizer_step(owner, entry.model, **arguments)
+    if wrong is not None and session.rank == wrong_rank:
+        arguments[wrong] = getattr(session.models[wrong_of], wrong)
+    result = session.strategy.optimizer_step(**arguments)
     return {
         "applied": result.applied,
         "skipped": result.skipped,

@@ -10,7 +10,7 @@ from lightrft.conformance.peers.ranks import Differs, NotJudged, Ranks
 from lightrft.conformance.peers.registry import PROMISES, Promise
 
 Verdict = Literal["holds", "differs", "not offered", "not judged"]
-"""Whether a difference is documented is for the reader of the documentation to say, not for a program."""
+"""A program cannot judge whether a difference is documented; the reader decides that."""
 
 
 @dataclass(frozen=True, kw_only=True)

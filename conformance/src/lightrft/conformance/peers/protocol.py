@@ -47,7 +47,7 @@ class LoopSettings:
     timeout_seconds: float | None = None
     """How long a rank waits for the others; None: the library's default."""
     unused_parameters: bool = False
-    """Whether some parameters get no gradient in some updates, for libraries that must be told."""
+    """Whether some parameters get no gradient in some updates, for libraries that must know in advance."""
     random_streams: bool = False
     """Whether the program needs checkpoints with the state of the random generators of PyTorch, NumPy and Python; `save` of a
     library that leaves these to the script raises `NotOffered`."""

@@ -117,7 +117,7 @@ class DecaysByShape(FakeBackend):
 
 @saboteur("PREP-10")
 class FlattensModes(FakeBackend):
-    """Reading weights puts every part of the model in the mode of the whole."""
+    """Reading weights puts every submodule in the mode of the model itself."""
 
     @override
     def reshard(self, module: nn.Module) -> None:

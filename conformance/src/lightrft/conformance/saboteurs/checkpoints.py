@@ -66,7 +66,7 @@ def without_pending_gradient(trained: TrainedModel | None) -> Iterator[None]:
 
 
 @saboteur("CKPT-1")
-class ForgetsStreams(Saves):
+class ForgetsRandomStates(Saves):
     """Loading does not restore the random streams."""
 
     @override
@@ -148,7 +148,7 @@ class IgnoresTags(Saves):
 
 
 @saboteur("CKPT-2")
-class OwnError(Saves):
+class WrongErrorClass(Saves):
     """The error for a missing tag is a RuntimeError, not a FileNotFoundError."""
 
     @override
@@ -240,7 +240,7 @@ class ManifestFirst(Saves):
 
 
 @saboteur("CKPT-5", world=2)
-class LeavesRubbish(CheckpointHooks, PlainStrategy):
+class LeavesPartialCheckpoints(CheckpointHooks, PlainStrategy):
     """Incomplete checkpoints of killed processes are not removed."""
 
     @override
@@ -250,7 +250,7 @@ class LeavesRubbish(CheckpointHooks, PlainStrategy):
 
 
 @saboteur("CKPT-6")
-class LooksAfterwards(Saves):
+class VerifiesAfterwards(Saves):
     """Changes the model before the checkpoint is verified."""
 
     @override
@@ -273,7 +273,7 @@ class FallsBack(Saves):
 
 
 @saboteur("CKPT-7")
-class OwnLayout(FakeBackend):
+class PrivateLayout(FakeBackend):
     """Optimizer state is saved under the name of another parameter, and only this strategy loads it correctly."""
 
     @override
@@ -290,7 +290,7 @@ class OwnLayout(FakeBackend):
 
 
 @saboteur("CKPT-8")
-class AllOrNothing(Saves):
+class OptimizerWithSchedule(Saves):
     """load_optimizer_states=False does not load the schedule either."""
 
     @override
@@ -321,7 +321,7 @@ class NeverStrict(Saves):
 
 
 @saboteur("CKPT-9")
-class DrawsATag(Saves):
+class SavingDraws(Saves):
     """Saving draws from torch's random stream."""
 
     @override
@@ -331,7 +331,7 @@ class DrawsATag(Saves):
 
 
 @saboteur("CKPT-9", world=2)
-class PathsOfItsOwn(CheckpointHooks, PlainStrategy):
+class PathOfEachRank(CheckpointHooks, PlainStrategy):
     """Each rank returns a different path."""
 
     @override
@@ -353,7 +353,7 @@ class Unpickles(Saves):
 
 
 @saboteur("CKPT-11", world=2)
-class Alone(CheckpointHooks, PlainStrategy):
+class OnlyRank0Raises(CheckpointHooks, PlainStrategy):
     """If saving fails, only rank 0 raises."""
 
     @override

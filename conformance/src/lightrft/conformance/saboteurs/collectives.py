@@ -46,7 +46,7 @@ class SinglePrecision(PlainStrategy):
 
 
 @saboteur("COLL-1", world=2)
-class WholeNumbersAsDoubles(PlainStrategy):
+class IntegersAsDoubles(PlainStrategy):
     """int64 is summed in float64, which has 53 bits."""
 
     def all_reduce(self, data: Any, op: ReduceOp = "mean") -> Any:
@@ -98,7 +98,7 @@ class SqueezesColumns(CollectiveHooks, PlainStrategy):
 
 
 @saboteur("COLL-1", world=2)
-class WholeMeans(CollectiveHooks, PlainStrategy):
+class IntegerMeans(CollectiveHooks, PlainStrategy):
     """The mean of a Python int is an int."""
 
     @override

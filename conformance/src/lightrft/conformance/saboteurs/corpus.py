@@ -4,12 +4,12 @@ from collections.abc import Iterator
 
 from lightrft.conformance.saboteurs import (  # noqa: F401 - they register themselves
     buffers,
-    by_hand,
     checkpoints,
     collectives,
     controls,
     data,
     denominators,
+    direct_calls,
     edge_cases,
     edge_cases_of_state,
     engines,

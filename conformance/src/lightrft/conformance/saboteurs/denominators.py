@@ -118,7 +118,7 @@ class SumsInFp32(StepHooks):
 
 @saboteur("NORM-1")
 class TensorsCountAsOne(DenominatorHooks, FakeStrategy):
-    """A denominator that is a tensor is taken as 1."""
+    """A denominator that is a tensor is treated as 1."""
 
     @override
     def given(self, denominator: Number, model: nn.Module) -> Number:
@@ -126,7 +126,7 @@ class TensorsCountAsOne(DenominatorHooks, FakeStrategy):
 
 
 @saboteur("NORM-2")
-class AppliesNothing(FakeBackend):
+class AppliesEmptyUpdate(FakeBackend):
     """An update without items steps with a gradient of zeros: momentum and weight decay move the weights."""
 
     @override
@@ -140,7 +140,7 @@ class AppliesNothing(FakeBackend):
 
 
 @saboteur("NORM-2")
-class KeepsTheGradientOfNothing(FakeBackend):
+class KeepsGradientOfEmptyUpdate(FakeBackend):
     """An update without items does not clear the gradient of its losses."""
 
     @override
@@ -149,7 +149,7 @@ class KeepsTheGradientOfNothing(FakeBackend):
 
 
 @saboteur("NORM-2")
-class NothingMovesSchedule(StepHooks):
+class EmptyUpdateStepsSchedule(StepHooks):
     """An update without items steps the schedule."""
 
     @override
@@ -159,7 +159,7 @@ class NothingMovesSchedule(StepHooks):
 
 
 @saboteur("NORM-2")
-class NothingCountsAsNotFinite(StepHooks):
+class EmptyUpdateCountsAsSkip(StepHooks):
     """Updates without items count for max_skipped_updates."""
 
     _empty = 0
@@ -172,7 +172,7 @@ class NothingCountsAsNotFinite(StepHooks):
 
 
 @saboteur("NORM-2")
-class NothingEndsARun(StepHooks):
+class EmptyUpdateResetsSkips(StepHooks):
     """An update without items resets the count of updates that are not finite."""
 
     @override
@@ -195,8 +195,8 @@ class OneEmptyRankSkips(ReplicatedBackend):
 
 
 @saboteur("NORM-3")
-class TakesNegatives(DenominatorHooks, FakeStrategy):
-    """A negative denominator is taken without its sign."""
+class AcceptsNegativeDenominators(DenominatorHooks, FakeStrategy):
+    """The sign of a negative denominator is ignored."""
 
     @override
     def given(self, denominator: Number, model: nn.Module) -> Number:
@@ -204,8 +204,8 @@ class TakesNegatives(DenominatorHooks, FakeStrategy):
 
 
 @saboteur("NORM-3")
-class TakesWhatIsNotFinite(DenominatorHooks, FakeStrategy):
-    """A denominator that is not finite is taken as 0."""
+class AcceptsNonFiniteDenominators(DenominatorHooks, FakeStrategy):
+    """A denominator that is not finite is treated as 0."""
 
     @override
     def given(self, denominator: Number, model: nn.Module) -> Number:
@@ -213,7 +213,7 @@ class TakesWhatIsNotFinite(DenominatorHooks, FakeStrategy):
 
 
 @saboteur("NORM-3")
-class TakesBoth(DenominatorHooks, FakeStrategy):
+class MixesDenominators(DenominatorHooks, FakeStrategy):
     """A loss without a denominator after one that has one counts as one item."""
 
     @override

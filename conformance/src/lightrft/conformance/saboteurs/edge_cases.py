@@ -296,7 +296,7 @@ class HalfAverage(FakeStrategy):
 
 
 @saboteur("OPT-19", world=2)
-class LazyAverage(PlainStrategy):
+class LastRankAveragesLess(PlainStrategy):
     """On the last rank the average moves half as far."""
 
     def moving_average(

@@ -37,14 +37,14 @@ class TwoOrders(RepeatsAnOrder):
 
 
 @saboteur("DATA-3")
-class LaterEpochsAlike(WithSampler, FakeStrategy):
+class LaterEpochsEqual(WithSampler, FakeStrategy):
     """The second and all later epochs have the same order."""
 
     sampler = TwoOrders
 
 
 @saboteur("DATA-2")
-class PassesOverAlways(LoaderHooks, FakeStrategy):
+class SkipsInEveryEpoch(LoaderHooks, FakeStrategy):
     """consumed_samples is skipped in every epoch, not only in the first."""
 
     @override
@@ -54,7 +54,7 @@ class PassesOverAlways(LoaderHooks, FakeStrategy):
 
 
 @saboteur("DATA-2")
-class PassesOverLater(LoaderHooks, FakeStrategy):
+class SkipsAgainLater(LoaderHooks, FakeStrategy):
     """consumed_samples is skipped again in the third epoch after the resumed one."""
 
     @override
@@ -118,7 +118,7 @@ class ForgetsHalfAPairOfNumPy(Saves):
 
 @saboteur("CKPT-1")
 class KeepsMomentum(Saves):
-    """Loading a checkpoint from before the first update keeps the optimizer's present state."""
+    """Loading a checkpoint from before the first update keeps the optimizer's current state."""
 
     @override
     def load(self, model: Models, directory: Path, tag: str | None, options: Options) -> Loaded:
@@ -260,7 +260,7 @@ class RemovesTheReplacedFirst(Saves):
 
 
 @saboteur("CKPT-10")
-class PicklesBeside(Saves):
+class ExtraPickle(Saves):
     """Checkpoints contain a pickle, which loading unpickles after the other files were verified."""
 
     @override
@@ -318,8 +318,8 @@ class OptimizerUnverified(Saves):
 
 
 @saboteur("CKPT-8")
-class RatesComeAlong(Saves):
-    """load_optimizer_states=False loads the learning rates nevertheless."""
+class LoadsLearningRates(Saves):
+    """load_optimizer_states=False still loads the learning rates."""
 
     @override
     def load(self, model: Models, directory: Path, tag: str | None, options: Options) -> Loaded:
@@ -334,7 +334,7 @@ class RatesComeAlong(Saves):
 
 
 @saboteur("CKPT-8")
-class CountsAnew(Saves):
+class ResetsUpdateCount(Saves):
     """load_module_only sets the number of updates to 0."""
 
     @override

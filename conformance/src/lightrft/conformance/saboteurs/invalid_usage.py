@@ -1,25 +1,30 @@
 """Defects in what is refused, reported and claimed."""
 
+import math
 from collections.abc import Collection
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
-from lightrft.config import StrategyConfig
+from lightrft.config import LightRFTError, StrategyConfig, StrategyError
 from lightrft.conformance.saboteurs.catalogue import saboteur
 from lightrft.conformance.saboteurs.hooks import Device, StepHooks
+from lightrft.conformance.saboteurs.plain import PlainStrategy
 from lightrft.strategy import FakeStrategy, StepResult
 from lightrft.strategy.backend import ReplicatedBackend, TrainedModel, World
 from lightrft.strategy.fake_strategy import FakeBackend
+from lightrft.strategy.step.update import reduce_clip_and_step
 
 # mypy: disable-error-code="misc"
 
 
 @saboteur("OPT-11")
-class TakesVectors(FakeStrategy):
+class AcceptsVectors(FakeStrategy):
     """A loss that is not a scalar is averaged."""
 
     def backward(self, loss: Tensor, model: nn.Module, optimizer: Optimizer, **more: object) -> None:
@@ -27,7 +32,7 @@ class TakesVectors(FakeStrategy):
 
 
 @saboteur("OPT-11")
-class TakesAnyOptimizer(FakeStrategy):
+class AcceptsAnyOptimizer(FakeStrategy):
     """backward does not check the optimizer."""
 
     def backward(self, loss: Tensor, model: nn.Module, optimizer: Optimizer, **more: object) -> None:
@@ -38,7 +43,7 @@ class TakesAnyOptimizer(FakeStrategy):
 
 
 @saboteur("OPT-11")
-class SaysNothing(FakeStrategy):
+class LossErrorOfTorch(FakeStrategy):
     """The error for a loss without a graph is that of torch."""
 
     def backward(self, loss: Tensor, model: nn.Module, optimizer: Optimizer, **more: object) -> None:
@@ -48,7 +53,7 @@ class SaysNothing(FakeStrategy):
 
 
 @saboteur("OPT-11")
-class TakesAnyLoss(FakeBackend):
+class AcceptsAnyLoss(FakeBackend):
     """backward accepts the loss of another model."""
 
     def __init__(self, config: StrategyConfig, world: World) -> None:
@@ -64,8 +69,46 @@ class TakesAnyLoss(FakeBackend):
         return self._leaves
 
 
+@saboteur("OPT-23", world=2)
+class RaisesBeforeTheUpdate(PlainStrategy):
+    """The rank that passes a wrong argument to optimizer_step raises at once and alone; the others wait for it."""
+
+    @override
+    def _trained_or_pending(self, model: nn.Module, optimizer: Optimizer) -> TrainedModel:
+        return self._trained(model, optimizer, "optimizer_step")
+
+
+@saboteur("OPT-23", world=2)
+class TellsOneRank(PlainStrategy):
+    """An update with a wrong argument on one rank is made, and only that rank raises."""
+
+    _mistake: LightRFTError | None = None
+
+    def optimizer_step(
+        self, optimizer: Optimizer, model: nn.Module, scheduler: LRScheduler | None = None, *rest: Any, **more: Any
+    ) -> StepResult:
+        (trained,) = (each for each in self._models.in_training if each.backwards)
+        right = trained.optimizer, trained.model
+        if (optimizer, model) != right or getattr(scheduler, "optimizer", optimizer) is not optimizer:
+            self._mistake = StrategyError("optimizer_step: expected the optimizer, model and scheduler of one model")
+        result = super().optimizer_step(*right, None if self._mistake else scheduler, *rest, **more)
+        mistake, self._mistake = self._mistake, self._mistake if result.grad_norm is None else None
+        if mistake is not None and result.grad_norm is not None:
+            raise mistake
+        return result
+
+
+@saboteur("OPT-23", world=2)
+class AppliesWhatItRefuses(ReplicatedBackend):
+    """Every rank raises for a wrong argument of one rank, after the update was applied."""
+
+    @override
+    def fused_step(self, trained: TrainedModel, factor: float) -> float:
+        return reduce_clip_and_step(self, trained, 1.0 if math.isnan(factor) else factor)
+
+
 @saboteur("OPT-12")
-class SaysApplied(StepHooks):
+class ReportsSkipAsApplied(StepHooks):
     """A skipped update is reported as applied."""
 
     @override

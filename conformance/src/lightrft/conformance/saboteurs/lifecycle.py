@@ -45,7 +45,7 @@ class StartsAgain(FakeStrategy):
 
 
 @saboteur("LIFE-2", world=2)
-class EverybodyFirst(PlainStrategy):
+class EveryRankIsRank0(PlainStrategy):
     """is_rank_0 is True on every rank."""
 
     def is_rank_0(self) -> bool:
@@ -63,7 +63,7 @@ class SetsVariables(FakeBackend):
 
 @saboteur("LIFE-2")
 class KnowsTorchrunOnly(FakeBackend):
-    """As one of several processes of mpirun or srun, it trains by itself."""
+    """As one of several processes of mpirun or srun, it trains alone."""
 
     @classmethod
     @override
@@ -72,19 +72,19 @@ class KnowsTorchrunOnly(FakeBackend):
 
 
 @saboteur("LIFE-3", world=2)
-class WaitsForEver(ReplicatedBackend):
+class NoTimeout(ReplicatedBackend):
     """The process group does not have the timeout of the settings."""
 
     @classmethod
     @override
     def join(cls, config: StrategyConfig) -> World:
         world = super().join(config.replace(timeout=3600.0))
-        world.impose_timeout = lambda: None  # type: ignore[method-assign]
+        world.set_group_timeouts = lambda: None  # type: ignore[method-assign]
         return world
 
 
 @saboteur("LIFE-3", world=2)
-class NamesNothing(PlainStrategy):
+class ErrorOfTorch(PlainStrategy):
     """The error for a lost peer is that of torch.distributed."""
 
     @contextmanager
@@ -135,7 +135,7 @@ class LeavesVariable(FakeBackend):
 
 @saboteur("LIFE-5")
 class LeavesThread(FakeBackend):
-    """Each lifetime leaves a thread."""
+    """Each strategy leaves a thread."""
 
     def __init__(self, config: StrategyConfig, world: World) -> None:
         super().__init__(config, world)
@@ -155,7 +155,7 @@ class KeepsGroup(ReplicatedBackend):
 
 @saboteur("LIFE-5")
 class LeavesFile(FakeBackend):
-    """Each lifetime leaves an open file."""
+    """Each strategy leaves an open file."""
 
     _files: list[BinaryIO] = []
 
@@ -166,7 +166,7 @@ class LeavesFile(FakeBackend):
 
 @saboteur("LIFE-5")
 class LeavesChild(FakeBackend):
-    """Each lifetime leaves a child process."""
+    """Each strategy leaves a child process."""
 
     _children: list[subprocess.Popen[bytes]] = []
 
@@ -176,7 +176,7 @@ class LeavesChild(FakeBackend):
 
 
 @saboteur("LIFE-5")
-class KeepsAHelper(FakeBackend):
+class KeepsChildProcess(FakeBackend):
     """The first update of the process starts a child process, which stays."""
 
     _helpers: list[subprocess.Popen[bytes]] = []
@@ -260,7 +260,7 @@ class LeavesGroup(PlainStrategy):
 
 
 @saboteur("LIFE-6")
-class ObeysTheEnvironment(FakeStrategy):
+class EnvironmentOverridesLocalRank(FakeStrategy):
     """LOCAL_RANK of the environment overrides the setting local_rank."""
 
     @property
@@ -279,7 +279,7 @@ class RoundsDown(PlainStrategy):
 
 
 @saboteur("LIFE-7", world=2)
-class SaysLittle(PlainStrategy):
+class ErrorWithoutNumbers(PlainStrategy):
     """The error for a train_batch_size that does not divide has no numbers."""
 
     @property
@@ -292,7 +292,7 @@ class SaysLittle(PlainStrategy):
 
 
 @saboteur("LIFE-8", world=2)
-class TakesOver(PlainStrategy):
+class DestroysCallersGroup(PlainStrategy):
     """close destroys a process group that the script made."""
 
     def close(self) -> None:
@@ -302,7 +302,7 @@ class TakesOver(PlainStrategy):
 
 
 @saboteur("LOG-1", world=2)
-class SpeaksTwice(PlainStrategy):
+class PrintsOnEveryRank(PlainStrategy):
     """print prints on every rank."""
 
     def print(self, *message: object) -> None:
@@ -310,7 +310,7 @@ class SpeaksTwice(PlainStrategy):
 
 
 @saboteur("LOG-1", world=2)
-class LogsTwice(ReplicatedBackend):
+class LogsOnEveryRank(ReplicatedBackend):
     """The logger logs on every rank."""
 
     def __init__(self, config: StrategyConfig, world: World) -> None:

@@ -79,8 +79,8 @@ class ReadsPadding(LogProbHooks):
 
 
 @saboteur("LOGP-2")
-class TrustsTheHead(LogProbHooks):
-    """Takes the output of the head for the logits of every model, without a check."""
+class AssumesPlainHead(LogProbHooks):
+    """Treats the output of the head as the logits of every model, without a check."""
 
     @override
     def before(self, model: nn.Module) -> None:

@@ -63,7 +63,7 @@ class GathersIntsAsDoubles(PlainStrategy):
 
 
 @saboteur("PREP-4", world=2)
-class FrozenStayTheirOwn(ReplicatedBackend):
+class KeepsLocalFrozenWeights(ReplicatedBackend):
     """Frozen parameters of the ranks stay as each rank built them."""
 
     @override
@@ -127,7 +127,7 @@ class OrderOfBatches(LoaderHooks, FakeStrategy):
 
 
 @saboteur("OPT-2")
-class OddUpdatesShrink(FakeBackend):
+class OddUpdatesDivideByOneMore(FakeBackend):
     """An update of five or more micro-batches, an odd number, divides by one more."""
 
     @override
@@ -138,7 +138,7 @@ class OddUpdatesShrink(FakeBackend):
 
 
 @saboteur("OPT-15")
-class OthersReset(FakeStrategy):
+class OneModelResetsAllSkips(FakeStrategy):
     """An applied update of one model resets the count of skipped updates of all models."""
 
     def optimizer_step(
@@ -263,7 +263,7 @@ class OneFilterAtATime(FakeEngine):
 
 
 @saboteur("GEN-10")
-class NeverEncourages(FakeEngine):
+class NegativePenaltyIgnored(FakeEngine):
     """A negative frequency penalty is ignored."""
 
     @override

@@ -188,7 +188,7 @@ class OneValueInFifty(FakeBackend):
 
 
 @saboteur("OPT-17")
-class FasterInHalf(FakeBackend):
+class HigherRateInBf16(FakeBackend):
     """With bf16, the learning rate is multiplied by 1.5."""
 
     @override

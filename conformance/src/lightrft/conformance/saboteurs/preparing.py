@@ -90,7 +90,7 @@ class ComputesInHalf(FakeBackend):
 
 
 @saboteur("PREP-3")
-class DropsWhatItPrepares(FakeBackend):
+class ScalesNorms(FakeBackend):
     """Preparing multiplies the weights of norms by 1.0001."""
 
     @override
@@ -127,7 +127,7 @@ class KeywordsDropped(FakeBackend):
 
 
 @saboteur("PREP-4", world=2)
-class EachItsOwn(ReplicatedBackend):
+class KeepsLocalWeights(ReplicatedBackend):
     """Every rank keeps the weights that it was built with."""
 
     @override
@@ -136,7 +136,7 @@ class EachItsOwn(ReplicatedBackend):
 
 
 @saboteur("PREP-4", world=2)
-class BiasesTheirOwn(ReplicatedBackend):
+class KeepsLocalBias(ReplicatedBackend):
     """Every rank keeps the first bias that it was built with."""
 
     @override
@@ -230,7 +230,7 @@ class BuildsAnother(FakeStrategy):
 
 @saboteur("PREP-6")
 class OneMetaInit(FakeStrategy):
-    """A meta init within another is refused, as where a context is patched in and out once."""
+    """A meta init inside another is refused, as by patches that cannot be nested."""
 
     inside = False
 

@@ -135,7 +135,7 @@ class ReloadUnfreezes(FakeStrategy):
 
 
 @saboteur("DATA-2")
-class EndIsTheBeginning(FakeStrategy):
+class FullPositionRestarts(FakeStrategy):
     """With consumed_samples=N, the size of the data, the epoch begins again."""
 
     def setup_dataloader(self, replay_buffer: Any, *arguments: Any, consumed_samples: int = 0, **more: Any) -> Any:

@@ -53,7 +53,7 @@ class SleepsUnasked(FakeStrategy):
 
 
 @saboteur("ENG-2")
-class TakesAnother(FakeStrategy):
+class FallsBackToFakeEngine(FakeStrategy):
     """An unknown engine_type builds the fake engine."""
 
     def setup_inference_engine(
@@ -74,7 +74,7 @@ class GeneratesNothing(FakeStrategy):
 
 
 @saboteur("ENG-3")
-class SyncsInSilence(FakeStrategy):
+class SyncsSilently(FakeStrategy):
     """Without an engine, a sync does nothing and prints no message."""
 
     def update_engine_weights(self, actor: nn.Module) -> None:
@@ -124,7 +124,7 @@ class AlwaysTheFirst(FakeStrategy):
 
 
 @saboteur("SYNC-2")
-class SendsAnything(FakeStrategy):
+class IgnoresSyncErrors(FakeStrategy):
     """Errors of a sync are ignored."""
 
     def update_engine_weights(self, actor: nn.Module) -> None:
@@ -235,7 +235,7 @@ class NeverStale(FakeEngine):
 
 
 @saboteur("SYNC-8")
-class DropsInSilence(FakeEngine):
+class GeneratesWithoutWeights(FakeEngine):
     """After a sleep that drops the weights, the engine still generates."""
 
     @override
@@ -245,7 +245,7 @@ class DropsInSilence(FakeEngine):
 
 
 @saboteur("SYNC-8")
-class TakesParts(FakeEngine):
+class CommitsPartialSync(FakeEngine):
     """A sync without all tensors counts as complete."""
 
     @override
@@ -269,7 +269,7 @@ class SamplesAcross(FakeEngine):
 
 
 @saboteur("GEN-2")
-class GreedyIsCold(FakeEngine):
+class GreedySamples(FakeEngine):
     """Greedy generation samples."""
 
     @override

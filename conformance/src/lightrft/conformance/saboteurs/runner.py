@@ -1,10 +1,13 @@
 """Running the corpus: each saboteur against the clause that must kill it, each control against all."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import as_completed
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib import import_module
 from multiprocessing.util import Finalize
+from types import FunctionType
 
 from lightrft.conformance.certification import Certification
 from lightrft.conformance.contract import CONTRACT
@@ -14,6 +17,8 @@ from lightrft.conformance.process_pool import process_pool
 from lightrft.conformance.requests import Request
 from lightrft.conformance.saboteurs.catalogue import Saboteur
 
+INNERMOST = re.compile(r'most recent call first\):\s+File "(.+)", line (\d+)')
+"""The file and the line that a thread was at, in a stack of faulthandler."""
 TOGETHER = 8
 """Saboteurs that use the same workers, one after another."""
 
@@ -24,7 +29,7 @@ class Outcome:
 
     saboteur: Saboteur
     killed: bool
-    """Whether its own clause gave the expected verdict; for a control, whether it was accused."""
+    """Whether its own clause gave the expected verdict, because of the defect; for a control, whether it was accused."""
     results: Sequence[ClauseResult]
 
     @property
@@ -42,7 +47,9 @@ class Outcome:
         """The first verdict that is not a pass, in one line."""
         shown = [result for result in self.results if result.verdict not in ("pass", "skip")] or list(self.results)
         first = shown[0]
-        return f"{first.id} {first.verdict}: {first.message.splitlines()[0] if first.message else ''}"
+        message = first.message.splitlines()[0] if first.message else ""
+        elsewhere = first.verdict == self.saboteur.verdict == "hang" and not self.killed
+        return f"{first.id} {first.verdict}: {message}{', but not in the saboteur' if elsewhere else ''}"
 
 
 def run_corpus(
@@ -111,5 +118,23 @@ def run_one(saboteur: Saboteur, group: WorkerGroup, profile: str, seed: int) -> 
         results = [certification.judge(clause) for clause in clauses]
     except Unjudgeable as error:
         results = [ClauseResult(id=saboteur.clause or "-", level="MUST", verdict="error", message=str(error))]
-    expected = (saboteur.verdict,) if saboteur.clause else ("fail", "hang", "error")
-    return Outcome(saboteur=saboteur, killed=any(result.verdict in expected for result in results), results=results)
+    return Outcome(saboteur=saboteur, killed=any(_kills(saboteur, result) for result in results), results=results)
+
+
+def _kills(saboteur: Saboteur, result: ClauseResult) -> bool:
+    """Whether a result shows the defect of a saboteur, or accuses a control."""
+    if not saboteur.clause:
+        return result.verdict in ("fail", "hang", "error")
+    return result.verdict == saboteur.verdict and (result.verdict != "hang" or hangs_in(saboteur, result.message))
+
+
+def hangs_in(saboteur: Saboteur, message: str) -> bool:
+    """Whether a thread in the stacks of ``message`` is at a line of the saboteur itself.
+
+    On a slow machine, any other call may miss the deadline.
+    """
+    module, _, name = saboteur.target.partition(":")
+    functions = vars(getattr(import_module(module), name)).values()
+    codes = [function.__code__ for function in functions if isinstance(function, FunctionType)]
+    lines = {(code.co_filename, str(line)) for code in codes for _, _, line in code.co_lines()}
+    return not lines.isdisjoint(INNERMOST.findall(message))

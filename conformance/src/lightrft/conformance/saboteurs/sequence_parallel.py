@@ -153,7 +153,7 @@ class _Unpadded(SequenceParallel):
 
 @saboteur("SP-3", world=2)
 class LosesTheLastToken(WithRanks):
-    """The last token is taken for padding, even if the length divides by the ranks."""
+    """The last token is treated as padding, even if the length divides by the ranks."""
 
     ranks = _Unpadded
 

@@ -105,7 +105,7 @@ class SkipCountsAsStep(FakeBackend):
 
 
 @saboteur("OPT-15")
-class SkipsForEver(FakeBackend):
+class NoSkipLimit(FakeBackend):
     """max_skipped_updates is never reached."""
 
     @override

@@ -14,9 +14,9 @@ from lightrft.conformance.clause import (
     Target,
 )
 from lightrft.conformance.contract.checkpoints.on_disk import (
-    DONE,
-    LOOK,
-    PRINT,
+    FINGERPRINT,
+    READ_WEIGHTS,
+    REMOVE_DISK,
     OnDisk,
     loaded,
     saved,
@@ -24,7 +24,7 @@ from lightrft.conformance.contract.checkpoints.on_disk import (
 from lightrft.conformance.contract.program_parts import trained, updates
 
 REPLACING = 0.5
-"""The part of its changes on disk at which LightRFT's save has moved the replaced checkpoint, and not yet the new one."""
+"""The fraction of its changes on disk after which LightRFT's save has moved the replaced checkpoint, but not yet the new one."""
 DAMAGES: list[tuple[str, float, int]] = [
     ("flip", 0.0, 0), ("flip", 0.01, 3), ("flip", 0.5, 7), ("flip", 0.999, 1), ("truncate", 0.5, 0),
     ("truncate", 0.999, 0), ("truncate", 0.0, 0), ("remove", 0.0, 0), ("flip in optimizer", 0.0, 2),
@@ -32,7 +32,7 @@ DAMAGES: list[tuple[str, float, int]] = [
 
 
 @CONTRACT.add
-class Killed(OnDisk):
+class KilledWhileSaving(OnDisk):
     """If any rank is killed at any time, even while it replaces a checkpoint of the same tag, the last committed
     checkpoint still loads. A partially written checkpoint is never loaded, and the next save removes it."""
 
@@ -64,7 +64,7 @@ class Killed(OnDisk):
         )  # fmt: skip
         after = (
             *trained(seed=9), {"do": "visible_names"}, loaded(None), {"do": "recorded_weights", "model": "a"}, saved("three"),
-            loaded("three"), {"do": "hidden_names"}, DONE,
+            loaded("three"), {"do": "hidden_names"}, REMOVE_DISK,
         )  # fmt: skip
         return replace(program, operations=program.operations[:-1], afterwards=replace(program, operations=after))
 
@@ -89,7 +89,7 @@ class Killed(OnDisk):
 
 
 @CONTRACT.add
-class Damage(OnDisk):
+class DamagedFiles(OnDisk):
     """Loading detects a flipped bit, a truncated file and a missing file, and raises a CheckpointError that names the
     file before any state changes."""
 
@@ -111,7 +111,14 @@ class Damage(OnDisk):
                 "store": f"s{number}",
             }
             attempt = loaded("t", store=f"s{number}", may_fail=True)
-            attempts += [saved(store=f"s{number}"), *updates(1, first=number), damage, PRINT, attempt, PRINT]
+            attempts += [
+                saved(store=f"s{number}"),
+                *updates(1, first=number),
+                damage,
+                FINGERPRINT,
+                attempt,
+                FINGERPRINT,
+            ]
         return self.program(target, *trained(), *updates(1), *attempts)
 
     @override
@@ -135,7 +142,7 @@ class Damage(OnDisk):
 
 
 @CONTRACT.add
-class NoCode(OnDisk):
+class NoCodeExecution(OnDisk):
     """Loading executes no code from the checkpoint, whichever of its files is replaced or added."""
 
     id = "CKPT-10"
@@ -164,7 +171,7 @@ class NoCode(OnDisk):
 
 
 @CONTRACT.add
-class Refused(OnDisk):
+class FailedWrite(OnDisk):
     """A full disk or a refused write on one rank raises on all ranks. Checkpoints that were committed earlier remain,
     including the one that the failed save was replacing."""
 
@@ -183,8 +190,8 @@ class Refused(OnDisk):
         failing = saved(tag, may_fail=not asynchronous)
         waiting = [saved("v", may_fail=True)] if asynchronous else []
         return self.program(
-            target, *trained(), *updates(1), saved(), loaded(), LOOK, *updates(1, first=4), refuse, failing, *waiting,
-            {"do": "allow_writes"}, {"do": "visible_names"}, loaded(None), LOOK, async_ckpt=asynchronous,
+            target, *trained(), *updates(1), saved(), loaded(), READ_WEIGHTS, *updates(1, first=4), refuse, failing, *waiting,
+            {"do": "allow_writes"}, {"do": "visible_names"}, loaded(None), READ_WEIGHTS, async_ckpt=asynchronous,
         )  # fmt: skip
 
     @override

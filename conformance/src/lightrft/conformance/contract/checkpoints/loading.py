@@ -16,7 +16,7 @@ from lightrft.conformance.clause import (
 )
 from lightrft.conformance.contract import tolerances
 from lightrft.conformance.contract.checkpoints.on_disk import (
-    LOOK,
+    READ_WEIGHTS,
     OnDisk,
     loaded,
     saved,
@@ -29,7 +29,7 @@ REST: Operation = {"do": "rest_of_epoch", "name": "l"}
 
 
 @CONTRACT.add
-class AnyToAny(OnDisk):
+class PortableCheckpoints(OnDisk):
     """There is one checkpoint format: any strategy at any world size loads what any other saved, and training continues
     within the parity tolerances, with the remaining samples of the epoch in the same order. (This clause runs
     FakeStrategy in one process, in both directions; the nox session `checkpoints` runs all combinations.)"""
@@ -56,15 +56,26 @@ class AnyToAny(OnDisk):
             "load_from": "s",
             "samples": SAMPLES,
         }
-        begun: Operation = {"do": "batches", "name": "l", "epoch": 1, "first": 2}
-        return self.program(target, *self._setup(kind, seed), LOOK, share, begun, saved(), more, LOOK, REST, other)
+        partial_epoch: Operation = {"do": "batches", "name": "l", "epoch": 1, "first": 2}
+        return self.program(
+            target,
+            *self._setup(kind, seed),
+            READ_WEIGHTS,
+            share,
+            partial_epoch,
+            saved(),
+            more,
+            READ_WEIGHTS,
+            REST,
+            other,
+        )
 
     def _in(self, target: Target, kind: str = "regressor", seed: int = 3) -> Program:
         fake: Operation = {"do": "on_fake_strategy", "kind": kind, "seed": seed, "samples": SAMPLES, "batches": 3}
         begin, uninterrupted = {**fake, "count": 3, "save_to": "s"}, {**fake, "count": 6}
         more: Operation = {"do": "train_shared", "model": "a", "first": 3, "count": 3}
         return self.program(
-            target, *self._setup(kind, seed + 1), LOOK, begin, loaded(), more, LOOK, REST, uninterrupted
+            target, *self._setup(kind, seed + 1), READ_WEIGHTS, begin, loaded(), more, READ_WEIGHTS, REST, uninterrupted
         )
 
     @override
@@ -93,7 +104,7 @@ class AnyToAny(OnDisk):
 
 
 @CONTRACT.add
-class Choosing(OnDisk):
+class SelectiveLoading(OnDisk):
     """load_module_strict, load_optimizer_states, load_lr_scheduler_states and load_module_only each do exactly what the
     name says."""
 
@@ -137,7 +148,7 @@ class Choosing(OnDisk):
             "load_module_strict": False,
         }
         look: Operation = {"do": "weights", "model": "b"}
-        return self.program(target, *trained(), saved(), LOOK, *other, look, strict, look, lenient, look)
+        return self.program(target, *trained(), saved(), READ_WEIGHTS, *other, look, strict, look, lenient, look)
 
     @override
     def check(self, execution: Execution) -> None:

@@ -14,11 +14,11 @@ from lightrft.conformance.clause import (
 )
 from lightrft.conformance.contract.program_parts import program
 
-EMPTY: Operation = {"do": "empty_disk"}
-DONE: Operation = {"do": "empty_disk", "keep": False}
-AGAIN: Operation = {"do": "restart"}
-PRINT: Operation = {"do": "fingerprint"}
-LOOK: Operation = {"do": "weights", "model": "a"}
+EMPTY_DISK: Operation = {"do": "empty_disk"}
+REMOVE_DISK: Operation = {"do": "empty_disk", "keep": False}
+RESTART: Operation = {"do": "restart"}
+FINGERPRINT: Operation = {"do": "fingerprint"}
+READ_WEIGHTS: Operation = {"do": "weights", "model": "a"}
 
 
 def saved(tag: str | None = "t", **more: object) -> Operation:
@@ -36,7 +36,7 @@ class OnDisk(Clause):
 
     def program(self, target: Target, *operations: Operation, accumulation_steps: int = 1, **settings: Any) -> Program:
         """A program of ``operations``, with updates of ``accumulation_steps`` micro-batches."""
-        return program(target, EMPTY, *operations, DONE, accumulation_steps=accumulation_steps, **settings)
+        return program(target, EMPTY_DISK, *operations, REMOVE_DISK, accumulation_steps=accumulation_steps, **settings)
 
     def errors(self, execution: Execution, index: int) -> list[Record]:
         """The errors of all ranks in an operation that must fail on every rank."""

@@ -16,9 +16,9 @@ from lightrft.conformance.clause import (
     show,
 )
 from lightrft.conformance.contract.checkpoints.on_disk import (
-    AGAIN,
-    LOOK,
-    PRINT,
+    FINGERPRINT,
+    READ_WEIGHTS,
+    RESTART,
     OnDisk,
     loaded,
     saved,
@@ -71,7 +71,7 @@ class ExactResume(OnDisk):
         ]
         rest: list[Operation] = [
             averaging,  # the second average after one update must change nothing
-            PRINT,
+            FINGERPRINT,
             {"do": "draw"},
             *updates(after, scheduled=True, first=seed + 500),
             averaging,
@@ -80,10 +80,10 @@ class ExactResume(OnDisk):
             {"do": "batches", "name": "l", "epoch": 2},
             {"do": "batches", "name": "m", "epoch": 4},
             {"do": "weights", "model": "e"},
-            LOOK,
-            PRINT,
+            READ_WEIGHTS,
+            FINGERPRINT,
         ]
-        again: list[Operation] = [AGAIN, *setup, {"do": "load", "model": ["a", "e"], "tag": "t"}]
+        again: list[Operation] = [RESTART, *setup, {"do": "load", "model": ["a", "e"], "tag": "t"}]
         return self.program(target, *setup, *first, *rest, *again, *rest, **precision)
 
     def _pending(self, target: Target) -> Program:
@@ -101,7 +101,7 @@ class ExactResume(OnDisk):
 
     def _back(self, target: Target) -> Program:
         """Return to the state before training, and train again, in one process."""
-        rest = [*updates(2, scheduled=True), LOOK, PRINT]
+        rest = [*updates(2, scheduled=True), READ_WEIGHTS, FINGERPRINT]
         return self.program(target, *trained(schedule=True), saved(), *rest, loaded(), *rest)
 
     def _last_skip(self, target: Target) -> Program:
@@ -110,7 +110,7 @@ class ExactResume(OnDisk):
             {"do": "step", "model": "a", "may_fail": True},
         ]
         return self.program(
-            target, *trained(), *updates(1), *bad, saved(), AGAIN, *trained(), loaded(), *bad, max_skipped_updates=2
+            target, *trained(), *updates(1), *bad, saved(), RESTART, *trained(), loaded(), *bad, max_skipped_updates=2
         )
 
     @override
@@ -131,10 +131,10 @@ class ExactResume(OnDisk):
             for error in self.errors(execution, len(operations) - 2):
                 self.require_error(error, "StrategyError", "in a row", where="the second skip in a row, after loading")
             return
-        if not any(operation.get("may_fail") for operation in operations) and AGAIN not in operations:
+        if not any(operation.get("may_fail") for operation in operations) and RESTART not in operations:
             self._check_halves(execution, next(index for index, _, _ in execution.each("load")))
             return
-        starts = [index for index, operation in enumerate(operations) if operation == AGAIN]
+        starts = [index for index, operation in enumerate(operations) if operation == RESTART]
         if not starts:
             failed = [index for index, operation in enumerate(operations) if operation.get("may_fail")]
             for index in failed:

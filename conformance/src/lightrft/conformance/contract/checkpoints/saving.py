@@ -13,8 +13,8 @@ from lightrft.conformance.clause import (
     Target,
 )
 from lightrft.conformance.contract.checkpoints.on_disk import (
-    AGAIN,
-    LOOK,
+    READ_WEIGHTS,
+    RESTART,
     OnDisk,
     loaded,
     saved,
@@ -60,7 +60,7 @@ class ClientState(OnDisk):
 
 
 @CONTRACT.add
-class Harmless(OnDisk):
+class SavingChangesNothing(OnDisk):
     """Saving changes no parameter, gradient, optimizer state or random state. Every rank returns the same path."""
 
     id = "CKPT-9"
@@ -72,11 +72,17 @@ class Harmless(OnDisk):
     def _program(self, target: Target, asynchronous: bool) -> Program:
         around: list[Operation] = [
             {"do": "draw"}, *updates(2, scheduled=True), {"do": "state", "model": "a"}, saved(),
-            {"do": "state", "model": "a"}, *updates(1, first=9, scheduled=True), LOOK,
+            {"do": "state", "model": "a"}, *updates(1, first=9, scheduled=True), READ_WEIGHTS,
         ]  # fmt: skip
         without: list[Operation] = [operation for operation in around if operation["do"] != "save"]
         return self.program(
-            target, *trained(schedule=True), *around, AGAIN, *trained(schedule=True), *without, async_ckpt=asynchronous
+            target,
+            *trained(schedule=True),
+            *around,
+            RESTART,
+            *trained(schedule=True),
+            *without,
+            async_ckpt=asynchronous,
         )
 
     @override
@@ -109,7 +115,7 @@ class Asynchronous(OnDisk):
         endings: dict[str, list[Operation]] = {
             "load": [],
             "save": [saved("u"), {"do": "visible_names"}],
-            "close": [AGAIN, *trained(schedule=True, kind="tracked")],
+            "close": [RESTART, *trained(schedule=True, kind="tracked")],
         }
         setup = trained(schedule=True, kind="tracked")
         states: list[Operation] = [{"do": "state", "model": "a"}]

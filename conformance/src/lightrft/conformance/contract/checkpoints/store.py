@@ -13,7 +13,7 @@ from lightrft.conformance.clause import (
     Target,
 )
 from lightrft.conformance.contract.checkpoints.on_disk import (
-    LOOK,
+    READ_WEIGHTS,
     OnDisk,
     loaded,
     saved,
@@ -37,20 +37,22 @@ class Tags(OnDisk):
         """Save one tag without save_latest, with it, and without it again."""
         turns: list[Operation] = []
         for number, latest in enumerate((False, True, False)):
-            turns += [*updates(1, first=number), saved(save_latest=latest), LOOK]
-            turns += [*updates(1, first=9), loaded(None, may_fail=not latest), LOOK]
-        return self.program(target, *trained(), *turns, loaded("t"), LOOK)
+            turns += [*updates(1, first=number), saved(save_latest=latest), READ_WEIGHTS]
+            turns += [*updates(1, first=9), loaded(None, may_fail=not latest), READ_WEIGHTS]
+        return self.program(target, *trained(), *turns, loaded("t"), READ_WEIGHTS)
 
     def _program(self, target: Target, tags: list[str]) -> Program:
         rounds = [
-            operation for index, tag in enumerate(tags) for operation in (*updates(1, first=index), saved(tag), LOOK)
+            operation
+            for index, tag in enumerate(tags)
+            for operation in (*updates(1, first=index), saved(tag), READ_WEIGHTS)
         ]
-        last: list[Operation] = [*updates(2, first=50), saved(None), LOOK]
-        hidden: list[Operation] = [*updates(1, first=60), saved("hidden", save_latest=False, max_num=9), LOOK]
-        loads = [operation for tag in [*tags, "hidden"] for operation in (loaded(tag), LOOK)]
+        last: list[Operation] = [*updates(2, first=50), saved(None), READ_WEIGHTS]
+        hidden: list[Operation] = [*updates(1, first=60), saved("hidden", save_latest=False, max_num=9), READ_WEIGHTS]
+        loads = [operation for tag in [*tags, "hidden"] for operation in (loaded(tag), READ_WEIGHTS)]
         missing = loaded("nowhere", may_fail=True)
         return self.program(
-            target, *trained(), *rounds, *last, *hidden, *loads, loaded(None), LOOK, missing, loaded(None, store="empty", may_fail=True),
+            target, *trained(), *rounds, *last, *hidden, *loads, loaded(None), READ_WEIGHTS, missing, loaded(None, store="empty", may_fail=True),
             {"do": "visible_names"}, max_norm=None,
         )  # fmt: skip
 
@@ -147,7 +149,7 @@ class Rotation(OnDisk):
         return self.program(target, *trained(), *saves)
 
     def _by_number(self, target: Target, limit: int, count: int) -> Program:
-        strangers: list[Operation] = [
+        others: list[Operation] = [
             {"do": "foreign_directory", "store": "s", "name": "aaa"},
             {"do": "foreign_directory", "store": "s", "name": "global_step0"},
         ]
@@ -156,7 +158,7 @@ class Rotation(OnDisk):
             for index in range(count)
             for operation in (saved(f"t{9 - index}", max_num=limit), {"do": "visible_names"})
         ]
-        return self.program(target, *trained(), *strangers, *saves)
+        return self.program(target, *trained(), *others, *saves)
 
     def _by_size(self, target: Target) -> Program:
         saves = [
@@ -205,11 +207,11 @@ class Rotation(OnDisk):
         for number, (_, _, seen) in enumerate(execution.each("visible_names"), 1):
             done = [operation["tag"] for operation in saves[:number]]
             wanted = done[-saves[0]["max_num"] :] if "max_num" in saves[0] else done[-1:]
-            strangers = ["aaa", "global_step0"] if "max_num" in saves[0] else ["best"] * (number > 3)
+            others = ["aaa", "global_step0"] if "max_num" in saves[0] else ["best"] * (number > 3)
             for rank, names in enumerate(seen):
                 self.require(
-                    names == sorted([*wanted, *strangers]),
-                    f"rank {rank}: after saving {done}, expected {sorted([*wanted, *strangers])}, got {names}",
+                    names == sorted([*wanted, *others]),
+                    f"rank {rank}: after saving {done}, expected {sorted([*wanted, *others])}, got {names}",
                 )
 
     def _check_hidden(self, execution: Execution, saves: Sequence[Operation]) -> None:

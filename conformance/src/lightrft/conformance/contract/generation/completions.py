@@ -62,7 +62,7 @@ class OwnCompletions(Rollouts):
 
 
 @CONTRACT.add
-class EitherOr(Clause):
+class OneKindOfPrompt(Clause):
     """engine_generate_local takes either token ids or multimodal inputs. Passing neither or both raises ValueError."""
 
     id = "GEN-3"
@@ -94,7 +94,7 @@ class EitherOr(Clause):
 
 
 @CONTRACT.add
-class Agreement(Clause):
+class LogProbsMatchModel(Clause):
     """Completions carry log-probabilities, which agree with those of the training model within the tolerance of the
     dtype."""
 

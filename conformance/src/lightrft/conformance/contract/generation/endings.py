@@ -13,7 +13,7 @@ from lightrft.conformance.language_models import VOCABULARY
 
 
 @CONTRACT.add
-class Endings(Rollouts):
+class CompletionEndings(Rollouts):
     """A completion ends with the first sampled token of stop_token_ids, which it includes, and reports the reason
     "stop"; or it ends after max_tokens and reports the reason "length"."""
 
@@ -71,7 +71,7 @@ class ModelEndings(Rollouts):
 
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
-        prompt, likely = Endings._changing(models.build(target.language_model, 1))
+        prompt, likely = CompletionEndings._changing(models.build(target.language_model, 1))
         build, *prepared = rollout(target)
         first: Operation = {"do": "end_tokens", "model": "a", "ids": [likely[-1]]}
         then: Operation = {"do": "end_tokens", "model": "a", "ids": [likely[0]]}

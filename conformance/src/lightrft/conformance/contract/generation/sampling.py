@@ -10,7 +10,7 @@ from typing_extensions import override
 from lightrft.conformance import decoding, models
 from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Record, Target, show
 from lightrft.conformance.contract.program_parts import program
-from lightrft.conformance.contract.rollout_checks import alike, generate, rollout
+from lightrft.conformance.contract.rollout_checks import generate, rollout, same_completions
 from lightrft.conformance.language_models import VOCABULARY
 
 
@@ -38,16 +38,16 @@ class Repeatable(Clause):
         greedy = {"max_tokens": 24, "ignore_eos": True}
         looks = [greedy, greedy, *({**hot, "seed": seed} for seed in self.seeds), hot, hot]
         calls = [generate(self.prompts, **sampling) for sampling in looks]
-        return [program(target, *rollout(target, before=before), *calls) for before in ("", models.INDIFFERENT)]
+        return [program(target, *rollout(target, before=before), *calls) for before in ("", models.UNIFORM)]
 
     @override
     def check(self, execution: Execution) -> None:
-        indifferent = execution.program.operations[0]["kind"].startswith(models.INDIFFERENT)
+        uniform = execution.program.operations[0]["kind"].startswith(models.UNIFORM)
         calls = [seen for _, _, seen in execution.each("generate")]
         for rank in range(execution.target.world):
             seen = [completions[rank] for completions in calls]
             self._check_repeats(rank, seen)
-            if indifferent and seen[0]:
+            if uniform and seen[0]:
                 self._check_differ(rank, [_tokens(completions) for completions in seen])
 
     def _check_repeats(self, rank: int, calls: Sequence[Sequence[Record]]) -> None:
@@ -57,7 +57,7 @@ class Repeatable(Clause):
             (seeded, seeded_again, "sampling with a seed"),
             (zero, zero_again, "sampling with seed=0"),
         ):
-            self.require(alike(left, right), f"rank {rank}: {what} is not reproducible")
+            self.require(same_completions(left, right), f"rank {rank}: {what} is not reproducible")
 
     def _check_differ(self, rank: int, calls: Sequence[list[list[int]]]) -> None:
         """Require independent samples, from a model that gives all tokens the same probability."""
@@ -89,7 +89,7 @@ class Filters(Clause):
 
     id = "GEN-9"
     many: ClassVar[int] = 64
-    """Samples among which any token that a quarter of the draws give must be."""
+    """Number of samples that must contain every token with a probability of at least 1/4."""
 
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
@@ -233,7 +233,7 @@ class Penalties(Clause):
 
 
 @CONTRACT.add
-class RanksDiffer(Clause):
+class UnseededRanksDiffer(Clause):
     """Without a seed, ranks draw different samples for the same prompt, so the samples of a prompt may be spread over
     ranks."""
 
@@ -243,7 +243,7 @@ class RanksDiffer(Clause):
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
         free = generate([[[1, 2, 3]]], temperature=2.0, max_tokens=24, n=2, ignore_eos=True)
-        return [program(target, *rollout(target, before=models.INDIFFERENT), free, free)]
+        return [program(target, *rollout(target, before=models.UNIFORM), free, free)]
 
     @override
     def check(self, execution: Execution) -> None:
@@ -257,7 +257,7 @@ class RanksDiffer(Clause):
 
 
 @CONTRACT.add
-class Claims(Clause):
+class ClaimedCapabilities(Clause):
     """An engine does what its capabilities claim, and refuses the rest: with a seed and seeds_by_prompt, a completion
     depends only on the seed, its prompt and its sample number, not on the other prompts, their order or the rank."""
 

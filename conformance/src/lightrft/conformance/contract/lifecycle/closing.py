@@ -114,7 +114,7 @@ class CleanModels(Clause):
 
 
 @CONTRACT.add
-class OthersGroups(Clause):
+class CallersProcessGroup(Clause):
     """A strategy reuses the caller's process group and never destroys it."""
 
     id = "LIFE-8"

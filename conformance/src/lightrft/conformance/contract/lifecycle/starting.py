@@ -23,7 +23,7 @@ from lightrft.conformance.contract.program_parts import SUM, geometry
 SEVERAL_PROCESSES: Sequence[dict[str, str]] = (
     {"RANK": "0", "WORLD_SIZE": "2"}, {"OMPI_COMM_WORLD_SIZE": "2"}, {"SLURM_STEP_NUM_TASKS": "2"},
 )  # fmt: skip
-"""What launchers tell one of two processes."""
+"""The environment variables that launchers set for one of two processes."""
 
 
 @CONTRACT.add
@@ -81,7 +81,10 @@ class WorldInfo(Clause):
         plain = Program(operations=({"do": "world"},), settings=geometry(target, 3))
         if not target.grouped:
             refused = {"do": "world", "may_fail": True}
-            return [plain, *(Program(operations=({"do": "environ", **told}, refused)) for told in SEVERAL_PROCESSES)]
+            return [
+                plain,
+                *(Program(operations=({"do": "environ", **variables}, refused)) for variables in SEVERAL_PROCESSES),
+            ]
         if target.device != "cpu":
             return [plain]
         # each rank alone on its host, and then an environment that contradicts the process group
@@ -180,7 +183,7 @@ class LocalRank(Clause):
 
 
 @CONTRACT.add
-class Geometry(Clause):
+class BatchSizes(Clause):
     """Batch sizes that do not divide evenly raise ConfigError on every rank. The message states the numbers and the
     rule."""
 

@@ -8,7 +8,7 @@ from typing_extensions import override
 from lightrft.conformance import models
 from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Settings, Target
 from lightrft.conformance.contract.program_parts import BF16, FP32, KINDS, SEEDS, program, trained, updates
-from lightrft.conformance.contract.reference_checks import LOOK, assert_close
+from lightrft.conformance.contract.reference_checks import READ_WEIGHTS, assert_close
 
 TRIPLE = ["tuple", "model", "optimizer", "scheduler"]
 EMPTY = ["tuple", "NoneType", "NoneType", "NoneType"]
@@ -104,7 +104,7 @@ class Unwrapping(Clause):
 
 
 @CONTRACT.add
-class OnePath(Clause):
+class OrderOfCalls(Clause):
     """This order works in every strategy: build the model, call create_optimizer, build the scheduler, call prepare.
     prepare returns the caller's own optimizer and scheduler objects. Wrapping the model first and then creating the
     optimizer also works everywhere, with the same result."""
@@ -119,7 +119,7 @@ class OnePath(Clause):
         self, target: Target, wrap_first: bool, precision: Settings, seed: int = 8, kind: str = "regressor"
     ) -> Program:
         setup = trained(kind=kind, seed=seed, schedule=True, wrap_first=wrap_first)
-        return program(target, *setup, *updates(3, scheduled=True), LOOK, precision=precision)
+        return program(target, *setup, *updates(3, scheduled=True), READ_WEIGHTS, precision=precision)
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
@@ -144,7 +144,7 @@ class OnePath(Clause):
 
 
 @CONTRACT.add
-class WholeSet(Clause):
+class RlhfModels(Clause):
     """prepare_models_and_optimizers returns ((actor, optimizer, scheduler), (critic, optimizer, scheduler),
     reward_models, initial_model), with (None, None, None) if there is no critic. Actor and critic have their own
     learning rates. The actor may have been prepared by prepare_model before."""

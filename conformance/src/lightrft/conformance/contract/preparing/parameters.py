@@ -7,7 +7,7 @@ from typing_extensions import override
 
 from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Target, is_error
 from lightrft.conformance.contract.program_parts import program, trained, updates
-from lightrft.conformance.contract.reference_checks import LOOK, assert_close, assert_norms
+from lightrft.conformance.contract.reference_checks import READ_WEIGHTS, assert_close, assert_norms
 
 
 @CONTRACT.add
@@ -38,9 +38,9 @@ class ChangesOfTrainability(Clause):
         passes = [
             operation
             for update in range(3)
-            for operation in [freeze, evaluate, {**freeze, "thaw": True}, *updates(1, first=update)]
+            for operation in [freeze, evaluate, {**freeze, "trainable": True}, *updates(1, first=update)]
         ]
-        return program(target, *trained(kind=kind, seed=3, lr=1e-2), *passes, LOOK)
+        return program(target, *trained(kind=kind, seed=3, lr=1e-2), *passes, READ_WEIGHTS)
 
     def _frozen_later(self, target: Target, part: str, inference_mode: bool = False, away: bool = False) -> Program:
         """A part is frozen after an evaluation, and unfrozen after another; with ``away``, the model is then
@@ -50,11 +50,11 @@ class ChangesOfTrainability(Clause):
         offload: list[Operation] = [{"do": do, "model": "a"} for do in ("offload_model", "reload_model") if away]
         later = [
             operation
-            for update, thaw in ((1, False), (2, True))
-            for operation in [evaluate, {**freeze, "thaw": thaw}, *offload, *updates(1, first=update)]
+            for update, trainable in ((1, False), (2, True))
+            for operation in [evaluate, {**freeze, "trainable": trainable}, *offload, *updates(1, first=update)]
         ]
         later = [{**operation, "may_fail": True} for operation in later]
-        return program(target, *trained(seed=4, lr=1e-2), *updates(1), *later, LOOK)
+        return program(target, *trained(seed=4, lr=1e-2), *updates(1), *later, READ_WEIGHTS)
 
     def _evaluations_within_updates(self, target: Target) -> Program:
         evaluate: Operation = {"do": "evaluate", "model": "a", "batch": 50}
@@ -68,7 +68,7 @@ class ChangesOfTrainability(Clause):
                 {"do": "step", "model": "a", "scheduled": False},
             )
         ]
-        return program(target, *trained(seed=5, lr=1e-2), *within, LOOK, accumulation_steps=2)
+        return program(target, *trained(seed=5, lr=1e-2), *within, READ_WEIGHTS, accumulation_steps=2)
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
@@ -107,7 +107,9 @@ class GradientHooks(Clause):
 
     def _program(self, target: Target, kind: str, parameter: str, accumulation_steps: int = 1) -> Program:
         build, *rest = trained(kind=kind, seed=6, lr=1e-2)
-        later = [{**operation, "may_fail": True} for operation in [*rest, *updates(3, accumulation_steps), LOOK]]
+        later = [
+            {**operation, "may_fail": True} for operation in [*rest, *updates(3, accumulation_steps), READ_WEIGHTS]
+        ]
         register: Operation = {"do": "hook", "model": "a", "parameter": parameter}
         return program(target, build, register, *later, accumulation_steps=accumulation_steps)
 
@@ -142,13 +144,13 @@ class OwnParameters(Clause):
             {"do": "build", "model": name, "of": "a", "shares": what, "seed": 2} for what, name in shared
         ]
         optimizers: list[Operation] = [
-            {"do": "optimizer", "model": name, "by_hand": True} for _, name in shared if name.endswith("t")
+            {"do": "optimizer", "model": name, "plain_adamw": True} for _, name in shared if name.endswith("t")
         ]
         refused: list[Operation] = [
             {"do": "prepare" if name.endswith("t") else "prepare_inference", "model": name, "may_fail": True}
             for _, name in shared
         ]
-        return program(target, build, *others, *optimizers, *rest, *refused, *updates(2), LOOK)
+        return program(target, build, *others, *optimizers, *rest, *refused, *updates(2), READ_WEIGHTS)
 
     @override
     def check(self, execution: Execution) -> None:

@@ -9,7 +9,7 @@ from typing_extensions import override
 from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Target, show
 from lightrft.conformance.contract import tolerances
 from lightrft.conformance.contract.program_parts import BF16, KINDS, SEEDS, program, trained, updates
-from lightrft.conformance.contract.reference_checks import LOOK, assert_close
+from lightrft.conformance.contract.reference_checks import READ_WEIGHTS, assert_close
 
 
 @CONTRACT.add
@@ -64,7 +64,7 @@ class SameFunction(Clause):
 
 
 @CONTRACT.add
-class OneModel(Clause):
+class WeightsOfRank0(Clause):
     """After preparing, every rank trains the weights of rank 0, even if the ranks built different ones."""
 
     id = "PREP-4"
@@ -77,7 +77,11 @@ class OneModel(Clause):
 
     def _program(self, target: Target, wrap_first: bool, seed: int = 6, kind: str = "regressor") -> Program:
         return program(
-            target, *trained(kind=kind, seed=seed, differ=True, wrap_first=wrap_first), LOOK, *updates(1), LOOK
+            target,
+            *trained(kind=kind, seed=seed, differ=True, wrap_first=wrap_first),
+            READ_WEIGHTS,
+            *updates(1),
+            READ_WEIGHTS,
         )
 
     @override
@@ -186,7 +190,7 @@ class Modes(Clause):
         look: Operation = {"do": "evaluating", "model": "a"}
         return program(
             target, {"do": "empty_disk"}, *trained(kind="tracked", seed=3), *average, still, *updates(2), look, *away,
-            *uses, look, *updates(1, first=9), look, LOOK, {"do": "empty_disk", "keep": False},
+            *uses, look, *updates(1, first=9), look, READ_WEIGHTS, {"do": "empty_disk", "keep": False},
         )  # fmt: skip
 
     @override
@@ -227,10 +231,10 @@ class MetaInit(Clause):
             target,
             *trained(kind=kind, seed=seed, meta=True, wrap_first=wrap_first),
             {"do": "uninitialized", "model": "a"},
-            LOOK,
+            READ_WEIGHTS,
             forward,
             *updates(1),
-            LOOK,
+            READ_WEIGHTS,
         )
 
     @override

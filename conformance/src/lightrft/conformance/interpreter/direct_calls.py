@@ -14,8 +14,8 @@ def zero_grad(session: Session, model: str, of: str = "optimizer") -> None:
 
 
 @operation
-def step_by_hand(session: Session, model: str) -> None:
-    """The optimizer's own step."""
+def direct_step(session: Session, model: str) -> None:
+    """Call the optimizer's step, not optimizer_step."""
     session.optimizer(model).step()
 
 

@@ -1,4 +1,4 @@
-"""Defects in handling direct changes by a script, and in stepping the script's own optimizer."""
+"""Defects in handling a script's direct changes to a prepared model, and in stepping the script's own optimizer."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from lightrft.strategy.step.update import reduce_clip_and_step
 
 
 class Unguarded(FakeStrategy):
-    """A strategy that changes the optimizers of models in training."""
+    """A strategy that removes guards from the optimizers of models in training."""
 
     def prepare(self, *models: object, is_rlhf: bool = False) -> Any:
         result = super().prepare(*models)
@@ -28,7 +28,7 @@ class Unguarded(FakeStrategy):
         return result
 
     def unguard(self, trained: TrainedModel) -> None:
-        """Change the optimizer."""
+        """Remove a guard from the optimizer."""
 
 
 @saboteur("PREP-14")
@@ -46,8 +46,8 @@ class ZeroGradDiscards(Unguarded):
 
 
 @saboteur("PREP-14")
-class StepsByHand(Unguarded):
-    """optimizer.step steps with gradients that are not clipped, without the strategy."""
+class UnguardedStep(Unguarded):
+    """optimizer.step bypasses the strategy and steps with gradients that are not clipped."""
 
     @override
     def unguard(self, trained: TrainedModel) -> None:
@@ -67,8 +67,8 @@ class GroupsAddedLater(Unguarded):
         vars(trained.optimizer)["add_param_group"] = add_param_group
 
 
-class HandsPieces(FakeBackend):
-    """A backend whose optimizer holds pieces of the parameters, which share their memory."""
+class StepsPieces(FakeBackend):
+    """A backend whose optimizer steps pieces of the parameters: views of their memory."""
 
     def __init__(self, config: StrategyConfig, world: World) -> None:
         super().__init__(config, world)
@@ -104,7 +104,7 @@ class HandsPieces(FakeBackend):
 
 
 @saboteur("PREP-15")
-class StepsFlat(HandsPieces):
+class StepsFlat(StepsPieces):
     """The optimizer gets flattened parameters."""
 
     @override
@@ -117,7 +117,7 @@ class StepsFlat(HandsPieces):
 
 
 @saboteur("PREP-15")
-class StepsRows(HandsPieces):
+class StepsRows(StepsPieces):
     """The optimizer gets each row of a parameter as a separate parameter."""
 
     @override
@@ -132,7 +132,7 @@ class StepsRows(HandsPieces):
 
 @saboteur("PREP-16")
 class UndoesWrites(FakeBackend):
-    """An update starts from the weights that the last one left."""
+    """An update starts from the weights after the previous one, and overwrites what a script wrote."""
 
     def __init__(self, config: StrategyConfig, world: World) -> None:
         super().__init__(config, world)

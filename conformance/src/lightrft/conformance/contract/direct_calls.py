@@ -1,4 +1,4 @@
-"""PREP: direct changes of a script to a prepared model and its optimizer, and optimizers of its own."""
+"""PREP: scripts that call a prepared model's optimizer or change its weights directly, and optimizers other than AdamW."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from typing_extensions import override
 
 from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Target, is_error
 from lightrft.conformance.contract.program_parts import micro_batch, program, trained, updates
-from lightrft.conformance.contract.reference_checks import LOOK, assert_close, assert_norms
+from lightrft.conformance.contract.reference_checks import READ_WEIGHTS, assert_close, assert_norms
 
 
 def _may_fail(operations: Sequence[Operation]) -> list[Operation]:
@@ -21,7 +21,7 @@ def _first_error(execution: Execution, rank: int) -> tuple[int, Any] | None:
 
 
 @CONTRACT.add
-class ByHand(Clause):
+class DirectCalls(Clause):
     """Direct calls to the optimizer of a prepared model act as in plain torch, or are refused, on every rank: zero_grad
     within an update never discards gradients, step never bypasses the strategy, and a parameter group that is added
     later trains like the others, or is refused."""
@@ -36,9 +36,9 @@ class ByHand(Clause):
                 target,
                 *trained(seed=3),
                 micro_batch(0)[0],
-                {"do": "step_by_hand", "model": "a", "may_fail": True},
+                {"do": "direct_step", "model": "a", "may_fail": True},
                 micro_batch(0)[1],
-                LOOK,
+                READ_WEIGHTS,
             ),
             self._growing(target),
         ]
@@ -47,7 +47,14 @@ class ByHand(Clause):
         clear: Operation = {"do": "zero_grad", "model": "a", "of": of, "may_fail": True}
         operations = [*micro_batch(0), clear, *micro_batch(1)]
         return program(
-            target, *trained(seed=3), clear, *operations, clear, *updates(1, 2, first=7), LOOK, accumulation_steps=2
+            target,
+            *trained(seed=3),
+            clear,
+            *operations,
+            clear,
+            *updates(1, 2, first=7),
+            READ_WEIGHTS,
+            accumulation_steps=2,
         )
 
     def _growing(self, target: Target) -> Program:
@@ -56,7 +63,7 @@ class ByHand(Clause):
             target,
             *trained(kind="frozen", seed=3),
             *updates(1),
-            *_may_fail([grow, *updates(3, first=5), LOOK]),
+            *_may_fail([grow, *updates(3, first=5), READ_WEIGHTS]),
             max_norm=0.1,
         )
 
@@ -67,8 +74,8 @@ class ByHand(Clause):
         for rank in range(execution.target.world):
             for index, operation in enumerate(operations):
                 observed, where = execution.at(rank, index), f"rank {rank}, {operation['do']} (operation {index})"
-                if operation["do"] == "step_by_hand" or (operation["do"] == "zero_grad" and is_error(observed)):
-                    words = {"step_by_hand": "optimizer_step", "zero_grad": "zero_grad"}[operation["do"]]
+                if operation["do"] == "direct_step" or (operation["do"] == "zero_grad" and is_error(observed)):
+                    words = {"direct_step": "optimizer_step", "zero_grad": "zero_grad"}[operation["do"]]
                     self.require_error(observed, "StrategyError", words, where=where)
         if any(operation["do"] == "add_group" for operation in operations) and any(errors):
             for rank, error in enumerate(errors):
@@ -80,7 +87,7 @@ class ByHand(Clause):
 
 
 @CONTRACT.add
-class OwnOptimizers(Clause):
+class NonElementwiseOptimizers(Clause):
     """An optimizer whose update is not element by element trains as in plain torch, or prepare refuses it on every
     rank, with an error that names its class."""
 
@@ -96,7 +103,7 @@ class OwnOptimizers(Clause):
     def _program(self, target: Target, algorithm: str, kind: str) -> Program:
         build: Operation = {"do": "build", "model": "a", "kind": kind, "seed": 4}
         optimizer: Operation = {"do": "own_optimizer", "model": "a", "algorithm": algorithm, "lr": 1e-3}
-        more = _may_fail([{"do": "prepare", "model": "a"}, *updates(3), LOOK])
+        more = _may_fail([{"do": "prepare", "model": "a"}, *updates(3), READ_WEIGHTS])
         return program(target, build, optimizer, *more)
 
     @override
@@ -127,7 +134,9 @@ class WrittenWeights(Clause):
 
     def _program(self, target: Target, before: int, part: str) -> Program:
         write: Operation = {"do": "write_weights", "model": "a", "part": part, "factor": 0.5}
-        return program(target, *trained(seed=6), *updates(before), *_may_fail([write, *updates(2, first=5), LOOK]))
+        return program(
+            target, *trained(seed=6), *updates(before), *_may_fail([write, *updates(2, first=5), READ_WEIGHTS])
+        )
 
     @override
     def check(self, execution: Execution) -> None:
