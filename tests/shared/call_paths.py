@@ -1,4 +1,4 @@
-"""Which of our files a call passes: ``python tests/shared/call_paths.py`` prints them, in the order of first entry.
+"""Which of our files a call passes through: ``python tests/shared/call_paths.py`` prints them, in the order of first entry.
 
 On FakeStrategy with a small language model, each call after a first one that is not traced: what is imported or allocated
 once does not count. A step is `backward` and `optimizer_step`, without the forward. Threads that the strategy starts are traced like the caller's.
@@ -24,7 +24,7 @@ FOLDERS = tuple(str(Path(path)) for path in lightrft.__path__)
 
 
 class Tracer:
-    """Notes the files of ours that are entered while a call runs, in every thread started after `installed`."""
+    """Records our files that are entered while a call runs, in every thread started after `installed`."""
 
     def __init__(self) -> None:
         self._files: dict[str, None] | None = None
@@ -70,7 +70,7 @@ def call_paths() -> dict[str, list[str]]:
 
 @contextmanager
 def _calls(folder: Path) -> Iterator[dict[str, Callable[[], Call]]]:
-    """By name: what prepares a call, and returns it."""
+    """Functions, by name, that prepare a call and return it."""
     with get_fake_strategy(bf16=False, train_batch_size=1, engine_type="fake") as strategy:
         model = llama()
         optimizer = strategy.create_optimizer(model, lr=1e-3)

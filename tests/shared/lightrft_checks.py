@@ -1,4 +1,4 @@
-"""The scripts of `lightrft_scripts` give the same on every strategy: checks that each package's tests make of its own."""
+"""Checks that the scripts of `lightrft_scripts` give the same results on a package's strategies as on FakeStrategy."""
 
 from collections.abc import Callable
 from functools import cache
@@ -20,12 +20,14 @@ SCRIPTS = {
 """What sets them apart among the arguments."""
 
 
-def here(script: Callable[..., Outcome], **given: Any) -> list[Outcome]:
+def run_here(script: Callable[..., Outcome], **given: Any) -> list[Outcome]:
     """Run a script in this process, on the strategy 'fake'."""
     return [script(**given)]
 
 
-def ran(run: Callable[..., list[Outcome]], script: str, folder: Path, rollouts: int | None = None, **given: Any) -> Any:
+def run_script(
+    run: Callable[..., list[Outcome]], script: str, folder: Path, rollouts: int | None = None, **given: Any
+) -> Any:
     """The outcomes of ``colocate`` by rank. ``folder`` gets the pretrained model, and what the script saves."""
     settings = {**SCRIPTS[script], **given}
     if script == "PPO":
@@ -34,19 +36,19 @@ def ran(run: Callable[..., list[Outcome]], script: str, folder: Path, rollouts: 
 
 
 @cache
-def by_fake(script: str) -> tuple[Outcome, dict[str, torch.Tensor]]:
+def run_on_fake_strategy(script: str) -> tuple[Outcome, dict[str, torch.Tensor]]:
     """The outcome of ``colocate`` on FakeStrategy, and the weights that it saves in the end."""
     with TemporaryDirectory() as folder:
-        (outcome,) = ran(here, script, Path(folder), strategy="fake")
+        (outcome,) = run_script(run_here, script, Path(folder), strategy="fake")
         return outcome, AutoModelForCausalLM.from_pretrained(f"{folder}/saved").state_dict()
 
 
 def check_colocate(run: Callable[..., list[Outcome]], script: str, folder: Path, **settings: Any) -> None:
-    """The script gives what it gives on FakeStrategy, continues from the middle of an epoch, and saves what opens."""
-    wanted, saved_by_fake = by_fake(script)
-    outcomes = ran(run, script, folder / "whole", **settings)
-    ran(run, script, folder / "parts", rollouts=3, **settings)
-    resumed = ran(run, script, folder / "parts", load_checkpoint=True, **settings)
+    """The script gives the results of FakeStrategy, resumes in the middle of an epoch, and saves a model that opens."""
+    wanted, saved_by_fake = run_on_fake_strategy(script)
+    outcomes = run_script(run, script, folder / "whole", **settings)
+    run_script(run, script, folder / "parts", rollouts=3, **settings)
+    resumed = run_script(run, script, folder / "parts", load_checkpoint=True, **settings)
     assert sorted(prompt for outcome in outcomes for prompt in outcome.prompts) == sorted(scripts.PROMPTS * 2)
     for outcome, rest in zip(outcomes, resumed, strict=True):
         assert outcome.rewards == pytest.approx(wanted.rewards, abs=1e-4)
@@ -70,8 +72,8 @@ def check_colocate(run: Callable[..., list[Outcome]], script: str, folder: Path,
 
 
 def check_reward_model(run: Callable[..., list[Outcome]], folder: Path, **settings: Any) -> None:
-    """The script of a reward model gives what it gives on FakeStrategy, and saves the model in the wrapper."""
-    (wanted,) = here(scripts.reward_model, args=arguments(pretrained(folder / "fake"), strategy="fake"))
+    """The script of a reward model gives the results of FakeStrategy, and saves the model in the wrapper."""
+    (wanted,) = run_here(scripts.reward_model, args=arguments(pretrained(folder / "fake"), strategy="fake"))
     for outcome in run(scripts.reward_model, args=arguments(pretrained(folder / "own"), **settings)):
         assert_close(outcome.weights, wanted.weights, 1e-3)
     saved = AutoModelForCausalLM.from_pretrained(folder / "own" / "saved" / "final_checkpoint").state_dict()

@@ -139,7 +139,7 @@ class SamplingParams:
 
 @dataclass
 class Outcome:
-    """What a script gave."""
+    """The results of a script."""
 
     prompts: list[list[int]] = field(default_factory=list)
     """Those that this rank completed."""

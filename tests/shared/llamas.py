@@ -1,4 +1,4 @@
-"""A tiny language model of transformers, bare and as an actor."""
+"""A tiny language model of transformers: bare, as an actor, and with a fused loss."""
 
 from typing import Any
 
@@ -43,3 +43,19 @@ class Actor(nn.Module):
     def forward(self, tokens_BT: torch.Tensor, detour: bool = False) -> torch.Tensor:
         logits_BTV: torch.Tensor = self.model(tokens_BT).logits
         return logits_BTV
+
+
+class FusedLoss(nn.Module):
+    """Multiplies by the weight of the head itself, as fused losses do."""
+
+    _no_split_modules = ["LlamaDecoderLayer"]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = llama(tied=False)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> Any:
+        hidden_BTH = self.model.model(input_ids=input_ids).last_hidden_state
+        logits_BTV = hidden_BTH @ self.model.lm_head.weight.T
+        loss = nn.functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return transformers.modeling_outputs.CausalLMOutput(loss=loss)

@@ -1,6 +1,6 @@
-"""Mistakes that users make, on any strategy: what is said about each has the call, what it expected, what it got, and a remedy.
+"""Mistakes that users make, on any strategy: each error message has the call, what it expected, what it got, and a remedy.
 
-Every rank runs `said`.
+Every rank runs `error_messages`.
 """
 
 import os
@@ -96,86 +96,86 @@ SETTINGS: Mapping[str, Callable[[], object]] = {
 
 CALLS: Mapping[str, Callable[[Script], object]] = {
     # preparing
-    "three arguments": lambda it: it.made.prepare(*_triple(small())),
-    "the name of a model": lambda it: it.made.prepare("org/model"),
-    "the optimizer of a copy": lambda it: it.made.prepare((small(), _triple(small())[1], None)),
-    "prepared again": lambda it: it.made.prepare((it.model, it.optimizer, None)),
-    "prepared for inference too": lambda it: it.made.prepare(it.model),
-    "a second optimizer": lambda it: it.made.create_optimizer(it.model, lr=0.1),
-    "an optimizer that evaluates": lambda it: it.made.prepare(
+    "three arguments": lambda script: script.made.prepare(*_triple(small())),
+    "the name of a model": lambda script: script.made.prepare("org/model"),
+    "the optimizer of a copy": lambda script: script.made.prepare((small(), _triple(small())[1], None)),
+    "prepared again": lambda script: script.made.prepare((script.model, script.optimizer, None)),
+    "prepared for inference too": lambda script: script.made.prepare(script.model),
+    "a second optimizer": lambda script: script.made.create_optimizer(script.model, lr=0.1),
+    "an optimizer that evaluates": lambda script: script.made.prepare(
         (model := small(), torch.optim.LBFGS(model.parameters()), None)
     ),
-    "a lock in the model": lambda it: it.made.prepare(_triple(_with_attribute(lock=threading.Lock()))),
-    "a graph in the model": lambda it: it.made.prepare(_triple(_with_attribute(last=torch.ones(1, requires_grad=True) * 2))),
-    "complex parameters": lambda it: it.made.prepare(
+    "a lock in the model": lambda script: script.made.prepare(_triple(_with_attribute(lock=threading.Lock()))),
+    "a graph in the model": lambda script: script.made.prepare(_triple(_with_attribute(last=torch.ones(1, requires_grad=True) * 2))),
+    "complex parameters": lambda script: script.made.prepare(
         _triple(_with_attribute(phase=nn.Parameter(torch.zeros(2, dtype=torch.complex64))))
     ),
-    "sparse embeddings": lambda it: it.made.prepare(_triple(_with_attribute(extra=nn.Embedding(2, 2, sparse=True)))),
-    "a head outside of the actor's model": lambda it: it.made.prepare(_triple(_Actor())),
-    "a backbone of two models": lambda it: it.made.prepare(_with_attribute(embed=it.model.embed)),
+    "sparse embeddings": lambda script: script.made.prepare(_triple(_with_attribute(extra=nn.Embedding(2, 2, sparse=True)))),
+    "a head outside of the actor's model": lambda script: script.made.prepare(_triple(_Actor())),
+    "a backbone of two models": lambda script: script.made.prepare(_with_attribute(embed=script.model.embed)),
     # an update
-    "losses that are not reduced": lambda it: it.backward(it.model(torch.zeros(1, 2).long())),
-    "a loss that was detached": lambda it: it.backward(it.loss.detach()),
-    "a loss as a number": lambda it: it.backward(it.loss.item()),
-    "the loss of another model": lambda it: it.backward(torch.ones(1, requires_grad=True).sum()),
-    "a model that was not prepared": lambda it: it.made.backward(it.loss, small(), it.optimizer),
-    "model and optimizer swapped": lambda it: it.made.backward(it.loss, it.optimizer, it.model),  # type: ignore[arg-type]
-    "no backward": lambda it: it.step(),
-    "a step by hand": lambda it: it.sequence(it.backward, it.optimizer.step),
-    "zero_grad in an update": lambda it: it.sequence(it.backward, it.optimizer.zero_grad),
-    "a group that is added later": lambda it: it.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]}),
-    "the scheduler of another optimizer": lambda it: it.sequence(
-        it.backward,
-        lambda: it.step(torch.optim.lr_scheduler.ExponentialLR(_triple(small())[1], 0.9)),
+    "losses that are not reduced": lambda script: script.backward(script.model(torch.zeros(1, 2).long())),
+    "a loss that was detached": lambda script: script.backward(script.loss.detach()),
+    "a loss as a number": lambda script: script.backward(script.loss.item()),
+    "the loss of another model": lambda script: script.backward(torch.ones(1, requires_grad=True).sum()),
+    "a model that was not prepared": lambda script: script.made.backward(script.loss, small(), script.optimizer),
+    "model and optimizer swapped": lambda script: script.made.backward(script.loss, script.optimizer, script.model),  # type: ignore[arg-type]
+    "no backward": lambda script: script.step(),
+    "a direct step": lambda script: script.sequence(script.backward, script.optimizer.step),
+    "zero_grad in an update": lambda script: script.sequence(script.backward, script.optimizer.zero_grad),
+    "a group that is added later": lambda script: script.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]}),
+    "the scheduler of another optimizer": lambda script: script.sequence(
+        script.backward,
+        lambda: script.step(torch.optim.lr_scheduler.ExponentialLR(_triple(small())[1], 0.9)),
     ),
-    "a negative denominator": lambda it: it.sequence(lambda: it.backward(denominator=-1), it.step),
-    "a denominator that is text": lambda it: it.sequence(lambda: it.backward(denominator="many"), it.step),
-    "a denominator for one loss of two": lambda it: it.sequence(
-        it.backward, lambda: it.backward(denominator=3), it.step
+    "a negative denominator": lambda script: script.sequence(lambda: script.backward(denominator=-1), script.step),
+    "a denominator that is text": lambda script: script.sequence(lambda: script.backward(denominator="many"), script.step),
+    "a denominator for one loss of two": lambda script: script.sequence(
+        script.backward, lambda: script.backward(denominator=3), script.step
     ),
-    "a boundary that is text": lambda it: it.sequence(it.backward, lambda: it.step(boundary="last")),
-    "an average and its model swapped": lambda it: it.made.moving_average(it.made.prepare(small()), it.model),
+    "a boundary that is text": lambda script: script.sequence(script.backward, lambda: script.step(boundary="last")),
+    "an average and its model swapped": lambda script: script.made.moving_average(script.made.prepare(small()), script.model),
     # around it
-    "a seed that is text": lambda it: it.made.set_seed("42"),  # type: ignore[arg-type]
-    "an operation that does not exist": lambda it: it.made.all_reduce(1.0, "average"),  # type: ignore[call-overload]
-    "the mean of integers": lambda it: it.made.all_reduce(torch.ones(2, dtype=torch.long)),
-    "a list to gather": lambda it: it.made.all_gather([1, 2]),  # type: ignore[call-overload]
-    "a dataset without a length": lambda it: it.made.setup_dataloader(_Stream(), 1),
-    "a sequence above the budget": lambda it: it.made.plan_micro_batches([9], max_tokens=8, padded=True),
-    "directory and model swapped": lambda it: it.made.save_ckpt(it.path, it.model),  # type: ignore[arg-type]
-    "a checkpoint within an update": lambda it: it.sequence(it.backward, lambda: it.made.save_ckpt(it.model, it.path)),
-    "a variable for a directory that was not set": lambda it: it.made.save_ckpt(it.model, ""),
-    "a directory with a byte 0 in its name": lambda it: it.made.load_ckpt(it.model, "run\0"),
-    "a directory with a character that no name can have": lambda it: it.made.load_ckpt(it.model, "run\ud800"),
-    "a directory whose path is bytes": lambda it: it.made.save_ckpt(it.model, BytesPath()),  # type: ignore[arg-type]
-    "a directory with a name that is too long": lambda it: it.made.save_model(it.model, None, f"{it.path}/{'n' * 256}"),
-    "a home that is missing": lambda it: it.made.load_model(it.model, "~nobody-has-this-name/model"),
-    "a tag that is a path": lambda it: it.made.save_ckpt(it.model, it.path, tag="a/b"),
-    "a checkpoint that is missing": lambda it: it.made.load_ckpt(it.model, os.path.join(it.path, "none")),
-    "a tokenizer by its name": lambda it: it.made.save_model(it.model, "tokenizer", it.path),
-    "a model by its name": lambda it: it.made.load_model(it.model, "org/model"),
+    "a seed that is text": lambda script: script.made.set_seed("42"),  # type: ignore[arg-type]
+    "an operation that does not exist": lambda script: script.made.all_reduce(1.0, "average"),  # type: ignore[call-overload]
+    "the mean of integers": lambda script: script.made.all_reduce(torch.ones(2, dtype=torch.long)),
+    "a list to gather": lambda script: script.made.all_gather([1, 2]),  # type: ignore[call-overload]
+    "a dataset without a length": lambda script: script.made.setup_dataloader(_Stream(), 1),
+    "a sequence above the budget": lambda script: script.made.plan_micro_batches([9], max_tokens=8, padded=True),
+    "directory and model swapped": lambda script: script.made.save_ckpt(script.path, script.model),  # type: ignore[arg-type]
+    "a checkpoint within an update": lambda script: script.sequence(script.backward, lambda: script.made.save_ckpt(script.model, script.path)),
+    "a variable for a directory that was not set": lambda script: script.made.save_ckpt(script.model, ""),
+    "a directory with a byte 0 in its name": lambda script: script.made.load_ckpt(script.model, "run\0"),
+    "a directory with a character that no name can have": lambda script: script.made.load_ckpt(script.model, "run\ud800"),
+    "a directory whose path is bytes": lambda script: script.made.save_ckpt(script.model, BytesPath()),  # type: ignore[arg-type]
+    "a directory with a name that is too long": lambda script: script.made.save_model(script.model, None, f"{script.path}/{'n' * 256}"),
+    "a home that is missing": lambda script: script.made.load_model(script.model, "~nobody-has-this-name/model"),
+    "a tag that is a path": lambda script: script.made.save_ckpt(script.model, script.path, tag="a/b"),
+    "a checkpoint that is missing": lambda script: script.made.load_ckpt(script.model, os.path.join(script.path, "none")),
+    "a tokenizer by its name": lambda script: script.made.save_model(script.model, "tokenizer", script.path),
+    "a model by its name": lambda script: script.made.load_model(script.model, "org/model"),
     # rollouts
-    "no engine": lambda it: it.made.gather_and_generate({"max_tokens": 1}, [[1]]),
-    "an engine that does not exist": lambda it: it.made.setup_inference_engine(None, "vlm", actor=it.model),
-    "an actor that was not prepared": lambda it: it.made.setup_inference_engine(None, "fake", actor=small()),
-    "a misspelled sampling parameter": lambda it: it.sequence(
-        lambda: it.made.setup_inference_engine(None, "fake", actor=it.model),
-        lambda: it.made.gather_and_generate({"max_token": 1}, [[1]]),
+    "no engine": lambda script: script.made.gather_and_generate({"max_tokens": 1}, [[1]]),
+    "an engine that does not exist": lambda script: script.made.setup_inference_engine(None, "vlm", actor=script.model),
+    "an actor that was not prepared": lambda script: script.made.setup_inference_engine(None, "fake", actor=small()),
+    "a misspelled sampling parameter": lambda script: script.sequence(
+        lambda: script.made.setup_inference_engine(None, "fake", actor=script.model),
+        lambda: script.made.gather_and_generate({"max_token": 1}, [[1]]),
     ),
-    "text for token ids": lambda it: it.made.gather_and_generate({"max_tokens": 1}, ["a prompt"]),
-    "an empty prompt": lambda it: it.made.gather_and_generate({"max_tokens": 1}, [[]]),
+    "text for token ids": lambda script: script.made.gather_and_generate({"max_tokens": 1}, ["a prompt"]),
+    "an empty prompt": lambda script: script.made.gather_and_generate({"max_tokens": 1}, [[]]),
 }  # fmt: skip
 """By name, in this order, in one lifetime of a strategy."""
 
 
-def said(strategy: str, path: str, **settings: Any) -> dict[str, str]:
+def error_messages(strategy: str, path: str, **settings: Any) -> dict[str, str]:
     """The error of each of `CALLS`."""
     with opened(strategy, **settings) as made:
         return {name: error_of(lambda call=call: call(Script(made, path))) for name, call in CALLS.items()}  # type: ignore[misc]
 
 
 def error_of(mistake: Callable[[], object]) -> str:
-    """The error of a mistake, in words that `complaints` grades."""
+    """The error of a mistake, in the form that `incomplete_messages` checks."""
     try:
         mistake()
     except LightRFTError as error:
@@ -185,13 +185,13 @@ def error_of(mistake: Callable[[], object]) -> str:
     return "nothing was raised"
 
 
-def complaints(found: Mapping[str, str]) -> list[str]:
+def incomplete_messages(messages: Mapping[str, str]) -> list[str]:
     """The errors that lack the call, what it expected, what it got or a remedy, or that are not this project's."""
-    return [f"{name}: {error}" for name, error in found.items() if lacks(error)]
+    return [f"{name}: {error}" for name, error in messages.items() if missing_parts(error)]
 
 
-def lacks(error: str) -> list[str]:
-    """What an error does not say."""
+def missing_parts(error: str) -> list[str]:
+    """The parts that an error message lacks."""
     kind, _, message = error.partition(": ")
     parts = {
         "an error of this project": not kind.startswith(("raw", "nothing")),
@@ -214,6 +214,6 @@ if __name__ == "__main__":
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        results = {name: error_of(mistake) for name, mistake in SETTINGS.items()} | said("fake", folder)
+        results = {name: error_of(mistake) for name, mistake in SETTINGS.items()} | error_messages("fake", folder)
     for number, (name, error) in enumerate(results.items(), 1):
-        print(f"{number}. {name}: {error}\n   lacks {lacks(error) or 'nothing'}")
+        print(f"{number}. {name}: {error}\n   lacks {missing_parts(error) or 'nothing'}")

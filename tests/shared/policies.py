@@ -18,7 +18,7 @@ UPDATES = 3
 
 @dataclass(kw_only=True)
 class Trained:
-    """What a run found: one rank's tensors of each update, and the weights in the end."""
+    """The results of a run: one rank's tensors of each update, and the weights at the end."""
 
     log_probs: list[torch.Tensor]
     entropies: list[torch.Tensor]
@@ -45,7 +45,7 @@ def batch(update: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def loss_of(log_probs: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
-    """A policy loss with an entropy bonus, and a gradient of its own for each token."""
+    """A policy loss with an entropy bonus, and a different gradient for each token."""
     weights = torch.linspace(-1, 2, log_probs.numel()).view_as(log_probs)
     return (weights * log_probs.exp()).mean() - 0.1 * entropy.mean()
 

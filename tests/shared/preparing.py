@@ -7,6 +7,7 @@ import torch
 import training
 from exports import in_training, opened
 from llamas import llama
+from programs import tokens
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -24,7 +25,7 @@ class Critic(nn.Module):
 
 
 def refusals(strategy: str, path: str, **settings: Any) -> dict[str, str]:
-    """What is said about models that share parameters with one in training, and of its own ways to save it."""
+    """The errors for models that share parameters with one in training, and for save_pretrained of a prepared model."""
     with opened(strategy, **settings) as made:
         actor = llama(tied=False)
         critic, reference = Critic(actor), llama(tied=False)
@@ -56,6 +57,21 @@ def _refusal(call: Callable[[], object]) -> LightRFTError | None:
     except LightRFTError as error:
         return error
     return None
+
+
+def weight_outside_forward(strategy: str, **settings: Any) -> tuple[str, bool]:
+    """The error of a loss that multiplies by the weight of a layer itself, and whether an update follows it."""
+    with opened(strategy, **settings) as made:
+        model, optimizer = in_training(made, llama())
+        inputs_BT = tokens(0, made.get_rank())
+        hidden_BTH = model(inputs_BT, output_hidden_states=True).hidden_states[-1]
+        said = "no error"
+        try:
+            hidden_BTH @ model.model.layers[0].self_attn.q_proj.weight.T
+        except Exception as error:  # noqa: BLE001 - of torch, whichever it is
+            said = f"{type(error).__name__}: {error}"
+        made.backward(model(inputs_BT, labels=inputs_BT).loss, model, optimizer)
+        return said, made.optimizer_step(optimizer, model).applied
 
 
 def compiled(strategy: str, path: str, **settings: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], int]:

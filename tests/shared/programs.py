@@ -14,7 +14,7 @@ RATE, DECAY = 1e-3, 0.01
 
 
 class Mixed(nn.Module):
-    """A bit of everything: norms, biases, a tied weight, a frozen layer, a parameter without dimensions, a buffer."""
+    """A model with a bit of everything: norms, biases, a tied weight, a frozen layer, a parameter without dimensions, a buffer."""
 
     offset: torch.Tensor
 

@@ -1,4 +1,4 @@
-"""Take one target away from an installed library, for tests of what a backend says about it."""
+"""Remove one target from an installed library, for tests of the error that a backend raises."""
 
 from collections.abc import Sequence
 from importlib import import_module

@@ -1,6 +1,6 @@
 """What users of training libraries have reported: things that a script does to a model or its optimizer around updates.
 
-On every strategy, each comes out as in plain torch, or is refused by name. Every rank runs `outcomes`.
+On every strategy, each gives the result of plain torch, or is refused by name. Every rank runs `outcomes`.
 """
 
 import os
@@ -283,7 +283,7 @@ CASES = {
     "zero_grad of the model": Case(
         script=lambda run: run.update(run.model.zero_grad), refused={"all": "zero_grad of the model: expected no call within"}
     ),
-    "step by hand": Case(
+    "a direct step": Case(
         script=lambda run: run.update(run.optimizer.step), refused={"all": "Call strategy.optimizer_step"}
     ),
     "weights scaled": Case(script=_weights_scaled, refused={"zero3": "Use load_model"}),
@@ -315,17 +315,17 @@ def _outcome(made: StrategyBase, case: Case) -> str:
     case.before(plain)
     wanted = Run(model=plain, optimizer=case.optimizer_of(plain), ranks=made.world_size)
     case.script(wanted)
-    found = {name: tensor.clone() for bucket in made.full_parameters(prepared) for name, tensor in bucket}
-    off = max(float((found[name] - tensor).abs().max()) for name, tensor in plain.state_dict().items())
+    actual = {name: tensor.clone() for bucket in made.full_parameters(prepared) for name, tensor in bucket}
+    off = max(float((actual[name] - tensor).abs().max()) for name, tensor in plain.state_dict().items())
     same = off < 1e-4 and run.norms == pytest.approx(wanted.norms, rel=1e-3)
     return RIGHT if same else f"norms {run.norms} instead of {wanted.norms}, weights off by {off:.1e}"
 
 
-def complaints(found: Mapping[str, str], strategy: str) -> list[str]:
-    """The cases of ``found`` that are neither as in plain torch nor refused as they should be on ``strategy``."""
+def unexpected_outcomes(results: Mapping[str, str], strategy: str) -> list[str]:
+    """The cases of ``results`` that are neither as in plain torch nor refused as they should be on ``strategy``."""
     wrong = []
     for name, case in CASES.items():
         words = case.refused.get("all") or case.refused.get(strategy)
-        if (words is None and found[name] != RIGHT) or (words is not None and words not in found[name]):
-            wrong.append(f"{name}: {found[name]}")
+        if (words is None and results[name] != RIGHT) or (words is not None and words not in results[name]):
+            wrong.append(f"{name}: {results[name]}")
     return wrong

@@ -1,6 +1,6 @@
 """What users of training libraries have reported: saving, loading, averaging, building and generating around the updates.
 
-On every strategy, each comes out as in plain torch, transformers or PEFT, or is refused by name. Every rank runs `outcomes`.
+On every strategy, each gives the result of plain torch, transformers or PEFT, or is refused by name. Every rank runs `outcomes`.
 """
 
 import copy
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from exports import opened
-from llamas import llama
+from llamas import FusedLoss, llama
 from programs import tokens
 from safetensors.torch import load_file
 
@@ -24,8 +24,6 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 RIGHT = "right"
-TIED = {"lm_head.weight"}
-"""Another name of one tensor: streams of weights and files leave it out, state_dict has it."""
 PROMPTS = [[5, 6, 7, 8], [3, 4]]
 
 
@@ -74,11 +72,14 @@ def weights(made: StrategyBase, model: Any) -> dict[str, torch.Tensor]:
 
 
 def compare(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> str:
-    """Compare all weights; the other name of a tied one may be on one side alone."""
-    if odd := (found.keys() ^ wanted.keys()) - TIED:
-        return f"on one side alone: {', '.join(sorted(odd))}"
+    """Compare all weights. The second name of a tied one, which state_dict has and files leave out, may be on one side."""
+    both = found.keys() & wanted.keys()
+    for side in (found, wanted):
+        tied = {name for name in side.keys() - both for other in both if torch.equal(side[name], side[other])}
+        if odd := side.keys() - both - tied:
+            return f"on one side alone: {', '.join(sorted(odd))}"
     try:
-        for name in found.keys() & wanted.keys():
+        for name in both:
             torch.testing.assert_close(found[name].float(), wanted[name].float(), rtol=0, atol=1e-5)
     except AssertionError as error:
         return f"{name}: {error}"
@@ -95,28 +96,28 @@ def with_adapter(config: Any) -> Any:
 
 
 def _merged(config: Callable[[], Any]) -> Callable[[Script], str]:
-    def script(it: Script) -> str:
+    def run_case(script: Script) -> str:
         plain = with_adapter(config())
-        train_plainly(plain, sgd(plain), range(2), it.ranks)
-        with it.open() as made:
+        train_plainly(plain, sgd(plain), range(2), script.ranks)
+        with script.open() as made:
             model, optimizer = prepared(made, with_adapter(config()))
             train(made, model, optimizer, range(2))
-            made.save_model(model, None, it.folder, merge_adapters=True, dtype=torch.float32)
-            merged = transformers.AutoModelForCausalLM.from_pretrained(it.folder)
+            made.save_model(model, None, script.folder, merge_adapters=True, dtype=torch.float32)
+            merged = transformers.AutoModelForCausalLM.from_pretrained(script.folder)
             made.sync_and_clear_cache()
         return compare(merged.state_dict(), plain.merge_and_unload().state_dict())
 
-    return script
+    return run_case
 
 
 def _for_an_engine(config: Callable[[], Any]) -> Callable[[Script], str]:
-    def script(it: Script) -> str:
-        with it.open() as made:
+    def run_case(script: Script) -> str:
+        with script.open() as made:
             model, _ = prepared(made, with_adapter(config()))
             made.setup_inference_engine(made.config, "fake", actor=model)
         return "nothing was raised"
 
-    return script
+    return run_case
 
 
 def _virtual_tokens(kind: Any) -> Any:
@@ -127,15 +128,15 @@ def _virtual_tokens(kind: Any) -> Any:
 # Generation settings
 
 
-def _set_on_the_adapted_model(it: Script) -> str:
-    with it.open() as made:
+def _set_on_the_adapted_model(script: Script) -> str:
+    with script.open() as made:
         model, _ = prepared(made, with_adapter(peft.LoraConfig(target_modules=["q_proj"], r=2)))
         model.config.eos_token_id = None
         model.generation_config = transformers.GenerationConfig(eos_token_id=[9, 11], pad_token_id=3)
         made.setup_inference_engine(made.config, "fake", actor=model)
         ends = made.inference_engine.end_ids
-        made.save_model(model, None, it.folder, merge_adapters=True)
-        exported = transformers.GenerationConfig.from_pretrained(it.folder)
+        made.save_model(model, None, script.folder, merge_adapters=True)
+        exported = transformers.GenerationConfig.from_pretrained(script.folder)
         made.sync_and_clear_cache()
     found = (sorted(ends), exported.eos_token_id, exported.pad_token_id)
     return RIGHT if found == ([9, 11], [9, 11], 3) else f"{found}"
@@ -144,21 +145,29 @@ def _set_on_the_adapted_model(it: Script) -> str:
 # Saving in the model's own ways
 
 
-def _own_way(save: Callable[[Any, Path], object]) -> Callable[[Script], str]:
-    def script(it: Script) -> str:
-        with it.open() as made:
+def _own_way(save: Callable[[Any, Path], object], part: str = "") -> Callable[[Script], str]:
+    def run_case(script: Script) -> str:
+        with script.open() as made:
             model, _ = prepared(made, llama(tied=False))
-            save(model, it.folder / str(made.get_rank()))
+            save(model.get_submodule(part), script.folder / str(made.get_rank()))
             if not made.is_rank_0():  # transformers writes on the first rank alone
                 return RIGHT
-            found = load_file(it.folder / "0" / "model.safetensors")
-        return compare(_without_prefix(found), _without_prefix(llama(tied=False).state_dict()))
+            found = load_file(script.folder / "0" / "model.safetensors")
+        return compare(found, llama(tied=False).get_submodule(part).state_dict())
 
-    return script
+    return run_case
 
 
-def _without_prefix(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+# Fused losses
+
+
+def _fused_loss(script: Script) -> str:
+    plain = FusedLoss()
+    train_plainly(plain, sgd(plain), range(2), script.ranks)
+    with script.open() as made:
+        model, optimizer = prepared(made, FusedLoss())
+        train(made, model, optimizer, range(2))
+        return compare(weights(made, model), plain.model.state_dict())
 
 
 # Optimizers
@@ -181,20 +190,20 @@ class OwnCount(torch.optim.AdamW):
 
 
 def _resumed(make: Callable[[Any], torch.optim.Optimizer]) -> Callable[[Script], str]:
-    def script(it: Script) -> str:
+    def run_case(script: Script) -> str:
         plain = llama()
-        train_plainly(plain, make(plain), range(3), it.ranks)
-        with it.open() as made:
+        train_plainly(plain, make(plain), range(3), script.ranks)
+        with script.open() as made:
             model, optimizer = prepared(made, llama(), make)
             train(made, model, optimizer, range(2))
-            made.save_ckpt(model, it.folder, tag="t")
-        with it.open() as made:
+            made.save_ckpt(model, script.folder, tag="t")
+        with script.open() as made:
             model, optimizer = prepared(made, llama(), make)
-            made.load_ckpt(model, it.folder)
+            made.load_ckpt(model, script.folder)
             train(made, model, optimizer, range(2, 3))
             return compare(weights(made, model), plain.state_dict())
 
-    return script
+    return run_case
 
 
 # Building on the meta device
@@ -203,54 +212,54 @@ def _resumed(make: Callable[[Any], torch.optim.Optimizer]) -> Callable[[Script],
 def _built(build: Callable[[StrategyBase, Script], Any], tied: bool = False) -> Callable[[Script], str]:
     """Build a model in some way, train it, and load another as usual."""
 
-    def script(it: Script) -> str:
+    def run_case(script: Script) -> str:
         plain = llama(tied)
-        with it.open() as made:
+        with script.open() as made:
             if made.is_rank_0():
-                plain.save_pretrained(it.folder)
+                plain.save_pretrained(script.folder)
             made.sync_and_clear_cache()
-            model, optimizer = prepared(made, build(made, it))
+            model, optimizer = prepared(made, build(made, script))
             train(made, model, optimizer, range(2))
             found = weights(made, model)
-            again = transformers.AutoModelForCausalLM.from_pretrained(it.folder).state_dict()
+            again = transformers.AutoModelForCausalLM.from_pretrained(script.folder).state_dict()
         unchanged = compare(again, plain.state_dict())
-        train_plainly(plain, sgd(plain), range(2), it.ranks)
+        train_plainly(plain, sgd(plain), range(2), script.ranks)
         trained = compare(found, plain.state_dict())
         return RIGHT if trained == unchanged == RIGHT else f"{trained}, and a model loaded later: {unchanged}"
 
-    return script
+    return run_case
 
 
-def _within_each_other(made: StrategyBase, it: Script) -> Any:
+def _within_each_other(made: StrategyBase, script: Script) -> Any:
     with made.init_model_context(meta_init=True):
         with made.init_model_context(meta_init=True):
-            transformers.LlamaForCausalLM.from_pretrained(it.folder)
-        return transformers.LlamaForCausalLM.from_pretrained(it.folder)
+            transformers.LlamaForCausalLM.from_pretrained(script.folder)
+        return transformers.LlamaForCausalLM.from_pretrained(script.folder)
 
 
-def _with_calls_within(made: StrategyBase, it: Script) -> Any:
+def _with_calls_within(made: StrategyBase, script: Script) -> Any:
     with made.init_model_context(meta_init=True):
-        assert made.all_reduce(made.get_rank() + 1, "sum") == sum(range(1, it.ranks + 1))
-        model = transformers.LlamaForCausalLM.from_pretrained(it.folder)
-        assert made.all_gather(torch.ones(1, device="cpu")).tolist() == [1.0] * it.ranks
+        assert made.all_reduce(made.get_rank() + 1, "sum") == sum(range(1, script.ranks + 1))
+        model = transformers.LlamaForCausalLM.from_pretrained(script.folder)
+        assert made.all_gather(torch.ones(1, device="cpu")).tolist() == [1.0] * script.ranks
     return model
 
 
-def _after_an_error(made: StrategyBase, it: Script) -> Any:
+def _after_an_error(made: StrategyBase, script: Script) -> Any:
     missing = (OSError, ValueError)  # the second of transformers 4, from huggingface_hub
     with pytest.raises(missing), made.init_model_context(meta_init=True):
-        transformers.LlamaForCausalLM.from_pretrained(it.folder / "missing")
-    return _within_each_other(made, it)
+        transformers.LlamaForCausalLM.from_pretrained(script.folder / "missing")
+    return _within_each_other(made, script)
 
 
 # Averages
 
 
-def _averages(it: Script) -> str:
+def _averages(script: Script) -> str:
     """One from the beginning, one that is asked every second time, one made after two updates; the fourth update is skipped."""
     plain, wanted = llama(), [llama(), llama()]
     optimizer = sgd(plain)
-    with it.open() as made:
+    with script.open() as made:
         averages = [made.prepare(llama()), made.prepare(llama())]
         model, trained = prepared(made, llama())
         for update in range(5):
@@ -262,7 +271,7 @@ def _averages(it: Script) -> str:
             made.backward(loss if applied else loss * float("nan"), model, trained)
             made.optimizer_step(trained, model)
             if applied:
-                train_plainly(plain, optimizer, range(update, update + 1), it.ranks)
+                train_plainly(plain, optimizer, range(update, update + 1), script.ranks)
             for index, (average, expected) in enumerate(zip(averages, wanted, strict=True)):
                 if index != 1 or update % 2:
                     made.moving_average(model, average, 0.5)
@@ -288,25 +297,25 @@ def _move(average: Any, model: Any) -> None:
         target.lerp_(parameter, 0.5)
 
 
-def _average_resumed(it: Script) -> str:
+def _average_resumed(script: Script) -> str:
     """The average has not seen the last update when both are saved."""
     plain, optimizer, wanted = (model := llama()), sgd(model), llama()
-    with it.open() as made:
+    with script.open() as made:
         average = made.prepare(llama())
         model, trained = prepared(made, llama())
         train(made, model, trained, range(1))
         made.moving_average(model, average, 0.5)
         train(made, model, trained, range(1, 2))
-        made.save_ckpt({"model": model, "average": average}, it.folder, tag="t")
-    with it.open() as made:
+        made.save_ckpt({"model": model, "average": average}, script.folder, tag="t")
+    with script.open() as made:
         average = made.prepare(llama())
         model, trained = prepared(made, llama())
-        made.load_ckpt({"model": model, "average": average}, it.folder)
+        made.load_ckpt({"model": model, "average": average}, script.folder)
         for _ in range(2):
             made.moving_average(model, average, 0.5)
         found = weights(made, average)
     for update in range(2):
-        train_plainly(plain, optimizer, range(update, update + 1), it.ranks)
+        train_plainly(plain, optimizer, range(update, update + 1), script.ranks)
         _move(wanted, plain)
     return compare(found, wanted.state_dict())
 
@@ -338,10 +347,11 @@ CASES = {
         script=_for_an_engine(lambda: _virtual_tokens(peft.PromptEncoderConfig)), refused=_NOTHING_TO_MERGE
     ),
     "generation settings of a model with adapters": Case(script=_set_on_the_adapted_model),
-    "save_pretrained of a part": Case(script=_own_way(lambda model, path: model.model.save_pretrained(path)), refused=_SHARDED),
+    "save_pretrained of a part": Case(script=_own_way(lambda model, path: model.save_pretrained(path), "model"), refused=_SHARDED),
     "save_pretrained of a state": Case(
         script=_own_way(lambda model, path: model.save_pretrained(path, state_dict=model.state_dict())), refused=_SHARDED
     ),
+    "a loss that uses the weight of the head": Case(script=_fused_loss),
     "a subclass of AdamW with its own state": Case(script=_resumed(lambda model: OwnCount(model.parameters(), lr=0.1))),
     "AMSGrad": Case(script=_resumed(lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2, amsgrad=True))),
     "meta_init within meta_init": Case(script=_built(_within_each_other)),
@@ -374,9 +384,9 @@ def outcomes(strategy: str, path: str, **settings: Any) -> dict[str, str]:
     return {name: run(number, case) for number, (name, case) in enumerate(CASES.items())}
 
 
-def complaints(found: Mapping[str, str], strategy: str) -> Iterator[str]:
-    """The cases of ``found`` that are neither right nor refused as they should be on ``strategy``."""
+def unexpected_outcomes(results: Mapping[str, str], strategy: str) -> Iterator[str]:
+    """The cases of ``results`` that are neither right nor refused as they should be on ``strategy``."""
     for name, case in CASES.items():
         words = case.refused.get("all") or case.refused.get(strategy)
-        if (words is None and found[name] != RIGHT) or (words is not None and words not in found[name]):
-            yield f"{name}: {found[name]}"
+        if (words is None and results[name] != RIGHT) or (words is not None and words not in results[name]):
+            yield f"{name}: {results[name]}"

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 
 def traces() -> dict[str, Any]:
-    """What is there now, to be compared with what is there later."""
+    """A snapshot, to be compared with a later one."""
     return {
         "environment": dict(os.environ),
         "threads": threading.active_count(),
@@ -21,9 +21,9 @@ def traces() -> dict[str, Any]:
 
 
 def added(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """What of ``after`` is not in ``before``: more threads or files, and every other value that differs.
+    """What is in ``after`` and not in ``before``: more threads or files, and every other value that differs.
 
-    A thread of an earlier lifetime may end late, so fewer are as right as the same.
+    A thread of an earlier strategy may end late, so a smaller number is accepted too.
     """
     differing: dict[str, Any] = {}
     for name, value in after.items():

@@ -1,7 +1,7 @@
 """A few processes, one per rank, that stay alive and run one function after the other.
 
-They are plain processes, with gloo on loopback, forked from one that has imported torch and used nothing of it.
-Each question has a deadline. Ranks that miss it show their stacks, and are ended with the whole group and all that
+They are plain processes, with gloo on loopback, forked from one that has imported torch without using it.
+Each question has a deadline. Ranks that miss it print their stacks, and are ended with the whole group and everything that
 they started.
 """
 
@@ -46,7 +46,7 @@ class Workers:
     def run(self, function: Callable[..., Any], /, *, deadline: float = DEADLINE, **arguments: Any) -> list[Any]:
         """Call ``function(**arguments)`` on every rank; its results by rank.
 
-        A rank's exception is raised here, with its traceback as text; the ranks live on, if all have answered.
+        A rank's exception is raised here, with its traceback as text; the ranks stay alive if all have answered.
         """
         if not self._ranks:
             self._start()
@@ -56,7 +56,7 @@ class Workers:
     def stop(self) -> None:
         """End all ranks, and what they started."""
         for process, connection in self._ranks:
-            with suppress(ProcessLookupError):  # it has only just begun, or is gone
+            with suppress(ProcessLookupError):  # it has just started, or has ended
                 os.killpg(process.pid, signal.SIGKILL)
             process.kill()
             process.join()
