@@ -28,7 +28,7 @@ class Failed(Exception):
 
 @dataclass(frozen=True)
 class Cell:
-    """A strategy at a world size."""
+    """A cell of the test matrix: a strategy at a world size."""
 
     strategy: str
     world: int

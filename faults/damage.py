@@ -114,7 +114,7 @@ class Trap:
 
 
 def pickles() -> list[str]:
-    """Put pickles in the place of each file and beside them, and load. Returns descriptions of errors."""
+    """Replace each file by a pickle, then add pickles next to them, and load. Returns descriptions of errors."""
     with tempfile.TemporaryDirectory() as folder, get_fake_strategy(bf16=False, train_batch_size=1) as strategy:
         model, _ = trained(strategy, 1)
         canary = Path(folder) / "unpickled"

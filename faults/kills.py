@@ -95,11 +95,11 @@ class Run:
 
     def begin(self) -> None:
         """Wait for the first save of all ranks, and let them continue."""
-        self.hear("ready")
+        self.wait_for("ready")
         for _, connection in self.ranks:
             connection.send("go")
 
-    def hear(self, word: str) -> None:
+    def wait_for(self, word: str) -> None:
         """Wait until all ranks have sent ``word``."""
         for rank, (_, connection) in enumerate(self.ranks):
             assert connection.poll(PATIENCE), f"rank {rank} did not send {word!r} within {PATIENCE:g} s"
@@ -163,7 +163,7 @@ def seconds_of_saves(ranks: int) -> float:
     """Seconds that the three saves take without a kill."""
     with running(ranks, asynchronous=False) as (_, run):
         start = time.monotonic()
-        run.hear("done")
+        run.wait_for("done")
         return time.monotonic() - start
 
 

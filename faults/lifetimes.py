@@ -74,7 +74,7 @@ def draw(number: int, stream: random.Random) -> Options:
     return Options(settings, ranks, asynchronous, trackers, loads=stream.random() < 0.7, closes=stream.random() < 0.8)
 
 
-def live(options: Options, folder: Path, rank: int, port: int) -> NoReturn:
+def run_rank(options: Options, folder: Path, rank: int, port: int) -> NoReturn:
     """Run one rank in this process, a fork, and end it as the interpreter does."""
     status = 1
     try:
@@ -138,7 +138,7 @@ def run(options: Options, folder: Path) -> list[int]:
     for rank in range(options.ranks):
         process = os.fork()
         if not process:
-            live(options, folder, rank, port)
+            run_rank(options, folder, rank, port)
         ranks.append(process)
     return [exit_code(process, deadline=time.monotonic() + PATIENCE) for process in ranks]
 
