@@ -1,7 +1,8 @@
-"""Saving, loading and exporting, compared with plain files of the same size and with torch.save, DCP and Accelerate: SmolLM2-135M's shape and AdamW's state, fp32, one process.
+"""Saving, loading and exporting, compared with plain files of the same size and with torch.save, DCP and Accelerate.
 
-A plain read is into allocated memory, as a model's is; plain writes are atomic and synced to the disk, as ours are. torch.save,
-DCP and Accelerate verify nothing when they load and do not sync what they write.
+The model has SmolLM2-135M's shape and AdamW's state, in fp32, in one process. A plain read is into allocated memory, as a
+model's is; plain writes are atomic and synced to the disk, as ours are. torch.save, DCP and Accelerate verify nothing when they
+load; they and save_pretrained do not sync what they write.
 """
 
 import os
@@ -60,7 +61,7 @@ def read(path: Path, target: memoryview) -> None:
             target = target[file.readinto(target) :]
 
 
-def forget(folder: Path) -> None:
+def drop_from_page_cache(folder: Path) -> None:
     """Drop the files in ``folder`` from the page cache."""
     for path in folder.rglob("*"):
         if path.is_file():
@@ -111,17 +112,19 @@ def measure(report: Report, folder: Path, rounds: int, device: str) -> None:
             "ours",
             {"ours, async": Goal(0.25)},
         )
-        for case, before in (("load", lambda: None), ("load, cold cache", lambda: forget(folder))):
+        for case, before in (("load", lambda: None), ("load, cold cache", lambda: drop_from_page_cache(folder))):
             seconds = interleaved(loads, rounds, blocking.device, before=before)
             report.times(case, seconds)
             report.compare(f"{case}, speed", seconds, "plain read", {"ours": Goal(0.8, at_least=True)}, inverse=True)
+        weights = data[: sum(parameter.nbytes for parameter in model.parameters())]
         exports: dict[str, Action] = {
+            "plain write": lambda: write(folder / "plain-weights", weights),
             "save_pretrained": lambda: model.save_pretrained(folder / "plain-export"),
             "ours": lambda: blocking.save_model(model, None, folder / "export"),
         }
         seconds = interleaved(exports, rounds, blocking.device)
         report.times("export", seconds)
-        report.compare("export", seconds, "save_pretrained")
+        report.compare("export", seconds, "plain write")
 
 
 def state_of(model: Any, strategy: FakeStrategy) -> dict[str, Any]:

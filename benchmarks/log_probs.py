@@ -3,7 +3,7 @@
 ``python benchmarks/log_probs.py [--device cuda] [--dtype bfloat16]``. The shape is that of SmolLM2-135M's head: 512 tokens,
 hidden size 576, 49,152 words. Memory is the peak beyond the inputs and the gradients that remain: on the CPU of all that
 torch allocates, from its profiler; on CUDA of its allocator. Times alternate in one process, so that other load on the
-machine affects both alike. Prints the ratios, chunk by chunk over plain.
+machine affects both equally. Prints the ratios, chunk by chunk over plain.
 """
 
 import sys

@@ -1,6 +1,6 @@
-"""Measuring contenders side by side in one process, and the rows in which every benchmark reports what it found.
+"""Measuring contenders side by side in one process, and the rows that every benchmark reports.
 
-A machine that does other work at the same time disturbs times, and hardly their ratios: contenders take turns, round by
+Other load on the machine changes times, but hardly their ratios: contenders take turns, round by
 round, and what is reported is the median and the quartiles of the ratios of the rounds.
 """
 
@@ -63,7 +63,7 @@ def parser(description: str | None, rounds: int) -> argparse.ArgumentParser:
 
 
 class Report:
-    """Prints rows as they come, on rank 0, and writes them to ``output`` as JSON after each, so that none is lost."""
+    """Prints rows as they are added, on rank 0, and writes them to ``output`` as JSON after each, so that none is lost."""
 
     def __init__(self, output: Path | None, rank: int = 0) -> None:
         self._output, self._rank = output, rank

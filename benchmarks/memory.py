@@ -1,6 +1,6 @@
 """Peak memory of training, saving, exporting and syncing weights, compared with the same work without this layer.
 
-``python memory.py``. Each contender runs in a process of its own, with SmolLM2-135M's shape in fp32; what is reported is the
+``python memory.py``. Each contender runs in a separate process, with SmolLM2-135M's shape in fp32; what is reported is the
 peak of its resident memory above the memory before, as a multiple of the weights.
 """
 

@@ -108,7 +108,7 @@ def main() -> int:
     if args.save_baseline:
         BASELINE.write_text(json.dumps(baseline(runs), indent=1) + "\n", encoding="utf-8")
     if args.compare:
-        print(*moved(rows, json.loads(BASELINE.read_text(encoding="utf-8"))), sep="\n")
+        print(*moved_ratios(rows, json.loads(BASELINE.read_text(encoding="utf-8"))), sep="\n")
     missed = [row for found in rows.values() for row in found if row.met is False]
     print(f"\n{len(missed)} goals missed" + "".join(f"\n{row}" for row in missed))
     failed = [name for name, found in rows.items() if not found]
@@ -219,8 +219,8 @@ def baseline(runs: Sequence[dict[str, list[Row]]]) -> dict[str, object]:
     return {"commit": commit.strip(), "machine": machine(), "ratios": bounds}
 
 
-def moved(rows: dict[str, list[Row]], stored: dict[str, dict[str, list[float]]]) -> list[str]:
-    """A line for each ratio that is not between the bounds of the baseline, give or take `SLACK`."""
+def moved_ratios(rows: dict[str, list[Row]], stored: dict[str, dict[str, list[float]]]) -> list[str]:
+    """A line for each ratio that is not between the bounds of the baseline, within `SLACK`."""
     lines = []
     for name, row in _ratios(rows).items():
         if name not in stored["ratios"]:

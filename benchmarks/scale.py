@@ -1,6 +1,6 @@
 """How the work of one rank grows with the number of ranks, from 8 to 100,000 simulated ranks in one process.
 
-``python scale.py``. What ranks tell each other is made up here; what a rank does with it is the layer's own code. Growth is
+``python scale.py``. The messages of other ranks are simulated; what a rank does with them is the layer's own code. Growth is
 the exponent k of a fit of time ~ ranks^k over the largest sizes; n log n is about 1.1 there. Time on the network is left out.
 """
 
@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def least_seconds(action: Prepared, rounds: int) -> float:
-    """The least of a few processor times. As in timeit, the garbage collector does not run meanwhile."""
+    """The least of a few processor times. As in timeit, the garbage collector is off."""
     taken = []
     for _ in range(rounds):
         gc.collect()
@@ -65,7 +65,7 @@ def least_seconds(action: Prepared, rounds: int) -> float:
 
 
 def growth(seconds: dict[int, float]) -> float:
-    """The exponent between the largest sizes, 0 where even they take next to nothing."""
+    """The exponent between the largest sizes; 0 if even these take almost no time."""
     large = [(ranks, taken) for ranks, taken in seconds.items() if taken >= LEAST_SECONDS][-2:]
     if len(large) < 2:
         return 0.0
@@ -74,7 +74,7 @@ def growth(seconds: dict[int, float]) -> float:
 
 
 class OtherRanks(RankConsensus):
-    """Consensus with simulated ranks that say what this rank says, with other numbers in their frames."""
+    """Consensus with simulated ranks that send what this rank sends, with other numbers in their frames."""
 
     def _gather_bytes(self, text: bytes, size: int) -> list[bytes]:
         before, key, frame = text.ljust(size, b"\0").partition(b'"frame": "')

@@ -3,7 +3,7 @@ compared with the engine alone.
 
 ``python benchmarks/weight_sync.py ENGINE [--strategy NAME] [--rounds N]``; under torchrun for several ranks, with one engine
 per rank. The weights have SmolLM2-135M's shapes, in bf16. The rounds alternate, so that other load on the machine affects all
-measurements alike.
+measurements equally.
 """
 
 import mmap
