@@ -11,6 +11,7 @@ and prints a failing one as the ``@example(...)`` to add.
 import gc
 import importlib.util
 import os
+import signal
 import sys
 import threading
 import time
@@ -58,6 +59,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a shell's background job; child processes inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if not session.config.getoption("--installed"):
         return
     import lightrft

@@ -141,7 +141,7 @@ SCHEMAS = {
 """Files to check, by the name of their schema in check-jsonschema."""
 
 
-# Sessions of the default run: after the checks of the sources, long ones first
+# Sessions of the default run: after the checks of the sources, long ones first, so that no long one is left for the end
 
 
 @session()
@@ -208,6 +208,14 @@ def saboteurs(session: nox.Session) -> None:
 
 
 @session()
+def examples(session: nox.Session) -> None:
+    """Run the tests of the examples and of what the documentation shows, and one step of the demo."""
+    environment = Environment(group("examples"), unresolved=group("model"))
+    _pytest(session, environment, ROOT / "examples/tests")
+    _script(session, environment, DEMO, "--steps=1", "--prompts=2", "--eval-every=2")
+
+
+@session()
 @nox.parametrize("strategy, world", [nox.param(name, world, id=f"{name}-{world}") for name, world in CELLS])
 def conformance(session: nox.Session, strategy: str, world: int) -> None:
     """Certify one strategy at one world size."""
@@ -251,14 +259,6 @@ def third_party(session: nox.Session) -> None:
     environment = Environment(("lightrft-conformance[transformers]",), unresolved=(f"--editable={folder}",))
     expected = f"--expected={folder / 'expected-failures.toml'}"
     _certify(session, environment, "run", "ddp", "--world-size=2", "--profile=smoke", expected)
-
-
-@session()
-def examples(session: nox.Session) -> None:
-    """Run the tests of the examples and of what the documentation shows, and one step of the demo."""
-    environment = Environment(group("examples"), unresolved=group("model"))
-    _pytest(session, environment, ROOT / "examples/tests")
-    _script(session, environment, DEMO, "--steps=1", "--prompts=2", "--eval-every=2")
 
 
 # Sessions that run by name only

@@ -1,4 +1,4 @@
-"""The GPU kit: a folder with our wheels, what they need beside a GPU image, the benchmarks, and a script that runs all."""
+"""The GPU kit: a folder with our wheels, what they need in addition to a GPU image, the benchmarks, and a script that runs all."""
 
 import email
 import shutil

@@ -145,7 +145,7 @@ def _headings(text: str) -> list[str]:
 
 
 def project_settings(settings: dict[str, Any], language: str) -> dict[str, Any]:
-    """The settings of Zensical for one language, whose pages are in the folder docs beside them."""
+    """The settings of Zensical for one language, whose pages are in the folder docs next to them."""
     languages = settings["extra"]["languages"]
     texts, first = languages[language], language == next(iter(languages))
     to_root = "" if first else "../"

@@ -15,7 +15,7 @@ def uv(session: nox.Session, *arguments: str | Path, torch: str = "cpu") -> None
 
 def _program(session: nox.Session) -> str:
     try:
-        from uv import find_uv_bin  # beside nox: nox[uv]
+        from uv import find_uv_bin  # installed with nox: nox[uv]
 
         return str(find_uv_bin())
     except (ImportError, FileNotFoundError):
