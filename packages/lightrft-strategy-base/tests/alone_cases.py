@@ -96,7 +96,7 @@ def errors(what: str, fused: bool = False) -> tuple[str, bool]:
         return said, made.update(boundary=True)
 
 
-def mistake_before_the_update_is_due() -> tuple[str, bool, bool]:
+def wrong_argument_within_an_update() -> tuple[str, bool, bool]:
     """The error of an update of two micro-batches, the first with a wrong scheduler on one rank; what it left; the next."""
     with Plain(device="cpu", bf16=False, train_batch_size=4, micro_train_batch_size=1, timeout=60.0) as strategy:
         made = Made(strategy)

@@ -247,7 +247,7 @@ def test_a_misspelled_name_is_refused():
 
 def test_settings_that_a_strategy_refuses_are_refused_without_its_frames(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match=r"expected a CUDA device, torch finds none") as error:
+    with pytest.raises(ConfigError, match=r"expected a CUDA device, got none") as error:
         get_strategy({"strategy": "fake", "device": "cuda"})
     assert error.traceback[-1].path.name == "strategy.py"
 

@@ -1,11 +1,14 @@
 """`lightrft checkpoint`."""
 
+import errno
+
 import pytest
 import torch
 from command_line import lightrft, listed, refused
 from torch import nn
 
 from lightrft.strategy import get_fake_strategy
+from lightrft_cli import errors
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +100,13 @@ def test_a_file_that_the_system_refuses_to_open_is_not_called_damaged(directory)
     assert f"cannot open {file}: Too many levels of symbolic links" in error and "damaged" not in error
     refusal = refused("checkpoint", "show", directory / ("a" * 300))
     assert "expected a path that this user can open" in refusal and "File name too long. Check it" in refusal
+
+
+def test_a_full_disk_is_told_with_its_remedy():
+    error = OSError(errno.ENOSPC, "No space left on device", "/data/model.safetensors")
+    assert errors._message(error) == (
+        "expected to write its output, got: /data/model.safetensors: No space left on device. Free space, or write elsewhere"
+    )
 
 
 def test_verify_of_one_checkpoint_with_a_damaged_manifest(directory):

@@ -76,14 +76,14 @@ def test_an_extra_counts_when_all_that_it_names_is_installed(install):
     requires = ["base", "typer>=99; extra=='a'", "typer>=99; extra=='b'", "absent; extra=='b'"]
     odd = install("lightrft-odd", requires, ["a", "b"])
     assert requirements.extras_in_use(odd) == ["a"]
-    assert [misfit.requirement for misfit in requirements.unmet_requirements(odd, "a")] == ["typer>=99"]
-    assert [misfit.requirement for misfit in requirements.unmet_requirements(odd)] == ["base"]
+    assert [unmet.requirement for unmet in requirements.unmet_requirements(odd, "a")] == ["typer>=99"]
+    assert [unmet.requirement for unmet in requirements.unmet_requirements(odd)] == ["base"]
 
 
 def test_one_variant_of_an_extra_suffices(install):
     install("lightrft-odd", ["absent; extra=='fast'", "typer>=0.1; extra=='fast-cpu'"], ["fast", "fast-cpu"])
     assert requirements.missing_for("lightrft-odd[fast]") == []
-    assert [misfit.requirement for misfit in requirements.missing_for("nothing[fast]")] == ["nothing[fast]"]
+    assert [unmet.requirement for unmet in requirements.missing_for("nothing[fast]")] == ["nothing[fast]"]
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_an_invalid_denominator_drops_the_update(strategy, value):
     model, optimizer = cases.prepared(strategy)
     backward(strategy, model, optimizer, 5, denominator=1)
     with pytest.raises(
-        ArgumentError, match=r"backward: expected denominators that are finite .* in backward 2 of the update"
+        ArgumentError, match=r"backward: expected each denominator to be one number.* in backward 2 of the update"
     ):
         backward(strategy, model, optimizer, 5, denominator=value)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -118,7 +118,7 @@ def test_totals_of_values_on_the_device_and_on_the_host():
 @pytest.mark.parametrize("items", [[2.0, 2.0], [torch.tensor(2.0, dtype=torch.float64)] * 2])
 def test_losses_of_ranks_that_share_sequences_count_once(items):
     losses = [torch.tensor(value, dtype=torch.float64) for value in (3.0, 5.0)]
-    pending = PendingTotals(items, ALONE, sharing=2, losses=losses)
+    pending = PendingTotals(items, ALONE, sharing=2, losses=losses)  # as if it were the sum of both ranks
     totals, _ = pending.read_with(torch.tensor(1.0))
     assert (totals.items, pending.losses()) == (2.0, 4.0)
     assert totals.mean_of(pending.losses(), 8) == 2.0
@@ -151,18 +151,44 @@ def test_the_factor_of_an_update(totals, factor):
     assert got == factor or (factor is None and math.isnan(got))
 
 
+@pytest.mark.parametrize("sharing", [1, 2, 3, 4])
+@pytest.mark.parametrize("changes", [{}, {0: 1.0}, {2: 1.0}, {5: 3.0}, {0: 2.0, 2: -1.0}, {0: 1.0, 1: -1.0, 2: 1.0}])
+@pytest.mark.parametrize("count", [100.0, 1 / 3, 1e10])
+def test_denominators_of_ranks_that_share_sequences_are_compared_by_a_sum(sharing, changes, count):
+    counts = [count + rank // sharing + changes.get(rank, 0.0) for rank in range(max(6, 3 * sharing))]
+    groups = [counts[first : first + sharing] for first in range(0, len(counts) - sharing + 1, sharing)]
+    counts = [each for group in groups for each in group]
+    difference = sum(denominators._weight(rank, sharing) * each for rank, each in enumerate(counts))
+    assert (abs(difference) > denominators.ROUNDING * sum(counts)) == any(len(set(group)) > 1 for group in groups)
+
+
+def test_a_denominator_with_a_graph_is_detached(strategy, recwarn):
+    model, optimizer = cases.prepared(strategy)
+    strategy.backward(
+        model(torch.ones(1, 2)).sum(), model, optimizer, denominator=torch.tensor(2.0, requires_grad=True)
+    )
+    assert strategy.optimizer_step(optimizer, model, boundary=True).denominator == 2.0
+    assert not list(recwarn)
+
+
+def test_a_denominator_without_a_value_is_refused(strategy):
+    model, optimizer = cases.prepared(strategy)
+    with pytest.raises(ArgumentError, match="a tensor of one number, or None"):
+        strategy.backward(model(torch.ones(1, 2)).sum(), model, optimizer, denominator=torch.ones((), device="meta"))
+
+
 def test_the_error_names_the_ranks_and_the_first_invalid_values():
     of_0 = denominators.report([1.0, -2.0, math.nan, -1.0, -4.0])
     of_1 = denominators.report([1.0, None])
-    assert of_0 == ["-2 in backward 2, nan in backward 3, -1 in backward 4", "5 with and 0 without"]
+    assert of_0 == ["-2 in backward 2, nan in backward 3, -1 in backward 4", "5 with and 0 without", "nan"]
     assert "got rank 0: -2 in backward 2" in str(denominators.mistake("optimizer_step", "M", [of_0, of_1]))
-    mixed = str(denominators.mistake("optimizer_step", "M", [["", "1 with and 0 without"], of_1]))
+    mixed = str(denominators.mistake("optimizer_step", "M", [["", "1 with and 0 without", "1"], of_1]))
     assert "got rank 0: 1 with and 0 without; rank 1: 1 with and 1 without" in mixed
 
 
 def test_an_update_sums_one_vector_besides_the_gradient(two: Workers) -> None:
     for denominator in (None, 3):
-        assert two.run(cases.collectives_of_an_update, denominator=denominator) == [[(5, True), (2, False)]] * 2
+        assert two.run(cases.collectives_of_an_update, denominator=denominator) == [[(6, True), (2, False)]] * 2
 
 
 @pytest.mark.parametrize(("others", "mine"), [(3, None), (None, 3), (3, -1), (3, math.inf), (3, "many"), (3, True)])

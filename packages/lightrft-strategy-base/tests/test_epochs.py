@@ -1,4 +1,4 @@
-"""An epoch of a loader for training is made of whole updates, at any number of ranks."""
+"""An epoch of a training loader is made of whole updates, at any number of ranks."""
 
 import logging
 

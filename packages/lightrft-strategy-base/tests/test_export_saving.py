@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from lightrft.config import ArgumentError, CheckpointError, StrategyError, UnsupportedOperationError
 from lightrft.strategy import FakeStrategy
 from lightrft.strategy.export.atomic_directory import AtomicDirectory
-from lightrft.strategy.models.weight_stream import form_for_engines
+from lightrft.strategy.models.weight_stream import converter_for_engines
 from lightrft.strategy.storage import files
 
 BUILDS = {"tied": llama, "untied": lambda: llama(tied=False), "experts": mixture_of_experts, "vision": vision_language}
@@ -424,7 +424,7 @@ def test_prompt_learning_is_neither_merged_nor_streamed(strategy, tmp_path, conf
         strategy.save_model(model, None, tmp_path / "out", merge_adapters=True)
     prepared = strategy._models.find(model)
     with pytest.raises(UnsupportedOperationError, match=rf"got {name_of(config)}"):
-        form_for_engines(prepared.module, prepared.meta_model)
+        converter_for_engines(prepared.module, prepared.meta_model)
     assert list(tmp_path.iterdir()) == []
 
 

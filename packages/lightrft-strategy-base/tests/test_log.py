@@ -85,7 +85,7 @@ def test_unknown_trackers_and_those_without_a_directory_are_refused_at_once():
         strategy(trackers=["wandbb"])
     with pytest.raises(ConfigError, match="trackers: 'tensorboard' writes to a directory, but log_dir is None"):
         strategy(trackers=["tensorboard"])
-    with pytest.raises(ConfigError, match="is not a subclass of Tracker"):
+    with pytest.raises(ConfigError, match="expected a subclass of Tracker"):
         strategy(trackers=["pathlib:Path"])
     with pytest.raises(BackendNotInstalledError, match="tracker 'pathlib:No'"):
         strategy(trackers=["pathlib:No"])

@@ -133,6 +133,11 @@ def test_no_sequences_make_no_micro_batches(strategy, lengths):
     assert strategy.plan_micro_batches(lengths, max_tokens=4, padded=True) == ()
 
 
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_budget_has_no_limit(strategy, padded):
+    assert len(strategy.plan_micro_batches([3, 1, 2], max_tokens=2**70, padded=padded)) == 1
+
+
 def test_a_sequence_over_the_budget_is_refused_with_its_index_and_the_budget_it_needs(strategy):
     with pytest.raises(ArgumentError, match=r"max_tokens=8, got one of 9 tokens at index 1\. .* at least 11"):
         strategy.plan_micro_batches([8, 9, 11], max_tokens=8, padded=True)

@@ -213,7 +213,7 @@ def test_unknown_engines_and_strategies(monkeypatch):
         engine_class("vllm")
     with pytest.raises(ConfigError, match="did you mean 'fake'"):
         engine_class("fakee")
-    with pytest.raises(ConfigError, match="is not a subclass of StrategyBase"):
+    with pytest.raises(ConfigError, match="expected a subclass of StrategyBase"):
         strategy_class("json:loads")
     with pytest.raises(BackendNotInstalledError, match="cannot be imported"):
         strategy_class("no_such_module:Strategy")

@@ -104,7 +104,7 @@ def _with_sinks() -> nn.Module:
         (lambda: _changed(attn_logit_softcapping=30.0), 2, ["attn_logit_softcapping=30.0"]),
         (lambda: _changed(output_router_logits=True), 2, ["output_router_logits"]),
         (_prompt_tuned, 2, ["prompt learning"]),
-        (_encoder_decoder, 2, ["a decoder of text"]),
+        (_encoder_decoder, 2, ["a text-only decoder"]),
     ],
 )
 def test_a_model_whose_attention_cannot_be_shared_is_refused_with_the_numbers(

@@ -129,8 +129,9 @@ def test_values_are_those_of_torch_distributions(fused):
         model = strategy.prepare(llama())
         got = strategy.token_log_probs(model, tokens, mask, temperature=0.5, entropy=True)
         distribution = torch.distributions.Categorical(logits=model(tokens, attention_mask=mask).logits[:, :-1] / 0.5)
-    torch.testing.assert_close(got.log_probs, distribution.log_prob(tokens[:, 1:]) * mask[:, 1:], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(got.entropy, distribution.entropy() * mask[:, 1:], rtol=1e-5, atol=1e-6)
+    kept = mask[:, 1:] * mask[:, :-1]
+    torch.testing.assert_close(got.log_probs, distribution.log_prob(tokens[:, 1:]) * kept, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.entropy, distribution.entropy() * kept, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -282,14 +283,15 @@ TOKENS = ids()
     [
         ({"input_ids": [[1, 2]]}, ArgumentTypeError, "expected input_ids to be a tensor of token ids"),
         ({"input_ids": TOKENS.float()}, ArgumentTypeError, "expected input_ids .*got torch.float32"),
-        ({"input_ids": TOKENS[0]}, ArgumentError, r"expected input_ids \(B, T\) with T of at least 2, got \(6,\)"),
+        ({"input_ids": TOKENS[0]}, ArgumentError, r"expected input_ids \(B, T\) with B of at least 1 and T of at least 2, got \(6,\)"),
         ({"input_ids": TOKENS[:, :1]}, ArgumentError, r"got \(2, 1\)"),
+        ({"input_ids": TOKENS[:0]}, ArgumentError, r"got \(0, 6\)"),
         ({"attention_mask": [1]}, ArgumentTypeError, "expected attention_mask to be a tensor, or None"),
         ({"attention_mask": TOKENS[:, 1:]}, ArgumentError, r"the shape of input_ids \(2, 6\), got \(2, 5\)"),
         ({"targets": TOKENS}, ArgumentError, r"expected targets to be \(2, 5\).*got \(2, 6\)"),
         ({"targets": TOKENS[:, 1:].float()}, ArgumentTypeError, "expected targets"),
         ({"targets": TOKENS[:, 1:] + 17}, ArgumentError, "expected targets from 0 to 16"),
-        ({"labels": TOKENS}, ArgumentError, r"expected no labels.*targets=labels\[:, 1:\]"),
+        ({"labels": TOKENS}, ArgumentError, r"expected no argument labels.*targets=labels\[:, 1:\]"),
         ({"temperature": -1.0}, ArgumentError, "expected temperature to be a finite number above 0, got float"),
         ({"entropy": "yes"}, ArgumentTypeError, "expected entropy to be True or False, got str"),
         ({"model": nn.Linear(2, 2)}, StrategyError, "expected a model that this strategy has prepared"),
@@ -300,6 +302,47 @@ def test_wrong_arguments_are_refused(fused, change, kind, message):
         model = strategy.prepare(llama())
         with pytest.raises(kind, match=message):
             strategy.token_log_probs(**{"model": model, "input_ids": TOKENS, **change})
+
+
+class Wrapped(nn.Module):
+    """A model whose forward names no argument."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+    def get_output_embeddings(self):
+        return self.inner.get_output_embeddings()
+
+    def forward(self, *inputs, **more):
+        return self.inner(*inputs, **more).logits
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("make", [llama, with_adapter, lambda: Wrapped(llama())], ids=["llama", "LoRA", "wrapper"])
+def test_packed_sequences_do_not_see_each_other(fused, make):
+    first, second = ids(1, 4), ids(1, 7)[:, 1:]
+    with fake(fused) as strategy:
+        model = strategy.prepare(make())
+        alone = [strategy.token_log_probs(model, each).log_probs for each in (first, second)]
+        positions = torch.cat([torch.arange(4), torch.arange(6)])[None]
+        packed = strategy.token_log_probs(model, torch.cat([first, second], dim=1), position_ids=positions).log_probs
+        assert packed[0, 3] == 0.0, "the first token of the second sequence"
+        assert all(getattr(getattr(part, "config", None), "use_cache", True) for part in model.modules())
+        torch.testing.assert_close(torch.cat([packed[:, :3], packed[:, 4:]], dim=1), torch.cat(alone, dim=1))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_log_probs_do_not_depend_on_padding_on_the_left(fused):
+    tokens, mask = ids(2, 7), torch.ones(2, 7, dtype=torch.int64)
+    mask[0, :3] = 0
+    with fake(fused) as strategy:
+        model = strategy.prepare(llama())
+        seen = [strategy.token_log_probs(model, tokens.masked_fill(mask == 0, pad), mask).log_probs for pad in (0, 1)]
+        assert torch.equal(*seen)
+        assert seen[0][0, :3].tolist() == [0.0, 0.0, 0.0]
+        alone = strategy.token_log_probs(model, tokens[:1, 3:]).log_probs
+        torch.testing.assert_close(seen[0][:1, 3:], alone)
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -16,7 +16,7 @@ from lightrft.strategy.step.gradients import clip_factor, global_norm, scale
 from lightrft.strategy.step.schedules import warmup_then_cosine
 
 
-def test_biases_and_norms_are_spared_from_decay():
+def test_biases_and_norms_do_not_decay():
     assert names_without_decay(Tied()) == {
         "ln_f.weight",
         "attention.q_proj.bias",

@@ -55,10 +55,10 @@ def packages() -> Iterator[Finding]:
     reported = set()
     for installed in [*ours, *libraries]:
         extras = extras_in_use(installed) if installed in ours else []
-        for misfit in (misfit for extra in ["", *extras] for misfit in unmet_requirements(installed, extra)):
-            if misfit.requirement not in reported:
-                reported.add(misfit.requirement)
-                yield Finding("packages", misfit.package, "problem", misfit.reason, misfit.remedy)
+        for unmet in (unmet for extra in ["", *extras] for unmet in unmet_requirements(installed, extra)):
+            if unmet.requirement not in reported:
+                reported.add(unmet.requirement)
+                yield Finding("packages", unmet.package, "problem", unmet.reason, unmet.remedy)
 
 
 def registrations() -> Iterator[Finding]:

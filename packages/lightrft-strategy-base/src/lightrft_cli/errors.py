@@ -94,10 +94,11 @@ def _is_expected(error: Exception) -> bool:
 
 def _message(error: Exception) -> str:
     """What is printed of an expected error."""
+    if isinstance(error, OSError) and error.errno in (errno.EDQUOT, errno.EIO, errno.ENOSPC):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"expected to write its output, got: {where}{error.strerror}. Free space, or write elsewhere"
     if isinstance(error, OSError) and error.filename:
         return f"expected a path that this user can open, got {error.filename}: {error.strerror}. Check it and its permissions"
-    if isinstance(error, OSError) and error.errno in (errno.EDQUOT, errno.EIO, errno.ENOSPC):
-        return f"expected to write its output, got: {error.strerror}. Free space, or write elsewhere"
     return str(error)
 
 

@@ -65,7 +65,7 @@ def registered(group: str) -> list[Registered]:
     known = {name: requirement for (of, name), requirement in PACKAGES.items() if of == group}
     requirements = {name: _package(point) for name, point in points.items()} | known
     missing = {name: missing_for(requirement) for name, requirement in requirements.items()}
-    problems = {name: "; ".join(misfit.reason for misfit in missing[name]) for name in requirements}
+    problems = {name: "; ".join(unmet.reason for unmet in missing[name]) for name in requirements}
     ready = [name for name in points if not missing[name]]
     for name, error in zip(ready, import_errors([points[name] for name in ready]), strict=True):
         problems[name] = f"cannot be imported: {error}" if error else ""
@@ -75,7 +75,7 @@ def registered(group: str) -> list[Registered]:
             package=requirement.partition("[")[0],
             version=installed_version(requirement.partition("[")[0]),
             problem=problems[name],
-            broken=bool(problems[name]) and all(misfit.installed for misfit in missing[name]),
+            broken=bool(problems[name]) and all(unmet.installed for unmet in missing[name]),
             remedy=f"pip install '{requirement}'" if problems[name] else "",
         )
         for name, requirement in sorted(requirements.items())

@@ -56,7 +56,7 @@ def unmet_requirements(installed: Distribution, extra: str = "") -> list[UnmetRe
         extra: Check the requirements of this extra; if "", those of the distribution without extras.
     """
     required = _requirements_of(installed, extra)
-    return [misfit for requirement in required if (misfit := _unmet(installed.name, requirement)) is not None]
+    return [unmet for requirement in required if (unmet := _unmet(installed.name, requirement)) is not None]
 
 
 def extras_in_use(installed: Distribution) -> list[str]:

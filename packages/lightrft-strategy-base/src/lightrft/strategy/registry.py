@@ -33,7 +33,7 @@ def load(group: str, name: str, base: type[Base]) -> type[Base]:
     loaded = _load(group, name)
     if not (isinstance(loaded, type) and issubclass(loaded, base)):
         raise ConfigError(
-            f"{_WORDS[group]} {name!r}: {loaded!r} is not a subclass of {base.__name__}. Register the class itself"
+            f"{_WORDS[group]} {name!r}: expected a subclass of {base.__name__}, got {loaded!r}. Register the class itself"
         )
     return loaded
 

@@ -100,7 +100,7 @@ Key = TypeVar("Key")
 
 UNKNOWN_NUMBER_OF_UPDATES = int(1e8)
 """Number of updates over which a schedule decays if the caller does not give one."""
-_OF_ONE_RANK = frozenset({"extra_args", "local_rank", "log_dir", "log_name", "log_project"})
+_PER_RANK_SETTINGS = frozenset({"extra_args", "local_rank", "log_dir", "log_name", "log_project"})
 """Settings that may differ between ranks. Only rank 0 uses those of trackers, which often contain the time."""
 _OPEN: "weakref.WeakSet[StrategyBase]" = weakref.WeakSet()
 """The strategies that are not closed."""
@@ -140,7 +140,7 @@ class StrategyBase(LightRFTMembers):
     sequence_parallel: SequenceParallel
     """The ranks that share the sequences of this rank; splits batches, and gathers per-token values."""
     sp_data_processor: SequenceDataProcessor
-    """Lists whose items these ranks hold in parts, under LightRFT's name."""
+    """Gathers lists of samples over these ranks, and splits them again. The name is LightRFT's."""
     name: ClassVar[str]
     """The name under which the strategy is registered."""
     backend_class: ClassVar[type[ReplicatedBackend]] = ReplicatedBackend
@@ -367,7 +367,7 @@ class StrategyBase(LightRFTMembers):
 
         Args:
             metrics: By name: numbers, tensors of one number, or nested dicts of these, whose names are joined with "/".
-                May be empty. NaN and infinity are allowed. Tensors on the device are waited for, on rank 0, once.
+                May be empty. NaN and infinity are allowed. Tensors on the device cost one synchronisation, on rank 0.
             step: At least 0, for example the number of updates so far. It may repeat.
 
         Raises:
@@ -664,13 +664,13 @@ class StrategyBase(LightRFTMembers):
     ) -> DataLoader[Any]:  # fmt: skip
         """Return a loader over this rank's share of a map-style dataset. All ranks must call this.
 
-        Ranks that share sequences (``sp_size``) have the same share, and count as one rank below.
+        Ranks that share sequences (``sp_size``) get the same samples, and count as one rank below.
 
         The order depends only on the seed and the epoch (``loader.set_epoch``). While the loader exists, every
         checkpoint stores its position. Loaders are matched by the order in which they were created: the n-th loader of
         a resumed run gets the position of the n-th loader, whether it is created before or after `load_ckpt`.
 
-        A loader for training ends each epoch with a whole update, so that the updates are the same on any number of ranks:
+        A training loader ends each epoch with a whole update, so that the updates are the same on any number of ranks:
         see ``whole_updates``.
 
         Args:
@@ -688,7 +688,7 @@ class StrategyBase(LightRFTMembers):
                 update, its remaining samples are cut or filled to a multiple. ``batch_size`` must be
                 ``micro_train_batch_size``, or divide a rank's share of an update; the script then passes ``boundary``
                 to each `optimizer_step`, which otherwise counts batches of any size as micro-batches. Default: yes,
-                with ``drop_last``, for a loader that looks like one for training: it shuffles, its ``batch_size`` is
+                with ``drop_last``, for a training loader, which means here: it shuffles, its ``batch_size`` is
                 ``micro_train_batch_size``, and the dataset has at least ``train_batch_size`` samples. A warning says
                 how many samples of each epoch such a loader drops, or that its updates depend on the number of ranks,
                 if it has too few samples or no ``drop_last``.
@@ -775,10 +775,12 @@ class StrategyBase(LightRFTMembers):
             input_ids: (B, T), T of at least 2. Token ids.
             attention_mask: (B, T). 0 at padding. None: no padding.
             targets: (B, T - 1). The token whose log-probability is read at each position but the last; -100 leaves a
-                position out, at no cost. Default: the next token, ``input_ids[:, 1:]``, and -100 where it is padding.
+                position out, at no cost. Default: the next token, ``input_ids[:, 1:]``, and -100 where it is padding, or the
+                first token of a sequence: after padding on the left, or where the position ids of packed sequences restart.
             temperature: Positive number by which logits are divided.
             entropy: Return the entropy of each distribution too, with its gradient.
-            **inputs: Further arguments of the model's forward, such as ``position_ids`` or ``pixel_values``.
+            **inputs: Further arguments of the model's forward, such as ``position_ids`` or ``pixel_values``. The model makes no
+                cache unless ``use_cache`` is given: without a mask, position ids that restart mean packed sequences.
 
         Returns:
             ``(log_probs, entropy)``, each (B, T - 1) in fp32; 0 where a position is left out. ``entropy`` is None unless requested.
@@ -790,12 +792,15 @@ class StrategyBase(LightRFTMembers):
                 logits in an unknown way.
         """
         with self._running(token_log_probs.CALL):
-            with self._consensus.together(token_log_probs.CALL, "checking arguments"):
+            own: dict[str, object] = {}
+            with self._consensus.together(token_log_probs.CALL, "checking arguments", report=lambda: own) as reports:
                 prepared = self._models.require_ready(model, token_log_probs.CALL)
                 _check(token_log_probs.CALL, entropy=(entropy, FLAG))
                 request = token_log_probs.request(
                     input_ids, attention_mask, targets, temperature, bool(entropy), inputs
                 )
+                own.update(temperature=float(temperature), entropy=bool(entropy))
+            self.sequence_parallel.require_same(token_log_probs.CALL, reports)
             fused = self.config.fused_linear_logprob
             compute = partial(
                 token_log_probs.fused if fused else token_log_probs.from_logits, prepared, self._consensus
@@ -820,8 +825,8 @@ class StrategyBase(LightRFTMembers):
             model: The model in training.
             optimizer: Its optimizer.
             denominator: The number of items, tokens for example, that the loss is a sum over: at least 0; a number or a
-                tensor of one number. All losses of an update have one, on every rank, or none has. A tensor on the device
-                is not waited for.
+                tensor of one number. Pass one with every loss of an update, on every rank, or with none. A tensor on the
+                device causes no synchronisation.
             retain_graph: Keep the graph for another backward pass.
 
         Raises:
@@ -860,8 +865,8 @@ class StrategyBase(LightRFTMembers):
 
         Raises:
             ArgumentError: On every rank, if a denominator was negative or not finite on any; the update was dropped.
-            LightRFTError: The optimizer, the model or the schedule is another's. With several ranks, every rank raises it
-                when the update is due, which is dropped.
+            LightRFTError: The optimizer, model or scheduler belongs to another model. With several ranks, every rank raises
+                it at the call that ends the update, and the update is dropped.
             StrategyError: `backward` was not called; the ranks pass different values of ``boundary``; or, on every
                 rank, losses of the update came with and without a denominator on any, or ``max_skipped_updates``
                 consecutive updates were not finite.
@@ -886,7 +891,7 @@ class StrategyBase(LightRFTMembers):
             pending = [trained for trained in self._models.in_training if trained.backwards]
             if len(pending) != 1:
                 raise
-            update.hold_until_due(error, pending[0], self.backend.world)
+            update.defer_to_boundary(error, pending[0], self.backend.world)
             return pending[0]
 
     def _trained(self, model: nn.Module, optimizer: Optimizer, call: str) -> TrainedModel:
@@ -1407,5 +1412,5 @@ def _check(call: str, **arguments: tuple[object, Expected]) -> None:
 
 def _shared_settings(config: StrategyConfig) -> list[list[object]]:
     """Return the settings that must be the same on all ranks, as JSON values."""
-    shared = {name: value for name, value in config.to_dict().items() if name not in _OF_ONE_RANK}
+    shared = {name: value for name, value in config.to_dict().items() if name not in _PER_RANK_SETTINGS}
     return [[name, list(value) if isinstance(value, tuple) else value] for name, value in shared.items()]

@@ -52,7 +52,7 @@ def check_batch_norms(module: nn.Module, backend: str, device: torch.device) -> 
     if norms and device.type == "cpu":
         raise UnsupportedOperationError(
             f"prepare: expected no BatchNorm with bf16=True on the CPU, got {', '.join(norms[:3])} of {type(module).__name__}. "
-            f"{backend} uses their weights in bfloat16, and torch needs those of their fp32 statistics. Use bf16=False, "
+            f"{backend} keeps their weights in bfloat16, and torch requires the fp32 of their running statistics. Use bf16=False, "
             f"strategy 'fake' or zero_stage=0, or another norm"
         )
 

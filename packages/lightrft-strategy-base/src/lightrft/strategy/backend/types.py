@@ -142,7 +142,7 @@ class TrainedModel:
         self.averages: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
         """Updates that each moving average includes. Without an entry: those before this run started or resumed."""
         self._resumed_updates = 0
-        self.mistake: LightRFTError | None = None
+        self.deferred_error: LightRFTError | None = None
         """An error of this rank alone in the update in progress, which `optimizer_step` raises on all ranks."""
         self.updating = False
         """Whether an update is being made: only then may the optimizer step."""

@@ -64,11 +64,11 @@ class CheckpointItem:
         return {name: buffer for name, buffer in self.module.named_buffers() if name in persistent}
 
     def check_no_pending_gradient(self) -> None:
-        """Raise `StrategyError` between updates."""
+        """Raise `StrategyError` within an update, while a gradient is pending."""
         if self.trained is not None and self.trained.has_pending_gradient:
             raise StrategyError(
-                f"expected {type(self.module).__name__} to be between two updates, got a gradient that no update has used yet "
-                f"({self.trained.micro_batches} of {self.trained.accumulation_steps} micro-batches). Call this after "
+                f"expected no pending gradient of {type(self.module).__name__}, got {self.trained.micro_batches} of "
+                f"{self.trained.accumulation_steps} micro-batches accumulated. Call this after "
                 f"an optimizer_step that applied or skipped an update. If the last micro-batches do not fill an update, pass "
                 f"boundary=True to the last optimizer_step, which then updates with fewer"
             )

@@ -76,7 +76,7 @@ class SaveTarget:
         for name, value, types in (("max_num", self.max_num, (int,)), ("max_mem", self.max_mem, (int, float))):
             if isinstance(value, bool) or not isinstance(value, types):
                 expected = " or ".join(cls.__name__ for cls in types)
-                raise ArgumentTypeError(f"expected {name} to be {expected}, got {shown(value)}. Convert it")
+                raise ArgumentTypeError(f"expected {name} to be {expected}, got {shown(value)}. Pass a number")
         if self.max_num < 1:
             raise ConfigError(f"expected max_num to be at least 1, got {self.max_num}. Pass 1 to keep only the newest")
         if not self.max_mem > 0:

@@ -234,7 +234,7 @@ def epoch_multiple(
 def _warn_of_dropped_samples(samples: int, total: int) -> None:
     logger.warning(
         "setup_dataloader: each epoch drops %d of %d samples, which do not fill an update of train_batch_size=%d, because a loader "
-        "that shuffles and has batches of micro_train_batch_size is taken as one for training. Pass whole_updates=False to keep "
+        "that shuffles and has batches of micro_train_batch_size is treated as a training loader. Pass whole_updates=False to keep "
         "them, for prompts or evaluation; whole_updates=True to drop them without this warning", samples % total, samples, total,
     )  # fmt: skip
 

@@ -68,7 +68,8 @@ class Planner:
 
     @_without_collector()
     def __init__(self, lengths: Sequence[int], max_tokens: int, *, padded: bool) -> None:
-        self._lengths, self._max_tokens, self._padded = lengths, max_tokens, padded
+        most = len(lengths) * max(lengths, default=1)  # of one micro-batch with all of them
+        self._lengths, self._max_tokens, self._padded = lengths, min(max_tokens, most), padded
         values = np.asarray(lengths, dtype=np.int64)
         order = np.argsort(-values, kind="stable")
         self._order, self._descending = tuple(order.tolist()), values[order].tolist()

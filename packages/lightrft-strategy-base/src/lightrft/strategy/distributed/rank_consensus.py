@@ -114,7 +114,7 @@ class RankConsensus:
         if len(set(calls)) > 1:
             made = "; ".join(f"rank {rank}: {name}" for rank, name in enumerate(calls))
             raise StrategyError(
-                f"the ranks make different calls: {made}. Every rank must make the same calls in the same order"
+                f"expected all ranks to make the same call, got {made}. Make the same calls in the same order on every rank"
             )
         return [message for _, message in envelopes]
 
@@ -141,7 +141,9 @@ def require_equal(call: str, values: Sequence[Any]) -> None:
     """Raise `StrategyError` if the ranks' ``values`` differ; the message has what each rank has that others lack."""
     if any(value != values[0] for value in values):
         given = "; ".join(f"rank {rank}: {_difference(value, values)}" for rank, value in enumerate(values))
-        raise StrategyError(f"{call}: expected the same on all ranks, got {given}. Pass the same on every rank")
+        raise StrategyError(
+            f"{call}: expected the same arguments on all ranks, got {given}. Pass the same on every rank"
+        )
 
 
 def _difference(value: object, values: Sequence[Any]) -> str:

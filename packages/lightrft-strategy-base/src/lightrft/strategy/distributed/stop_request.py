@@ -25,7 +25,8 @@ class StopRequest:
         """Record a SIGTERM that arrives in the body. Every rank enters it, in its main thread."""
         if threading.current_thread() is not threading.main_thread():
             raise StrategyError(
-                "saving_on_sigterm: expected the main thread, the only one that receives signals. Enter it there"
+                "saving_on_sigterm: expected the main thread, which alone receives signals, got thread "
+                f"{threading.current_thread().name!r}. Enter the block in the main thread"
             )
         if self.is_watching:
             raise StrategyError(

@@ -150,7 +150,9 @@ def device_of(config: StrategyConfig) -> torch.device:
     if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ConfigError("device='cuda': expected a CUDA device, torch finds none. Use device='cpu' or 'auto'")
+        raise ConfigError(
+            "device='cuda': expected a CUDA device, got none: torch.cuda.is_available() is false. Use device='cpu' or 'auto'"
+        )
     index, count = local_rank(config), torch.cuda.device_count()
     if index >= count:
         raise ConfigError(

@@ -26,7 +26,7 @@ from lightrft.strategy.export.sources.lightrft_checkpoint import CheckpointSourc
 from lightrft.strategy.export.sources.open_source import has_adapters, open_source
 from lightrft.strategy.export.sources.source import Source
 from lightrft.strategy.export.tensor_files import TensorWriter, file_layouts
-from lightrft.strategy.models.forms import unchanged
+from lightrft.strategy.models.renaming import unchanged
 from lightrft.strategy.models.state_dict_adapter import StateDictAdapter, all_tensors
 from lightrft.strategy.storage import files
 from lightrft.strategy.tensors import cast, grouped
@@ -104,9 +104,9 @@ class Conversion:
         return meta_models.with_adapters(model, facts.get("adapters", {}))
 
     def _write(self, source: Source, part: Part, model: nn.Module, directory: AtomicDirectory) -> None:
-        form, folder = part.form, directory.folder / part.folder
-        stored = _stored_names(source, model, part.form.tensors)
-        planned = form.convert(
+        converter, folder = part.converter, directory.folder / part.folder
+        stored = _stored_names(source, model, part.converter.tensors)
+        planned = converter.convert(
             {name: self._planned(name, source.contents[source_name], part) for name, source_name in stored.items()}
         )
         nbytes = sum(tensor.nbytes for tensor in planned.values())
@@ -115,9 +115,9 @@ class Conversion:
         part.write_configuration(folder, planned)
         layouts = file_layouts(planned, part.stem, self.shard_bytes if part.splits else nbytes)
         with TensorWriter(folder, layouts) as writer, source.opened():
-            for unit in form.units:
+            for unit in converter.units:
                 precision = torch.float32 if part.merges(unit) else None
-                for name, tensor in form.convert(
+                for name, tensor in converter.convert(
                     {unit_name: cast(source.read(stored[unit_name]), precision) for unit_name in unit}
                 ).items():
                     writer.write(name, tensor)
@@ -178,9 +178,9 @@ def _parts(source: Source, model: nn.Module, *, merge_adapters: bool) -> Sequenc
     if source.names == "in memory":
         return parts_of(model, model, type(model), merge_adapters=merge_adapters)
     if not (source.path / _CONFIGURATION).exists():  # from --base, and perhaps of another model
-        form = StateDictAdapter.of(model)
-        _stored_names(source, model, form.convert(form.tensors))
-    return [WholeModel(form=unchanged(source.contents), module=model, model_class=type(model), generates=model)]
+        converter = StateDictAdapter.of(model)
+        _stored_names(source, model, converter.convert(converter.tensors))
+    return [WholeModel(converter=unchanged(source.contents), module=model, model_class=type(model), generates=model)]
 
 
 def _stored_names(source: Source, model: nn.Module, wanted: Mapping[str, torch.Tensor]) -> dict[str, str]:

@@ -20,8 +20,8 @@ from lightrft.strategy.distributed.rank_consensus import RankConsensus
 from lightrft.strategy.export.sources.open_source import has_adapters, open_source
 from lightrft.strategy.export.sources.source import Source
 from lightrft.strategy.models import adapters, state_dict_adapter, weight_stream
-from lightrft.strategy.models.forms import unchanged
 from lightrft.strategy.models.registry import PreparedModel
+from lightrft.strategy.models.renaming import unchanged
 from lightrft.strategy.models.state_dict_adapter import StateDictAdapter
 from lightrft.strategy.tensors import grouped
 
@@ -38,8 +38,8 @@ class LoadedNames:
     """Names in the directory that the model does not have."""
 
 
-class Form(weight_stream.Form, Protocol):
-    """A form in which weights can be read into a model."""
+class ReversibleConverter(weight_stream.WeightConverter, Protocol):
+    """A converter that also turns tensors of a checkpoint into those of the model."""
 
     def restore(self, tensors: Mapping[str, torch.Tensor], /) -> dict[str, torch.Tensor]:
         """Undo `convert`."""
@@ -53,9 +53,11 @@ def load_model(
         backend.reshard(model.module)
         source = open_source(path, allow_pickle=allow_pickle)
         loaded = model.exported
-        form = _form(loaded, source)
-        reader = Reader(backend, form, source)
-        left = LoadedNames(missing=tuple(reader.missing), unexpected=tuple(_unexpected(loaded.module, form, reader)))
+        converter = _converter(loaded, source)
+        reader = Reader(backend, converter, source)
+        left = LoadedNames(
+            missing=tuple(reader.missing), unexpected=tuple(_unexpected(loaded.module, converter, reader))
+        )
         _check(loaded.module, path, reader, left, strict)
     with consensus.together(CALL, "reading"):
         reader.fill(Target(backend, model.module))
@@ -63,27 +65,29 @@ def load_model(
     return left
 
 
-def _form(model: PreparedModel, source: Source) -> Form:
-    """Return the form in which ``source`` holds the tensors of ``model``."""
+def _converter(model: PreparedModel, source: Source) -> ReversibleConverter:
+    """Return the converter between ``model`` and the tensors in ``source``."""
     module, meta_model = model.module, model.names_model
     if source.names == "in memory":
         return unchanged(state_dict_adapter.saved_tensors(module))
     if not adapters.has_adapters(module):
         return StateDictAdapter.of(module)
     if not has_adapters(source.path):
-        return adapters.base_form(module, meta_model)
+        return adapters.base_converter(module, meta_model)
     peft_model: Any = meta_model
     name = source.path.name if source.path.name in peft_model.peft_config else peft_model.active_adapter
-    return adapters.adapter_form(module, meta_model, name)
+    return adapters.adapter_converter(module, meta_model, name)
 
 
 class Reader:
     """Reads a model's tensors, a unit at a time."""
 
-    def __init__(self, backend: Backend, form: Form, source: Source) -> None:
-        self._form, self._source = form, source
-        empty = {name: torch.empty(backend.full_shape(tensor), device="meta") for name, tensor in form.tensors.items()}
-        self.wanted = {name: tensor.shape for name, tensor in form.convert(empty).items()}
+    def __init__(self, backend: Backend, converter: ReversibleConverter, source: Source) -> None:
+        self._converter, self._source = converter, source
+        empty = {
+            name: torch.empty(backend.full_shape(tensor), device="meta") for name, tensor in converter.tensors.items()
+        }
+        self.wanted = {name: tensor.shape for name, tensor in converter.convert(empty).items()}
         self._empty = empty
 
     @property
@@ -107,12 +111,12 @@ class Reader:
     def fill(self, target: "Target") -> None:
         """Read every complete unit of the source into ``target``."""
         with self._source.opened():
-            for unit in self._form.units:
-                names = self._form.convert({name: self._empty[name] for name in unit}).keys()
+            for unit in self._converter.units:
+                names = self._converter.convert({name: self._empty[name] for name in unit}).keys()
                 if all(name in self._source.contents for name in names):
-                    restored = self._form.restore({name: self._source.read(name) for name in names})
+                    restored = self._converter.restore({name: self._source.read(name) for name in names})
                     for name in unit:
-                        target.write(self._form.tensors[name], restored[name])
+                        target.write(self._converter.tensors[name], restored[name])
 
 
 class Target:
@@ -133,9 +137,9 @@ class Target:
             shard.values.copy_(shard.of(full))
 
 
-def _unexpected(module: Any, form: Form, reader: Reader) -> Iterable[str]:
+def _unexpected(module: Any, converter: ReversibleConverter, reader: Reader) -> Iterable[str]:
     """Return names that the model does not have, except aliases of tied tensors and names that its class ignores."""
-    known = {id(tensor) for tensor in form.tensors.values()}
+    known = {id(tensor) for tensor in converter.tensors.values()}
     aliases = {name for name, tensor in state_dict_adapter.all_tensors(module) if id(tensor) in known}
     patterns = [re.compile(pattern) for pattern in getattr(module, "_keys_to_ignore_on_load_unexpected", None) or ()]
     for name in reader.unknown:

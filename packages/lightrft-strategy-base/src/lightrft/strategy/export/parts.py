@@ -19,7 +19,7 @@ from lightrft.strategy.models.state_dict_adapter import StateDictAdapter, Unit, 
 class Part(ABC):
     """A set of weights with its configuration."""
 
-    form: weight_stream.Form
+    converter: weight_stream.WeightConverter
     module: nn.Module
     """Has the configuration."""
 
@@ -36,7 +36,7 @@ class Part(ABC):
 
     def merges(self, unit: Unit) -> bool:
         """Return whether adapters are merged in ``unit``, which takes full precision."""
-        return isinstance(self.form, adapters.MergedForm) and self.form.merges(unit)
+        return isinstance(self.converter, adapters.MergedAdapters) and self.converter.merges(unit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,14 +93,14 @@ def parts_of(
         merge_adapters: Merge the adapters into the base model.
     """
     if not adapters.has_adapters(module):
-        form = StateDictAdapter.of(module)
-        return [WholeModel(form=form, module=module, model_class=model_class, generates=module)]
+        converter = StateDictAdapter.of(module)
+        return [WholeModel(converter=converter, module=module, model_class=model_class, generates=module)]
     peft_model: Any = module  # not the copy, whose configuration dates from preparing
     if merge_adapters:
-        merged, base = adapters.MergedForm(module, meta_model), peft_model.get_base_model()
-        return [WholeModel(form=merged, module=base, model_class=type(base), generates=module)]
+        merged, base = adapters.MergedAdapters(module, meta_model), peft_model.get_base_model()
+        return [WholeModel(converter=merged, module=base, model_class=type(base), generates=module)]
     return [
-        Adapter(form=adapters.adapter_form(module, meta_model, name), module=module, name=name)
+        Adapter(converter=adapters.adapter_converter(module, meta_model, name), module=module, name=name)
         for name in peft_model.peft_config
     ]
 

@@ -107,8 +107,8 @@ class TensorPlan:
     def __init__(self, backend: Backend, module: nn.Module, part: Part, options: SaveOptions) -> None:
         self.part, self._backend, self._options = part, backend, options
         self._fp32 = kept_in_fp32(module, options.dtype)
-        self.contents = part.form.convert(
-            {name: self._empty(name, tensor) for name, tensor in part.form.tensors.items()}
+        self.contents = part.converter.convert(
+            {name: self._empty(name, tensor) for name, tensor in part.converter.tensors.items()}
         )
 
     def _empty(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -135,12 +135,12 @@ class TensorPlan:
         """Yield the full tensors, on every rank; in fp32 if they are kept in fp32 or merged, and cast when written."""
         plain: list[Unit] = []
         fp32: list[Unit] = []
-        for unit in self.part.form.units:
+        for unit in self.part.converter.units:
             in_fp32 = self.part.merges(unit) or any(self._is_kept_in_fp32(name) for name in unit)
             (fp32 if in_fp32 else plain).append(unit)
-        backend, form, limit = self._backend, self.part.form, self._options.bucket_bytes
-        yield from weight_stream.stream(backend, form, plain, limit, self._options.dtype)
-        yield from weight_stream.stream(backend, form, fp32, limit, torch.float32)
+        backend, converter, limit = self._backend, self.part.converter, self._options.bucket_bytes
+        yield from weight_stream.stream(backend, converter, plain, limit, self._options.dtype)
+        yield from weight_stream.stream(backend, converter, fp32, limit, torch.float32)
 
 
 def kept_in_fp32(module: object, dtype: torch.dtype | None) -> re.Pattern[str] | None:

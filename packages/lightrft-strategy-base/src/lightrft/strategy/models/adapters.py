@@ -15,7 +15,7 @@ from torch import nn
 
 from lightrft.config import UnsupportedOperationError
 from lightrft.strategy.models import state_dict_adapter
-from lightrft.strategy.models.forms import NamedForm
+from lightrft.strategy.models.renaming import Renaming
 from lightrft.strategy.models.state_dict_adapter import StateDictAdapter, Unit
 
 
@@ -37,7 +37,7 @@ def has_adapters(module: nn.Module) -> bool:
 # Adapters alone
 
 
-def adapter_form(module: nn.Module, meta_model: nn.Module, adapter: str) -> NamedForm:
+def adapter_converter(module: nn.Module, meta_model: nn.Module, adapter: str) -> Renaming:
     """Return one adapter, under the names in PEFT's checkpoint files.
 
     Args:
@@ -49,7 +49,7 @@ def adapter_form(module: nn.Module, meta_model: nn.Module, adapter: str) -> Name
         UnsupportedOperationError: PEFT saves something other than the adapter's tensors.
     """
     names, tensors = _adapter_names(meta_model, adapter), dict(state_dict_adapter.all_tensors(module))
-    return NamedForm(tensors={name: tensors[name] for name in names}, names=names)
+    return Renaming(tensors={name: tensors[name] for name in names}, names=names)
 
 
 def _adapter_names(meta_model: Any, adapter: str) -> dict[str, str]:
@@ -102,17 +102,19 @@ def _trains_embeddings(model: Any) -> bool:
 # The base model
 
 
-def base_form(module: nn.Module, meta_model: nn.Module) -> StateDictAdapter:
+def base_converter(module: nn.Module, meta_model: nn.Module) -> StateDictAdapter:
     """Return the base model of ``module``, as in a checkpoint without adapters."""
     base = _base_model(meta_model)
-    return _form(module, base, _base_names(meta_model, base, merged=False), changed=())
+    return _state_dict_adapter(module, base, _base_names(meta_model, base, merged=False), changed=())
 
 
 def _base_model(meta_model: Any) -> nn.Module:
     return cast(nn.Module, meta_model.get_base_model())
 
 
-def _form(module: nn.Module, base: nn.Module, names: Mapping[str, str], changed: Collection[str]) -> StateDictAdapter:
+def _state_dict_adapter(
+    module: nn.Module, base: nn.Module, names: Mapping[str, str], changed: Collection[str]
+) -> StateDictAdapter:
     """Return the tensors of ``module`` that have ``names`` in ``base``; tied ones once, except those in ``changed``."""
     persistent = module.state_dict(keep_vars=True).keys() & names.keys()
     tensors = {name: tensor for name, tensor in state_dict_adapter.all_tensors(module) if name in persistent}
@@ -187,7 +189,7 @@ def base_without_adapters(meta_model: Any) -> nn.Module:
 # The base model with the adapters merged in
 
 
-class MergedForm:
+class MergedAdapters:
     """A model with its active adapters merged in, as in a checkpoint of the base model's class."""
 
     def __init__(self, module: nn.Module, meta_model: nn.Module) -> None:
@@ -197,7 +199,9 @@ class MergedForm:
         tensors = dict(state_dict_adapter.all_tensors(module))
         self._adapters = _adapters(meta_model)
         """Names of the adapters' tensors, by the name of the weight into which they are merged."""
-        self._base = _form(module, base, _base_names(meta_model, base, merged=True), changed=self._adapters.keys())
+        self._base = _state_dict_adapter(
+            module, base, _base_names(meta_model, base, merged=True), changed=self._adapters.keys()
+        )
         self.tensors = {name: tensors[name] for unit in self.units for name in unit}
         _check_all_merge(meta_model, self.tensors.keys())
 

@@ -102,7 +102,7 @@ class Preparation:
             given = ", ".join(f"{name}={shown(value)}" for name, value in settings.items())
             kind = ArgumentTypeError if isinstance(error, TypeError) else ArgumentError
             raise kind(
-                f"create_optimizer: expected settings of torch.optim.AdamW, got {given}: {error}. Correct them"
+                f"create_optimizer: expected settings of torch.optim.AdamW, got {given}: {error}. See its arguments"
             ) from error
 
     def triple(self, model: nn.Module | None, optimizer: Any, scheduler: Any) -> tuple[Any, Any, Any]:

@@ -53,13 +53,17 @@ class Request:
 def request(
     input_ids: Any, attention_mask: Any, targets: Any, temperature: float, entropy: bool, inputs: Mapping[str, Any]
 ) -> Request:
-    """Check the arguments of `StrategyBase.token_log_probs`. The default targets are the next tokens, without padding."""
+    """Check the arguments of `StrategyBase.token_log_probs`.
+
+    The default targets are the next tokens, without padding and without the first token of each sequence: nothing of its
+    sequence is before it.
+    """
     if not isinstance(input_ids, torch.Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
         got = str(input_ids.dtype) if isinstance(input_ids, torch.Tensor) else shown(input_ids)
         raise ArgumentTypeError(f"{CALL}: expected input_ids to be a tensor of token ids (torch.int64), got {got}")
-    if input_ids.ndim != 2 or input_ids.shape[1] < 2:
+    if input_ids.ndim != 2 or input_ids.shape[0] < 1 or input_ids.shape[1] < 2:
         raise ArgumentError(
-            f"{CALL}: expected input_ids (B, T) with T of at least 2, got {tuple(input_ids.shape)}. Pass a batch of sequences"
+            f"{CALL}: expected input_ids (B, T) with B of at least 1 and T of at least 2, got {tuple(input_ids.shape)}. Pass a batch of sequences"
         )
     if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
         raise ArgumentTypeError(f"{CALL}: expected attention_mask to be a tensor, or None, got {shown(attention_mask)}")
@@ -70,20 +74,29 @@ def request(
         )
     if "labels" in inputs:
         raise ArgumentError(
-            f"{CALL}: expected no labels, from which the model would compute its own loss. Pass them as targets, shifted: "
+            f"{CALL}: expected no argument labels, got one: the model would compute its own loss. Pass them as targets, shifted: "
             f"targets=labels[:, 1:]"
         )
     check_temperature(CALL, temperature)
     if targets is None:
         targets = input_ids[:, 1:].long()
+        positions_BT: Any = inputs.get("position_ids")
         if attention_mask is not None and attention_mask.ndim == 2:
-            targets = targets.masked_fill(attention_mask[:, 1:] == 0, IGNORED)
+            present_BT = attention_mask != 0
+            targets = targets.masked_fill(~(present_BT[:, :-1] & present_BT[:, 1:]), IGNORED)
+        elif attention_mask is None and _are_positions(positions_BT, input_ids):
+            targets = targets.masked_fill(positions_BT.diff(dim=1) != 1, IGNORED)  # packed sequences
     check_targets(CALL, targets, (input_ids.shape[0], input_ids.shape[1] - 1))
     padded_BT = nn.functional.pad(targets, (0, 1), value=IGNORED)
     return Request(
         input_ids=input_ids, attention_mask=attention_mask, targets=padded_BT, temperature=temperature, entropy=entropy,
         inputs=inputs,
     )  # fmt: skip
+
+
+def _are_positions(positions: object, input_ids: torch.Tensor) -> bool:
+    shapes = {tuple(input_ids.shape), (1, input_ids.shape[1])}
+    return isinstance(positions, torch.Tensor) and tuple(positions.shape) in shapes
 
 
 def of_sequences(ranks: SequenceParallel, request: Request, compute: Callable[[Request], LogProbs]) -> LogProbs:
@@ -172,8 +185,31 @@ def replaced_forward(
 
 
 def _call(prepared: PreparedModel, request: Request) -> Any:
+    """Call the model, without a cache: transformers takes position ids that restart for packed sequences only then."""
     mask = {} if request.attention_mask is None else {"attention_mask": request.attention_mask}
-    return prepared.wrapped(request.input_ids, **mask, **request.inputs)
+    if "use_cache" in request.inputs:
+        return prepared.wrapped(request.input_ids, **mask, **request.inputs)
+    with _without_cache(prepared.module):
+        return prepared.wrapped(request.input_ids, **mask, **request.inputs)
+
+
+@contextmanager
+def _without_cache(module: nn.Module) -> Iterator[None]:
+    """Turn off the cache in the configurations of ``module`` and its parts: the forward of a wrapper may take no argument."""
+    configs: dict[int, Any] = {
+        id(config): config for part in module.modules() if _uses_cache(config := getattr(part, "config", None))
+    }
+    for config in configs.values():
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in configs.values():
+            config.use_cache = True
+
+
+def _uses_cache(config: object) -> bool:
+    return getattr(config, "use_cache", None) is True
 
 
 def _logits_of(prepared: PreparedModel, output: object) -> torch.Tensor:

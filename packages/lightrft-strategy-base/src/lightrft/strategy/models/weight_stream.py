@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightrft.strategy.backend.contract import Backend
-from lightrft.strategy.models.adapters import MergedForm, has_adapters
+from lightrft.strategy.models.adapters import MergedAdapters, has_adapters
 from lightrft.strategy.models.state_dict_adapter import StateDictAdapter, Unit
 from lightrft.strategy.tensors import cast, packed
 
@@ -18,8 +18,8 @@ Bucket = list[tuple[str, torch.Tensor]]
 """Names in a checkpoint, and full tensors."""
 
 
-class Form(Protocol):
-    """Which tensors of a model are streamed, which of them convert together, and what they become."""
+class WeightConverter(Protocol):
+    """Converts the tensors of a prepared model to those of a checkpoint: their names and layout."""
 
     @property
     def tensors(self) -> Mapping[str, torch.Tensor]:
@@ -36,10 +36,10 @@ class Form(Protocol):
         """Return whole units, converted to the names and layout of a checkpoint."""
 
 
-def form_for_engines(module: nn.Module, meta_model: nn.Module | None) -> Form:
-    """Return the form in which an engine receives ``module``: its base model, with adapters merged in."""
+def converter_for_engines(module: nn.Module, meta_model: nn.Module | None) -> WeightConverter:
+    """Return the converter to what an engine loads: the base model of ``module``, with adapters merged in."""
     if has_adapters(module):
-        return MergedForm(module, module if meta_model is None else meta_model)
+        return MergedAdapters(module, module if meta_model is None else meta_model)
     return StateDictAdapter.of(module)
 
 
@@ -55,31 +55,35 @@ def buckets_of(sizes: Mapping[str, int], units: Sequence[Unit], limit: int) -> I
         yield [name for unit in bucket for name in unit]
 
 
-def full_parameters(backend: Backend, form: Form, bucket_bytes: int, dtype: torch.dtype | None) -> Iterator[Bucket]:
-    """Yield all tensors of ``form``, gathered and converted, a bucket at a time.
+def full_parameters(
+    backend: Backend, converter: WeightConverter, bucket_bytes: int, dtype: torch.dtype | None
+) -> Iterator[Bucket]:
+    """Yield all tensors of ``converter``, gathered and converted, a bucket at a time.
 
     All ranks must take every bucket. The model must be resharded. Adapters are merged in fp32, and cast afterwards.
 
     Args:
         backend: Gathers the tensors.
-        form: Tensors of one prepared model.
+        converter: Tensors of one prepared model.
         bucket_bytes: Size of a bucket in bytes.
         dtype: Of floating-point tensors. None: as they are.
     """
-    units = form.units
-    yield from stream(backend, form, [unit for unit in units if not form.merges(unit)], bucket_bytes, dtype)
-    for bucket in stream(backend, form, [unit for unit in units if form.merges(unit)], bucket_bytes, torch.float32):
+    units = converter.units
+    yield from stream(backend, converter, [unit for unit in units if not converter.merges(unit)], bucket_bytes, dtype)
+    for bucket in stream(
+        backend, converter, [unit for unit in units if converter.merges(unit)], bucket_bytes, torch.float32
+    ):
         yield from _released([(name, cast(tensor, dtype)) for name, tensor in bucket])
 
 
 def stream(
-    backend: Backend, form: Form, units: Sequence[Unit], bucket_bytes: int, dtype: torch.dtype | None
+    backend: Backend, converter: WeightConverter, units: Sequence[Unit], bucket_bytes: int, dtype: torch.dtype | None
 ) -> Iterator[Bucket]:
-    """Yield the ``units`` of ``form`` like `full_parameters`, but merge adapters in ``dtype``."""
-    sizes = {name: _full_bytes(backend, form.tensors[name], dtype) for unit in units for name in unit}
+    """Yield the ``units`` of ``converter`` like `full_parameters`, but merge adapters in ``dtype``."""
+    sizes = {name: _full_bytes(backend, converter.tensors[name], dtype) for unit in units for name in unit}
     for names in buckets_of(sizes, units, bucket_bytes):
-        with backend.gathered([form.tensors[name] for name in names], dtype) as gathered:
-            yield from _released(list(form.convert(dict(zip(names, gathered, strict=True))).items()))
+        with backend.gathered([converter.tensors[name] for name in names], dtype) as gathered:
+            yield from _released(list(converter.convert(dict(zip(names, gathered, strict=True))).items()))
             del gathered
 
 
@@ -89,10 +93,10 @@ def _released(bucket: Bucket) -> Iterator[Bucket]:
     bucket.clear()
 
 
-def full_shapes(backend: Backend, form: Form) -> dict[str, torch.Size]:
+def full_shapes(backend: Backend, converter: WeightConverter) -> dict[str, torch.Size]:
     """Return names and shapes of what `full_parameters` yields, without communication."""
-    empty = {name: torch.empty(backend.full_shape(tensor), device="meta") for name, tensor in form.tensors.items()}
-    return {name: tensor.shape for name, tensor in form.convert(empty).items()}
+    empty = {name: torch.empty(backend.full_shape(tensor), device="meta") for name, tensor in converter.tensors.items()}
+    return {name: tensor.shape for name, tensor in converter.convert(empty).items()}
 
 
 def _full_bytes(backend: Backend, tensor: torch.Tensor, dtype: torch.dtype | None) -> int:

@@ -185,8 +185,8 @@ def _hook(model: nn.Module, ranks: int, use: Callable[[torch.Tensor], bool]) -> 
         layers = getattr(getattr(model, "config", None), "num_hidden_layers", 0)
         if layout.calls < layers:
             raise StrategyError(
-                f"forward: expected each of the {layers} layers of {type(model).__name__} to share its attention over "
-                f"{ranks} ranks, got {layout.calls} that did; the others saw a slice of the sequence alone. Use sp_size=1"
+                f"forward: expected each of the {layers} layers of {type(model).__name__} to run sequence-parallel over "
+                f"{ranks} ranks, got {layout.calls}; the others attended to this rank's slice only. Use sp_size=1"
             )
 
     return [

@@ -29,9 +29,11 @@ def _check_transformers_model(module: nn.Module, ranks: int) -> None:
     config = model.config
     parts = [name for name in config.sub_configs if getattr(config, name, None) is not None]
     if config.is_encoder_decoder or parts:
-        raise _refusal(model, ranks, "a decoder of text alone", ", ".join(parts) or "an encoder and a decoder")
+        raise _refusal(model, ranks, "a text-only decoder", ", ".join(parts) or "an encoder and a decoder")
     if not (model._can_set_attn_implementation() and model._supports_sdpa):
-        raise _refusal(model, ranks, "attention through transformers' AttentionInterface", "another")
+        raise _refusal(
+            model, ranks, "attention through transformers' AttentionInterface", "an implementation of its own"
+        )
     heads = config.num_attention_heads
     if heads < ranks:
         raise _refusal(model, ranks, f"at least {ranks} attention heads", f"{heads}")
@@ -54,10 +56,15 @@ def _check_transformers_model(module: nn.Module, ranks: int) -> None:
         raise _refusal(model, ranks, "attention without a soft cap", f"attn_logit_softcapping={cap}")
     if getattr(config, "output_router_logits", False):
         raise _refusal(
-            model, ranks, "no auxiliary loss of experts, which would see a slice", "output_router_logits=True"
+            model,
+            ranks,
+            "no load-balancing loss of experts, which would see a slice of the sequence",
+            "output_router_logits=True",
         )
     if type(model).__name__.endswith("ForSequenceClassification"):
-        raise _refusal(model, ranks, "outputs for every token", "one output of the last token, which one rank has")
+        raise _refusal(
+            model, ranks, "outputs for every token", "one output, of the last token, which only one rank has"
+        )
 
 
 def _refusal(module: nn.Module, ranks: int, expected: str, got: str) -> UnsupportedOperationError:

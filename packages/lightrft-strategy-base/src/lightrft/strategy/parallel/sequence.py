@@ -101,27 +101,36 @@ class SequenceParallel:
         if self.size == 1:
             return batch  # type: ignore[return-value]
         self._require_open("sequence_parallel.split")
-        own: list[Any] = []
+        own: dict[str, str] = {}
         with (
             self._operations.running("sequence_parallel.split"),
             self._consensus.together("sequence_parallel.split", report=lambda: own) as batches,
         ):
             inputs = _check_batch(batch)
-            own += [list(inputs.shape[:2]), _digest(inputs)]
-        for first in range(0, len(batches), self.size):
-            self._check_same(first, batches[first : first + self.size])
+            own.update(_described(batch))
+        self.require_same("sequence_parallel.split", batches)
         return self._slices(batch, inputs)
 
-    def _check_same(self, first: int, batches: Sequence[Any]) -> None:
-        """Raise `StrategyError` unless the ranks from ``first`` on, which share sequences, have the same batch."""
-        if any(other != batches[0] for other in batches):
-            shapes = "; ".join(
-                f"rank {first + index}: {shape} ({digest})" for index, (shape, digest) in enumerate(batches)
-            )
-            raise StrategyError(
-                f"sequence_parallel.split: expected the same batch on the {self.size} ranks that share its sequences, got {shapes}. "
-                f"Take batches from strategy.setup_dataloader, which gives these ranks the same samples"
-            )
+    def require_same(self, call: str, reports: Sequence[Mapping[str, object]]) -> None:
+        """Raise `StrategyError` unless the ranks of each group report the same. The message has what differs.
+
+        Args:
+            call: The call to name.
+            reports: What each rank was given, by name of the argument.
+        """
+        for first in range(0, len(reports) if self.size > 1 else 0, self.size):
+            group = reports[first : first + self.size]
+            all_names = dict.fromkeys(name for each in group for name in each)
+            names = [name for name in all_names if len({each.get(name) for each in group}) > 1]
+            if names:
+                given = "; ".join(
+                    f"rank {first + index}: {', '.join(f'{name} {each.get(name)}' for name in names[:3])}"
+                    for index, each in enumerate(group)
+                )
+                raise StrategyError(
+                    f"{call}: expected the same arguments on the {self.size} ranks that share their sequences, got {given}. "
+                    f"Take batches from strategy.setup_dataloader, which gives these ranks the same samples"
+                )
 
     def _slices(self, batch: Mapping[str, Any], inputs: torch.Tensor) -> dict[str, Any]:
         length = inputs.shape[1]
@@ -331,11 +340,24 @@ def _check_batch(batch: object) -> torch.Tensor:
     return inputs
 
 
-def _digest(inputs: torch.Tensor) -> str:
-    """Return a checksum of token ids; that of embeddings is empty, because ranks may round them differently."""
-    if inputs.is_floating_point():
-        return ""
-    return hashlib.sha256(inputs.detach().cpu().contiguous().numpy().tobytes()).hexdigest()[:8]
+def _described(batch: Mapping[str, object]) -> dict[str, str]:
+    """Return the shape of each tensor, with a checksum of those that ranks do not round differently."""
+    described = {}
+    for name, value in batch.items():
+        if (
+            isinstance(name, str)
+            and isinstance(value, torch.Tensor)
+            and value.layout is torch.strided
+            and not value.is_meta
+        ):
+            exact = not (value.is_floating_point() or value.is_complex())
+            if name in ("attention_mask", "position_ids"):
+                value, exact = (value != 0) if name == "attention_mask" else value.long(), True
+            digest = (
+                hashlib.sha256(value.detach().cpu().contiguous().numpy().tobytes()).hexdigest()[:8] if exact else ""
+            )
+            described[name] = f"{list(value.shape)}{f' ({digest})' if digest else ''}"
+    return described
 
 
 def _whole_mask(batch: Mapping[str, torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:

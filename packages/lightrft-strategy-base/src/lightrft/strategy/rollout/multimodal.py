@@ -145,7 +145,7 @@ def media_by_prompt(
     if counts is None:
         if len(media) != prompts:
             raise ArgumentError(
-                f"gather_and_generate: expected one of the {modality}s for each of {prompts} prompts, got {len(media)}. Pass a "
+                f"gather_and_generate: expected one entry of all_{modality}s per prompt ({prompts}), got {len(media)}. Pass a "
                 f"list for each prompt, or {modality}s_num"
             )
         return [_present([item]) for item in media]

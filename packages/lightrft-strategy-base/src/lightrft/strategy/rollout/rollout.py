@@ -225,8 +225,8 @@ class Rollout:
         backend.reshard(model.module)
         limit = backend.config.weight_sync_bucket_bytes if bucket_bytes is None else bucket_bytes
         stream_dtype = dtype or (torch.bfloat16 if backend.config.bf16 else None)
-        form = StateDictAdapter.of(model.exported.module)
-        yield from weight_stream.full_parameters(backend, form, limit, stream_dtype)
+        converter = StateDictAdapter.of(model.exported.module)
+        yield from weight_stream.full_parameters(backend, converter, limit, stream_dtype)
 
     def sync(self, backend: Backend, models: ModelRegistry, model: nn.Module) -> None:
         """Send all weights of ``model``, and its end-of-sequence token ids, to the engine. All ranks must call this.
@@ -242,14 +242,14 @@ class Rollout:
         with self._consensus.together("update_engine_weights"):
             backend.reshard(actor.module)
             actor = actor.exported
-            form = weight_stream.form_for_engines(actor.module, actor.meta_model)
-            self._check_coverage(weight_stream.full_shapes(backend, form))
+            converter = weight_stream.converter_for_engines(actor.module, actor.meta_model)
+            self._check_coverage(weight_stream.full_shapes(backend, converter))
         dtype = torch.bfloat16 if self._engine_config.bf16 or backend.config.bf16 else None
         before = 0 if self.engine is None else self.engine.weight_version
         try:
             with self._together("update_engine_weights"):
                 bucket_bytes = self._engine_config.weight_sync_bucket_bytes
-                self._send(weight_stream.full_parameters(backend, form, bucket_bytes, dtype))
+                self._send(weight_stream.full_parameters(backend, converter, bucket_bytes, dtype))
                 self._use_end_ids_of(actor, "update_engine_weights")
             if self._placeholder is not None:
                 self._placeholder.weight_version += 1

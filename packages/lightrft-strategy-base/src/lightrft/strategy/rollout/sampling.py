@@ -92,7 +92,7 @@ class Sampling:
             value = getattr(self, name)
             if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
                 raise ArgumentError(
-                    f"Sampling: expected {name} to be {words}, got {value!r} ({type(value).__name__}). Convert it"
+                    f"Sampling: expected {name} to be {words}, got {value!r} ({type(value).__name__}). Pass {words}"
                 )
         ranges = [
             ("n", self.n >= 1, ">= 1"),
@@ -120,7 +120,7 @@ class Sampling:
         for name, holds, allowed in ranges:
             if not holds:
                 raise ArgumentError(
-                    f"Sampling: expected {name} to be {allowed}, got {getattr(self, name)!r}. Change it"
+                    f"Sampling: expected {name} to be {allowed}, got {getattr(self, name)!r}. Pass a value in this range"
                 )
 
     @classmethod

@@ -23,6 +23,8 @@ from lightrft.config.validation import shown
 from lightrft.strategy.arguments import Expected, refusal
 from lightrft.strategy.distributed.world import World
 
+ROUNDING = 1e-11
+"""Relative to the sum of the denominators, which are fp64."""
 Denominator = float | torch.Tensor | None
 """As stored until the update: a number, a 0-d fp64 tensor on an accelerator, or None for a loss without a denominator."""
 
@@ -51,11 +53,16 @@ def accepted(denominator: object, device: torch.device) -> Denominator:
     if denominator is None:
         return None
     if isinstance(denominator, torch.Tensor):
-        if denominator.numel() != 1 or denominator.is_complex() or denominator.dtype is torch.bool:
+        if (
+            denominator.numel() != 1
+            or denominator.is_complex()
+            or denominator.dtype is torch.bool
+            or denominator.is_meta
+        ):
             raise refusal("backward", "denominator", denominator, _EXPECTED, "Pass the number of tokens in the loss")
         if denominator.device.type != "cpu":
             return denominator.detach().reshape(()).to(device, torch.float64, copy=True)
-        return float(denominator)
+        return float(denominator.detach())
     if isinstance(denominator, bool) or not isinstance(denominator, Real):
         raise refusal("backward", "denominator", denominator, _EXPECTED, "Pass the number of tokens in the loss")
     try:
@@ -76,6 +83,8 @@ class Totals:
     """Losses without one."""
     invalid: int
     """Losses whose denominator is negative or not finite, and ranks that made another mistake."""
+    differ: bool = False
+    """Whether ranks that share sequences passed different denominators."""
 
     @property
     def denominator(self) -> float | None:
@@ -85,7 +94,7 @@ class Totals:
     @property
     def mistaken(self) -> bool:
         """Whether no update can be made from them."""
-        return self.invalid > 0 or (self.counted > 0 and self.uncounted > 0)
+        return self.invalid > 0 or (self.counted > 0 and self.uncounted > 0) or self.differ
 
     def factor(self, ranks: int, without: float) -> float:
         """Return what to multiply the mean of the gradients over ``ranks`` ranks by; NaN if there is nothing to update from.
@@ -131,6 +140,7 @@ class PendingTotals:
             mistaken: Whether this rank made another mistake in the update. It counts as an invalid denominator.
         """
         self._sharing = sharing
+        weight = _weight(world.rank, sharing) if world.size > 1 else 0
         self._losses: torch.Tensor | _HostCopy | float = (total := _sum(losses))
         numbers = [value for value in denominators if isinstance(value, float)]
         on_device = [value for value in denominators if isinstance(value, torch.Tensor)]
@@ -140,17 +150,19 @@ class PendingTotals:
             counted,
             len(denominators) - counted,
             sum(map(_is_invalid, numbers), int(mistaken)),
+            weight * sum(numbers),
             0.0,
         ]
         self._vector: torch.Tensor | None = None
         self._work: dist.Work | None = None
         if world.size > 1 or on_device:
             self._vector = _without_waiting(self._values, world.device)
-            self._vector[4] += total
+            self._vector[5] += total
             if on_device:
                 values = torch.stack(on_device)
                 self._vector[0] += values.sum()
                 self._vector[3] += (~(values.isfinite() & (values >= 0))).sum()
+                self._vector[4] += weight * values.sum()
         if world.size > 1:
             self._work = dist.all_reduce(self._vector, group=world.payload, async_op=True)
 
@@ -186,11 +198,14 @@ class PendingTotals:
         return self._vector
 
     def _totals(self, values: Sequence[float]) -> Totals:
-        items, *counts, losses = values
+        items, *counts, difference, losses = values
         if self._vector is not None:
             self._losses = losses
         counted, uncounted, invalid = map(int, counts)
-        return Totals(items=items / self._sharing, counted=counted, uncounted=uncounted, invalid=invalid)
+        return Totals(
+            items=items / self._sharing, counted=counted, uncounted=uncounted, invalid=invalid,
+            differ=abs(difference) > ROUNDING * items,
+        )  # fmt: skip
 
 
 class _HostCopy:
@@ -220,24 +235,44 @@ def report(denominators: Sequence[Denominator]) -> list[str]:
         if value is not None and _is_invalid(value)
     ]
     uncounted = values.count(None)
-    return [", ".join(invalid[:3]), f"{len(values) - uncounted} with and {uncounted} without"]
+    total = sum(value for value in values if value is not None)
+    return [", ".join(invalid[:3]), f"{len(values) - uncounted} with and {uncounted} without", f"{total:.17g}"]
 
 
-def mistake(call: str, class_name: str, reports: Sequence[Sequence[str]]) -> LightRFTError:
-    """Return the error of an update that was dropped, from the `report` of each rank."""
+def mistake(call: str, class_name: str, reports: Sequence[Sequence[str]], *, differ: bool = False) -> LightRFTError:
+    """Return the error of an update that was dropped, from the `report` of each rank.
+
+    ``differ``: whether only the denominators of ranks that share sequences are wrong.
+    """
     several = len(reports) > 1
-    invalid = "; ".join(f"rank {rank}: {text}" if several else text for rank, (text, _) in enumerate(reports) if text)
-    dropped = f"The update was dropped, and nothing of {class_name} changed"
+    invalid = "; ".join(f"rank {rank}: {text}" if several else text for rank, (text, *_) in enumerate(reports) if text)
+    dropped = f"The update was dropped, and {class_name} and its optimizer are unchanged"
     if invalid:
         return ArgumentError(
-            f"{call}: expected denominators that are finite and not negative, got {invalid} of the update. {dropped}. "
+            f"{call}: expected each denominator to be one number, finite and not negative, got {invalid} of the update. {dropped}. "
             f"Pass the number of items that the loss is a sum over, 0 if there are none"
         )
-    counts = "; ".join(f"rank {rank}: {text}" if several else text for rank, (_, text) in enumerate(reports))
+    if differ:
+        sums = "; ".join(f"rank {rank}: {total}" for rank, (*_, total) in enumerate(reports))
+        return StrategyError(
+            f"{call}: expected the same denominators on the ranks that share sequences, got in the update {sums}. {dropped}. "
+            f"Pass the number of items of the whole sequences, not that of a slice"
+        )
+    counts = "; ".join(f"rank {rank}: {text}" if several else text for rank, (_, text, _) in enumerate(reports))
     return StrategyError(
         f"{call}: expected a denominator with every loss of an update, or with none, got {counts}. {dropped}. Pass "
         f"denominator= to each backward, on every rank, 0 for a loss over no items"
     )
+
+
+def _weight(rank: int, sharing: int) -> float:
+    """Return by what ``rank`` multiplies its denominators, so that those of ranks that share sequences add up to 0 if equal.
+
+    The weights have no simple ratios, so that differences within several groups do not cancel.
+    """
+    first = rank - rank % sharing
+    own = [1 + other * (math.sqrt(5) - 1) / 2 % 1 for other in range(first + 1, first + sharing)]
+    return own[rank - first] if rank - first < sharing - 1 else -math.fsum(own)
 
 
 def _sum(losses: Sequence[torch.Tensor]) -> torch.Tensor | float:

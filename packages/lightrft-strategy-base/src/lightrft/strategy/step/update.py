@@ -88,7 +88,7 @@ def optimizer_step(
         try:
             check_scheduler(trained, scheduler)
         except LightRFTError as error:
-            hold_until_due(error, trained, backend.world)
+            defer_to_boundary(error, trained, backend.world)
     check_untouched(trained, "optimizer_step")
     with _micro_batch(trained):
         if boundary is not None:
@@ -103,12 +103,13 @@ def optimizer_step(
             )
         check_frozen(trained)
         totals, norm, loss = _make_update(backend, trained)
-    mistake, given = trained.mistake, _end_update(trained)
+    deferred, given = trained.deferred_error, _end_update(trained)
     if totals.mistaken:
         with consensus.together("optimizer_step", report=lambda: denominators.report(given)) as reports:
-            if mistake is not None:
-                raise mistake
-        raise denominators.mistake("optimizer_step", trained.class_name, reports)
+            if deferred is not None:
+                raise deferred
+        only = totals.differ and not totals.invalid and not (totals.counted and totals.uncounted)
+        raise denominators.mistake("optimizer_step", trained.class_name, reports, differ=only)
     if totals.denominator == 0:
         trained.skipped += 1
         return StepResult(applied=False, skipped=True, grad_norm=None, denominator=0.0)
@@ -120,17 +121,17 @@ def optimizer_step(
     return StepResult(applied=True, skipped=False, grad_norm=norm, denominator=totals.denominator, loss=loss)
 
 
-def hold_until_due(error: LightRFTError, trained: TrainedModel, world: World) -> None:
-    """Keep an error until the update is due, which is then dropped, and where all ranks raise it.
+def defer_to_boundary(error: LightRFTError, trained: TrainedModel, world: World) -> None:
+    """Keep an error until the call that ends the update, where all ranks raise it and the update is dropped.
 
     If one of several ranks raised alone, the others would wait for it in the update. A single rank raises at once, and so
     does one without a gradient, which makes no update.
     """
     if world.size == 1 or not trained.backwards:
         raise error
-    if trained.mistake is None:
-        error.args = (f"{error}. The update was dropped, and nothing of {trained.class_name} changed",)
-        trained.mistake = error
+    if trained.deferred_error is None:
+        error.args = (f"{error}. The update was dropped, and {trained.class_name} and its optimizer are unchanged",)
+        trained.deferred_error = error
 
 
 @contextmanager
@@ -180,7 +181,7 @@ def _make_update(backend: Backend, trained: TrainedModel) -> tuple[Totals, float
         backend.world,
         sharing=sharing,
         losses=trained.losses,
-        mistaken=trained.mistake is not None,
+        mistaken=trained.deferred_error is not None,
     )
     # For the mean over the actual number of micro-batches.
     mean = trained.accumulation_steps / trained.micro_batches
@@ -235,7 +236,7 @@ def _clip_and_step(
 def _end_update(trained: TrainedModel) -> list[Denominator]:
     """Reset the counters of the update, after its gradient was cleared. Return its denominators."""
     given, trained.denominators, trained.losses = trained.denominators, [], []
-    trained.micro_batches, trained.backwards, trained.mistake = 0, 0, None
+    trained.micro_batches, trained.backwards, trained.deferred_error = 0, 0, None
     trained.gradients_seen = versions(trained)
     return given
 

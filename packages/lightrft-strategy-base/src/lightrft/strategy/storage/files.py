@@ -51,7 +51,7 @@ def user_path(path: str | os.PathLike[str], name: str) -> Path:
         return Path(path).expanduser().absolute()
     except RuntimeError as error:
         raise ArgumentError(
-            f"expected {name} in a home directory that exists, got {text!r}: {error} Write the whole path"
+            f"expected {name} in a home directory that exists, got {text!r}: {error} Pass an absolute path"
         ) from error
 
 

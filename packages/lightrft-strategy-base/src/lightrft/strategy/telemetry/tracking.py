@@ -90,5 +90,5 @@ def _absolute(log_dir: str) -> Path:
         return Path(log_dir).expanduser().absolute()
     except RuntimeError as error:
         raise ConfigError(
-            f"expected log_dir in a home directory that exists, got {log_dir!r}: {error} Write the whole path"
+            f"expected log_dir in a home directory that exists, got {log_dir!r}: {error} Pass an absolute path"
         ) from error

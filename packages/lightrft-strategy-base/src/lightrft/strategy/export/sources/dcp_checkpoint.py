@@ -123,7 +123,7 @@ class DcpSource:
         info = self._stored.get((name, offsets))
         if info is None:
             raise CheckpointError(
-                f"expected {self.path / METADATA} to locate every chunk of {name}, one is missing; {REMEDY}"
+                f"expected {self.path / METADATA} to locate every chunk of {name}, got no file for one; {REMEDY}"
             )
         path = self.path / info.relative_path
         with reading(path, "data of torch.distributed.checkpoint"):

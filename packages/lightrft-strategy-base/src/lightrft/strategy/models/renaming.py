@@ -1,4 +1,4 @@
-"""Tensors under other names, for what is not a full model as `save_pretrained` writes it."""
+"""A converter that only renames, for what is not a full model as `save_pretrained` writes it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from lightrft.strategy.models.state_dict_adapter import Unit
 
 
 @dataclass(frozen=True, kw_only=True)
-class NamedForm:
+class Renaming:
     """Tensors that a checkpoint holds unconverted, under other names or the same."""
 
     tensors: Mapping[str, torch.Tensor]
@@ -35,6 +35,6 @@ class NamedForm:
         return {in_memory[name]: tensor for name, tensor in tensors.items()}
 
 
-def unchanged(tensors: Mapping[str, torch.Tensor]) -> NamedForm:
+def unchanged(tensors: Mapping[str, torch.Tensor]) -> Renaming:
     """Return ``tensors`` under their own names."""
-    return NamedForm(tensors=tensors, names={name: name for name in tensors})
+    return Renaming(tensors=tensors, names={name: name for name in tensors})
