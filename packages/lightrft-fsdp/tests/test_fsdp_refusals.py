@@ -8,7 +8,7 @@ from workers import Workers
 WORDS = {
     "unknown strategy": ("ConfigError", "there is no strategy 'fdsp'", "did you mean 'fsdp'?", "registered names: "),
     "batch that does not divide": ("ConfigError", "train_batch_size=3", "1 x 2 = 2", "the same number"),
-    "no CUDA": ("ConfigError", "device='cuda'", "torch finds none", "Use device='cpu' or 'auto'"),
+    "no CUDA": ("ConfigError", "device='cuda'", "got none", "Use device='cpu' or 'auto'"),
     "unknown engine": ("ConfigError", "there is no engine 'transformer'", "did you mean 'transformers'?"),
     "generating without an engine": ("EngineError", "gather_and_generate", "setup_inference_engine"),
     "replicas that do not divide": ("ConfigError", "shard_size to divide the 2 ranks, got 3"),

@@ -78,5 +78,5 @@ def test_token_log_probs_are_those_of_full_sequences(two: Workers, fused: bool) 
 def test_other_samples_in_one_pair_of_ranks_are_an_error_on_all_four(four: Workers) -> None:
     for kind, message in four.run(cases.with_sharing, function=sequences.samples_of_another_rank):
         assert kind == "StrategyError"
-        assert "rank 2: [2, 11]" in message
-        assert "rank 3: [2, 11]" in message
+        assert "rank 2: input_ids [2, 11]" in message
+        assert "rank 3: input_ids [2, 11]" in message
