@@ -86,6 +86,18 @@ def groups_and_timeouts(stage: int) -> tuple[int, set[float]]:
         return len(groups) - before, {backend.options._timeout.total_seconds() for backend in backends}
 
 
+def failing_in_a_forward() -> tuple[str, str]:
+    """The class and the beginning of the error on each rank if rank 1 has a token outside the vocabulary, with ZeRO-3."""
+    try:
+        with ds_cases.strategy(Program(), persist=False, zero_stage=3, timeout=5.0) as made:
+            model: nn.Module = mixed()
+            model, _, _ = made.prepare((model, made.create_optimizer(model, lr=RATE), None))
+            model(tokens(0) + 1_000_000 * made.get_rank())
+    except Exception as error:  # noqa: BLE001 - it is what is tested
+        return type(error).__name__, str(error)[:60]
+    raise AssertionError("no error")
+
+
 def left_alone(stage: int, call: str) -> tuple[str, float]:
     with ds_cases.strategy(Program(), persist=False, zero_stage=stage, timeout=3.0) as made:
         model: nn.Module = mixed()

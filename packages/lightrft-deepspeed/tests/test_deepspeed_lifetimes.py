@@ -55,6 +55,13 @@ def test_a_lost_rank_is_an_error_with_the_name_of_the_call(two: Workers, stage: 
     two.run(cases.lives, stages=(stage,))  # a new lifetime is sound
 
 
+def test_a_rank_that_fails_in_its_forward_pass_closes_without_the_others(two: Workers) -> None:
+    other, failing = two.run(cases.failing_in_a_forward)
+    assert failing[0] == "IndexError"
+    assert other[0] == "StrategyError" and other[1].startswith("forward: rank 0 of 2 waited for another rank")
+    two.run(cases.lives, stages=(3,))  # a new lifetime is sound
+
+
 def alone_without_torchrun() -> str:
     program = (
         "from pathlib import Path\n"

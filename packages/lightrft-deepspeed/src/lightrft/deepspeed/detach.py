@@ -37,7 +37,9 @@ def detach(module: nn.Module) -> None:
     """Remove DeepSpeed's attributes and containers from ``module`` and its parameters. May be called twice."""
     for submodule in module.modules():
         _delete_attributes(submodule, _ON_MODULES)
-        submodule._parameters = dict(submodule._parameters)  # ZeRO-3 puts its own container there
+        # ZeRO-3 puts its own container there, which gathers a parameter that is read by name while a forward pass runs,
+        # or after one that failed.
+        submodule._parameters = dict(submodule._parameters.items())
     for parameter in module.parameters():
         _delete_attributes(parameter, _ON_PARAMETERS)
 
