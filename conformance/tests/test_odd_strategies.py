@@ -107,7 +107,7 @@ def test_a_strategy_of_one_process_is_not_judged_on_two_ranks() -> None:
     [
         ("odd_strategies:CannotBeMade", "no accelerator of the right colour"),
         ("odd_strategies:ExitsWhenMade", "exited with status 4; last output: out of licences"),
-        ("odd_strategies:NoStrategy", "is not a subclass of StrategyBase"),
+        ("odd_strategies:NoStrategy", "expected a subclass of StrategyBase"),
         ("odd_strategies:Nothing", "odd_strategies:Nothing does not exist"),
         ("cannot_be_imported:Any", "No module named 'a_package_that_nobody_has'"),
         ("ends_when_imported:Any", "exited with status 6"),
@@ -149,7 +149,7 @@ def test_a_report_that_cannot_be_written_says_so() -> None:
 UNJUDGEABLE = {
     "run nosuch": "nosuch could not be judged: there is no strategy 'nosuch'; registered names: ",
     "run cannot_be_imported:Any": "No module named 'a_package_that_nobody_has'",
-    "run os:getcwd": "os:getcwd could not be judged: strategy 'os:getcwd': <built-in function getcwd> is not a subclass",
+    "run os:getcwd": "os:getcwd could not be judged: strategy 'os:getcwd': expected a subclass of StrategyBase",
     "run odd_strategies:CannotBeMade": "judged: rank 0: the strategy cannot be created: ValueError: there is no accelerator",
     "run fake --world-size 2": "expected world size 1, because fake is one process, got 2. Use --world-size 1",
     "run fake --set strategy=fsdp": "--set: expected a setting that has no option of its own, got strategy=fsdp. Use the ",

@@ -246,7 +246,7 @@ def _not_applicable(request: Request, results: Sequence[ClauseResult]) -> str:
 
 
 def _refusal(rank: int, observed: Record) -> str:
-    """Why the strategy cannot be created. An error of this project needs no further words."""
+    """Why the strategy cannot be created. Messages of `LightRFTError` are returned unchanged."""
     if "lightrft.config.errors.LightRFTError" in observed["error"]:
         return str(observed["message"])
     return f"rank {rank}: the strategy cannot be created: {show_error(observed)}"

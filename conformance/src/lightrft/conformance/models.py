@@ -158,6 +158,16 @@ def padded_batch(number: int, rank: int, rows: int) -> tuple[torch.Tensor, torch
     return torch.cat([tokens[0], tokens[1][:, -1:]], dim=1), mask
 
 
+PACKED_LENGTHS = (3, 5)
+"""Of the sequences that `packed_batch` packs."""
+
+
+def packed_batch(number: int, rank: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (rows, 8) of two packed sequences, and their position ids, which restart."""
+    tokens, _ = padded_batch(number, rank, rows)
+    return tokens, torch.cat([torch.arange(length) for length in PACKED_LENGTHS]).repeat(rows, 1)
+
+
 def policy_loss(log_probs: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
     """A policy gradient in which each token has its own weight, with an entropy bonus."""
     weights = torch.linspace(-1, 2, log_probs.numel(), device=log_probs.device).view_as(log_probs)

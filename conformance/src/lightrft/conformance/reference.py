@@ -109,9 +109,11 @@ class Reference:
 
     def _sequence_backward(
         self, model: str, batch: int, form: str, length: int = 13, gathered: bool = True, data_of: int | None = None,
-        denominator: bool = False,
+        denominator: bool = False, denominator_of_slice: bool = False,
     ) -> list[Record] | None:  # fmt: skip
-        return self.models[model].sequence_backward(batch, form, length, data_of, denominator) if gathered else None
+        if not gathered:
+            return None
+        return self.models[model].sequence_backward(batch, form, length, data_of, denominator, denominator_of_slice)
 
     def _sequence_forward(
         self, model: str, batch: int, form: str, length: int = 13, **_: object
@@ -122,9 +124,9 @@ class Reference:
             return [{"log_probs": sequences.log_probs(module, tensors)} for tensors in batches]
 
     def _policy_backward(
-        self, model: str, batch: int, rows: int = 2, temperature: float = 1.0
+        self, model: str, batch: int, rows: int = 2, temperature: float = 1.0, packed: bool = False
     ) -> list[dict[str, torch.Tensor]]:
-        return self.models[model].policy_backward(batch, rows, temperature)
+        return self.models[model].policy_backward(batch, rows, temperature, packed)
 
     def _step(
         self, model: str, boundary: bool | None = None, scheduled: bool = False, wrong: str | None = None, **_: object

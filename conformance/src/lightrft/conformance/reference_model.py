@@ -78,14 +78,22 @@ class ReferenceModel:
 
         return self._add_gradients(loss_on)
 
-    def policy_backward(self, batch: int, rows: int, temperature: float) -> list[dict[str, torch.Tensor]]:
+    def policy_backward(self, batch: int, rows: int, temperature: float, packed: bool) -> list[dict[str, torch.Tensor]]:
         """Add the gradients of a policy's loss on every rank; returns log-probabilities and entropies by rank."""
         seen: list[dict[str, torch.Tensor]] = []
 
         def loss_on(rank: int) -> torch.Tensor:
-            tokens, mask = models.padded_batch(batch, rank, rows)
-            logits = models.logits_of(self.on(rank), tokens, attention_mask=mask)[:, :-1] / temperature
-            distribution, kept = torch.distributions.Categorical(logits=logits), mask[:, 1:]
+            module = self.on(rank)
+            if packed:  # each sequence by itself
+                tokens, positions = models.packed_batch(batch, rank, rows)
+                parts = tokens.split(models.PACKED_LENGTHS, dim=1)
+                logits = torch.cat([models.logits_of(module, part) for part in parts], dim=1)
+                kept = (positions[:, 1:] != 0).long()
+            else:
+                tokens, mask = models.padded_batch(batch, rank, rows)
+                logits = models.logits_of(module, tokens, attention_mask=mask)
+                kept = mask[:, 1:] * mask[:, :-1]
+            distribution = torch.distributions.Categorical(logits=logits[:, :-1] / temperature)
             log_probs, entropy = distribution.log_prob(tokens[:, 1:]) * kept, distribution.entropy() * kept
             seen.append({"log_probs": log_probs.detach(), "entropy": entropy.detach()})
             return models.policy_loss(log_probs, entropy)
@@ -117,7 +125,7 @@ class ReferenceModel:
         return [loss.item() for loss in losses]
 
     def sequence_backward(
-        self, batch: int, form: str, length: int, data_of: int | None, denominator: bool
+        self, batch: int, form: str, length: int, data_of: int | None, denominator: bool, of_slice: bool
     ) -> list[Record]:
         """Add the gradients of one batch of sequences on every data-parallel rank; the losses and log-probabilities."""
         records, gradients, given = [], [], []
@@ -127,7 +135,7 @@ class ReferenceModel:
             loss = sequences.loss_of(values, tensors["labels"]) * (items if denominator else 1)
             records.append({"loss": loss.item(), "log_probs": values.detach()})
             gradients.append(self._gradient_of(loss if denominator else loss / self.accumulation_steps))
-            given.append(float(items) if denominator else None)
+            given.append((math.nan if of_slice else float(items)) if denominator else None)
         self._add(gradients, given)
         return records
 

@@ -199,7 +199,7 @@ class Order(Clause):
 
 @CONTRACT.add
 class WholeUpdates(Clause):
-    """With a loader for training, every epoch ends with a whole update: each update has the same samples at any number of
+    """With a training loader, every epoch ends with a whole update: each update has the same samples at any number of
     ranks, and the losses are those of plain PyTorch. An epoch that resumes in the middle, also within an update, starts
     a new update there. A loader is for training if it shuffles, drops samples at the end, and has batches of
     micro_train_batch_size; others drop no more than DATA-1 allows. whole_updates=True makes any other loader end its

@@ -90,10 +90,10 @@ class BadLosses(Clause):
 
 @CONTRACT.add
 class WrongOnOneRank(Clause):
-    """If one of several ranks passes the optimizer, the model or the scheduler of another model to optimizer_step, every
-    rank raises when the update is due, so that no rank waits for another; on the other ranks, the message names that
-    rank. Weights, optimizer state, learning rates and schedule are unchanged, the gradient is cleared, and the next
-    update works."""
+    """If one of several ranks passes the optimizer, the model or the scheduler of another model to optimizer_step,
+    every rank raises at the call that ends the update, so that no rank waits for another; on the other ranks, the
+    message names that rank. Weights, optimizer state, learning rates and schedule are unchanged, the gradient is
+    cleared, and the next update works."""
 
     id = "OPT-23"
     smallest_world = 2

@@ -1,6 +1,7 @@
 """LOGP: per-token log-probabilities and entropies."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from hypothesis import strategies as st
 from typing_extensions import override
@@ -11,7 +12,7 @@ from lightrft.conformance.contract.program_parts import SEEDS, program, trained
 from lightrft.conformance.contract.reference_checks import READ_WEIGHTS, assert_close, assert_values
 
 
-def policy_updates(kind: str, temperature: float, count: int = 3, seed: int = 5, **more: object) -> list[Operation]:
+def policy_updates(kind: str, temperature: float, count: int = 3, seed: int = 5, **more: Any) -> list[Operation]:
     """Train a policy for ``count`` updates.
 
     With a large eps, the rounding of small gradients, which differs between the two computations, stays small in Adam.
@@ -29,8 +30,8 @@ def policy_updates(kind: str, temperature: float, count: int = 3, seed: int = 5,
 @CONTRACT.add
 class TokenLogProbs(Clause):
     """token_log_probs returns the log-probability of each next token and the entropy of its distribution, at a given
-    temperature, and 0 at padding. Values, gradients and updates equal the reference, with and without
-    fused_linear_logprob."""
+    temperature, and 0 at padding and at the first token of a sequence. Packed sequences, whose position ids restart, do
+    not see each other. Values, gradients and updates equal the reference, with and without fused_linear_logprob."""
 
     id = "LOGP-1"
 
@@ -40,10 +41,14 @@ class TokenLogProbs(Clause):
         return [
             *(self._program(target, fused, temperature) for fused in (True, False) for temperature in (1.0, 0.5)),
             extreme,
+            *(self._program(target, fused, 1.0, kind="grouped", packed=True) for fused in (True, False)),
         ]
 
-    def _program(self, target: Target, fused: bool, temperature: float, seed: int = 5, rows: int = 2) -> Program:
-        operations = policy_updates("policy", temperature, seed=seed, rows=rows)
+    def _program(
+        self, target: Target, fused: bool, temperature: float, seed: int = 5, rows: int = 2, kind: str = "policy",
+        **more: Any,
+    ) -> Program:  # fmt: skip
+        operations = policy_updates(kind, temperature, seed=seed, rows=rows, **more)
         return program(target, *operations, READ_WEIGHTS, fused_linear_logprob=fused)
 
     @override

@@ -146,8 +146,8 @@ class GradientPrecision(Clause):
 
 @CONTRACT.add
 class MasterWeights(Clause):
-    """With bf16, updates accumulate in fp32 master weights. Many updates below the resolution of bf16 move the model as
-    far as the reference moves, also if the model was passed in bf16."""
+    """With bf16, updates accumulate in fp32 master weights. Updates below the resolution of bf16 are not lost: after many
+    of them, the weights have moved as far as the reference's, also if the model was passed in bf16."""
 
     id = "OPT-10"
 

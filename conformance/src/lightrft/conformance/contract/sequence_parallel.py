@@ -141,11 +141,11 @@ class SharedData(Clause):
 
 
 @CONTRACT.add
-class InvisiblePadding(Clause):
-    """Sequences whose length is not a multiple of sp_size are padded and unpadded invisibly. Positions, labels and
-    other per-token values of any type come back complete and in order, even after a batch of another length with slices
-    of the same length. The same holds for log-probabilities, including those of a model prepared for inference. A batch
-    that was not split is computed as without sp_size."""
+class PaddedSequences(Clause):
+    """Sequences whose length is not a multiple of sp_size are padded, and the padding is removed from results.
+    Positions, labels and other per-token values of any type come back complete and in order, even after a batch of
+    another length with slices of the same length. The same holds for log-probabilities, including those of a model
+    prepared for inference. A batch that was not split is computed as without sp_size."""
 
     id = "SP-3"
     smallest_world = 2
@@ -282,7 +282,8 @@ class RefusedSequences(Clause):
 class LossOfSequences(Clause):
     """A loss that is computed from gathered per-token values is the same on all ranks of a sequence and counts once. So
     does its denominator. A loss that is computed from a slice without gathering is refused, and the update can
-    continue."""
+    continue. Denominators that differ on the ranks of a sequence, such as those of slices, are refused on every rank
+    where the update ends, and the update is dropped."""
 
     id = "SP-6"
     smallest_world = 2
@@ -291,6 +292,8 @@ class LossOfSequences(Clause):
     def pinned_examples(self, target: Target) -> Sequence[Program]:
         refused: Operation = {**_updates(("full",), gathered=False)[0], "may_fail": True}
         model, more = trained(kind="grouped", seed=6), _updates(("right", "left"), 2, first=30, denominator=True)
+        of_slice, ending = _updates(("full",), first=60, denominator=True, denominator_of_slice=True)
+        wrong = [of_slice, {**ending, "may_fail": True}]
         return [
             program
             for size in _sizes(target)
@@ -306,6 +309,7 @@ class LossOfSequences(Clause):
                     max_norm=0.5,
                 ),
                 _program(target, size, *model, *more, READ_WEIGHTS, accumulation_steps=2),
+                _program(target, size, *model, *more[:2], *wrong, *more[2:4], READ_WEIGHTS),
             ]
         ]
 
@@ -323,6 +327,11 @@ class LossOfSequences(Clause):
                     )
                 else:
                     self.require_error(observed, "StrategyError", "backward", "gather", where=where)
+        for index, operation, seen in execution.each("step"):
+            if "may_fail" in operation:
+                for rank, observed in enumerate(seen):
+                    where = f"rank {rank}, optimizer_step (operation {index}) with denominators of slices"
+                    self.require_error(observed, "StrategyError", "optimizer_step", "denominators", where=where)
         assert_denominators(self, execution)
         assert_norms(self, execution)
         assert_close(self, execution, bound=tolerances.ACROSS_FAMILIES)

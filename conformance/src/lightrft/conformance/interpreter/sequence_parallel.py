@@ -18,12 +18,13 @@ def _batch(session: Session, batch: int, form: str, length: int, data_of: int | 
 @operation
 def sequence_backward(
     session: Session, model: str, batch: int, form: str, length: int = 13, gathered: bool = True,
-    data_of: int | None = None, denominator: bool = False,
+    data_of: int | None = None, denominator: bool = False, denominator_of_slice: bool = False,
 ) -> dict[str, object]:  # fmt: skip
     """Split, forward, gather and backward of one batch; the loss, and the log-probability of each token.
 
     ``gathered``: without it, the loss is that of the slice. ``data_of``: the rank whose batch to use.
-    ``denominator``: pass the sum over tokens and their number, in place of the mean.
+    ``denominator``: pass the sum over tokens and their number, in place of the mean. ``denominator_of_slice``: pass the
+    number of tokens of the slice.
     """
     entry, ranks = session.models[model], session.strategy.sequence_parallel
     full_batch = _batch(session, batch, form, length, data_of)
@@ -33,6 +34,7 @@ def sequence_backward(
     loss, items = sequences.loss_of(values, labels), sequences.items_in(labels)
     if denominator:
         loss = loss * items
+        items = sequences.items_in(local["labels"]) if denominator_of_slice else items
         session.strategy.backward(loss, entry.model, session.optimizer(model), denominator=items)
     else:
         session.strategy.backward(loss, entry.model, session.optimizer(model))

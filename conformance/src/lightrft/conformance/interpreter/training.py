@@ -82,12 +82,15 @@ def train_on(
 
 @operation
 def policy_backward(
-    session: Session, model: str, batch: int, rows: int = 2, temperature: float = 1.0
+    session: Session, model: str, batch: int, rows: int = 2, temperature: float = 1.0, packed: bool = False
 ) -> dict[str, torch.Tensor]:
-    """token_log_probs of one padded batch, and the backward of a loss from it; what it returned."""
+    """token_log_probs of one padded or packed batch, and the backward of a loss from it; what it returned."""
     entry, device = session.models[model], session.strategy.device
-    tokens, mask = (part.to(device) for part in models.padded_batch(batch, session.rank, rows))
-    result = session.strategy.token_log_probs(entry.model, tokens, mask, temperature=temperature, entropy=True)
+    make, name = (models.packed_batch, "position_ids") if packed else (models.padded_batch, "attention_mask")
+    tokens, second = (part.to(device) for part in make(batch, session.rank, rows))
+    result = session.strategy.token_log_probs(
+        entry.model, tokens, **{name: second}, temperature=temperature, entropy=True
+    )
     assert result.entropy is not None
     session.strategy.backward(
         models.policy_loss(result.log_probs, result.entropy), entry.model, session.optimizer(model)

@@ -1,5 +1,6 @@
 """Defects of per-token log-probabilities."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ class LogProbHooks(FakeStrategy):
         self.before(model)
         if attention_mask is not None:
             options["targets"] = self.targets(input_ids, attention_mask)
+        options |= self.more(options)
         options["temperature"] = self.temperature(options["temperature"])
         return self.result(super().token_log_probs(model, input_ids, attention_mask, **options))
 
@@ -35,7 +37,11 @@ class LogProbHooks(FakeStrategy):
 
     def targets(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Return the tokens whose log-probabilities are read."""
-        return input_ids[:, 1:].masked_fill(attention_mask[:, 1:] == 0, -100)
+        return input_ids[:, 1:].masked_fill(attention_mask[:, 1:] * attention_mask[:, :-1] == 0, -100)
+
+    def more(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return further arguments."""
+        return {}
 
     def result(self, result: LogProbs) -> LogProbs:
         """Return what the call returns."""
@@ -76,6 +82,24 @@ class ReadsPadding(LogProbHooks):
     @override
     def targets(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         return input_ids[:, 1:]
+
+
+@saboteur("LOGP-1")
+class ReadsFromPadding(LogProbHooks):
+    """The first token after padding has a log-probability, which depends on the padding."""
+
+    @override
+    def targets(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return input_ids[:, 1:].masked_fill(attention_mask[:, 1:] == 0, -100)
+
+
+@saboteur("LOGP-1")
+class MixesPackedSequences(LogProbHooks):
+    """The model makes a cache, so that transformers does not look for packed sequences."""
+
+    @override
+    def more(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        return {"use_cache": True} if "position_ids" in options else {}
 
 
 @saboteur("LOGP-2")

@@ -18,6 +18,7 @@ from lightrft.strategy.data.loaders import ResumableLoader
 from lightrft.strategy.parallel import attention
 from lightrft.strategy.parallel.attention import divisible_heads
 from lightrft.strategy.parallel.sequence import SequenceParallel
+from lightrft.strategy.step import denominators
 
 # mypy: disable-error-code="misc"
 
@@ -220,6 +221,18 @@ class AcceptsLossesOfSlices(WithRanks):
     """A loss of a slice that was not gathered is accepted."""
 
     ranks = _AcceptsSlices
+
+
+@saboteur("SP-6", world=2)
+class AveragesDenominatorsOfSlices(PlainStrategy):
+    """The denominators of the ranks of a sequence are averaged even if they differ."""
+
+    def optimizer_step(self, *arguments: Any, **more: Any) -> StepResult:
+        compared, denominators._weight = denominators._weight, lambda rank, sharing: 0
+        try:
+            return super().optimizer_step(*arguments, **more)
+        finally:
+            denominators._weight = compared
 
 
 @saboteur("SP-6", world=2)

@@ -95,7 +95,7 @@ class NormOfWholeUpdates(FakeBackend):
 
 @saboteur("OPT-2")
 class SumOverMicroBatches(FakeBackend):
-    """The loss is never divided by K: LightRFT's FSDP."""
+    """The loss is never divided by K, as in LightRFT's FSDP strategy."""
 
     @override
     def fused_step(self, trained: TrainedModel, factor: float) -> float:
@@ -141,7 +141,7 @@ class SetsMaxNorm(FakeBackend):
 
 @saboteur("OPT-3")
 class ClipsEachGroup(SetsMaxNorm):
-    """Each parameter group is clipped by its own norm: LightRFT's FSDP."""
+    """Each parameter group is clipped by its own norm, as in LightRFT's FSDP strategy."""
 
     @override
     def fused_step(self, trained: TrainedModel, factor: float) -> float:
@@ -185,7 +185,7 @@ class LocalNorm(ReplicatedBackend):
 
 @saboteur("OPT-14")
 class ZeroMeansZero(FakeBackend):
-    """max_norm=0 sets every gradient to 0: LightRFT's FSDP."""
+    """max_norm=0 sets every gradient to 0, as in LightRFT's FSDP strategy."""
 
     @override
     def fused_step(self, trained: TrainedModel, factor: float) -> float:
@@ -206,7 +206,7 @@ class SharedCounter(StepHooks):
 
 @saboteur("OPT-4")
 class ClipsTheOther(SetsMaxNorm):
-    """The step of the first model is clipped by the norm of the second: LightRFT's FSDP."""
+    """The step of the first model is clipped by the norm of the second, as in LightRFT's FSDP strategy."""
 
     _last: TrainedModel | None = None
 

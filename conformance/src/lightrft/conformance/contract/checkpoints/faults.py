@@ -15,13 +15,13 @@ from lightrft.conformance.clause import (
 )
 from lightrft.conformance.contract.checkpoints.on_disk import (
     FINGERPRINT,
-    READ_WEIGHTS,
     REMOVE_DISK,
     OnDisk,
     loaded,
     saved,
 )
 from lightrft.conformance.contract.program_parts import trained, updates
+from lightrft.conformance.contract.reference_checks import READ_WEIGHTS
 
 REPLACING = 0.5
 """The fraction of its changes on disk after which LightRFT's save has moved the replaced checkpoint, but not yet the new one."""

@@ -16,13 +16,13 @@ from lightrft.conformance.clause import (
 )
 from lightrft.conformance.contract import tolerances
 from lightrft.conformance.contract.checkpoints.on_disk import (
-    READ_WEIGHTS,
     OnDisk,
     loaded,
     saved,
 )
 from lightrft.conformance.contract.data import interleaved
 from lightrft.conformance.contract.program_parts import SEEDS, trained, updates
+from lightrft.conformance.contract.reference_checks import READ_WEIGHTS
 
 SAMPLES = 60
 REST: Operation = {"do": "rest_of_epoch", "name": "l"}

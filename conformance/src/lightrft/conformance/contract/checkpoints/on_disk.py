@@ -18,7 +18,6 @@ EMPTY_DISK: Operation = {"do": "empty_disk"}
 REMOVE_DISK: Operation = {"do": "empty_disk", "keep": False}
 RESTART: Operation = {"do": "restart"}
 FINGERPRINT: Operation = {"do": "fingerprint"}
-READ_WEIGHTS: Operation = {"do": "weights", "model": "a"}
 
 
 def saved(tag: str | None = "t", **more: object) -> Operation:

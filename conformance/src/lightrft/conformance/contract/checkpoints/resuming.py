@@ -17,21 +17,21 @@ from lightrft.conformance.clause import (
 )
 from lightrft.conformance.contract.checkpoints.on_disk import (
     FINGERPRINT,
-    READ_WEIGHTS,
     RESTART,
     OnDisk,
     loaded,
     saved,
 )
 from lightrft.conformance.contract.program_parts import BF16, FP32, SEEDS, trained, updates
+from lightrft.conformance.contract.reference_checks import READ_WEIGHTS
 
 
 @CONTRACT.add
 class ExactResume(OnDisk):
-    """Resuming is exact: training, saving and training on gives the same result, bit for bit, as loading and training
-    on. This covers the model, optimizer, scheduler, step and skip counters, moving averages, all random states and the
-    data position, and each rank's own buffers. A resumable checkpoint is taken between updates: saving raises while
-    gradients are pending. Weights alone can be saved at any time."""
+    """Resuming is exact: training that resumes from a checkpoint gives the same result, bit for bit, as training that
+    continued after saving it. This covers the model, optimizer, scheduler, step and skip counters, moving averages, all
+    random states and the data position, and each rank's own buffers. A resumable checkpoint is taken between updates:
+    saving raises while gradients are pending. Weights alone can be saved at any time."""
 
     id = "CKPT-1"
 

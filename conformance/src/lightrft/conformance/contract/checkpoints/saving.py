@@ -13,13 +13,13 @@ from lightrft.conformance.clause import (
     Target,
 )
 from lightrft.conformance.contract.checkpoints.on_disk import (
-    READ_WEIGHTS,
     RESTART,
     OnDisk,
     loaded,
     saved,
 )
 from lightrft.conformance.contract.program_parts import trained, updates
+from lightrft.conformance.contract.reference_checks import READ_WEIGHTS
 
 
 @CONTRACT.add

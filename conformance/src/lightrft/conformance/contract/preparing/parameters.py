@@ -11,10 +11,10 @@ from lightrft.conformance.contract.reference_checks import READ_WEIGHTS, assert_
 
 
 @CONTRACT.add
-class ChangesOfTrainability(Clause):
+class RequiresGradChanges(Clause):
     """requires_grad of a parameter may change between updates, also after an evaluation, a reference pass, offloading
     or torch.inference_mode: the update is that of plain torch, though a strategy may refuse parameters that are frozen
-    at the update. An evaluation at any time changes no update."""
+    at the update. An evaluation between updates changes none of them."""
 
     id = "PREP-11"
 
