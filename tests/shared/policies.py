@@ -99,5 +99,5 @@ def _from_logits(
     model: Any, ids: torch.Tensor, mask: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     distribution = torch.distributions.Categorical(logits=model(ids, attention_mask=mask).logits[:, :-1] / temperature)
-    kept = mask[:, 1:]
+    kept = mask[:, 1:] * mask[:, :-1]
     return distribution.log_prob(ids[:, 1:]) * kept, distribution.entropy() * kept

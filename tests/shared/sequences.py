@@ -165,6 +165,21 @@ def _loss_of_a_slice(kind: str) -> Callable[[StrategyBase], object]:
     return mistake
 
 
+def _inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    full_batch = batch(0, 0)
+    return full_batch["input_ids"], full_batch["attention_mask"]
+
+
+def _denominators_that_differ(made: StrategyBase) -> object:
+    model = built("plain")
+    model, optimizer, _ = made.prepare((model, torch.optim.AdamW(_trainable(model)), None))
+    full_batch = batch(0, 0)
+    local = made.sequence_parallel.split(full_batch)
+    values = made.sequence_parallel.gather(log_probs(model, local))
+    made.backward(-values.sum(), model, optimizer, denominator=10 + made.get_rank())
+    return made.optimizer_step(optimizer, model, boundary=True)
+
+
 def _split(given: Callable[[int], object]) -> Callable[[StrategyBase], object]:
     return lambda made: made.sequence_parallel.split(given(made.get_rank()))  # type: ignore[arg-type]
 
@@ -208,7 +223,27 @@ MISTAKES: dict[str, tuple[Callable[[StrategyBase], object], str, tuple[str, ...]
     "other samples": (
         _split(lambda rank: batch(0, rank)),
         "StrategyError",
-        ("same batch on the 2 ranks", "rank 0: [2, 11]", "rank 1: [2, 11]", "setup_dataloader"),
+        ("same arguments on the 2 ranks", "rank 0: input_ids [2, 11]", "rank 1: input_ids [2, 11]", "setup_dataloader"),
+    ),
+    "a mask of its own": (
+        _split(lambda rank: {"input_ids": torch.ones(1, 4).long(), "attention_mask": torch.tensor([[1, 1, 1, rank]])}),
+        "StrategyError",
+        ("same arguments on the 2 ranks", "rank 0: attention_mask [1, 4]", "rank 1: attention_mask [1, 4]"),
+    ),
+    "a mask of floating-point numbers": (
+        _split(lambda rank: {"input_ids": torch.ones(1, 4).long(), "attention_mask": torch.tensor([[1.0, 1.0, rank, 1.0]])}),
+        "StrategyError",
+        ("same arguments on the 2 ranks", "rank 0: attention_mask [1, 4]", "rank 1: attention_mask [1, 4]"),
+    ),
+    "entropy on one rank": (
+        lambda made: made.token_log_probs(made.prepare(llama()), *_inputs(), entropy=made.get_rank() == 1),
+        "StrategyError",
+        ("token_log_probs", "same arguments on the 2 ranks", "rank 0: entropy False; rank 1: entropy True"),
+    ),
+    "denominators that differ": (
+        _denominators_that_differ,
+        "StrategyError",
+        ("optimizer_step", "the same denominators", "got in the update rank 0: 10; rank 1: 11", "not that of a slice"),
     ),
     "too few values": (_gathered((2, 5)), "ArgumentError", ("gather:", "(2, 6) of 11", "got shape (2, 5)")),
     "another length": (_gathered((2, 6), length=9), "ArgumentError", ("gather:", "length=9")),
@@ -250,10 +285,11 @@ def shared_lists(made: StrategyBase) -> tuple[list[str], list[str], str]:
 def with_token_log_probs(made: StrategyBase) -> list[float]:
     """How far token_log_probs, entropies and the norm of an update are from those of plain torch."""
     full_batch = batch(1, 0)
+    mask_is_zero = (full_batch["attention_mask"][:, 1:] & full_batch["attention_mask"][:, :-1]) == 0
     ids, mask, targets = (
         full_batch["input_ids"],
         full_batch["attention_mask"],
-        full_batch["targets"][:, :-1].masked_fill(full_batch["attention_mask"][:, 1:] == 0, -100),
+        full_batch["targets"][:, :-1].masked_fill(mask_is_zero, -100),
     )
     plain_model, model = built("plain"), built("plain")
     model, optimizer, _ = made.prepare((model, torch.optim.AdamW(model.parameters()), None))
