@@ -148,9 +148,10 @@ def tokens(sequences: int = 2, length: int = 64, words: int = 2048) -> torch.Ten
 SIZES: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor]]] = {
     "1 ms": (small_language_model, partial(tokens, 1, 8, 64)),
     "20 ms": (language_model, tokens),
+    "short": (partial(smollm2, torch.float32), partial(tokens, 1, 64, 49152)),
     "large": (partial(smollm2, torch.float32), partial(tokens, 8, 512, 49152)),
 }
-"""Named after the time of an update on one CPU core; "large" is SmolLM2-135M's shape on 4,096 tokens."""
+"""Named after the time of an update on one CPU core; "short" and "large" are SmolLM2-135M's shape on 64 and 4,096 tokens."""
 
 
 if __name__ == "__main__":
