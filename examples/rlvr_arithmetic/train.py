@@ -207,9 +207,7 @@ def micro_batch_of(
 def response_logprobs(strategy: StrategyBase, model: PreTrainedModel, micro: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the log-probability of each response token, (B, T - 1); 0 elsewhere, where the LM head does not run."""
     targets_BT = micro["tokens"].where(micro["in_response"], NOT_PREDICTED)
-    return strategy.token_log_probs(
-        model, micro["tokens"], micro["mask"].long(), targets=targets_BT[:, 1:], use_cache=False
-    ).log_probs
+    return strategy.token_log_probs(model, micro["tokens"], micro["mask"].long(), targets=targets_BT[:, 1:]).log_probs
 
 
 def grpo_loss(
