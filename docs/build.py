@@ -51,7 +51,7 @@ CONTRACT_PAGE = """\
 This page lists what every LightRFT strategy guarantees, on any backend. `nox -s pages` generates it from the clauses that the
 conformance suite executes.
 
-A MUST decides the verdict; a SHOULD is only reported. *From* is the smallest world size at which a clause can fail,
+MUST clauses decide the verdict; SHOULD clauses are only reported. *From* is the smallest world size at which a clause can fail,
 with its other requirements. *Defects* is the number of deliberately broken strategies and engines in which the clause
 is known to detect the defect. K is the number of micro-batches per update, the attribute `accumulated_gradient`. The
 reference is a plain single-process implementation that shares no code with the strategies.
