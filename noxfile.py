@@ -1,6 +1,6 @@
 """All checks of this repository. `nox` runs what CI runs, `nox -l` lists the sessions, `nox -s NAME` runs one.
 
-`nox` without arguments runs two sessions at a time and prints the output of each when it ends. Arguments after `--` go to
+`nox` without arguments runs three sessions at a time and prints the output of each when it ends. Arguments after `--` go to
 the tool that the session runs. tools/environments.py makes the environments; they are cached in .nox, which may be deleted
 at any time.
 """
@@ -32,7 +32,7 @@ from tools.wheels import wheel
 
 nox.needs_version = ">=2026.10"
 nox.options.allow_parallel = True
-nox.options.parallel = 2 if len(sys.argv) == 1 else 1  # sessions selected by name print as they run
+nox.options.parallel = 3 if len(sys.argv) == 1 else 1  # sessions selected by name print as they run
 signal.signal(signal.SIGTERM, signal.default_int_handler)  # as on Ctrl-C, nox ends the running sessions
 begin_run()
 
