@@ -21,6 +21,14 @@ def llama(tied: bool = True) -> Any:
         return transformers.LlamaForCausalLM(config)
 
 
+def falcon() -> Any:
+    """A Falcon, which does not look for packed sequences; the same each time."""
+    config = transformers.FalconConfig(vocab_size=17, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        return transformers.FalconForCausalLM(config)
+
+
 def with_adapter() -> Any:
     """A Llama with a LoRA adapter, the same each time."""
     import peft

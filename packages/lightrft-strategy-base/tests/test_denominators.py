@@ -109,9 +109,9 @@ def test_losses_of_one_graph_have_their_own_denominators(strategy):
 def test_totals_of_values_on_the_device_and_on_the_host():
     big = torch.tensor(2.0**52, dtype=torch.float64)
     totals = PendingTotals([big, big, 1.0 - 2.0], ALONE).read()
-    assert totals == Totals(items=2.0**53 - 1, counted=3, uncounted=0, invalid=1)
+    assert totals == Totals(items=2.0**53 - 1, with_denominator=3, without_denominator=0, invalid=1)
     totals, norm = PendingTotals([big, -big, big / 0, None], ALONE).read_with(torch.tensor(0.1))
-    assert (totals.counted, totals.uncounted, totals.invalid) == (3, 1, 2)
+    assert (totals.with_denominator, totals.without_denominator, totals.invalid) == (3, 1, 2)
     assert norm == torch.tensor(0.1).item()
 
 
@@ -132,18 +132,18 @@ def test_one_process_reads_the_losses_together_with_the_norm():
 
 
 def test_the_loss_of_an_update_without_denominators_is_a_mean():
-    assert Totals(items=0.0, counted=0, uncounted=2, invalid=0).mean_of(4.0, 8) == 0.5
-    assert Totals(items=0.0, counted=2, uncounted=0, invalid=0).mean_of(4.0, 8) is None
+    assert Totals(items=0.0, with_denominator=0, without_denominator=2, invalid=0).mean_of(4.0, 8) == 0.5
+    assert Totals(items=0.0, with_denominator=2, without_denominator=0, invalid=0).mean_of(4.0, 8) is None
 
 
 @pytest.mark.parametrize(
     ("totals", "factor"),
     [
-        (Totals(items=8.0, counted=2, uncounted=0, invalid=0), 0.5),
-        (Totals(items=0.0, counted=0, uncounted=2, invalid=0), 1.5),
-        (Totals(items=0.0, counted=2, uncounted=0, invalid=0), None),
-        (Totals(items=8.0, counted=2, uncounted=1, invalid=0), None),
-        (Totals(items=8.0, counted=2, uncounted=0, invalid=1), None),
+        (Totals(items=8.0, with_denominator=2, without_denominator=0, invalid=0), 0.5),
+        (Totals(items=0.0, with_denominator=0, without_denominator=2, invalid=0), 1.5),
+        (Totals(items=0.0, with_denominator=2, without_denominator=0, invalid=0), None),
+        (Totals(items=8.0, with_denominator=2, without_denominator=1, invalid=0), None),
+        (Totals(items=8.0, with_denominator=2, without_denominator=0, invalid=1), None),
     ],
 )
 def test_the_factor_of_an_update(totals, factor):
@@ -181,8 +181,8 @@ def test_the_error_names_the_ranks_and_the_first_invalid_values():
     of_0 = denominators.report([1.0, -2.0, math.nan, -1.0, -4.0])
     of_1 = denominators.report([1.0, None])
     assert of_0 == ["-2 in backward 2, nan in backward 3, -1 in backward 4", "5 with and 0 without", "nan"]
-    assert "got rank 0: -2 in backward 2" in str(denominators.mistake("optimizer_step", "M", [of_0, of_1]))
-    mixed = str(denominators.mistake("optimizer_step", "M", [["", "1 with and 0 without", "1"], of_1]))
+    assert "got rank 0: -2 in backward 2" in str(denominators.invalid_update_error("optimizer_step", "M", [of_0, of_1]))
+    mixed = str(denominators.invalid_update_error("optimizer_step", "M", [["", "1 with and 0 without", "1"], of_1]))
     assert "got rank 0: 1 with and 0 without; rank 1: 1 with and 1 without" in mixed
 
 

@@ -25,7 +25,7 @@ from lightrft.strategy import (
 )
 from lightrft.strategy.rollout import multimodal
 from lightrft.strategy.rollout.embedded import changed_settings
-from lightrft.strategy.rollout.engine import checked, engine_class
+from lightrft.strategy.rollout.engine import checked_buckets, engine_class
 from lightrft.strategy.rollout.multimodal import build_prompts, media_by_prompt, prompts_of_tokens
 from lightrft.strategy.rollout.sampling import draw_tokens, penalized, stream_key, uniform
 from lightrft.strategy.strategy import strategy_class
@@ -201,9 +201,9 @@ def test_an_engine_refuses_unsupported_requests():
 
 
 def test_without_known_names_only_repetition_is_refused():
-    assert len(list(checked([[A], [B]], None, "engine"))) == 2
+    assert len(list(checked_buckets([[A], [B]], None, "engine"))) == 2
     with pytest.raises(EngineError, match="twice"):
-        list(checked([[A], [A]], None, "engine"))
+        list(checked_buckets([[A], [A]], None, "engine"))
 
 
 def test_unknown_engines_and_strategies(monkeypatch):

@@ -40,7 +40,7 @@ def test_embeddings_may_come_with_input_ids_of_none() -> None:
     local = ranks._slices({"input_ids": None, "inputs_embeds": embeds_BSH}, embeds_BSH)
     assert torch.equal(local["inputs_embeds"][:, 0], embeds_BSH[:, 2])
     assert local["attention_mask"].tolist() == [[1, 1, 1, 0]]
-    assert ranks.use(local["inputs_embeds"])
+    assert ranks.use_split(local["inputs_embeds"])
 
 
 def test_one_process_cannot_share_sequences() -> None:

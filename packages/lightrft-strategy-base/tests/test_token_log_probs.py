@@ -5,7 +5,7 @@ import functools
 import policies
 import pytest
 import torch
-from llamas import Actor, llama, with_adapter
+from llamas import Actor, falcon, llama, with_adapter
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -292,6 +292,9 @@ TOKENS = ids()
         ({"targets": TOKENS[:, 1:].float()}, ArgumentTypeError, "expected targets"),
         ({"targets": TOKENS[:, 1:] + 17}, ArgumentError, "expected targets from 0 to 16"),
         ({"labels": TOKENS}, ArgumentError, r"expected no argument labels.*targets=labels\[:, 1:\]"),
+        ({"position_ids": TOKENS[:, 1:]}, ArgumentError, r"expected position_ids \(B, T\) for input_ids \(2, 6\), got \(2, 5\)"),
+        ({"position_ids": torch.arange(6)}, ArgumentError, r"expected position_ids \(B, T\).*got \(6,\)"),
+        ({"attention_mask": torch.ones(2, 1, 6, 6)}, ArgumentError, r"expected targets with an attention mask of shape \(2, 1, 6, 6\)"),
         ({"temperature": -1.0}, ArgumentError, "expected temperature to be a finite number above 0, got float"),
         ({"entropy": "yes"}, ArgumentTypeError, "expected entropy to be True or False, got str"),
         ({"model": nn.Linear(2, 2)}, StrategyError, "expected a model that this strategy has prepared"),
@@ -330,6 +333,39 @@ def test_packed_sequences_do_not_see_each_other(fused, make):
         assert packed[0, 3] == 0.0, "the first token of the second sequence"
         assert all(getattr(getattr(part, "config", None), "use_cache", True) for part in model.modules())
         torch.testing.assert_close(torch.cat([packed[:, :3], packed[:, 4:]], dim=1), torch.cat(alone, dim=1))
+
+
+def with_prefix():
+    import peft
+
+    return peft.get_peft_model(llama(), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+
+
+BLIND_TO_PACKING = {
+    "Falcon": falcon,
+    "Mamba": lambda: tiny("Mamba", state_size=4),
+    "OPT": lambda: tiny("OPT", word_embed_proj_dim=16, ffn_dim=24),
+    "prefix": with_prefix,
+}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kind", BLIND_TO_PACKING)
+def test_packed_sequences_are_refused_where_they_would_see_each_other(fused, kind):
+    tokens = ids(1, 10)
+    positions = torch.cat([torch.arange(4), torch.arange(6)])[None]
+    with fake(fused) as strategy:
+        model = strategy.prepare(BLIND_TO_PACKING[kind]())
+        with pytest.raises(UnsupportedOperationError, match="expected a model that keeps packed sequences apart"):
+            strategy.token_log_probs(model, tokens, position_ids=positions)
+        strategy.token_log_probs(model, tokens)
+
+
+def test_a_cache_is_refused_with_packed_sequences():
+    with fake() as strategy:
+        model = strategy.prepare(llama())
+        with pytest.raises(ArgumentError, match="expected no cache with packed sequences, got use_cache=True"):
+            strategy.token_log_probs(model, ids(1, 4), position_ids=torch.tensor([[0, 1, 0, 1]]), use_cache=True)
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tied_model import Tied
+from torch import nn
 
 from lightrft.strategy.backend.adamw import names_without_decay, parameter_groups
 from lightrft.strategy.backend.types import GradientShards
@@ -23,6 +24,28 @@ def test_biases_and_norms_do_not_decay():
         "attention.q_norm.weight",
         "attention.q_norm.bias",
     }
+
+
+class ScaleRMSNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2))
+
+
+class NormalHead(nn.Linear):
+    pass
+
+
+class PolicyWithNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.prompt = nn.Parameter(torch.ones(2, 2))
+        self.first = ScaleRMSNorm()
+        self.head = NormalHead(2, 2)
+
+
+def test_a_class_whose_name_has_norm_in_it_is_not_always_a_norm():
+    assert names_without_decay(PolicyWithNorm()) == {"first.scale", "head.bias"}
 
 
 def test_frozen_parameters_are_in_no_group_and_tied_ones_in_one():

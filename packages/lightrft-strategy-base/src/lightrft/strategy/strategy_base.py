@@ -66,7 +66,7 @@ from lightrft.strategy.data import planning
 from lightrft.strategy.data.loaders import ResumableLoader, make_loader
 from lightrft.strategy.data.micro_batches import MicroBatch
 from lightrft.strategy.distributed.collectives import Collectives, ReduceOp
-from lightrft.strategy.distributed.operations import Operations, Watch
+from lightrft.strategy.distributed.operations import Operations, TimeoutReporter
 from lightrft.strategy.distributed.rank_consensus import RankConsensus
 from lightrft.strategy.distributed.stop_request import StopRequest
 from lightrft.strategy.distributed.world import World, current_rank, local_rank
@@ -98,7 +98,7 @@ T3 = TypeVar("T3")
 T4 = TypeVar("T4")
 Key = TypeVar("Key")
 
-UNKNOWN_NUMBER_OF_UPDATES = int(1e8)
+DEFAULT_MAX_STEPS = int(1e8)
 """Number of updates over which a schedule decays if the caller does not give one."""
 _PER_RANK_SETTINGS = frozenset({"extra_args", "local_rank", "log_dir", "log_name", "log_project"})
 """Settings that may differ between ranks. Only rank 0 uses those of trackers, which often contain the time."""
@@ -211,7 +211,7 @@ class StrategyBase(LightRFTMembers):
         log.set_rank(world.rank)
         with ExitStack() as on_failure:
             on_failure.callback(world.close)
-            consensus.agree_on_all("get_strategy", _shared_settings(self.config))
+            consensus.agree_by_digest("get_strategy", _shared_settings(self.config))
             with world.remembering_environment():
                 self.backend = backend = self.make_backend(self.config, world)
             on_failure.callback(backend.close)
@@ -233,7 +233,7 @@ class StrategyBase(LightRFTMembers):
             operations.timer = None if recorder is None else recorder.phases
             world.set_group_timeouts()
             on_failure.pop_all()
-        self._watch = Watch(operations) if world.size > 1 and world.device.type == "cuda" else None
+        self._timeout_reporter = TimeoutReporter(operations) if world.size > 1 and world.device.type == "cuda" else None
         self._open = True
         _OPEN.add(self)
         self.set_seed(self.config.seed)
@@ -254,8 +254,8 @@ class StrategyBase(LightRFTMembers):
         _OPEN.discard(self)
         with ExitStack() as freeing:  # in reverse order; an error or an interruption in one does not skip the others
             freeing.callback(lambda: log.set_rank(current_rank()))  # the rank of another strategy in this process
-            if self._watch is not None:
-                freeing.callback(self._watch.close)
+            if self._timeout_reporter is not None:
+                freeing.callback(self._timeout_reporter.close)
             freeing.callback(self._end_process_groups)
             freeing.callback(self._models.clear)
             freeing.callback(self._rollout.shutdown)
@@ -616,7 +616,7 @@ class StrategyBase(LightRFTMembers):
 
     @final
     def prepare_reward_model(
-        self, reward_model: nn.Module, args: object = None, max_steps: int = UNKNOWN_NUMBER_OF_UPDATES
+        self, reward_model: nn.Module, args: object = None, max_steps: int = DEFAULT_MAX_STEPS
     ) -> tuple[Any, Any, Any]:
         """Prepare a reward model for training, with the actor's learning rate. All ranks must call this.
 
@@ -765,7 +765,8 @@ class StrategyBase(LightRFTMembers):
 
         With the setting ``fused_linear_logprob``, the logits of the batch are never in memory: the head of the model
         computes them for a few tokens at a time, and again in the backward pass. The result is the same. The first call
-        for a model also runs two tokens through it, to check that it does not change what its head computes.
+        for a model also runs two tokens through it, to check that it does not change what its head computes, and the first
+        one with packed sequences runs sixteen, to check that the model keeps them apart.
 
         Ranks that share sequences (``sp_size``) pass the same batch, and each computes a slice of it; all of them get the
         whole result.
@@ -789,7 +790,7 @@ class StrategyBase(LightRFTMembers):
             ArgumentError, ArgumentTypeError: A shape, dtype or value does not fit.
             StrategyError: The model was not prepared, or is offloaded.
             UnsupportedOperationError: With ``fused_linear_logprob``, the model has no plain linear head, or changes its
-                logits in an unknown way.
+                logits in an unknown way. The model lets packed sequences see each other.
         """
         with self._running(token_log_probs.CALL):
             own: dict[str, object] = {}
@@ -799,8 +800,10 @@ class StrategyBase(LightRFTMembers):
                 request = token_log_probs.request(
                     input_ids, attention_mask, targets, temperature, bool(entropy), inputs
                 )
-                own.update(temperature=float(temperature), entropy=bool(entropy))
+                own.update(temperature=float(temperature), entropy=bool(entropy), packed=request.packed)
             self.sequence_parallel.require_same(token_log_probs.CALL, reports)
+            if self.config.sp_size == 1 and any(report["packed"] for report in reports):
+                token_log_probs.check_packing(prepared, self._consensus, request)
             fused = self.config.fused_linear_logprob
             compute = partial(
                 token_log_probs.fused if fused else token_log_probs.from_logits, prepared, self._consensus

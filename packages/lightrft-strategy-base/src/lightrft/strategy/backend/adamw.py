@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from lightrft.config import StrategyError
 
+_NORM_CLASS = re.compile(r"Norm(?![a-z])|(?i:layer|rms|batch|group|instance)_?norm")
 _NORM_NAME = re.compile(r"(^|_)(norm|ln|layernorm|rmsnorm|batchnorm|groupnorm)\d*(_\w+)?$", re.IGNORECASE)
 
 
@@ -20,15 +21,20 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 def names_without_decay(module: nn.Module) -> set[str]:
     """Return the names of biases and of the parameters of norms, which have no weight decay.
 
-    A norm is recognised by its class or its name: ``LlamaRMSNorm``, ``ln_f``, ``input_layernorm``.
+    A norm is recognised by the class of a module without children, or by its name: ``LlamaRMSNorm``, ``ln_f``,
+    ``input_layernorm``.
     """
     without_decay = set()
     for path, owner in module.named_modules():
-        is_norm = "norm" in type(owner).__name__.lower() or _NORM_NAME.search(path.rpartition(".")[2])
+        is_norm = _is_norm(owner) or _NORM_NAME.search(path.rpartition(".")[2])
         for name, _ in owner.named_parameters(recurse=False):
             if name.endswith("bias") or is_norm:
                 without_decay.add(f"{path}.{name}" if path else name)
     return without_decay
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return _NORM_CLASS.search(type(module).__name__) is not None and not any(module.children())
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -239,37 +239,37 @@ def _check_position(loader: ResumableLoader, position: Position, index: int) -> 
         )
 
 
-# Random streams
+# Random number generators
 
-RandomStreams = dict[str, torch.Tensor]
+RngStates = dict[str, torch.Tensor]
 """State by name, 1-D uint8. Each rank stores its own."""
 
 
-def random_streams(device: torch.device) -> RandomStreams:
-    """Return the state of the random streams of Python, NumPy, torch and the CUDA device. Draws nothing."""
+def rng_states(device: torch.device) -> RngStates:
+    """Return the states of the random number generators of Python, NumPy, torch and the CUDA device. Draws nothing."""
     name, keys, *rest = np.random.get_state(legacy=True)
-    streams = {
+    states = {
         "python": _encode(random.getstate()),
         "numpy": _encode([name, np.asarray(keys).tolist(), *rest]),
         "torch": torch.get_rng_state(),
     }
     if device.type == "cuda":
-        streams["cuda"] = torch.cuda.get_rng_state(device)
-    return streams
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
 
 
-def restore_random_streams(streams: RandomStreams, device: torch.device) -> None:
-    """Set the random streams to ``streams``; one that is not in it stays as it is."""
-    if "python" in streams:
-        version, state, gauss = json.loads(streams["python"].numpy().tobytes())
+def restore_rng_states(states: RngStates, device: torch.device) -> None:
+    """Set the random number generators to ``states``; one that is not in it stays as it is."""
+    if "python" in states:
+        version, state, gauss = json.loads(states["python"].numpy().tobytes())
         random.setstate((version, tuple(state), gauss))
-    if "numpy" in streams:
-        name, keys, *rest = json.loads(streams["numpy"].numpy().tobytes())
+    if "numpy" in states:
+        name, keys, *rest = json.loads(states["numpy"].numpy().tobytes())
         np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    if "torch" in streams:
-        torch.set_rng_state(streams["torch"])
-    if "cuda" in streams and device.type == "cuda":
-        torch.cuda.set_rng_state(streams["cuda"], device)
+    if "torch" in states:
+        torch.set_rng_state(states["torch"])
+    if "cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def _encode(value: object) -> torch.Tensor:

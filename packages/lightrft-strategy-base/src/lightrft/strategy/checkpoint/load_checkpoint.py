@@ -16,7 +16,7 @@ import torch
 from lightrft.config import CheckpointError
 from lightrft.strategy.backend.types import Shard, TrainedModel
 from lightrft.strategy.checkpoint import compatibility, restore_optimizer
-from lightrft.strategy.checkpoint.checkpoint_items import CheckpointItem, RunState, restore_random_streams
+from lightrft.strategy.checkpoint.checkpoint_items import CheckpointItem, RunState, restore_rng_states
 from lightrft.strategy.checkpoint.checkpoint_reader import CheckpointReader
 from lightrft.strategy.checkpoint.compatibility import LoadOptions
 from lightrft.strategy.checkpoint.format import RANKS
@@ -222,5 +222,5 @@ class CheckpointLoading:
                 item.trained.load_state_dict(facts["training"])
         run.loaders.restore(checkpoint.state["loaders"])
         prefix = f"{self._rank_entries}random/"
-        streams = {name: checkpoint.tensor(prefix + name) for name in checkpoint.shapes(prefix)}
-        restore_random_streams(streams, self._backend.world.device)
+        states = {name: checkpoint.tensor(prefix + name) for name in checkpoint.shapes(prefix)}
+        restore_rng_states(states, self._backend.world.device)

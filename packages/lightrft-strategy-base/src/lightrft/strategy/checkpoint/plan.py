@@ -23,7 +23,7 @@ import torch
 from lightrft.config import CheckpointError, UnsupportedOperationError
 from lightrft.strategy.backend.contract import Backend
 from lightrft.strategy.backend.types import Shard, StateSlice, TrainedModel
-from lightrft.strategy.checkpoint.checkpoint_items import CheckpointItem, RunState, random_streams
+from lightrft.strategy.checkpoint.checkpoint_items import CheckpointItem, RunState, rng_states
 from lightrft.strategy.checkpoint.format import RANKS, Piece, dtype_name
 from lightrft.strategy.models.hf_metadata import adapter_configuration
 from lightrft.strategy.storage import files
@@ -162,8 +162,7 @@ def _held(backend: Backend, items: Sequence[CheckpointItem], shared: Sequence[Se
             entry = f"{item.name}/buffers/{name}" if name in same else f"{RANKS}/{rank}/buffers/{item.name}/{name}"
             held.append(_unsharded(entry, buffer))
     held += [
-        _unsharded(f"{RANKS}/{rank}/random/{name}", state)
-        for name, state in random_streams(backend.world.device).items()
+        _unsharded(f"{RANKS}/{rank}/random/{name}", state) for name, state in rng_states(backend.world.device).items()
     ]
     for shard in held:
         dtype_name(shard.name, shard.values.dtype)

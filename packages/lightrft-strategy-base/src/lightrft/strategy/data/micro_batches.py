@@ -46,7 +46,7 @@ class MicroBatch:
 
 
 @contextmanager
-def _without_collector() -> Iterator[None]:
+def _gc_paused() -> Iterator[None]:
     """Pause the cyclic garbage collector, which would search the whole heap for cycles while many small objects are made."""
     was_enabled = gc.isenabled()
     gc.disable()
@@ -66,7 +66,7 @@ class Planner:
         padded: Whether a micro-batch costs count x longest; otherwise, it costs the sum of its lengths.
     """
 
-    @_without_collector()
+    @_gc_paused()
     def __init__(self, lengths: Sequence[int], max_tokens: int, *, padded: bool) -> None:
         most = len(lengths) * max(lengths, default=1)  # of one micro-batch with all of them
         self._lengths, self._max_tokens, self._padded = lengths, min(max_tokens, most), padded
@@ -78,9 +78,9 @@ class Planner:
     @property
     def fewest(self) -> int:
         """The number of micro-batches that these sequences need."""
-        return count_together(self._descending, self._max_tokens) if self._padded else len(self._groups)
+        return count_padded_groups(self._descending, self._max_tokens) if self._padded else len(self._groups)
 
-    @_without_collector()
+    @_gc_paused()
     def plan(self, count: int) -> tuple[MicroBatch, ...]:
         """Return ``count`` micro-batches, at least `fewest`, as balanced as the budget allows.
 
@@ -103,12 +103,12 @@ class Planner:
     def _divided(self, count: int) -> list[Group]:
         if self._padded:
             budget = smallest_budget(self._descending, self._max_tokens, count)
-            return halved(longest_together(self._order, self._descending, budget), count)
-        even = longest_to_emptiest(self._lengths, self._order, self._max_tokens, count)
-        return halved(self._groups, count) if even is None else even
+            return split_largest(padded_groups(self._order, self._descending, budget), count)
+        even = balanced_groups(self._lengths, self._order, self._max_tokens, count)
+        return split_largest(self._groups, count) if even is None else even
 
 
-def longest_together(order: Sequence[int], descending: Sequence[int], budget: int) -> list[Group]:
+def padded_groups(order: Sequence[int], descending: Sequence[int], budget: int) -> list[Group]:
     """Divide ``order``, the longest first, into runs with count x longest within ``budget``: the fewest possible."""
     return [
         order[first : first + size]
@@ -117,13 +117,13 @@ def longest_together(order: Sequence[int], descending: Sequence[int], budget: in
     ]
 
 
-def count_together(descending: Sequence[int], budget: int) -> int:
-    """Return how many groups `longest_together` makes."""
+def count_padded_groups(descending: Sequence[int], budget: int) -> int:
+    """Return how many groups `padded_groups` makes."""
     return sum(-(-(end - start) // size) for start, end, size in _equal_groups(descending, budget))
 
 
 def _equal_groups(descending: Sequence[int], budget: int) -> Iterator[tuple[int, int, int]]:
-    """Yield the start, end and size of adjacent groups of `longest_together` that have the same size.
+    """Yield the start, end and size of adjacent groups of `padded_groups` that have the same size.
 
     n sequences have at most sqrt(2 n) different sizes, so this is much faster than group by group.
     """
@@ -138,11 +138,11 @@ def _equal_groups(descending: Sequence[int], budget: int) -> Iterator[tuple[int,
 
 
 def smallest_budget(descending: Sequence[int], max_tokens: int, count: int) -> int:
-    """Return the smallest budget for which `longest_together` makes at most ``count`` groups; ``max_tokens`` is enough."""
+    """Return the smallest budget for which `padded_groups` makes at most ``count`` groups; ``max_tokens`` is enough."""
     least = max(descending[0], -(-sum(descending) // count))
 
     def is_enough(budget: int) -> bool:
-        return count_together(descending, budget) <= count
+        return count_padded_groups(descending, budget) <= count
 
     return least + bisect_left(range(least, max_tokens), True, key=is_enough)
 
@@ -184,9 +184,7 @@ def first_fit(lengths: Sequence[int], order: Sequence[int], budget: int) -> list
     return list(groups)
 
 
-def longest_to_emptiest(
-    lengths: Sequence[int], order: Sequence[int], max_tokens: int, count: int
-) -> list[Group] | None:
+def balanced_groups(lengths: Sequence[int], order: Sequence[int], max_tokens: int, count: int) -> list[Group] | None:
     """Put each of ``order``, the longest first, into the group with the smallest sum so far; None if one exceeds the budget."""
     groups = [[index] for index in order[:count]]
     sums = [lengths[group[0]] * count + at for at, group in enumerate(groups)]  # a sum and its group in one integer
@@ -200,7 +198,7 @@ def longest_to_emptiest(
     return list(groups)
 
 
-def halved(groups: Sequence[Group], count: int) -> list[Group]:
+def split_largest(groups: Sequence[Group], count: int) -> list[Group]:
     """Halve the group with the most sequences until there are ``count``."""
     of_size: defaultdict[int, list[Group]] = defaultdict(list)
     for group in groups:

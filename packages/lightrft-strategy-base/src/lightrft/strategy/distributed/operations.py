@@ -88,17 +88,16 @@ def _enter_modes(modes: ExitStack) -> None:
         modes.enter_context(torch.device("cpu"))
 
 
-class Watch:
+class TimeoutReporter:
     """A thread that writes the call in progress to stderr shortly before its timeout.
 
-    NCCL's watchdog ends the process at the timeout, so no exception can be raised there. gloo raises, and needs no
-    watch.
+    NCCL's watchdog ends the process at the timeout, so no exception can be raised there. gloo raises, and needs none.
     """
 
     def __init__(self, operations: Operations) -> None:
         self._operations = operations
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="lightrft-watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="lightrft-timeout-reporter", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:

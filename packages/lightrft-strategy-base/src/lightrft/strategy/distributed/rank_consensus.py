@@ -86,7 +86,7 @@ class RankConsensus:
         """Raise `StrategyError` on every rank unless all make this ``call`` with an equal ``value``, a JSON value."""
         require_equal(call, self.exchange(call, value))
 
-    def agree_on_all(self, call: str, entries: Sequence[Any]) -> None:
+    def agree_by_digest(self, call: str, entries: Sequence[Any]) -> None:
         """Like `agree`, for a long list: the ranks compare digests, and the lists only if the digests differ."""
         digest = hashlib.sha256(json.dumps(entries).encode()).hexdigest()
         if len(set(self.exchange(call, digest))) > 1:

@@ -20,7 +20,7 @@ from lightrft.strategy.checkpoint.format import MANIFEST
 from lightrft.strategy.checkpoint.store import Store, checkpoints_at
 from lightrft.strategy.export import meta_models
 from lightrft.strategy.export.atomic_directory import AtomicDirectory
-from lightrft.strategy.export.parts import Part, WholeModel, parts_of
+from lightrft.strategy.export.parts import ExportPart, WholeModel, export_parts
 from lightrft.strategy.export.save_model import kept_in_fp32
 from lightrft.strategy.export.sources.lightrft_checkpoint import CheckpointSource
 from lightrft.strategy.export.sources.open_source import has_adapters, open_source
@@ -103,7 +103,7 @@ class Conversion:
         model = meta_models.model_of(folder, trust_remote_code=self.trust_remote_code)
         return meta_models.with_adapters(model, facts.get("adapters", {}))
 
-    def _write(self, source: Source, part: Part, model: nn.Module, directory: AtomicDirectory) -> None:
+    def _write(self, source: Source, part: ExportPart, model: nn.Module, directory: AtomicDirectory) -> None:
         converter, folder = part.converter, directory.folder / part.folder
         stored = _stored_names(source, model, part.converter.tensors)
         planned = converter.convert(
@@ -123,7 +123,7 @@ class Conversion:
                     writer.write(name, tensor)
             writer.finish()
 
-    def _planned(self, name: str, tensor: torch.Tensor, part: Part) -> torch.Tensor:
+    def _planned(self, name: str, tensor: torch.Tensor, part: ExportPart) -> torch.Tensor:
         if self.dtype is None or not tensor.is_floating_point():
             return tensor
         kept = kept_in_fp32(part.module, self.dtype)
@@ -174,9 +174,9 @@ def _remove(names: Mapping[str, str], folder: Path) -> None:
 # Names of the weights
 
 
-def _parts(source: Source, model: nn.Module, *, merge_adapters: bool) -> Sequence[Part]:
+def _parts(source: Source, model: nn.Module, *, merge_adapters: bool) -> Sequence[ExportPart]:
     if source.names == "in memory":
-        return parts_of(model, model, type(model), merge_adapters=merge_adapters)
+        return export_parts(model, model, type(model), merge_adapters=merge_adapters)
     if not (source.path / _CONFIGURATION).exists():  # from --base, and perhaps of another model
         converter = StateDictAdapter.of(model)
         _stored_names(source, model, converter.convert(converter.tensors))

@@ -16,7 +16,7 @@ from lightrft.strategy.models.state_dict_adapter import StateDictAdapter, Unit, 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part(ABC):
+class ExportPart(ABC):
     """A set of weights with its configuration."""
 
     converter: weight_stream.WeightConverter
@@ -40,7 +40,7 @@ class Part(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WholeModel(Part):
+class WholeModel(ExportPart):
     """All weights of a model."""
 
     model_class: type[nn.Module]
@@ -63,7 +63,7 @@ class WholeModel(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adapter(Part):
+class Adapter(ExportPart):
     """The weights of one adapter: one file, the default adapter's at the top, as PEFT writes them."""
 
     name: str
@@ -81,9 +81,9 @@ class Adapter(Part):
         hf_metadata.adapter_configuration(self.module, self.name).save_pretrained(folder)
 
 
-def parts_of(
+def export_parts(
     module: nn.Module, meta_model: nn.Module, model_class: type[nn.Module], *, merge_adapters: bool = False
-) -> Sequence[Part]:
+) -> Sequence[ExportPart]:
     """Return the parts of ``module``: its adapters, or the full model if it has none or they are merged.
 
     Args:

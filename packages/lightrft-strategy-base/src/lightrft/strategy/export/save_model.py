@@ -21,7 +21,7 @@ from lightrft.config.validation import shown
 from lightrft.strategy.backend.contract import Backend
 from lightrft.strategy.distributed.rank_consensus import RankConsensus
 from lightrft.strategy.export.atomic_directory import AtomicDirectory
-from lightrft.strategy.export.parts import Part, parts_of
+from lightrft.strategy.export.parts import ExportPart, export_parts
 from lightrft.strategy.export.tensor_files import FileLayout, TensorWriter, file_layouts
 from lightrft.strategy.models import hf_metadata, weight_stream
 from lightrft.strategy.models.registry import PreparedModel, outside_of_wrapped
@@ -52,7 +52,9 @@ def save_model(
             saved = model.exported
             if saved is not model:
                 _warn_of_weights_outside(model.module)
-            parts = parts_of(saved.module, saved.names_model, saved.model_class, merge_adapters=options.merge_adapters)
+            parts = export_parts(
+                saved.module, saved.names_model, saved.model_class, merge_adapters=options.merge_adapters
+            )
             plans = [TensorPlan(backend, saved.module, part, options) for part in parts]
             if backend.world.rank == 0:
                 output = stack.enter_context(Output(target, plans, options))
@@ -104,7 +106,7 @@ class SaveOptions:
 class TensorPlan:
     """The tensors of one part: the dtypes in which they are gathered and written, and the files that hold them."""
 
-    def __init__(self, backend: Backend, module: nn.Module, part: Part, options: SaveOptions) -> None:
+    def __init__(self, backend: Backend, module: nn.Module, part: ExportPart, options: SaveOptions) -> None:
         self.part, self._backend, self._options = part, backend, options
         self._fp32 = kept_in_fp32(module, options.dtype)
         self.contents = part.converter.convert(

@@ -178,7 +178,7 @@ class Preparation:
             module.eval().requires_grad_(False)
             for trained in self._models.in_training:  # a moving average includes later updates only
                 trained.averages[module] = trained.updates
-        self._consensus.agree_on_all("prepare", schema_of(module))
+        self._consensus.agree_by_digest("prepare", schema_of(module))
         state_dict_adapter.remember_conversions(module)
         with self._backend.world.remembering_environment():
             wrapped = self._backend.wrap(module, options)

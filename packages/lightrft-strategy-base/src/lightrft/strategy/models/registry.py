@@ -57,6 +57,8 @@ class PreparedModel:
     """Whether it is in host memory, until `reload_model`."""
     head: Head | None = None
     """Its output embedding, once it was found and checked."""
+    keeps_packed_apart: bool | None = None
+    """Whether packed sequences do not see each other, once it was tried."""
 
     @property
     def names_model(self) -> nn.Module:

@@ -28,6 +28,7 @@ from lightrft.strategy.log_probs import (
 )
 from lightrft.strategy.models.compiled import eagerly, not_compiled
 from lightrft.strategy.models.heads import Head, find_head
+from lightrft.strategy.models.packing import keeps_packed_apart, packed_starts, without_cache
 from lightrft.strategy.models.registry import PreparedModel
 from lightrft.strategy.parallel.sequence import SequenceParallel
 
@@ -48,6 +49,8 @@ class Request:
     entropy: bool
     inputs: Mapping[str, Any]
     """Further arguments of the model's forward."""
+    packed: bool
+    """Whether a row has several sequences."""
 
 
 def request(
@@ -65,6 +68,36 @@ def request(
         raise ArgumentError(
             f"{CALL}: expected input_ids (B, T) with B of at least 1 and T of at least 2, got {tuple(input_ids.shape)}. Pass a batch of sequences"
         )
+    positions = inputs.get("position_ids")
+    _check_mask_and_positions(attention_mask, positions, input_ids)
+    if "labels" in inputs:
+        raise ArgumentError(
+            f"{CALL}: expected no argument labels, got one: the model would compute its own loss. Pass them as targets, shifted: "
+            f"targets=labels[:, 1:]"
+        )
+    check_temperature(CALL, temperature)
+    starts_BT = packed_starts(positions, attention_mask, input_ids)
+    if targets is None and attention_mask is not None and attention_mask.ndim != 2:
+        raise ArgumentError(
+            f"{CALL}: expected targets with an attention mask of shape {tuple(attention_mask.shape)}, got none: only a mask (B, T) "
+            f"says which tokens are padding. Pass targets, -100 where a position is left out"
+        )
+    if targets is None:
+        targets = input_ids[:, 1:].long()
+        if attention_mask is not None:
+            present_BT = attention_mask != 0
+            targets = targets.masked_fill(~(present_BT[:, :-1] & present_BT[:, 1:]), IGNORED)
+        elif starts_BT is not None:
+            targets = targets.masked_fill(starts_BT, IGNORED)
+    check_targets(CALL, targets, (input_ids.shape[0], input_ids.shape[1] - 1))
+    padded_BT = nn.functional.pad(targets, (0, 1), value=IGNORED)
+    return Request(
+        input_ids=input_ids, attention_mask=attention_mask, targets=padded_BT, temperature=temperature, entropy=entropy,
+        inputs=inputs, packed=starts_BT is not None and bool(starts_BT.any()),
+    )  # fmt: skip
+
+
+def _check_mask_and_positions(attention_mask: object, positions: object, input_ids: torch.Tensor) -> None:
     if attention_mask is not None and not isinstance(attention_mask, torch.Tensor):
         raise ArgumentTypeError(f"{CALL}: expected attention_mask to be a tensor, or None, got {shown(attention_mask)}")
     if attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape != input_ids.shape:
@@ -72,31 +105,44 @@ def request(
             f"{CALL}: expected attention_mask to have the shape of input_ids {tuple(input_ids.shape)}, got "
             f"{tuple(attention_mask.shape)}"
         )
-    if "labels" in inputs:
+    if isinstance(positions, torch.Tensor) and (positions.ndim < 2 or positions.shape[-1] != input_ids.shape[1]):
         raise ArgumentError(
-            f"{CALL}: expected no argument labels, got one: the model would compute its own loss. Pass them as targets, shifted: "
-            f"targets=labels[:, 1:]"
+            f"{CALL}: expected position_ids (B, T) for input_ids {tuple(input_ids.shape)}, got {tuple(positions.shape)}. "
+            f"Number the tokens of each sequence from 0"
         )
-    check_temperature(CALL, temperature)
-    if targets is None:
-        targets = input_ids[:, 1:].long()
-        positions_BT: Any = inputs.get("position_ids")
-        if attention_mask is not None and attention_mask.ndim == 2:
-            present_BT = attention_mask != 0
-            targets = targets.masked_fill(~(present_BT[:, :-1] & present_BT[:, 1:]), IGNORED)
-        elif attention_mask is None and _are_positions(positions_BT, input_ids):
-            targets = targets.masked_fill(positions_BT.diff(dim=1) != 1, IGNORED)  # packed sequences
-    check_targets(CALL, targets, (input_ids.shape[0], input_ids.shape[1] - 1))
-    padded_BT = nn.functional.pad(targets, (0, 1), value=IGNORED)
-    return Request(
-        input_ids=input_ids, attention_mask=attention_mask, targets=padded_BT, temperature=temperature, entropy=entropy,
-        inputs=inputs,
-    )  # fmt: skip
 
 
-def _are_positions(positions: object, input_ids: torch.Tensor) -> bool:
-    shapes = {tuple(input_ids.shape), (1, input_ids.shape[1])}
-    return isinstance(positions, torch.Tensor) and tuple(positions.shape) in shapes
+def check_packing(prepared: PreparedModel, consensus: RankConsensus, request: Request) -> None:
+    """Raise `UnsupportedOperationError` if the model lets packed sequences see each other. All ranks must call this.
+
+    Raises:
+        ArgumentError: The model is to make a cache, which would let them.
+    """
+    if prepared.keeps_packed_apart is None:
+
+        def logits_of(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            return _logits_of(prepared, prepared.wrapped(tokens, position_ids=positions))
+
+        with (
+            _evaluation_mode(prepared.module),
+            eagerly(prepared.module),
+            without_cache(prepared.module),
+            torch.no_grad(),
+        ):
+            prepared.keeps_packed_apart = keeps_packed_apart(logits_of, request.input_ids)
+    with consensus.together(CALL, "checking packed sequences"):
+        if not request.packed:
+            return
+        if request.inputs.get("use_cache"):
+            raise ArgumentError(
+                f"{CALL}: expected no cache with packed sequences, got use_cache={request.inputs['use_cache']}: they would see "
+                f"each other. Leave it out"
+            )
+        if not prepared.keeps_packed_apart:
+            raise UnsupportedOperationError(
+                f"{CALL}: expected a model that keeps packed sequences apart, got position_ids that restart and "
+                f"{prepared.class_name}, in which they see each other. Pass one sequence a row, padded, with its attention_mask"
+            )
 
 
 def of_sequences(ranks: SequenceParallel, request: Request, compute: Callable[[Request], LogProbs]) -> LogProbs:
@@ -189,27 +235,8 @@ def _call(prepared: PreparedModel, request: Request) -> Any:
     mask = {} if request.attention_mask is None else {"attention_mask": request.attention_mask}
     if "use_cache" in request.inputs:
         return prepared.wrapped(request.input_ids, **mask, **request.inputs)
-    with _without_cache(prepared.module):
+    with without_cache(prepared.module):
         return prepared.wrapped(request.input_ids, **mask, **request.inputs)
-
-
-@contextmanager
-def _without_cache(module: nn.Module) -> Iterator[None]:
-    """Turn off the cache in the configurations of ``module`` and its parts: the forward of a wrapper may take no argument."""
-    configs: dict[int, Any] = {
-        id(config): config for part in module.modules() if _uses_cache(config := getattr(part, "config", None))
-    }
-    for config in configs.values():
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        for config in configs.values():
-            config.use_cache = True
-
-
-def _uses_cache(config: object) -> bool:
-    return getattr(config, "use_cache", None) is True
 
 
 def _logits_of(prepared: PreparedModel, output: object) -> torch.Tensor:

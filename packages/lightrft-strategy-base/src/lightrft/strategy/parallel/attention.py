@@ -122,13 +122,15 @@ def register() -> None:
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, mask)
 
 
-def attach(module: nn.Module, group: dist.ProcessGroup, use: Callable[[torch.Tensor], bool]) -> Callable[[], None]:
+def attach(
+    module: nn.Module, group: dist.ProcessGroup, use_split: Callable[[torch.Tensor], bool]
+) -> Callable[[], None]:
     """Let the models of transformers in ``module`` take batches that are split over ``group``.
 
     Args:
         module: A model that `check_model` accepts, wrapped by the backend.
         group: The ranks that share a sequence.
-        use: Called with the inputs of each forward pass; returns whether they come from `SequenceParallel.split`.
+        use_split: Called with the inputs of each forward pass; returns whether they come from `SequenceParallel.split`.
 
     Returns:
         A function that undoes this.
@@ -143,7 +145,7 @@ def attach(module: nn.Module, group: dist.ProcessGroup, use: Callable[[torch.Ten
         if before != NAME:  # models may share a configuration
             switched.set_attn_implementation(NAME)
             undo.append(partial(setattr, switched.config, "_attn_implementation", before))
-        undo.extend(_hook(model, dist.get_world_size(group), use))
+        undo.extend(_hook(model, dist.get_world_size(group), use_split))
 
     def detach() -> None:
         for step in undo:
@@ -157,7 +159,7 @@ def attach(module: nn.Module, group: dist.ProcessGroup, use: Callable[[torch.Ten
 # The forward pass of a model
 
 
-def _hook(model: nn.Module, ranks: int, use: Callable[[torch.Tensor], bool]) -> list[Callable[[], None]]:
+def _hook(model: nn.Module, ranks: int, use_split: Callable[[torch.Tensor], bool]) -> list[Callable[[], None]]:
     """Read the layout of every batch on which ``model`` is called."""
     signature = inspect.signature(type(model).forward)
     tokens: list[Token[Layout | None]] = []
@@ -167,7 +169,7 @@ def _hook(model: nn.Module, ranks: int, use: Callable[[torch.Tensor], bool]) -> 
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         tokens.clear()  # left by a call that was interrupted: no hook runs then
         arguments = signature.bind_partial(model, *args).arguments | kwargs if args else kwargs
-        layout = _layout_of(arguments, ranks, use)
+        layout = _layout_of(arguments, ranks, use_split)
         tokens.append(_layout.set(layout))
         if layout is not None and "use_cache" in signature.parameters and "use_cache" not in arguments:
             kwargs = {**kwargs, "use_cache": False}  # a cache would copy every key and value
@@ -195,7 +197,7 @@ def _hook(model: nn.Module, ranks: int, use: Callable[[torch.Tensor], bool]) -> 
     ]
 
 
-def _layout_of(arguments: Mapping[str, Any], ranks: int, use: Callable[[torch.Tensor], bool]) -> Layout | None:
+def _layout_of(arguments: Mapping[str, Any], ranks: int, use_split: Callable[[torch.Tensor], bool]) -> Layout | None:
     """Return the layout of a batch that is split; None for one that is not.
 
     Raises:
@@ -205,7 +207,7 @@ def _layout_of(arguments: Mapping[str, Any], ranks: int, use: Callable[[torch.Te
     inputs = arguments.get("inputs_embeds") if inputs is None else inputs
     if not isinstance(inputs, torch.Tensor) or arguments.get("past_key_values") is not None:
         return None
-    is_slice, attention_mask = use(inputs), arguments.get("attention_mask")
+    is_slice, attention_mask = use_split(inputs), arguments.get("attention_mask")
     full_shape = (inputs.shape[0], inputs.shape[1] * ranks)
     if not isinstance(attention_mask, torch.Tensor) or tuple(attention_mask.shape) != full_shape:
         if is_slice:

@@ -156,7 +156,7 @@ class SequenceParallel:
         padded = pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, missing), value=filler) if missing else tensor
         return padded[:, self.rank * width : (self.rank + 1) * width].clone()
 
-    def use(self, inputs: torch.Tensor) -> bool:
+    def use_split(self, inputs: torch.Tensor) -> bool:
         """Return whether the ``inputs`` of a model share memory with those that `split` returned; `gather` then applies to them."""
         memory = inputs.untyped_storage().data_ptr()
         for index, split in enumerate(self._splits):
@@ -212,7 +212,7 @@ class SequenceParallel:
 
     # Prompts
 
-    def share(self, prompts: Sequence[T], reports: Sequence[object]) -> list[T] | None:
+    def prompts_to_complete(self, prompts: Sequence[T], reports: Sequence[object]) -> list[T] | None:
         """Return the prompts that this rank completes for its group, or None if it completes its own.
 
         Args:
@@ -224,11 +224,11 @@ class SequenceParallel:
         shared = self.size > 1 and mine[0] != [None] and all(other == mine[0] for other in mine)
         return list(prompts[self.rank :: self.size]) if shared else None
 
-    def combine(self, completions: Sequence[T], prompts: int, each: int) -> list[T]:
+    def gather_completions(self, completions: Sequence[T], prompts: int, each: int) -> list[T]:
         """Return the completions of all prompts of the group, in order. All ranks of the group must call this.
 
         Args:
-            completions: Those of this rank's `share`, with ``each`` adjacent ones for a prompt.
+            completions: Those of `prompts_to_complete` of this rank, with ``each`` adjacent ones for a prompt.
             prompts: The number of prompts of the group.
             each: The number of completions of a prompt.
         """
@@ -251,7 +251,7 @@ class SequenceParallel:
 
     def attach(self, module: nn.Module) -> Callable[[], None]:
         """Let a prepared model take batches that are split; return a function that undoes this."""
-        return attention.attach(module, self.group, self.use) if self.group is not None else lambda: None
+        return attention.attach(module, self.group, self.use_split) if self.group is not None else lambda: None
 
     def forward_context(self) -> AbstractContextManager[object]:
         """Return the context in which a prepared model computes."""

@@ -162,7 +162,7 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
-def _one_at_a_time(method: Callable[_P, _R]) -> Callable[_P, _R]:
+def _synchronized(method: Callable[_P, _R]) -> Callable[_P, _R]:
     """Let calls of several threads wait for each other."""
 
     @functools.wraps(method)
@@ -266,7 +266,7 @@ class EngineBase(ABC):
         return self._stale
 
     @final
-    @_one_at_a_time
+    @_synchronized
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
         """Complete each prompt ``sampling.n`` times.
 
@@ -305,7 +305,7 @@ class EngineBase(ABC):
             ) from error
 
     @final
-    @_one_at_a_time
+    @_synchronized
     def update_weights(self, buckets: Iterable[Bucket]) -> None:
         """Load a full weight stream. If it fails, the engine is stale until one succeeds.
 
@@ -322,12 +322,12 @@ class EngineBase(ABC):
                 f"wake_up(['weights']) first"
             )
         self._stale = "the last weight sync failed"
-        self._load(checked(buckets, self.expected_weights, self._name))
+        self._load(checked_buckets(buckets, self.expected_weights, self._name))
         self._version += 1
         self._stale = None
 
     @final
-    @_one_at_a_time
+    @_synchronized
     def revoke_weights(self, why: str) -> None:
         """Revoke the last committed sync, which failed on another rank; the engine is stale until the next one.
 
@@ -338,7 +338,7 @@ class EngineBase(ABC):
         self._stale = why
 
     @final
-    @_one_at_a_time
+    @_synchronized
     def sleep(self, level: int = 1) -> None:
         """Free memory. Idempotent; a deeper level frees more.
 
@@ -365,7 +365,7 @@ class EngineBase(ABC):
             self._stale = before
 
     @final
-    @_one_at_a_time
+    @_synchronized
     def wake_up(self, parts: Collection[Part] | None = None) -> None:
         """Allocate memory again. Idempotent.
 
@@ -388,7 +388,7 @@ class EngineBase(ABC):
             self._awake |= missing
 
     @final
-    @_one_at_a_time
+    @_synchronized
     def shutdown(self) -> None:
         """End the engine and everything it started. Idempotent."""
         if not self._closed:
@@ -484,7 +484,9 @@ def is_engine(candidate: object) -> bool:
     return isinstance(candidate, RolloutEngine)
 
 
-def checked(buckets: Iterable[Bucket], expected: Mapping[str, torch.Size] | None, name: str) -> Iterator[Bucket]:
+def checked_buckets(
+    buckets: Iterable[Bucket], expected: Mapping[str, torch.Size] | None, name: str
+) -> Iterator[Bucket]:
     """Yield ``buckets`` unchanged, checked against the checkpoint of the engine ``name``.
 
     Raises:

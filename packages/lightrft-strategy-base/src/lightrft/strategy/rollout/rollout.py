@@ -331,11 +331,11 @@ class Rollout:
             settings = Sampling.of(sampling)
             prompts = multimodal.build_prompts_with(build_inputs, *prompts_and_media)
             own.append(_digest(prompts, settings) if self._sequence_parallel.size > 1 else None)
-        share = self._sequence_parallel.share(prompts, reports)
+        to_complete = self._sequence_parallel.prompts_to_complete(prompts, reports)
         with self._together("gather_and_generate"):
-            completions = self._generate_shared(prompts if share is None else share, settings)
-        if share is not None:
-            completions = self._sequence_parallel.combine(completions, len(prompts), settings.n)
+            completions = self._generate_shared(prompts if to_complete is None else to_complete, settings)
+        if to_complete is not None:
+            completions = self._sequence_parallel.gather_completions(completions, len(prompts), settings.n)
         if sleep:
             self.sleep()
         return completions

@@ -44,11 +44,11 @@ class NotANumber(float):
 _EXPECTED = Expected("a number, a tensor of one number, or None", (Real, torch.Tensor), (bool,))
 
 
-def accepted(denominator: object, device: torch.device) -> Denominator:
+def validated(denominator: object, device: torch.device) -> Denominator:
     """Return the argument ``denominator`` of `backward` in the form in which it is stored. Does not wait for ``device``.
 
     Raises:
-        ArgumentError, ArgumentTypeError: It is not a number. Its value is checked later, see `mistake`.
+        ArgumentError, ArgumentTypeError: It is not a number. Its value is checked later, see `invalid_update_error`.
     """
     if denominator is None:
         return None
@@ -77,9 +77,9 @@ class Totals:
 
     items: float
     """The sum of the denominators."""
-    counted: int
+    with_denominator: int
     """Losses with a denominator."""
-    uncounted: int
+    without_denominator: int
     """Losses without one."""
     invalid: int
     """Losses whose denominator is negative or not finite, and ranks that made another mistake."""
@@ -89,12 +89,12 @@ class Totals:
     @property
     def denominator(self) -> float | None:
         """The sum of the denominators; None for an update without them."""
-        return self.items if self.counted else None
+        return self.items if self.with_denominator else None
 
     @property
-    def mistaken(self) -> bool:
+    def update_is_invalid(self) -> bool:
         """Whether no update can be made from them."""
-        return self.invalid > 0 or (self.counted > 0 and self.uncounted > 0) or self.differ
+        return self.invalid > 0 or (self.with_denominator > 0 and self.without_denominator > 0) or self.differ
 
     def factor(self, ranks: int, without: float) -> float:
         """Return what to multiply the mean of the gradients over ``ranks`` ranks by; NaN if there is nothing to update from.
@@ -103,9 +103,9 @@ class Totals:
             ranks: The number of ranks; ranks that share sequences count as one. Multiplied by the mean, it gives the sum.
             without: The factor of an update without denominators.
         """
-        if not self.counted and not self.mistaken:
+        if not self.with_denominator and not self.update_is_invalid:
             return without
-        return math.nan if self.mistaken or self.items == 0 else ranks / self.items
+        return math.nan if self.update_is_invalid or self.items == 0 else ranks / self.items
 
     def mean_of(self, losses: float, without: int) -> float | None:
         """Return the loss of the update, from the sum of all losses; None if the denominators add up to 0.
@@ -114,7 +114,7 @@ class Totals:
             losses: The sum over micro-batches and ranks.
             without: What to divide by in an update without denominators.
         """
-        divisor = self.items if self.counted else without
+        divisor = self.items if self.with_denominator else without
         return losses / divisor if divisor else None
 
 
@@ -128,7 +128,7 @@ class PendingTotals:
         *,
         sharing: int = 1,
         losses: Sequence[torch.Tensor] = (),
-        mistaken: bool = False,
+        other_error: bool = False,
     ) -> None:
         """Start the sum. All ranks must call this.
 
@@ -137,19 +137,19 @@ class PendingTotals:
             world: All ranks that train together.
             sharing: Ranks that share each sequence: all of them pass its denominator and loss, which count once.
             losses: Those of this rank, 0-d fp64 tensors on its device.
-            mistaken: Whether this rank made another mistake in the update. It counts as an invalid denominator.
+            other_error: Whether this rank made another mistake in the update. It counts as an invalid denominator.
         """
         self._sharing = sharing
         weight = _weight(world.rank, sharing) if world.size > 1 else 0
         self._losses: torch.Tensor | _HostCopy | float = (total := _sum(losses))
         numbers = [value for value in denominators if isinstance(value, float)]
         on_device = [value for value in denominators if isinstance(value, torch.Tensor)]
-        counted = len(numbers) + len(on_device)
+        with_denominator = len(numbers) + len(on_device)
         self._values = [
             sum(numbers),
-            counted,
-            len(denominators) - counted,
-            sum(map(_is_invalid, numbers), int(mistaken)),
+            with_denominator,
+            len(denominators) - with_denominator,
+            sum(map(_is_invalid, numbers), int(other_error)),
             weight * sum(numbers),
             0.0,
         ]
@@ -201,11 +201,14 @@ class PendingTotals:
         items, *counts, difference, losses = values
         if self._vector is not None:
             self._losses = losses
-        counted, uncounted, invalid = map(int, counts)
+        with_denominator, without_denominator, invalid = map(int, counts)
         return Totals(
-            items=items / self._sharing, counted=counted, uncounted=uncounted, invalid=invalid,
+            items=items / self._sharing,
+            with_denominator=with_denominator,
+            without_denominator=without_denominator,
+            invalid=invalid,
             differ=abs(difference) > ROUNDING * items,
-        )  # fmt: skip
+        )
 
 
 class _HostCopy:
@@ -220,26 +223,32 @@ class _HostCopy:
         return self._number.item()
 
 
-def is_mistake(denominator: Denominator, earlier: Sequence[Denominator]) -> bool:
+def invalidates_update(denominator: Denominator, earlier: Sequence[Denominator]) -> bool:
     """Return whether no update can be made from ``denominator`` after the ``earlier`` ones, as far as the host knows."""
     mixed = bool(earlier) and (denominator is None) != (earlier[0] is None)
     return mixed or (isinstance(denominator, float) and _is_invalid(denominator))
 
 
 def report(denominators: Sequence[Denominator]) -> list[str]:
-    """Describe the denominators of one rank for `mistake`: the invalid ones, and the counts. Waits for the device."""
+    """Describe the denominators of one rank for `invalid_update_error`: the invalid ones, and the counts. Waits for the device."""
     values = [float(value) if isinstance(value, torch.Tensor) else value for value in denominators]
     invalid = [
         f"{value.shown if isinstance(value, NotANumber) else f'{value:g}'} in backward {index}"
         for index, value in enumerate(values, start=1)
         if value is not None and _is_invalid(value)
     ]
-    uncounted = values.count(None)
+    without_denominator = values.count(None)
     total = sum(value for value in values if value is not None)
-    return [", ".join(invalid[:3]), f"{len(values) - uncounted} with and {uncounted} without", f"{total:.17g}"]
+    return [
+        ", ".join(invalid[:3]),
+        f"{len(values) - without_denominator} with and {without_denominator} without",
+        f"{total:.17g}",
+    ]
 
 
-def mistake(call: str, class_name: str, reports: Sequence[Sequence[str]], *, differ: bool = False) -> LightRFTError:
+def invalid_update_error(
+    call: str, class_name: str, reports: Sequence[Sequence[str]], *, differ: bool = False
+) -> LightRFTError:
     """Return the error of an update that was dropped, from the `report` of each rank.
 
     ``differ``: whether only the denominators of ranks that share sequences are wrong.

@@ -45,7 +45,7 @@ def backward(
     """Add the gradient of ``loss``, a scalar with a graph, to the gradient of the update in progress."""
     check_loss(backend, trained, loss)
     try:
-        items = denominators.accepted(denominator, backend.world.device)
+        items = denominators.validated(denominator, backend.world.device)
     except LightRFTError:
         if backend.world.size == 1:
             raise
@@ -104,12 +104,12 @@ def optimizer_step(
         check_frozen(trained)
         totals, norm, loss = _make_update(backend, trained)
     deferred, given = trained.deferred_error, _end_update(trained)
-    if totals.mistaken:
+    if totals.update_is_invalid:
         with consensus.together("optimizer_step", report=lambda: denominators.report(given)) as reports:
             if deferred is not None:
                 raise deferred
-        only = totals.differ and not totals.invalid and not (totals.counted and totals.uncounted)
-        raise denominators.mistake("optimizer_step", trained.class_name, reports, differ=only)
+        only = totals.differ and not totals.invalid and not (totals.with_denominator and totals.without_denominator)
+        raise denominators.invalid_update_error("optimizer_step", trained.class_name, reports, differ=only)
     if totals.denominator == 0:
         trained.skipped += 1
         return StepResult(applied=False, skipped=True, grad_norm=None, denominator=0.0)
@@ -181,7 +181,7 @@ def _make_update(backend: Backend, trained: TrainedModel) -> tuple[Totals, float
         backend.world,
         sharing=sharing,
         losses=trained.losses,
-        mistaken=trained.deferred_error is not None,
+        other_error=trained.deferred_error is not None,
     )
     # For the mean over the actual number of micro-batches.
     mean = trained.accumulation_steps / trained.micro_batches
@@ -277,7 +277,7 @@ def _check_denominator(backend: Backend, trained: TrainedModel, denominator: Den
 
     One of several ranks must not raise alone, because the others continue. There, `optimizer_step` raises on all.
     """
-    if backend.world.size > 1 or not denominators.is_mistake(denominator, trained.denominators):
+    if backend.world.size > 1 or not denominators.invalidates_update(denominator, trained.denominators):
         return
     given = [*trained.denominators, denominator]
     if trained.backwards and backend.fused_step is not None:
@@ -285,4 +285,4 @@ def _check_denominator(backend: Backend, trained: TrainedModel, denominator: Den
     for parameter in trained.parameters:
         parameter.grad = None
     _end_update(trained)
-    raise denominators.mistake("backward", trained.class_name, [denominators.report(given)])
+    raise denominators.invalid_update_error("backward", trained.class_name, [denominators.report(given)])

@@ -24,7 +24,7 @@ class Tracking:
     """The trackers of a run, and the recorder of what is written to them."""
 
     def __init__(self, writers: Sequence[Writer], recorder: Recorder | None) -> None:
-        """Initialize from parts.
+        """Create it from its parts.
 
         Args:
             writers: One for each tracker.
