@@ -40,3 +40,10 @@ def test_the_setting_changes_no_result(two: Workers, settings: dict[str, object]
 def test_the_loss_of_another_model_is_refused(two: Workers) -> None:
     for error in two.run(cases.refused):
         assert "expected a loss that depends on a trainable parameter" in error
+
+
+def test_packed_sequences_of_one_rank_are_refused_on_all(two: Workers) -> None:
+    ours, others = two.run(cases.packed_on_rank_0)
+    assert (ours[0], others[0]) == ("", "")
+    assert "expected a model that keeps packed sequences apart" in ours[1]
+    assert "failed on another rank; rank 0: UnsupportedOperationError" in others[1]
