@@ -41,3 +41,11 @@ def test_the_setting_changes_no_result(two: Workers, stage: int, settings: dict[
 def test_the_loss_of_another_model_is_refused(two: Workers, stage: int) -> None:
     for error in two.run(cases.refused, zero_stage=stage):
         assert "expected a loss that depends on a trainable parameter" in error
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_packed_sequences_of_one_rank_are_refused_on_all(two: Workers, stage: int) -> None:
+    ours, others = two.run(cases.packed_on_rank_0, zero_stage=stage)
+    assert (ours[0], others[0]) == ("", "")
+    assert "expected a model that keeps packed sequences apart" in ours[1]
+    assert "failed on another rank; rank 0: UnsupportedOperationError" in others[1]
