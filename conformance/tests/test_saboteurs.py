@@ -55,6 +55,24 @@ def test_each_seed_tries_what_no_pinned_example_has_killed(monkeypatch: pytest.M
     assert {tensor.saboteur.name for tensor in got if not tensor.right} == {survivor.name}
 
 
+@pytest.mark.parametrize(("controls_profile", "profile"), [("smoke", "smoke"), (None, "ci")])
+def test_controls_may_have_a_profile_of_their_own(
+    controls_profile: str | None, profile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control = next(entry for entry in corpus() if not entry.clause)
+    pinned, drawn, *_ = saboteurs()
+    chosen = [pinned, drawn, control]
+
+    def judged(saboteur: Saboteur, group: Any, profile: str, seed: int) -> runner.Outcome:  # in a forked process
+        result = ClauseResult(id="-", level="MUST", verdict="fail", message=profile)
+        return runner.Outcome(saboteur=saboteur, killed=True, results=[result])
+
+    monkeypatch.setattr(runner, "run_one", judged)
+    got = runner.run_corpus(chosen, "ci", range(1), controls_profile=controls_profile)
+    used = {outcome.saboteur.name: outcome.results[0].message for outcome in got}
+    assert used == {**dict.fromkeys((entry.name for entry in chosen), "ci"), control.name: profile}
+
+
 class Waits:
     def wait(self) -> str:
         """Return the stack at which it would wait."""

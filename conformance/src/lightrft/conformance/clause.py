@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 
 from lightrft.conformance.reference import Reference
-from lightrft.conformance.reference_model import Family
+from lightrft.conformance.reference_model import Averaging
 from lightrft.conformance.values import Record as Record
 from lightrft.conformance.values import decode
 
@@ -100,14 +100,14 @@ class Execution:
     """By rank, then by operation, decoded. Empty for a rank that the program ends."""
     afterwards: "Execution | None" = None
 
-    _predicted: dict[Family, list[Any]] = field(default_factory=dict)
+    _predicted: dict[Averaging, list[Any]] = field(default_factory=dict)
 
-    def predicted(self, family: Family = "once") -> list[Any]:
+    def predicted(self, averaging: Averaging = "per update") -> list[Any]:
         """The predictions of the reference, by operation."""
-        if family not in self._predicted:
+        if averaging not in self._predicted:
             settings = {**self.target.settings, **self.program.settings}
-            self._predicted[family] = Reference(self.target.world, family).run(settings, self.program.operations)
-        return self._predicted[family]
+            self._predicted[averaging] = Reference(self.target.world, averaging).run(settings, self.program.operations)
+        return self._predicted[averaging]
 
     def each(self, do: str) -> Iterator[tuple[int, Operation, list[Any]]]:
         """Index, operation, and observations by rank, of every ``do``."""
@@ -209,7 +209,7 @@ class Clause(ABC):
         mismatch = difference(expected, got)
         self.require(mismatch is None, f"{message}: {mismatch}")
 
-    def require_alike(self, execution: Execution, do: str) -> None:
+    def require_same_on_all_ranks(self, execution: Execution, do: str) -> None:
         """Require all ranks to observe the same."""
         for index, _, seen in execution.each(do):
             for rank, other in enumerate(seen):

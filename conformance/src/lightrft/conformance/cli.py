@@ -15,6 +15,7 @@ import typer
 
 from lightrft.conformance.options import (
     Clauses,
+    ControlsProfile,
     Device,
     Expected,
     ProfileOption,
@@ -284,6 +285,7 @@ def saboteurs(
     seeds: Seeds = 1,
     only: Annotated[list[str] | None, typer.Option(help="Run only this saboteur; may be repeated")] = None,
     jobs: SaboteurJobs = None,
+    controls_profile: ControlsProfile = None,
 ) -> None:
     """Test the suite itself.
 
@@ -302,8 +304,9 @@ def saboteurs(
         raise typer.BadParameter(f"--only: unknown saboteurs {', '.join(sorted(unknown))}")
     chosen = [entry for entry in corpus() if not only or entry.name in only]
     outcomes = run_corpus(
-        chosen, profile, range(seed, seed + seeds), lambda outcome: _show_outcome(console, outcome), jobs or CORES
-    )
+        chosen, profile, range(seed, seed + seeds), lambda outcome: _show_outcome(console, outcome), jobs or CORES,
+        controls_profile,
+    )  # fmt: skip
     wrong = {outcome.saboteur.name for outcome in outcomes if not outcome.right}
     defects, controls = ([entry.name for entry in chosen if bool(entry.clause) == kept] for kept in (True, False))
     covered = {entry.clause for entry in corpus()}
@@ -312,9 +315,10 @@ def saboteurs(
         for clause in CONTRACT
         if clause.level == "MUST" and clause.id not in covered and not clause.needs_cuda
     ]
+    controls_with = f" (controls: {controls_profile})" if controls_profile else ""
     console.print(
         f"{len(set(defects) - wrong)} of {len(defects)} saboteurs killed, {len(set(controls) & wrong)} of {len(controls)} "
-        f"controls accused, profile {profile}, {seeds} seed(s); {sum(outcome.conclusive for outcome in outcomes)} killed by "
+        f"controls accused, profile {profile}{controls_with}, {seeds} seed(s); {sum(outcome.conclusive for outcome in outcomes)} killed by "
         f"pinned examples, with any seed; MUST clauses without a saboteur: {', '.join(uncovered) or 'none'}",
         highlight=False,
     )

@@ -49,18 +49,18 @@ class LanguageModel(nn.Module):
 class Centred(LanguageModel):
     """A language model with a buffer that training changes, and that changes the logits."""
 
-    center: torch.Tensor
+    centre: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("center", torch.linspace(-1, 1, WIDTH))
+        self.register_buffer("centre", torch.linspace(-1, 1, WIDTH))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         hidden = self.embedding(tokens)
         if self.training:
-            self.center.mul_(0.5).add_(hidden.detach().float().mean(dim=(0, 1)))
+            self.centre.mul_(0.5).add_(hidden.detach().float().mean(dim=(0, 1)))
         for mixer in self.mixers:
-            hidden = mixer(hidden - self.center.to(hidden.dtype))
+            hidden = mixer(hidden - self.centre.to(hidden.dtype))
         result: torch.Tensor = 2 * self.head(hidden)
         return result
 

@@ -25,12 +25,12 @@ from lightrft.conformance.regressors import (
     Checkpointed,
     Deep,
     Frozen,
+    KeywordArgument,
     Matrices,
+    OverflowingGradient,
     Regressor,
+    RunningStatistics,
     Scaled,
-    Shifted,
-    Steep,
-    Tracked,
     Uneven,
     Unused,
     Wide,
@@ -41,7 +41,7 @@ PADDING = -100
 POISONS = {
     "nan": float("nan"), "inf": float("inf"), "-inf": float("-inf"), "huge": 1e30, "to -inf": 1e5, "to inf": 1e10,
 }  # fmt: skip
-"""Factors that make the gradient of a loss, or its norm, non-finite; the last two only that of a `Steep` model."""
+"""Factors that make the gradient of a loss, or its norm, non-finite; the last two only that of an `OverflowingGradient` model."""
 
 
 class TrustRatio(torch.optim.Optimizer):
@@ -91,10 +91,10 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "uneven": Uneven,
     "wide": Wide,
     "checkpointed": Checkpointed,
-    "shifted": Shifted,
+    "keyword argument": KeywordArgument,
     "scaled": Scaled,
-    "tracked": Tracked,
-    "steep": Steep,
+    "running statistics": RunningStatistics,
+    "overflowing gradient": OverflowingGradient,
     "deep": Deep,
     "matrices": Matrices,
     "language": LanguageModel,
@@ -109,6 +109,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "one head": partial(transformer, "Llama", num_attention_heads=1),
     "capped": partial(transformer, "Gemma2", attn_logit_softcapping=30.0, layer_types=2 * ["full_attention"]),
     "recurrent": partial(transformer, "Mamba"),
+    "opt": partial(transformer, "OPT", word_embed_proj_dim=16, ffn_dim=24, dropout=0.0),
     "pooled": partial(transformer, "Llama SequenceClassification"),
 }
 UNIFORM = "uniform "

@@ -40,8 +40,8 @@ def _device(name: str) -> str:
     return name
 
 
-def _profile(name: str) -> str:
-    if name not in PROFILES:
+def _profile(name: str | None) -> str | None:
+    if name is not None and name not in PROFILES:
         raise typer.BadParameter(f"expected one of {', '.join(PROFILES)}, got {name!r}")
     return name
 
@@ -87,6 +87,10 @@ World = Annotated[int, typer.Option("--world-size", help="Number of ranks", call
 Device = Annotated[str, typer.Option(help="Device of the models: cpu or cuda", callback=_device)]
 ProfileOption = Annotated[
     str, typer.Option("--profile", help=f"How many programs to run: {', '.join(PROFILES)}", callback=_profile)
+]
+ControlsProfile = Annotated[
+    str | None,
+    typer.Option("--controls-profile", help="Profile of the controls. Default: --profile", callback=_profile),
 ]
 RunJobs = Annotated[
     int | None,

@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 from lightrft.conformance import models, sequences
-from lightrft.conformance.reference_model import Family, ReferenceModel
+from lightrft.conformance.reference_model import Averaging, ReferenceModel
 from lightrft.conformance.values import Record
 
 
 class Reference:
     """Runs a program in plain PyTorch, and predicts the observation of each operation."""
 
-    def __init__(self, world: int, family: Family = "once") -> None:
-        self.world, self.family = world, family
+    def __init__(self, world: int, averaging: Averaging = "per update") -> None:
+        self.world, self.averaging = world, averaging
         self.models: dict[str, ReferenceModel] = {}
         self.averaged: dict[tuple[str, str], int] = {}
         """By average and model, the updates of the model that the average includes."""
@@ -63,7 +63,7 @@ class Reference:
             world=self.world,
             accumulation_steps=accumulation_steps,
             max_norm=max_norm,
-            family=self.family,
+            averaging=self.averaging,
         )
         self.averaged |= {(model, source): trained.updates for source, trained in self.models.items()}
 

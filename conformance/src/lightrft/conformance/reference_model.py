@@ -1,6 +1,6 @@
 """A model of the reference: plain PyTorch training, in one process, for all ranks at once.
 
-A backend has one free choice that changes rounding, the family: gradients are averaged over the ranks once per update, or
+A backend has one free choice that changes rounding: gradients are averaged over the ranks once per update, or
 at each micro-batch.
 """
 
@@ -15,7 +15,7 @@ from torch import nn
 from lightrft.conformance import models, sequences
 from lightrft.conformance.values import Record
 
-Family = Literal["once", "each"]
+Averaging = Literal["per update", "per micro-batch"]
 FP32_MAX = torch.finfo(torch.float32).max
 
 
@@ -28,12 +28,12 @@ class ReferenceModel:
     world: int
     accumulation_steps: int
     max_norm: float | None
-    family: Family
+    averaging: Averaging
     optimizer: torch.optim.Optimizer = field(init=False)
     """Created by `train_with`."""
     decay: float | None = None
     pending: list[list[torch.Tensor]] = field(default_factory=list)
-    """The accumulated gradient of each rank; with the family "each", one for all ranks."""
+    """The accumulated gradient of each rank; with the averaging "per micro-batch", one for all ranks."""
     given: list[list[float | None]] = field(default_factory=list)
     """The denominators of the ranks, for each backward of the update."""
     micro_batches: int = 0
@@ -145,7 +145,7 @@ class ReferenceModel:
 
     def _add(self, gradients: list[list[torch.Tensor]], given: Sequence[float | None]) -> None:
         self.given.append(list(given))
-        new = gradients if self.family == "once" else [_mean(gradients)]
+        new = gradients if self.averaging == "per update" else [_mean(gradients)]
         self.pending = [_sum(old, more) for old, more in zip(self.pending, new, strict=True)] if self.pending else new
 
     def step(self, boundary: bool | None, scheduled: bool, refused: bool = False) -> Record:

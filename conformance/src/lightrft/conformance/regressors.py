@@ -93,7 +93,7 @@ class Checkpointed(Regressor):
         return result
 
 
-class Shifted(Regressor):
+class KeywordArgument(Regressor):
     """A regressor that takes a keyword argument."""
 
     def forward(self, inputs: torch.Tensor, *, shift: float = 0.0) -> torch.Tensor:
@@ -113,7 +113,7 @@ class Scaled(Regressor):
         return super().forward(inputs * self.scale.to(inputs.dtype))
 
 
-class Tracked(Regressor):
+class RunningStatistics(Regressor):
     """A regressor with buffers that training changes, a 1-D weight that is neither bias nor norm, and a scalar weight.
 
     The buffers affect only what a batch norm computes in evaluation mode.
@@ -146,7 +146,7 @@ class _Overflowing(torch.autograd.Function):
         return gradient.masked_fill(size > 1e2, -torch.inf).masked_fill(size > 1e7, torch.inf)
 
 
-class Steep(Regressor):
+class OverflowingGradient(Regressor):
     """A regressor with one weight whose gradient overflows before any other's: in one direction, and without a NaN."""
 
     def __init__(self) -> None:

@@ -10,7 +10,7 @@ from lightrft.conformance.contract.program_parts import program, trained, update
 from lightrft.conformance.contract.reference_checks import assert_close
 
 
-def look_at_buffers(model: str = "a") -> Operation:
+def read_buffers(model: str = "a") -> Operation:
     """The buffers of a model."""
     return {"do": "buffers", "model": model}
 
@@ -27,7 +27,7 @@ def assert_buffers(clause: Clause, execution: Execution) -> None:
 
 
 @CONTRACT.add
-class OwnBuffers(Clause):
+class RankLocalBuffers(Clause):
     """Buffers that forward changes stay each rank's own. Updates, moving averages, reading weights, saving, offloading
     and evaluation neither exchange them between ranks nor change them, apart from what forward itself does."""
 
@@ -37,7 +37,7 @@ class OwnBuffers(Clause):
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
         average: list[Operation] = [
-            {"do": "build", "model": "e", "kind": "tracked", "seed": 4},
+            {"do": "build", "model": "e", "kind": "running statistics", "seed": 4},
             {"do": "prepare_inference", "model": "e"},
         ]
         uses: list[Operation] = [
@@ -47,8 +47,8 @@ class OwnBuffers(Clause):
             {"do": "reload_model", "model": "a"},
             {"do": "forward", "model": "a", "batch": 7},
         ]
-        looks = [{"do": "weights", "model": "a"}, look_at_buffers(), look_at_buffers("e")]
-        setup = [*trained(kind="tracked", seed=4), *average, *looks]
+        looks = [{"do": "weights", "model": "a"}, read_buffers(), read_buffers("e")]
+        setup = [*trained(kind="running statistics", seed=4), *average, *looks]
         return [
             program(
                 target, {"do": "empty_disk"}, *setup, *updates(2, 2), *looks, *uses, *looks, *updates(1, 2, first=9),

@@ -79,7 +79,7 @@ class OpensInTransformers(Clause):
                 and all(same(exported["weights"][name], tensor) for name, tensor in weights[rank].items()),
                 f"{where}: the saved weights differ from the model's",
             )
-        self.require_alike(execution, "export")
+        self.require_same_on_all_ranks(execution, "export")
 
 
 @CONTRACT.add
@@ -91,7 +91,7 @@ class Reloaded(Clause):
 
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
-        setup = trained(kind="tracked", seed=3, schedule=True, lr=1e-2)
+        setup = trained(kind="running statistics", seed=3, schedule=True, lr=1e-2)
         random: Operation = {"do": "random_state"}
         rest: Operation = {"do": "set_rate", "model": "a", "lr": 0.0}
         return [

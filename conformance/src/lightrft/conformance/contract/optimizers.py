@@ -9,7 +9,7 @@ from typing_extensions import override
 from lightrft.conformance import models
 from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Target, is_error, same
 from lightrft.conformance.contract import tolerances
-from lightrft.conformance.contract.buffers import assert_buffers, look_at_buffers
+from lightrft.conformance.contract.buffers import assert_buffers, read_buffers
 from lightrft.conformance.contract.program_parts import (
     BF16,
     SEEDS,
@@ -98,7 +98,7 @@ class Decay(Clause):
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
         return [
-            *(self._program(target, kind) for kind in ("regressor", "frozen", "unused", "tracked")),
+            *(self._program(target, kind) for kind in ("regressor", "frozen", "unused", "running statistics")),
             self._program(target, "frozen", plain_adamw=True),
             self._frozen_later(target),
         ]
@@ -125,7 +125,7 @@ class Decay(Clause):
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
         kinds, decays = (
-            st.sampled_from(["regressor", "frozen", "unused", "language", "tracked"]),
+            st.sampled_from(["regressor", "frozen", "unused", "language", "running statistics"]),
             st.sampled_from([0.1, 1.0, 30.0]),
         )
         return st.builds(
@@ -224,7 +224,7 @@ class Averages(Clause):
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
         programs = [self._program(target, 0.9, [None, None]), self._program(target, 0.5, [None, "nan", None])]
-        buffers = self._program(target, 0.5, [None, None], "tracked")
+        buffers = self._program(target, 0.5, [None, None], "running statistics")
         return [*programs, buffers, self._late(target), self._late(target, wrapped=True), self._half(target)]
 
     def _late(self, target: Target, wrapped: bool = False) -> Program:
@@ -273,13 +273,13 @@ class Averages(Clause):
                 operations += micro_batch(10 * number + index, poison=poison if index else None)
                 operations.append({"do": "average", "model": "a", "into": "ema", "beta": beta})
                 operations.append({"do": "average", "model": "a", "into": "slow", "beta": 0.8 if number else 0.3})
-        operations += [READ_WEIGHTS, self.look("ema"), self.look("slow"), look_at_buffers(), look_at_buffers("ema")]
+        operations += [READ_WEIGHTS, self.look("ema"), self.look("slow"), read_buffers(), read_buffers("ema")]
         return program(target, *operations, accumulation_steps=2)
 
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
         poisons = st.lists(st.sampled_from([None, None, "nan"]), min_size=1, max_size=4)
-        kinds = st.sampled_from(["regressor", "frozen", "language", "tracked"])
+        kinds = st.sampled_from(["regressor", "frozen", "language", "running statistics"])
         return st.builds(
             lambda beta, poisons, kind: self._program(target, beta, poisons, kind),
             st.sampled_from([0.0, 0.5, 0.992]),

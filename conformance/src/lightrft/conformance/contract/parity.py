@@ -11,7 +11,7 @@ from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, 
 from lightrft.conformance.contract import tolerances
 from lightrft.conformance.contract.program_parts import BF16, micro_batch, program, trained, training, updates
 from lightrft.conformance.contract.reference_checks import READ_WEIGHTS, assert_close, reference_weights
-from lightrft.conformance.reference_model import Family
+from lightrft.conformance.reference_model import Averaging
 
 
 @CONTRACT.add
@@ -58,7 +58,8 @@ class Parity(Clause):
         if exact:
             for rank, seen in enumerate(execution.last("weights")):
                 mismatches = [
-                    tolerances.bitwise(seen, reference_weights(execution, family)) for family in get_args(Family)
+                    tolerances.bitwise(seen, reference_weights(execution, averaging))
+                    for averaging in get_args(Averaging)
                 ]
                 mismatch = None if None in mismatches else mismatches[0]
                 self.require(
@@ -86,10 +87,10 @@ class HalfPrecision(Clause):
         first = execution.program.operations[0]
         start = dict(models.build(first["kind"], first["seed"]).named_parameters())
         mismatch = tolerances.relative(
-            execution.last("weights")[0], reference_weights(execution, "once"), start, tolerances.BF16_RELATIVE
+            execution.last("weights")[0], reference_weights(execution, "per update"), start, tolerances.BF16_RELATIVE
         )
         self.require(mismatch is None, f"after 20 updates with bf16, {mismatch}")
-        self.require_alike(execution, "weights")
+        self.require_same_on_all_ranks(execution, "weights")
 
 
 SMALL = 2.0**-9
@@ -171,7 +172,7 @@ class MasterWeights(Clause):
         if first["dtype"] == "bfloat16":
             start = {name: parameter.detach().bfloat16().float() for name, parameter in start.items()}
         weights = execution.last("weights")[0]
-        reference = reference_weights(execution, "once")
+        reference = reference_weights(execution, "per update")
         for name, initial in dict(models.build("regressor", first["seed"]).named_parameters()).items():
             expected = reference[name] - initial.detach()
             moved = weights[name] - start[name].detach()

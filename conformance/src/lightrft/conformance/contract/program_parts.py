@@ -64,7 +64,7 @@ def updates(count: int, accumulation_steps: int = 1, model: str = "a", first: in
 
 SEEDS = st.integers(1, 10_000)
 KINDS = st.sampled_from(["regressor", "language", "frozen", "unused", "checkpointed"])
-TRAINED_KINDS = st.sampled_from(["regressor", "language", "frozen", "unused", "checkpointed", "tracked"])
+TRAINED_KINDS = st.sampled_from(["regressor", "language", "frozen", "unused", "checkpointed", "running statistics"])
 """Kinds of models in training, with one whose buffers change in forward."""
 RATES = st.sampled_from([1e-3, 3e-4, 1e-4])
 

@@ -7,7 +7,7 @@ from typing_extensions import override
 
 from lightrft.conformance.clause import Clause, Execution, Operation, Record, is_error
 from lightrft.conformance.contract import tolerances
-from lightrft.conformance.reference_model import Family
+from lightrft.conformance.reference_model import Averaging
 
 READ_WEIGHTS: Operation = {"do": "weights", "model": "a"}
 READ_STATE: Operation = {"do": "state", "model": "a"}
@@ -16,11 +16,11 @@ VALUES = 1e-5
 
 
 def assert_close(clause: Clause, execution: Execution, model: str = "a", bound: float = tolerances.ABSOLUTE) -> None:
-    """Require the last weights of ``model`` to match the reference of either family, within rounding."""
+    """Require the last weights of ``model`` to match the reference with either way of averaging, within rounding."""
     index, _, seen = [look for look in execution.each("weights") if look[1]["model"] == model][-1]
     mismatch = first_mismatch(execution, index, seen[0], bound)
     clause.require(mismatch is None, f"the weights do not match the reference: {mismatch}")
-    clause.require_alike(execution, "weights")
+    clause.require_same_on_all_ranks(execution, "weights")
 
 
 class FollowsReference(Clause):
@@ -34,9 +34,9 @@ class FollowsReference(Clause):
 def first_mismatch(
     execution: Execution, index: int, weights: tolerances.Weights, bound: float = tolerances.ABSOLUTE
 ) -> str | None:
-    """How ``weights`` differ from the reference for operation ``index``, or None if they match one of the families."""
-    mismatch = tolerances.absolute(weights, execution.predicted("once")[index], bound)
-    if mismatch is None or tolerances.absolute(weights, execution.predicted("each")[index], bound) is None:
+    """How ``weights`` differ from the reference for operation ``index``, or None if they match with one way of averaging."""
+    mismatch = tolerances.absolute(weights, execution.predicted("per update")[index], bound)
+    if mismatch is None or tolerances.absolute(weights, execution.predicted("per micro-batch")[index], bound) is None:
         return None
     return mismatch
 
@@ -82,10 +82,10 @@ def assert_values(clause: Clause, execution: Execution, operation: str, *, shari
             clause.require(mismatch is None, f"rank {rank}, {operation} (operation {index}): {mismatch}")
 
 
-def reference_weights(execution: Execution, family: Family, model: str = "a") -> tolerances.Weights:
+def reference_weights(execution: Execution, averaging: Averaging, model: str = "a") -> tolerances.Weights:
     """The reference's weights at the last look at ``model``."""
     looks = [index for index, operation, _ in execution.each("weights") if operation["model"] == model]
-    weights: tolerances.Weights = execution.predicted(family)[looks[-1]]
+    weights: tolerances.Weights = execution.predicted(averaging)[looks[-1]]
     return weights
 
 

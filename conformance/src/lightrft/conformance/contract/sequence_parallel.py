@@ -87,7 +87,7 @@ class SharedSequences(Clause):
     def check(self, execution: Execution) -> None:
         _assert_losses(self, execution)
         assert_norms(self, execution)
-        assert_close(self, execution, bound=tolerances.ACROSS_FAMILIES)
+        assert_close(self, execution, bound=tolerances.OTHER_SUMMATION_ORDER)
 
 
 def _assert_losses(clause: Clause, execution: Execution) -> None:
@@ -229,10 +229,10 @@ class PortableSequences(Clause):
         assert execution.afterwards is not None
         saved, continued = (execution.last_of("weights", number) for number in (0, 1))
         loaded, others = (execution.afterwards.last_of("weights", number) for number in (0, 1))
-        assert_close(self, execution, bound=tolerances.ACROSS_FAMILIES)
+        assert_close(self, execution, bound=tolerances.OTHER_SUMMATION_ORDER)
         for rank in range(execution.target.world):
             self.require_same(saved[rank], loaded[rank], f"rank {rank}, weights loaded with sp_size=1")
-            mismatch = tolerances.absolute(others[rank], continued[rank], tolerances.ACROSS_FAMILIES)
+            mismatch = tolerances.absolute(others[rank], continued[rank], tolerances.OTHER_SUMMATION_ORDER)
             self.require(mismatch is None, f"rank {rank}, two updates after loading with sp_size=1: {mismatch}")
         for rank, observed in enumerate(execution.last("export")):
             mismatch = tolerances.absolute(
@@ -334,4 +334,4 @@ class LossOfSequences(Clause):
                     self.require_error(observed, "StrategyError", "optimizer_step", "denominators", where=where)
         assert_denominators(self, execution)
         assert_norms(self, execution)
-        assert_close(self, execution, bound=tolerances.ACROSS_FAMILIES)
+        assert_close(self, execution, bound=tolerances.OTHER_SUMMATION_ORDER)

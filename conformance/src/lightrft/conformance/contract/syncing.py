@@ -9,7 +9,7 @@ from typing_extensions import override
 from lightrft.conformance import models
 from lightrft.conformance.clause import CONTRACT, Clause, Execution, Operation, Program, Target, is_error
 from lightrft.conformance.contract.bounded_memory import BoundedMemory
-from lightrft.conformance.contract.buffers import look_at_buffers
+from lightrft.conformance.contract.buffers import read_buffers
 from lightrft.conformance.contract.program_parts import SEEDS, program, trained, updates
 from lightrft.conformance.contract.reference_checks import READ_WEIGHTS
 from lightrft.conformance.contract.rollout_checks import Rollouts, generate, rollout, same_completions, sleeps
@@ -38,7 +38,7 @@ class SyncedWeights(Rollouts):
             {"do": "sync", "model": "a"},
             generate(),
             READ_WEIGHTS,
-            look_at_buffers(),
+            read_buffers(),
             *updates(1, first=9),
             generate(),
             weight_sync_bucket_bytes=bucket,

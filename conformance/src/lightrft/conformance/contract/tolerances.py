@@ -7,7 +7,8 @@ import torch
 from lightrft.conformance.clause import difference
 
 ABSOLUTE = 1e-6
-ACROSS_FAMILIES = 5e-5
+OTHER_SUMMATION_ORDER = 5e-5
+"""Relative to the total update, between computations that add in different orders, such as on other numbers of ranks."""
 BF16_RELATIVE = 0.1
 BF16_FEW_UPDATES = 0.3
 """Adam's first updates are the learning rate times the sign of the gradient, which bf16 flips for small gradients."""

@@ -83,7 +83,7 @@ class LossOfAnUpdate(Clause):
 
     @override
     def check(self, execution: Execution) -> None:
-        self.require_alike(execution, "step")
+        self.require_same_on_all_ranks(execution, "step")
         expected = self._losses(execution)
         logged = [entry.get("model/loss") for entry in execution.last("logged")[0]]
         reported = [seen[0]["loss"] for _, _, seen in execution.each("step") if seen[0]["applied"]]

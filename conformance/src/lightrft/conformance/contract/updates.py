@@ -189,7 +189,7 @@ class Clipping(Clause):
     @override
     def check(self, execution: Execution) -> None:
         assert_close(self, execution)
-        self.require_alike(execution, "step")
+        self.require_same_on_all_ranks(execution, "step")
         assert_norms(self, execution)
 
 

@@ -106,7 +106,7 @@ def measured_export(session: Session, model: str) -> int:
 
 
 @operation
-def own_save(session: Session, model: str, part: str = "") -> list[str]:
+def save_pretrained(session: Session, model: str, part: str = "") -> list[str]:
     """save_pretrained of a prepared model, or of a part of it; the names whose tensors are not those that save_model writes.
 
     Tensors that either of the two did not write count too.
@@ -116,16 +116,19 @@ def own_save(session: Session, model: str, part: str = "") -> list[str]:
     strategy, entry = session.strategy, session.models[model]
     path = strategy.save_model(entry.model, None, _models_directory() / "whole", dtype=torch.float32)
     wanted = load_file(path / "model.safetensors")
-    strategy.all_reduce(torch.zeros(1))  # wait until all ranks have read
     folder = _models_directory() / f"own-{session.rank}"
     shutil.rmtree(folder, ignore_errors=True)
     saver: Any = strategy.unwrap_model(entry.model)
-    saver.get_submodule(part).save_pretrained(folder)
-    file = folder / "model.safetensors"
-    if session.rank != 0 and not file.exists():
-        return []  # transformers writes on rank 0 only
+    try:
+        saver.get_submodule(part).save_pretrained(folder)
+        file = folder / "model.safetensors"
+        if session.rank != 0 and not file.exists():
+            return []  # transformers writes on rank 0 only
+        written = load_file(file) if file.exists() else {}
+    finally:
+        strategy.all_reduce(torch.zeros(1))  # wait until all ranks have written and read, before anything is removed
     prefix = f"{part}." if part else ""
-    written = {f"{prefix}{name}": tensor for name, tensor in (load_file(file) if file.exists() else {}).items()}
+    written = {f"{prefix}{name}": tensor for name, tensor in written.items()}
     wanted = {name: tensor for name, tensor in wanted.items() if name.startswith(prefix)}
     equal = {name for name in wanted.keys() & written.keys() if torch.equal(wanted[name], written[name].float())}
     return sorted((wanted.keys() | written.keys()) - equal)

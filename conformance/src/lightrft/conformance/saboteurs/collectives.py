@@ -283,3 +283,110 @@ class HalfSums(PlainStrategy):
             return (total / self.world.size if op == "mean" else total).reshape(value.shape)
 
         return map_leaves(leaf, data)
+
+
+@saboteur("COLL-1", world=2)
+class MaxOfAnIntIsAFloat(PlainStrategy):
+    """The maximum of a single Python int is a float."""
+
+    def all_reduce(self, data: Any, op: ReduceOp = "mean") -> Any:
+        result = super().all_reduce(data, op)
+        return float(result) if op == "max" and isinstance(data, int) else result
+
+
+@saboteur("COLL-3")
+class SortedInside(CollectiveHooks, FakeStrategy):
+    """Keys of dicts come back sorted from the third level of nesting on."""
+
+    @override
+    def reduced(self, data: object, result: object) -> object:
+        return self._sorted(result, 0)
+
+    def _sorted(self, data: object, depth: int) -> object:
+        if not isinstance(data, dict):
+            return data
+        return {key: self._sorted(data[key], depth + 1) for key in (sorted(data) if depth > 1 else data)}
+
+
+@saboteur("COLL-4")
+class GathersMemory(FakeStrategy):
+    """all_gather reads a strided tensor as if it were contiguous."""
+
+    def all_gather(self, data: Any) -> Any:
+        if isinstance(data, torch.Tensor) and not data.is_contiguous():
+            data = torch.as_strided(data, data.shape, torch.empty(data.shape).stride())
+        return super().all_gather(data)
+
+
+@saboteur("COLL-4")
+class NoRowsNoColumns(CollectiveHooks, FakeStrategy):
+    """all_gather of 0 rows loses the other dimensions."""
+
+    @override
+    def gathered(self, data: object, result: object) -> object:
+        return result.reshape(-1) if isinstance(result, torch.Tensor) and not result.numel() else result
+
+
+@saboteur("COLL-4", world=2)
+class LargestFirst(CollectiveHooks, PlainStrategy):
+    """all_gather puts the rank with the most rows first."""
+
+    @override
+    def gathered(self, data: object, result: object) -> object:
+        if not isinstance(data, torch.Tensor) or not isinstance(result, torch.Tensor) or not data.ndim:
+            return result
+        first, second = super().all_gather(data.shape[0]).tolist()
+        return torch.cat([result[first:], result[:first]]) if second > first else result
+
+
+@saboteur("COLL-5", world=2)
+class AloneAfterAnError(PlainStrategy):
+    """After an error, all_reduce returns its argument."""
+
+    _alone = False
+
+    def all_reduce(self, data: Any, op: ReduceOp = "mean") -> Any:
+        if self._alone:
+            return data.clone()
+        try:
+            return super().all_reduce(data, op)
+        except Exception:
+            self._alone = True
+            raise
+
+
+@saboteur("COLL-1", world=2)
+class LargestIsNotNegative(CollectiveHooks, PlainStrategy):
+    """The maximum of integers starts at 0."""
+
+    def all_reduce(self, data: object, op: ReduceOp = "mean") -> Any:
+        result = super().all_reduce(data, op)
+        integer = isinstance(result, torch.Tensor) and not result.is_floating_point()
+        return result.clamp(min=0) if op == "max" and integer else result
+
+
+@saboteur("COLL-1", world=2)
+class LargestIntAsDouble(PlainStrategy):
+    """The maximum of Python ints is computed in float64, which has 53 bits."""
+
+    def all_reduce(self, data: Any, op: ReduceOp = "mean") -> Any:
+        return (
+            int(super().all_reduce(float(data), op))
+            if isinstance(data, int) and op == "max"
+            else super().all_reduce(data, op)
+        )
+
+
+@saboteur("COLL-4", world=2)
+class GathersIntsAsDoubles(PlainStrategy):
+    """Python ints are gathered in float64, which has 53 bits."""
+
+    def all_gather(self, data: object) -> Any:
+        return map_leaves(
+            lambda leaf: (
+                super(GathersIntsAsDoubles, self).all_gather(float(leaf)).long()
+                if isinstance(leaf, int)
+                else super(GathersIntsAsDoubles, self).all_gather(leaf)
+            ),
+            data,
+        )

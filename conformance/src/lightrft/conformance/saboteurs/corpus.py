@@ -4,14 +4,13 @@ from collections.abc import Iterator
 
 from lightrft.conformance.saboteurs import (  # noqa: F401 - they register themselves
     buffers,
+    checkpoint_store,
     checkpoints,
     collectives,
     controls,
     data,
     denominators,
     direct_calls,
-    edge_cases,
-    edge_cases_of_state,
     engines,
     exporting,
     invalid_usage,
@@ -19,16 +18,20 @@ from lightrft.conformance.saboteurs import (  # noqa: F401 - they register thems
     log_probs,
     media,
     micro_batches,
-    narrow,
+    moving_averages,
     offloading,
     optimizers,
+    prepared_models,
     preparing,
-    rare_calls,
+    process_state,
+    resuming,
     rollouts,
+    sampling,
     sequence_parallel,
     skips,
     tracking,
     updates,
+    weight_sync,
 )
 from lightrft.conformance.saboteurs.catalogue import Saboteur, registered
 

@@ -269,3 +269,61 @@ class LosesTheLast(WithSampler, FakeStrategy):
     """A resumed epoch lacks its last sample."""
 
     sampler = _LosesTheLast
+
+
+class TwoOrders(RepeatsAnOrder):
+    """Epoch 1 and later epochs have one order."""
+
+    last = 1
+
+
+@saboteur("DATA-3")
+class LaterEpochsEqual(WithSampler, FakeStrategy):
+    """The second and all later epochs have the same order."""
+
+    sampler = TwoOrders
+
+
+@saboteur("DATA-2")
+class SkipsInEveryEpoch(LoaderHooks, FakeStrategy):
+    """consumed_samples is skipped in every epoch, not only in the first."""
+
+    @override
+    def loader_made(self, loader: ResumableLoader) -> None:
+        set_epoch, first = loader.set_epoch, loader.consumed_samples
+        vars(loader)["set_epoch"] = lambda epoch, consumed=None: set_epoch(epoch, consumed or first or None)
+
+
+@saboteur("DATA-2")
+class SkipsAgainLater(LoaderHooks, FakeStrategy):
+    """consumed_samples is skipped again in the third epoch after the resumed one."""
+
+    @override
+    def loader_made(self, loader: ResumableLoader) -> None:
+        set_epoch, first = loader.set_epoch, loader.consumed_samples
+        resumed: list[int] = []
+
+        def skip_again(epoch: int, consumed: int | None = None) -> None:
+            resumed.append(epoch)
+            set_epoch(epoch, first if consumed is None and first and epoch == resumed[0] + 3 else consumed)
+
+        vars(loader)["set_epoch"] = skip_again
+
+
+@saboteur("DATA-3")
+class OrderOfBatches(LoaderHooks, FakeStrategy):
+    """The order of samples depends on the batch size."""
+
+    @override
+    def loader_made(self, loader: ResumableLoader) -> None:
+        loader._sampler.seed += loader.batch_size or 0
+
+
+@saboteur("DATA-2")
+class FullPositionRestarts(FakeStrategy):
+    """With consumed_samples=N, the size of the data, the epoch begins again."""
+
+    def setup_dataloader(self, replay_buffer: Any, *arguments: Any, consumed_samples: int = 0, **more: Any) -> Any:
+        return super().setup_dataloader(
+            replay_buffer, *arguments, consumed_samples=consumed_samples % len(replay_buffer), **more
+        )

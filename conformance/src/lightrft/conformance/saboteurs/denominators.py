@@ -281,3 +281,17 @@ class ReportsTheNormOfTheSum(StepHooks):
         if result.grad_norm is None or result.denominator is None:
             return result
         return dataclasses.replace(result, grad_norm=result.grad_norm * result.denominator)
+
+
+@saboteur("NORM-3")
+class RefusalCountsMicroBatches(FakeStrategy):
+    """The micro-batches of a refused update count for the next one."""
+
+    def backward(self, loss: torch.Tensor, model: nn.Module, optimizer: Optimizer, **more: Any) -> None:
+        trained = self._trained(model, optimizer, "backward")
+        before = trained.micro_batches
+        try:
+            super().backward(loss, model, optimizer, **more)
+        except ArgumentError:
+            trained.micro_batches = before
+            raise

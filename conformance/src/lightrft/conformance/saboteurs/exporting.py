@@ -1,4 +1,4 @@
-"""Defects of save_model."""
+"""Defects of save_model and load_model."""
 
 import json
 from collections.abc import Callable
@@ -13,8 +13,9 @@ from torch import nn
 from lightrft.conformance.saboteurs.catalogue import saboteur
 from lightrft.conformance.saboteurs.plain import PlainStrategy
 from lightrft.strategy import FakeStrategy
+from lightrft.strategy.export.load_model import LoadedNames
 
-# mypy: disable-error-code="misc"
+# mypy: disable-error-code="misc, union-attr"
 
 Tensors = dict[str, torch.Tensor]
 
@@ -97,3 +98,49 @@ class ExportsAtOnce(PlainStrategy):
         folder = super().save_model(model, *arguments, **more)
         everything.clear()
         return folder
+
+
+@saboteur("EXPORT-1")
+class ExportsHalfByDefault(FakeStrategy):
+    """Without dtype, weights are written as fp16."""
+
+    def save_model(self, *arguments: Any, dtype: torch.dtype | None = None, **more: Any) -> Path:
+        return super().save_model(*arguments, dtype=dtype or torch.float16, **more)
+
+
+@saboteur("EXPORT-1")
+class IndexForgets(FakeStrategy):
+    """With several files of weights, the index lacks one tensor."""
+
+    def save_model(self, *arguments: Any, **more: Any) -> Path:
+        folder = super().save_model(*arguments, **more)
+        file = folder / "model.safetensors.index.json"
+        if file.exists():
+            index = json.loads(file.read_text())
+            index["weight_map"].popitem()
+            file.write_text(json.dumps(index))
+        return folder
+
+
+@saboteur("EXPORT-3")
+class LoadsIntoFreshMoments(FakeStrategy):
+    """load_model clears the state of the optimizer."""
+
+    def load_model(self, model: nn.Module, *arguments: Any, **more: Any) -> LoadedNames:
+        names = super().load_model(model, *arguments, **more)
+        prepared = self._models.find(model)
+        if prepared.trained is not None:
+            prepared.trained.optimizer.state.clear()
+        return names
+
+
+@saboteur("EXPORT-3")
+class LoadsNoBuffers(FakeStrategy):
+    """load_model leaves the buffers as they are."""
+
+    def load_model(self, model: nn.Module, *arguments: Any, **more: Any) -> LoadedNames:
+        buffers = {name: buffer.clone() for name, buffer in self.unwrap_model(model).named_buffers()}
+        names = super().load_model(model, *arguments, **more)
+        for name, buffer in self.unwrap_model(model).named_buffers():
+            buffer.copy_(buffers[name])
+        return names

@@ -1,6 +1,5 @@
 """Defects of per-token log-probabilities."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,7 +23,8 @@ class LogProbHooks(FakeStrategy):
         self.before(model)
         if attention_mask is not None:
             options["targets"] = self.targets(input_ids, attention_mask)
-        options |= self.more(options)
+        else:
+            options |= self.packed(input_ids, options["position_ids"])
         options["temperature"] = self.temperature(options["temperature"])
         return self.result(super().token_log_probs(model, input_ids, attention_mask, **options))
 
@@ -39,8 +39,8 @@ class LogProbHooks(FakeStrategy):
         """Return the tokens whose log-probabilities are read."""
         return input_ids[:, 1:].masked_fill(attention_mask[:, 1:] * attention_mask[:, :-1] == 0, -100)
 
-    def more(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Return further arguments."""
+    def packed(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return further arguments for packed sequences."""
         return {}
 
     def result(self, result: LogProbs) -> LogProbs:
@@ -95,11 +95,12 @@ class ReadsFromPadding(LogProbHooks):
 
 @saboteur("LOGP-1")
 class MixesPackedSequences(LogProbHooks):
-    """The model makes a cache, so that transformers does not look for packed sequences."""
+    """The positions go on from one packed sequence to the next."""
 
     @override
-    def more(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        return {"use_cache": True} if "position_ids" in options else {}
+    def packed(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        targets = input_ids[:, 1:].masked_fill(position_ids[:, 1:] == 0, -100)
+        return {"targets": targets, "position_ids": torch.arange(input_ids.shape[1]).expand_as(input_ids)}
 
 
 @saboteur("LOGP-2")
@@ -110,3 +111,12 @@ class AssumesPlainHead(LogProbHooks):
     def before(self, model: nn.Module) -> None:
         prepared = self._models.require_ready(model, "token_log_probs")
         prepared.head = find_head(prepared.module, prepared.class_name, "token_log_probs", "")
+
+
+@saboteur("LOGP-3")
+class TrustsEveryModel(LogProbHooks):
+    """Computes packed sequences in every model, without looking whether they see each other."""
+
+    @override
+    def before(self, model: nn.Module) -> None:
+        self._models.require_ready(model, "token_log_probs").keeps_packed_apart = True

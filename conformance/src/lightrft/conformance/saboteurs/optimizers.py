@@ -11,7 +11,7 @@ from typing_extensions import override
 from lightrft.config import StrategyConfig
 from lightrft.conformance.saboteurs.catalogue import saboteur
 from lightrft.conformance.saboteurs.hooks import StepHooks
-from lightrft.strategy import StepResult
+from lightrft.strategy import FakeStrategy, StepResult
 from lightrft.strategy.backend import ReplicatedBackend, TrainedModel, World
 from lightrft.strategy.fake_strategy import FakeBackend
 from lightrft.strategy.step.update import reduce_clip_and_step
@@ -255,3 +255,42 @@ class NoMasters(FakeBackend):
             for parameter in trained.parameters:
                 parameter.data = parameter.data.bfloat16().float()
         return norm
+
+
+@saboteur("OPT-6")
+class SchedulesTheSecondSkip(FakeStrategy):
+    """The schedule steps at the second skipped update in a row."""
+
+    def optimizer_step(self, optimizer: Any, model: Any, scheduler: Any = None, *arguments: Any, **more: Any) -> Any:
+        result = super().optimizer_step(optimizer, model, scheduler, *arguments, **more)
+        trained = self._trained(model, optimizer, "optimizer_step")
+        if result.skipped and scheduler is not None and trained.skipped_in_a_row == 2:
+            scheduler.step()
+        return result
+
+
+@saboteur("OPT-7")
+class FrozenDecay(FakeBackend):
+    """Parameters that are frozen after preparing still decay."""
+
+    @override
+    def fused_step(self, trained: TrainedModel, factor: float) -> float:
+        frozen = [parameter for parameter in trained.parameters if not parameter.requires_grad]
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        try:
+            return reduce_clip_and_step(self, trained, factor)
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+
+
+@saboteur("OPT-6")
+class EarlyUpdatesKeepTheRate(FakeStrategy):
+    """The schedule does not step with an update of fewer than K micro-batches."""
+
+    def optimizer_step(
+        self, optimizer: Optimizer, model: nn.Module, scheduler: Any = None, *rest: Any, **more: Any
+    ) -> StepResult:
+        early = self._trained(model, optimizer, "optimizer_step").micro_batches + 1 < self.accumulated_gradient
+        return super().optimizer_step(optimizer, model, None if early else scheduler, *rest, **more)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import as_completed
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from importlib import import_module
 from multiprocessing.util import Finalize
 from types import FunctionType
@@ -54,18 +54,21 @@ class Outcome:
 
 def run_corpus(
     chosen: Sequence[Saboteur], profile: str, seeds: Iterable[int],
-    on_outcome: Callable[[Outcome], None] = lambda outcome: None, jobs: int = 1,
+    on_outcome: Callable[[Outcome], None] = lambda outcome: None, jobs: int = 1, controls_profile: str | None = None,
 ) -> list[Outcome]:  # fmt: skip
     """Run ``chosen`` with each seed, in ``jobs`` processes; call ``on_outcome`` with each outcome.
 
+    Controls run all clauses, and take as long as hundreds of saboteurs: ``controls_profile`` is theirs, if it is not ``profile``.
     A saboteur that a pinned example kills runs with the first seed only, because no seed changes a pinned example.
     """
     outcomes: list[Outcome] = []
     with process_pool(jobs) as pool:
         for seed in seeds:
-            run = partial(_run_together, profile=profile, seed=seed)
+            profiles = {True: profile, False: controls_profile or profile}
             of_seed: list[Outcome] = []
-            for done in as_completed([pool.submit(run, batch) for batch in _batches(chosen)]):
+            for done in as_completed(
+                [pool.submit(_run_together, batch, profiles[bool(batch[0].clause)], seed) for batch in _batches(chosen)]
+            ):
                 for outcome in done.result():
                     of_seed.append(outcome)
                     on_outcome(outcome)

@@ -243,3 +243,18 @@ class CountsItemsTwice(PlainStrategy):
         result = super().optimizer_step(*arguments, **more)
         counted = None if result.denominator is None else result.denominator * self.sequence_parallel.size
         return replace(result, denominator=counted)
+
+
+@saboteur("SP-3", world=2)
+class OldestLength(PlainStrategy):
+    """gather cuts to the length of the oldest batch that is held and has slices of this size."""
+
+    def _begin(self) -> None:
+        super()._begin()
+        ranks, gather = self.sequence_parallel, self.sequence_parallel.gather
+
+        def cut(tensor: torch.Tensor, length: int | None = None) -> torch.Tensor:
+            known = [split.length for split in ranks._splits if (split.rows, split.width) == tuple(tensor.shape[:2])]
+            return gather(tensor, known[0] if length is None and known else length)
+
+        vars(ranks)["gather"] = cut

@@ -1,14 +1,17 @@
 """Defects of skipping updates whose gradient is not finite."""
 
 import math
+from typing import Any
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from lightrft.conformance.saboteurs.catalogue import saboteur
 from lightrft.conformance.saboteurs.hooks import StepHooks
-from lightrft.strategy import StepResult
+from lightrft.strategy import FakeStrategy, StepResult
 from lightrft.strategy.backend import ReplicatedBackend, TrainedModel, fill_missing
 from lightrft.strategy.fake_strategy import FakeBackend
 from lightrft.strategy.step.gradients import global_norm
@@ -130,3 +133,65 @@ class OffloadForgetsSkips(FakeBackend):
     def move_optimizer(self, trained: TrainedModel, device: torch.device) -> None:
         super().move_optimizer(trained, device)
         trained.skipped_in_a_row = 0
+
+
+@saboteur("OPT-4", world=2)
+class SecondModelSkipsNothing(ReplicatedBackend):
+    """In every model but the first, elements of the last rank's gradient that are not finite count as 0."""
+
+    _first: TrainedModel | None = None
+
+    @override
+    def bind(self, trained: TrainedModel) -> None:
+        self._first = self._first or trained
+
+    @override
+    def reduce(self, trained: TrainedModel) -> None:
+        if trained is not self._first and self.world.rank == self.world.size - 1:
+            for parameter in trained.parameters:
+                if parameter.grad is not None:
+                    parameter.grad.nan_to_num_(0, 0, 0)
+        super().reduce(trained)
+
+
+@saboteur("OPT-15")
+class OneModelResetsAllSkips(FakeStrategy):
+    """An applied update of one model resets the count of skipped updates of all models."""
+
+    def optimizer_step(
+        self, optimizer: Any, model: nn.Module, scheduler: LRScheduler | None = None, name: str = "model",
+        *, boundary: bool | None = None,
+    ) -> StepResult:  # fmt: skip
+        result = super().optimizer_step(optimizer, model, scheduler, name, boundary=boundary)
+        for prepared in self._models if result.applied else ():
+            if prepared.trained is not None:
+                prepared.trained.skipped_in_a_row = 0
+        return result
+
+
+@saboteur("OPT-5")
+class SmallestPasses(FakeBackend):
+    """Of a gradient that is not finite, only NaN and inf are noticed: elements of -inf count as 0."""
+
+    @override
+    def reduce(self, trained: TrainedModel) -> None:
+        super().reduce(trained)
+        for parameter in trained.parameters:
+            gradient = parameter.grad
+            if gradient is not None and not gradient.isnan().any() and gradient.max() != math.inf:
+                gradient.nan_to_num_(neginf=0.0)
+
+
+@saboteur("OPT-15")
+class BoundaryKeepsSkips(FakeStrategy):
+    """An update that an explicit boundary ends does not reset the count of updates skipped in a row."""
+
+    def optimizer_step(
+        self, optimizer: Optimizer, model: nn.Module, *rest: Any, boundary: bool | None = None, **more: Any
+    ) -> StepResult:
+        trained = self._trained(model, optimizer, "optimizer_step")
+        before = trained.skipped_in_a_row
+        result = super().optimizer_step(optimizer, model, *rest, boundary=boundary, **more)
+        if boundary and result.applied:
+            trained.skipped_in_a_row = before
+        return result

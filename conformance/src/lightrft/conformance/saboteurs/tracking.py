@@ -95,3 +95,11 @@ class LogsTheFirstLoss(FakeStrategy):
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         super().log({**metrics, **({} if self.first is None else {"model/loss": self.first})}, step)
+
+
+@saboteur("LOG-2")
+class ZerosAreDropped(FakeStrategy):
+    """log leaves out metrics that are 0."""
+
+    def log(self, metrics: Mapping[str, Any], step: int) -> None:
+        super().log({name: value for name, value in metrics.items() if value != 0}, step)

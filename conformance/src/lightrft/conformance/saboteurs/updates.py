@@ -1,14 +1,17 @@
 """Defects of accumulation, clipping, and of several models."""
 
 import math
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import override
 
 from lightrft.conformance.saboteurs.catalogue import saboteur
 from lightrft.conformance.saboteurs.hooks import StepHooks
-from lightrft.strategy import StepResult
+from lightrft.strategy import FakeStrategy, StepResult
 from lightrft.strategy.backend import ReplicatedBackend, TrainedModel, fill_missing
 from lightrft.strategy.fake_strategy import FakeBackend
 from lightrft.strategy.step.gradients import clip_factor, global_norm
@@ -114,7 +117,7 @@ class SumOverRanks(ReplicatedBackend):
 
 
 @saboteur("OPT-2", world=2)
-class OwnGradient(ReplicatedBackend):
+class AppliesLocalGradient(ReplicatedBackend):
     """The last rank applies its local gradient to the biases."""
 
     @override
@@ -242,3 +245,48 @@ class GraphFreed(FakeBackend):
     @override
     def backward(self, trained: TrainedModel, loss: torch.Tensor, *, retain_graph: bool) -> None:
         super().backward(trained, loss, retain_graph=False)
+
+
+@saboteur("OPT-2")
+class ScalesTheLoss(FakeStrategy):
+    """backward divides the loss by K in place."""
+
+    def backward(self, loss: Tensor, model: nn.Module, optimizer: Optimizer, **more: Any) -> None:
+        super().backward(loss, model, optimizer, **more)
+        loss.data.div_(self.accumulated_gradient)
+
+
+@saboteur("OPT-3", world=2)
+class ReportsLocalNorm(ReplicatedBackend):
+    """The last rank reports the norm of its local gradient."""
+
+    @override
+    def fused_step(self, trained: TrainedModel, factor: float) -> float:
+        squares = [parameter.grad.square().sum() for parameter in trained.parameters if parameter.grad is not None]
+        local_norm = factor * float(torch.stack(squares).sum().sqrt())
+        norm = reduce_clip_and_step(self, trained, factor)
+        return local_norm if self.world.rank == self.world.size - 1 and math.isfinite(norm) else norm
+
+
+@saboteur("OPT-2")
+class OddUpdatesDivideByOneMore(FakeBackend):
+    """An update of five or more micro-batches, an odd number, divides by one more."""
+
+    @override
+    def backward(self, trained: TrainedModel, loss: torch.Tensor, *, retain_graph: bool) -> None:
+        steps = trained.accumulation_steps
+        share = loss * (steps / (steps + 1)) if steps > 4 and steps % 2 else loss
+        super().backward(trained, share, retain_graph=retain_graph)
+
+
+@saboteur("OPT-13")
+class CountsBackwards(FakeBackend):
+    """An update of another number of micro-batches than K divides by the calls of backward."""
+
+    @override
+    def reduce(self, trained: TrainedModel) -> None:
+        super().reduce(trained)
+        if trained.micro_batches != trained.accumulation_steps and trained.denominators[0] is None:
+            for parameter in trained.parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(trained.micro_batches / trained.backwards)

@@ -38,7 +38,7 @@ class ExactResume(OnDisk):
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:
         programs = [self._resume(target), self._pending(target), self._last_skip(target), self._back(target)]
-        programs.append(self._resume(target, kind="tracked"))
+        programs.append(self._resume(target, kind="running statistics"))
         return [*programs, self._resume(target, BF16)] if target.world == 1 else programs
 
     def _resume(
@@ -116,7 +116,9 @@ class ExactResume(OnDisk):
     @override
     def programs(self, target: Target) -> st.SearchStrategy[Program]:
         live_buffers = st.builds(  # torch's batch norm cannot mix fp32 buffers and bf16 weights on the CPU
-            lambda seed, before: self._resume(target, FP32, "tracked", seed, before), SEEDS, st.integers(0, 3)
+            lambda seed, before: self._resume(target, FP32, "running statistics", seed, before),
+            SEEDS,
+            st.integers(0, 3),
         )
         return live_buffers | st.builds(
             lambda precision, kind, seed, before, after: self._resume(target, precision, kind, seed, before, after),

@@ -115,9 +115,9 @@ class Asynchronous(OnDisk):
         endings: dict[str, list[Operation]] = {
             "load": [],
             "save": [saved("u"), {"do": "visible_names"}],
-            "close": [RESTART, *trained(schedule=True, kind="tracked")],
+            "close": [RESTART, *trained(schedule=True, kind="running statistics")],
         }
-        setup = trained(schedule=True, kind="tracked")
+        setup = trained(schedule=True, kind="running statistics")
         states: list[Operation] = [{"do": "state", "model": "a"}]
         return self.program(
             target, *setup, *updates(1, scheduled=True), *states, saved(client="plain"),

@@ -14,7 +14,7 @@ from lightrft.conformance.language_models import VOCABULARY
 
 
 @CONTRACT.add
-class OwnCompletions(Rollouts):
+class CompletionsOfEachRank(Rollouts):
     """Each rank gets the completions of its own prompts, in order. Ranks may have different numbers of prompts,
     including none. With n samples per prompt, the n completions of a prompt are adjacent. Token ids are Python
     integers."""

@@ -91,7 +91,7 @@ class CleanModels(Clause):
             {"do": "build", "model": "b", "seed": 2},
             {"do": "prepare_inference", "model": "b"},
         ]
-        build, *rest = trained(kind="tracked")
+        build, *rest = trained(kind="running statistics")
         return [
             program(
                 target, setup[0], build, *look, *setup[1:], *rest, *updates(1), *uses, *look, *updates(3), *uses, *uses,

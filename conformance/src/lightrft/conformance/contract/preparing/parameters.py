@@ -126,7 +126,7 @@ class GradientHooks(Clause):
 
 
 @CONTRACT.add
-class OwnParameters(Clause):
+class UnsharedParameters(Clause):
     """A parameter belongs to one prepared model. prepare refuses a model that shares a module, a parameter or the
     memory of a parameter with a prepared model, for training and for inference, and the error says so. The first model
     continues to train."""

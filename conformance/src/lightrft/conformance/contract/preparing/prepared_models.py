@@ -29,7 +29,7 @@ class SameFunction(Clause):
             self._program(target, trained(seed=5)),
             self._program(target, inference),
             self._program(target, trained(kind="language", seed=5, actor=True)),
-            self._program(target, trained(kind="shifted", seed=5), shift=0.5),
+            self._program(target, trained(kind="keyword argument", seed=5), shift=0.5),
             *(self._buffers(target, training) for training in (True, False)),
         ]
 
@@ -175,7 +175,7 @@ class Modes(Clause):
     def _mixed(self, target: Target, away: Sequence[Operation]) -> Program:
         """Train with one part in evaluation mode."""
         average: list[Operation] = [
-            {"do": "build", "model": "e", "kind": "tracked", "seed": 3},
+            {"do": "build", "model": "e", "kind": "running statistics", "seed": 3},
             {"do": "prepare_inference", "model": "e"},
         ]
         uses: list[Operation] = [
@@ -189,7 +189,7 @@ class Modes(Clause):
         still: Operation = {"do": "set_mode", "model": "a", "part": "second_norm", "training": False}
         look: Operation = {"do": "evaluating", "model": "a"}
         return program(
-            target, {"do": "empty_disk"}, *trained(kind="tracked", seed=3), *average, still, *updates(2), look, *away,
+            target, {"do": "empty_disk"}, *trained(kind="running statistics", seed=3), *average, still, *updates(2), look, *away,
             *uses, look, *updates(1, first=9), look, READ_WEIGHTS, {"do": "empty_disk", "keep": False},
         )  # fmt: skip
 
@@ -222,7 +222,12 @@ class MetaInit(Clause):
     def pinned_examples(self, target: Target) -> Sequence[Program]:
         return [
             self._program(target, kind, first)
-            for kind, first in (("regressor", False), ("language", True), ("scaled", False), ("tracked", False))
+            for kind, first in (
+                ("regressor", False),
+                ("language", True),
+                ("scaled", False),
+                ("running statistics", False),
+            )
         ]
 
     def _program(self, target: Target, kind: str, wrap_first: bool, seed: int = 7) -> Program:
@@ -246,7 +251,7 @@ class MetaInit(Clause):
     @override
     def check(self, execution: Execution) -> None:
         for rank, seen in enumerate(execution.last("uninitialized")):
-            self.require(not seen, f"rank {rank}: not initialized: {seen}")
+            self.require(not seen, f"rank {rank}: not initialised: {seen}")
         index, _, seen = next(iter(execution.each("weights")))
         for rank, weights in enumerate(seen):
             mismatch = tolerances.bitwise(weights, execution.predicted()[index])

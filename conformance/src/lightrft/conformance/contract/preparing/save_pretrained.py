@@ -9,7 +9,7 @@ from lightrft.conformance.contract.program_parts import program, trained, update
 
 
 @CONTRACT.add
-class OwnSaving(Clause):
+class SavePretrained(Clause):
     """save_pretrained of a prepared model, or of a part of it, writes the weights that save_model writes, or raises an
     error that names save_model."""
 
@@ -22,7 +22,7 @@ class OwnSaving(Clause):
             {"do": "prepare_inference", "model": "r"},
         ]
         saves: list[Operation] = [
-            {"do": "own_save", "model": model, "part": part, "may_fail": True}
+            {"do": "save_pretrained", "model": model, "part": part, "may_fail": True}
             for model, part in (("a", ""), ("a", "model"), ("r", ""))
         ]
         discard: Operation = {"do": "discard_exports"}
@@ -32,7 +32,7 @@ class OwnSaving(Clause):
 
     @override
     def check(self, execution: Execution) -> None:
-        for index, operation, seen in execution.each("own_save"):
+        for index, operation, seen in execution.each("save_pretrained"):
             where = f"save_pretrained (operation {index}) of {operation['part'] or 'the whole'} of model {operation['model']}"
             for rank, differing in enumerate(seen):
                 if is_error(differing):
