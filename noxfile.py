@@ -203,8 +203,8 @@ def engines(session: nox.Session, engine: str) -> None:
 
 @session()
 def saboteurs(session: nox.Session) -> None:
-    """Test the suite: each saboteur (a deliberate defect) must fail its clause."""
-    _judge(session, Environment(STRATEGIES["fake"].requirements), "saboteurs")
+    """Test the suite: each saboteur (a deliberate defect) must fail its clause, and the pinned examples no control."""
+    _judge(session, Environment(STRATEGIES["fake"].requirements), "saboteurs", "--controls-profile=smoke")
 
 
 @session()
@@ -427,7 +427,6 @@ def nightly(session: nox.Session) -> None:
         "typecheck",
         "wheels",
         "tests",
-        "saboteurs",
         "examples",
         "third_party",
         "bench",
@@ -439,6 +438,7 @@ def nightly(session: nox.Session) -> None:
         session.notify(name, posargs=())
     for name in ("checkpoints", "faults"):
         session.notify(name, posargs=("--all",))
+    session.notify("saboteurs", posargs=("--controls-profile=ci",))
     for name, world in CELLS:
         session.notify(f"conformance({name}-{world})", posargs=("--profile=nightly",))
     for name in ENGINES:
