@@ -343,6 +343,15 @@ def with_prefix():
 
 BLIND_TO_PACKING = {
     "Falcon": falcon,
+    "Jamba": lambda: tiny(  # attention that keeps them apart, and a state that runs through the row
+        "Jamba",
+        num_hidden_layers=2,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        num_experts=2,
+        mamba_d_state=4,
+        use_mamba_kernels=False,
+    ),
     "Mamba": lambda: tiny("Mamba", state_size=4),
     "OPT": lambda: tiny("OPT", word_embed_proj_dim=16, ffn_dim=24),
     "prefix": with_prefix,

@@ -766,7 +766,7 @@ class StrategyBase(LightRFTMembers):
         With the setting ``fused_linear_logprob``, the logits of the batch are never in memory: the head of the model
         computes them for a few tokens at a time, and again in the backward pass. The result is the same. The first call
         for a model also runs two tokens through it, to check that it does not change what its head computes, and the first
-        one with packed sequences runs sixteen, to check that the model keeps them apart.
+        one with packed sequences runs eight, to check that the model keeps them apart.
 
         Ranks that share sequences (``sp_size``) pass the same batch, and each computes a slice of it; all of them get the
         whole result.
