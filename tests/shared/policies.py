@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 import training
+from llamas import falcon, llama
 from programs import DECAY, RATE
 from torch import nn
 
+from lightrft.config import UnsupportedOperationError
 from lightrft.strategy import StrategyBase
 from lightrft.strategy.backend.adamw import adamw
 
@@ -73,6 +75,19 @@ def train(made: StrategyBase, model: nn.Module, checkpointing: bool = False) -> 
         results.log_probs.append(alone.log_probs.clone())
     results.parameters = training.full_parameters(made, model)
     return results
+
+
+def refusals_of_packing(made: StrategyBase) -> list[str]:
+    """The errors of a Llama and a Falcon where rank 0 has packed sequences and the others do not."""
+    tokens, errors = torch.tensor([[1, 5, 9, 4, 7]]), []
+    positions = torch.tensor([[0, 1, 0, 1, 2] if made.get_rank() == 0 else range(5)])
+    for model in (llama(), falcon()):
+        try:
+            made.token_log_probs(made.prepare(model), tokens, position_ids=positions)
+            errors.append("")
+        except UnsupportedOperationError as error:
+            errors.append(str(error))
+    return errors
 
 
 def reference(build: Callable[[], Any], ranks: int, rank: int) -> Trained:
