@@ -57,7 +57,13 @@ def main() -> None:
     wire.send(connection, {"number": 0})
     while True:
         command = wire.receive(connection)
-        answer = {"number": command["number"], "rank": rank, "when": time.monotonic(), "pid": os.getpid()}
+        answer = {
+            "number": command["number"],
+            "rank": rank,
+            "when": time.monotonic(),
+            "pid": os.getpid(),
+            "parent": os.getppid(),
+        }
         if command["do"][rank] != "say nothing":
             obey(command["do"][rank], connection, answer)
 

@@ -24,7 +24,7 @@ from lightrft.strategy import FakeStrategy
 
 HOLDS_FOR = "Holds only for the code with the digests at the end of this page"
 IDENTITY = {
-    "class": "a.B", "capabilities": ["adoption"], "grouped": True, "digest": "sha256:1", "distribution": "some",
+    "class": "a.B", "capabilities": ["unprepared_models"], "grouped": True, "digest": "sha256:1", "distribution": "some",
     "version": "1.2", "requirements": {"x": "3"},
 }  # fmt: skip
 

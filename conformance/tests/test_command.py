@@ -74,11 +74,13 @@ def test_an_interrupted_run_is_one_line_and_reports_what_was_judged(
         command.stdout.readline()
         command.send_signal(number)
         printed, errors = command.communicate(timeout=60)
-    judged = 1 + len(printed.splitlines())
+    shown = 1 + len(printed.splitlines())
     written = json.loads(report.read_text(encoding="utf-8"))
     assert command.returncode == code
     assert errors == (
         f"lightrft-conformance: interrupted by {number.name}; fake {written['unjudged']}; their report is {report}\n"
     )
+    judged = len(written["clauses"])
+    assert judged - shown in (0, 1)  # the signal may come between a verdict and its line
     assert written["unjudged"].startswith(f"was interrupted after {judged} of ")
-    assert (len(written["clauses"]), written["exit_code"]) == (judged, 2)
+    assert written["exit_code"] == 2

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lightrft.conformance.driver.worker_group import RankReport, WorkerGroup
+from lightrft.conformance.driver.fork_server import ForkServer
+from lightrft.conformance.driver.worker_group import RankReport, WorkerGroup, launch_fork_server
 
 HERE = {"PYTHONPATH": str(Path(__file__).parent)}
 SHORT, LONG = 0.5, 60.0
@@ -142,7 +143,7 @@ IMPORTING = """
 import os, sys
 from pathlib import Path
 from lightrft.conformance.driver.fork_server import ForkServer
-server = ForkServer(["sleeps_when_imported"], dict(os.environ), Path(sys.argv[1]))
+server = ForkServer.launch(["sleeps_when_imported"], dict(os.environ), Path(sys.argv[1]))
 print(server.pid, flush=True)
 sys.stdin.read()
 """
@@ -220,6 +221,42 @@ def test_a_killed_fork_server_is_replaced(group: WorkerGroup) -> None:
     assert states(told(group, "exit", "answer")) == ["died", "answered"]
     assert all_answer(group)
     assert group._fork_servers[0].pid != before
+
+
+@pytest.fixture
+def fork_server_copy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ForkServer:
+    """A copy of a fork server that has ended."""
+    monkeypatch.setenv("PYTHONPATH", HERE["PYTHONPATH"])
+    original = launch_fork_server(("random",))
+    copied = original.copy(tmp_path / "of-copy")
+    original.close()
+    assert original.ended and not copied.ended
+    return copied
+
+
+def test_a_copy_of_a_fork_server_outlives_it_and_ends_with_its_group(fork_server_copy: ForkServer) -> None:
+    with WorkerGroup(1, worker="odd_worker", preloaded=(), fork_servers=[fork_server_copy]) as group:
+        assert states(group.run({"do": ["write"]}, LONG)) == ["answered"]
+        assert states(group.run({"do": ["exit"]}, LONG)) == ["died"]
+        (report,) = group.run({"do": ["answer"]}, LONG)
+        assert report.answer["parent"] == fork_server_copy.pid
+    assert all_ended([fork_server_copy.pid]) and not fork_server_copy.directory.exists()
+
+
+def test_a_copy_of_a_fork_server_that_was_killed_is_replaced(fork_server_copy: ForkServer) -> None:
+    os.kill(fork_server_copy.pid, signal.SIGKILL)
+    assert all_ended([fork_server_copy.pid])
+    with WorkerGroup(1, worker="odd_worker", preloaded=(), fork_servers=[fork_server_copy]) as group:
+        assert states(group.run({"do": ["answer"]}, LONG)) == ["answered"]
+
+
+def test_a_copy_of_a_fork_server_that_nobody_has_ends_with_its_workers(fork_server_copy: ForkServer) -> None:
+    group = WorkerGroup(1, worker="odd_worker", preloaded=(), fork_servers=[fork_server_copy])
+    assert states(group.run({"do": ["write"]}, LONG)) == ["answered"]
+    pids = [fork_server_copy.pid, *group.pids]
+    fork_server_copy.release()
+    assert all_ended(pids) and comes_true(lambda: not fork_server_copy.directory.exists())
+    group.end_workers()
 
 
 def test_ranks_differ_in_the_order_of_sets() -> None:

@@ -9,7 +9,6 @@ parser = StrategyConfig.add_arguments(argparse.ArgumentParser())
 parser.set_defaults(train_batch_size=8, micro_train_batch_size=2, actor_learning_rate=1e-3, bf16=False)
 
 with get_strategy(parser.parse_args()) as strategy:
-    strategy.set_seed(42)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2))
     optimizer = strategy.create_optimizer(model, lr=strategy.config.actor_learning_rate)
     model, optimizer, _ = strategy.prepare((model, optimizer, None))

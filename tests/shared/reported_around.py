@@ -134,7 +134,7 @@ def _set_on_the_adapted_model(script: Script) -> str:
         model.config.eos_token_id = None
         model.generation_config = transformers.GenerationConfig(eos_token_id=[9, 11], pad_token_id=3)
         made.setup_inference_engine(made.config, "fake", actor=model)
-        ends = made.inference_engine.end_ids
+        ends = made.inference_engine.eos_token_ids
         made.save_model(model, None, script.folder, merge_adapters=True)
         exported = transformers.GenerationConfig.from_pretrained(script.folder)
         made.sync_and_clear_cache()

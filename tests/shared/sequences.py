@@ -243,7 +243,7 @@ MISTAKES: dict[str, tuple[Callable[[StrategyBase], object], str, tuple[str, ...]
     "denominators that differ": (
         _denominators_that_differ,
         "StrategyError",
-        ("optimizer_step", "the same denominators", "got in the update rank 0: 10; rank 1: 11", "not that of a slice"),
+        ("optimizer_step", "the same denominators", "got different sums in the update: rank 0: 10; rank 1: 11", "not that of a slice"),
     ),
     "too few values": (_gathered((2, 5)), "ArgumentError", ("gather:", "(2, 6) of 11", "got shape (2, 5)")),
     "another length": (_gathered((2, 6), length=9), "ArgumentError", ("gather:", "length=9")),

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig
 
 from lightrft.config import ConfigError, EngineError, StrategyConfig
-from lightrft.engines.model_source import ModelSource, longest_sequence
+from lightrft.engines.model_source import ModelSource, max_model_len_of
 from lightrft.engines.settings import EngineSettings
 from lightrft.engines.transformers import TransformersEngine
 from lightrft.strategy import EngineRequest
@@ -56,13 +56,13 @@ def test_the_longest_sequence_is_what_model_tokenizer_and_settings_allow(tmp_pat
     scaled = LlamaConfig(
         max_position_embeddings=100, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
     )
-    assert longest_sequence(plain, settings()) == 100
-    assert longest_sequence(scaled, settings()) == 400
-    assert longest_sequence(plain, settings(engine_max_model_len=60), tmp_path) == 60
+    assert max_model_len_of(plain, settings()) == 100
+    assert max_model_len_of(scaled, settings()) == 400
+    assert max_model_len_of(plain, settings(engine_max_model_len=60), tmp_path) == 60
     (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 80}')
-    assert longest_sequence(plain, settings(), tmp_path) == 80
+    assert max_model_len_of(plain, settings(), tmp_path) == 80
     with pytest.raises(ConfigError, match="engine_max_model_len: expected at most the model's 80 tokens, got 90"):
-        longest_sequence(plain, settings(engine_max_model_len=90), tmp_path)
+        max_model_len_of(plain, settings(engine_max_model_len=90), tmp_path)
 
 
 @pytest.mark.parametrize("content", [None, "{}", "not JSON"])

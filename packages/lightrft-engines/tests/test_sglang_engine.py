@@ -292,7 +292,7 @@ def test_a_killed_process_is_an_error_and_the_next_sync_starts_a_new_server(runn
     killer = threading.Timer(1.0, os.kill, (pid, signal.SIGKILL))
     killer.start()
     begun = time.monotonic()
-    with pytest.raises(EngineError, match="to generate") as caught:
+    with pytest.raises(EngineError, match="during 'generate'") as caught:
         generate_without_end(made)
     killer.join()
     assert "died" in str(caught.value)

@@ -32,9 +32,9 @@ SOURCE = ModelSource(
     stores_weights=True,
     has_tokenizer=True,
     expected=None,
-    vocabulary=48,
-    longest=512,
-    end_ids=frozenset({2}),
+    vocab_size=48,
+    max_model_len=512,
+    eos_token_ids=frozenset({2}),
 )
 
 
@@ -193,7 +193,7 @@ def test_the_numbers_of_media_and_placeholders_must_agree(text, images):
 )  # fmt: skip
 def test_models_that_sglang_computes_differently_are_recognised(config, windows, words):
     layers = [SimpleNamespace(), *(SimpleNamespace(sliding_window_size=window) for window in windows)]
-    mismatch = patches.model_mismatch(config, iter(layers), longest=10)
+    mismatch = patches.model_mismatch(config, iter(layers), max_model_len=10)
     assert mismatch is None if words is None else words in mismatch
 
 

@@ -4,7 +4,7 @@ import torch
 from llamas import llama
 
 from lightrft.engines.transformers.batch import Batch, Row
-from lightrft.strategy.engine import Sampling, stream_key
+from lightrft.strategy.engine import Sampling, random_key
 
 PROMPTS = [[1, 5, 9], [4], [1, 2, 3, 4, 5, 6, 7]]
 
@@ -12,8 +12,8 @@ PROMPTS = [[1, 5, 9], [4], [1, 2, 3, 4, 5, 6, 7]]
 def rows(
     prompts: list[list[int]], ends: frozenset[int] = frozenset(), samples: int = 1, **sampling: float
 ) -> list[Row]:
-    batch = Batch(llama(), Sampling(**sampling), ends, torch.device("cpu"), longest=None)
-    keys = [[stream_key(1, prompt, sample) for sample in range(samples)] for prompt in prompts]
+    batch = Batch(llama(), Sampling(**sampling), ends, torch.device("cpu"), max_model_len=None)
+    keys = [[random_key(1, prompt, sample) for sample in range(samples)] for prompt in prompts]
     return batch.complete(prompts, keys)
 
 

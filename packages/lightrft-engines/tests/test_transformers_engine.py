@@ -122,16 +122,16 @@ def test_end_tokens_set_after_preparing_mean_the_same_in_engine_and_export(tmp_p
         actor, _, _ = strategy.prepare((model := llama(), strategy.create_optimizer(model, lr=0.1), None))
         actor.generation_config.eos_token_id, actor.config.eos_token_id = [1, 3], 5
         strategy.setup_inference_engine(strategy.config, "transformers", actor=actor)
-        assert strategy.inference_engine.end_ids == {1, 3, 5}
+        assert strategy.inference_engine.eos_token_ids == {1, 3, 5}
         actor.generation_config.eos_token_id, actor.config.eos_token_id = 7, None
-        assert strategy.inference_engine.end_ids == {1, 3, 5}, "as the weights: those of the last sync"
+        assert strategy.inference_engine.eos_token_ids == {1, 3, 5}, "as the weights: those of the last sync"
         strategy.update_engine_weights(actor)
         ended = completed(strategy, RAGGED, n=8, max_tokens=20, seed=1)
         assert {completion.output_token_ids[-1] for completion in ended if completion.finish_reason == "stop"} == {7}
         strategy.save_model(actor, None, tmp_path)
     with FakeStrategy({"bf16": False, "pretrain": str(tmp_path)}) as strategy:
         strategy.setup_inference_engine(engine_type="transformers")
-        assert strategy.inference_engine.end_ids == {7}
+        assert strategy.inference_engine.eos_token_ids == {7}
         assert tokens(completed(strategy, RAGGED, n=8, max_tokens=20, seed=1)) == tokens(ended)
 
 

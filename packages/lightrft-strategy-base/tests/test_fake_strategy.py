@@ -132,7 +132,7 @@ def test_a_prepared_model_causes_no_warning(caplog, tmp_path):
 @pytest.mark.parametrize("make", [FakeStrategy, get_fake_strategy])
 def test_a_strict_strategy_refuses_models_that_were_not_prepared(make, tmp_path):
     with make(strict=True, bf16=False, train_batch_size=1) as strategy:
-        assert "adoption" not in strategy.capabilities
+        assert "unprepared_models" not in strategy.capabilities
         model, optimizer = bare()
         with pytest.raises(
             StrategyError, match=r"backward: expected a model in training, .*not prepared. Call prepare"

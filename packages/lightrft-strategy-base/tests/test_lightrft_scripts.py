@@ -245,22 +245,22 @@ def test_truncation_keeps_the_last_tokens_of_a_prompt():
     assert [one.prompt_token_ids for one in done] == [(2, 3), (4,)]
     assert engine.generate([Prompt(text="ab")], Sampling(truncate_prompt_tokens=2))
     for prompt in (Prompt(text="abc"), Prompt(token_ids=(1, 2, 3), text="x", images=(1,))):
-        with pytest.raises(EngineError, match=r"truncate_prompt_tokens=2 shortens, got (text|media) in prompt 0"):
+        with pytest.raises(EngineError, match=r"truncate_prompt_tokens=2 can shorten, got (text|media) in prompt 0"):
             engine.generate([prompt], Sampling(truncate_prompt_tokens=2))
 
 
 def test_the_longest_sequence_is_where_vllm_has_it(strategy):
     engine = Echo()
     assert min(8192, engine.llm_engine.model_config.max_model_len) == 8192
-    engine.longest = 32
+    engine.max_model_len = 32
     assert engine.llm_engine.model_config.max_model_len == 32
 
 
 def test_a_rank_whose_engine_is_on_another_rank_has_a_placeholder():
-    placeholder = EnginePlaceholder(longest=64)
+    placeholder = EnginePlaceholder(max_model_len=64)
     assert is_engine(placeholder) and placeholder.llm_engine.model_config.max_model_len == 64
     calls = {
-        "generate": ([], Sampling()), "update_weights": ([],), "revoke_weights": ("",), "sleep": (), "wake_up": (), "shutdown": (),
+        "generate": ([], Sampling()), "update_weights": ([],), "invalidate_weights": ("",), "sleep": (), "wake_up": (), "shutdown": (),
     }  # fmt: skip
     for call, arguments in calls.items():
         with pytest.raises(EngineError, match=rf"inference_engine.{call}: .* Call strategy.\w+ on all ranks"):

@@ -32,8 +32,8 @@ def test_a_position_outside_the_epoch_is_refused():
         ElasticSampler(10, rank=0, ranks=1, shuffle=False, seed=0, drop_last=False, consumed_samples=11)
 
 
-def loader_of(strategy, length=10):
-    return strategy.setup_dataloader(list(range(length)), batch_size=2, drop_last=False)
+def loader_of(strategy, length=10, **settings):
+    return strategy.setup_dataloader(list(range(length)), batch_size=2, drop_last=False, **settings)
 
 
 def test_the_loop_over_epochs_continues_at_a_loaded_position():
@@ -60,8 +60,17 @@ def test_the_loop_over_epochs_continues_at_a_loaded_position():
 
 @pytest.mark.parametrize("position", [(1, -1), (1, 99), (-1, 0), (1.5, 0)])
 def test_an_invalid_position_is_refused(position):
-    with get_fake_strategy() as strategy, pytest.raises(ArgumentError, match="position of the loader: expected"):
-        loader_of(strategy).set_epoch(*position)
+    with get_fake_strategy() as strategy:
+        loader = loader_of(strategy)
+        with pytest.raises(ArgumentError, match=r"^set_epoch: expected"):
+            loader.set_epoch(*position)
+        with pytest.raises(ArgumentError, match=r"^load_state_dict: expected"):
+            loader.load_state_dict(dict(zip(("epoch", "consumed_samples"), position, strict=True)))
+
+
+def test_an_invalid_position_to_start_from_is_refused():
+    with get_fake_strategy() as strategy, pytest.raises(ArgumentError, match=r"^setup_dataloader: expected"):
+        loader_of(strategy, consumed_samples=-1)
 
 
 def test_a_saved_position_that_lacks_a_part_is_refused():

@@ -6,7 +6,7 @@ from torch import nn
 
 from lightrft.config import StrategyError, UnsupportedOperationError
 from lightrft.strategy import FakeStrategy, get_fake_strategy
-from lightrft.strategy.backend import check_on_parts
+from lightrft.strategy.backend import check_elementwise
 from lightrft.strategy.fake_strategy import FakeBackend
 
 
@@ -61,7 +61,7 @@ def in_parts(count):
 
 
 def tried(optimizer, count=2):
-    check_on_parts(optimizer, in_parts(count), lambda p: p.ndim, device=torch.device("cpu"), refusal="Use another.")
+    check_elementwise(optimizer, in_parts(count), lambda p: p.ndim, device=torch.device("cpu"), refusal="Use another.")
 
 
 def matrix_and_bias():

@@ -3,11 +3,12 @@
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import lightrft.strategy
-from lightrft.strategy import FakeStrategy, StrategyBase
+from lightrft.strategy import FakeStrategy, StrategyBase, StrategyConfig
 from lightrft.strategy.backend import ReplicatedBackend
 from lightrft.strategy.backend.contract import Lifecycle, Offload, Preparing, Sharding, Step
 from lightrft.strategy.moved_hooks import MOVED
@@ -124,6 +125,16 @@ def test_a_strategy_that_overrides_a_hook_of_0_1_is_refused_with_its_new_name(ho
 def test_honours_is_called_supported_settings():
     with pytest.raises(TypeError, match=r"Old.honours: .*supported_settings"):
         type("Old", (StrategyBase,), {"honours": frozenset()})
+
+
+def test_former_names_of_capabilities_work_with_a_warning():
+    class Backend(ReplicatedBackend):
+        capabilities = frozenset({"adoption", "uneven_modules", "mine"})
+
+    strategy = type("Own", (FakeStrategy,), {"backend_class": Backend})(StrategyConfig())
+    with strategy, pytest.warns(DeprecationWarning, match="'adoption' is called 'unprepared_models'") as warned:
+        assert strategy.capabilities == {"unprepared_models", "rank_dependent_modules", "mine"}
+    assert {Path(each.filename).name for each in warned} == {Path(__file__).name}
 
 
 def test_every_hook_that_moved_is_a_hook_of_a_backend():

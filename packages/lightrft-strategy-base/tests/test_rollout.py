@@ -27,7 +27,7 @@ from lightrft.strategy.rollout import multimodal
 from lightrft.strategy.rollout.embedded import changed_settings
 from lightrft.strategy.rollout.engine import checked_buckets, engine_class
 from lightrft.strategy.rollout.multimodal import build_prompts, media_by_prompt, prompts_of_tokens
-from lightrft.strategy.rollout.sampling import draw_tokens, penalized, stream_key, uniform
+from lightrft.strategy.rollout.sampling import apply_penalties, random_key, sample_tokens, uniform
 from lightrft.strategy.strategy import strategy_class
 
 
@@ -169,9 +169,11 @@ def test_a_sleep_that_fails_leaves_the_engine_asleep_and_stale(level):
 
 def test_a_prompt_leaves_room_for_a_token():
     engine = synced()
-    engine.longest = 3
+    engine.max_model_len = 3
     assert engine.generate([Prompt(token_ids=(1, 2))], Sampling())
-    with pytest.raises(EngineError, match=r"generate: expected prompt 1 to have fewer than the 3 tokens .*, got 3"):
+    with pytest.raises(
+        EngineError, match=r"generate: expected prompt 1 to have fewer tokens than max_model_len \(3\), got 3"
+    ):
         engine.generate([*PROMPT, Prompt(token_ids=(1, 2, 3))], Sampling())
 
 
@@ -209,6 +211,7 @@ def test_without_known_names_only_repetition_is_refused():
 def test_unknown_engines_and_strategies(monkeypatch):
     installed = registry.entry_points(group="lightrft.engines", name="fake")
     monkeypatch.setattr(registry, "entry_points", lambda group: installed)
+    monkeypatch.setattr(registry, "_imported", {})
     with pytest.raises(BackendNotInstalledError, match=r"pip install 'lightrft-engines\[vllm\]'"):
         engine_class("vllm")
     with pytest.raises(ConfigError, match="did you mean 'fake'"):
@@ -217,6 +220,18 @@ def test_unknown_engines_and_strategies(monkeypatch):
         strategy_class("json:loads")
     with pytest.raises(BackendNotInstalledError, match="cannot be imported"):
         strategy_class("no_such_module:Strategy")
+
+
+def test_attributes_of_engines_under_their_names_in_version_0_1():
+    with pytest.warns(DeprecationWarning, match="Old.longest is called max_model_len"):
+        old = type("Old", (Small,), {"longest": 3})
+    assert old.max_model_len == 3
+    engine = synced()
+    with pytest.warns(DeprecationWarning, match="Small.vocabulary is called vocab_size"):
+        engine.vocabulary = 5
+    assert engine.vocab_size == 5
+    with pytest.warns(DeprecationWarning, match="vocab_size"):
+        assert engine.vocabulary == 5
 
 
 # Sampling
@@ -260,17 +275,17 @@ def test_sampling_refuses_what_it_cannot_honour(source, words):
 
 @given(st.integers(0, 2**31), st.lists(st.integers(0, 99), min_size=1, max_size=5), st.integers(0, 5))
 def test_streams_are_uniform_numbers_of_their_own(seed, prompt, sample):
-    key = stream_key(seed, prompt, sample)
+    key = random_key(seed, prompt, sample)
     assert all(0 <= uniform(key, position) < 1 for position in range(4))
-    assert key != stream_key(seed, prompt, sample + 1) != stream_key(seed + 1, prompt, sample + 1)
+    assert key != random_key(seed, prompt, sample + 1) != random_key(seed + 1, prompt, sample + 1)
 
 
 def test_drawing_follows_the_distribution():
     logits = torch.tensor([[0.0, math.log(3.0), -torch.inf]]).expand(4000, 3)
-    numbers = [uniform(stream_key(1, [2], row), 0) for row in range(4000)]
-    drawn = draw_tokens(logits, Sampling(), numbers)
+    numbers = [uniform(random_key(1, [2], row), 0) for row in range(4000)]
+    drawn = sample_tokens(logits, Sampling(), numbers)
     assert abs((drawn == 1).float().mean().item() - 0.75) < 0.03 and not (drawn == 2).any()
-    assert (draw_tokens(logits, Sampling(temperature=0), numbers) == 1).all()
+    assert (sample_tokens(logits, Sampling(temperature=0), numbers) == 1).all()
 
 
 @pytest.mark.parametrize(
@@ -279,13 +294,13 @@ def test_drawing_follows_the_distribution():
 )
 def test_filters_remove_the_documented_tokens(settings, allowed):
     logits = torch.tensor([[0.05, 0.1, 0.2, 0.65]]).log().expand(500, 4)
-    drawn = draw_tokens(logits, Sampling(**settings), [uniform(stream_key(1, [1], row), 0) for row in range(500)])
+    drawn = sample_tokens(logits, Sampling(**settings), [uniform(random_key(1, [1], row), 0) for row in range(500)])
     assert set(drawn.tolist()) == allowed
 
 
 def test_penalties():
     logits = torch.tensor([[2.0, -2.0, 1.0]])
-    result = penalized(
+    result = apply_penalties(
         logits, [[0]], [[1, 1]], Sampling(repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25)
     )
     assert torch.allclose(result, torch.tensor([[1.0, -4.0 - 0.5 - 0.5, 1.0]]))

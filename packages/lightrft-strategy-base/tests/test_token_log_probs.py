@@ -243,8 +243,8 @@ REFUSED = {
     "a mask": (functools.partial(Plain, masked), r"logits that differ by up to 1e\+09"),
     "fewer tokens": (functools.partial(Plain, lambda logits: logits[..., :9]), r"1 calls \(\(1, 2, 17\)\) and logits \(1, 2, 9\)"),
     "the last position": (functools.partial(Plain, lambda logits: logits[:, -1:]), r"logits \(1, 1, 17\)"),
-    "LoRA on the head": (with_adapter_on_the_head, "expected the head of .* to be a plain nn.Linear, got peft.*lora"),
-    "no head": (functools.partial(nn.Embedding, 17, 5), r"expected Embedding to return its head from get_output_embeddings"),
+    "LoRA on the head": (with_adapter_on_the_head, "expected the LM head of .* to be a plain nn.Linear, got peft.*lora"),
+    "no head": (functools.partial(nn.Embedding, 17, 5), r"expected Embedding to return its LM head from get_output_embeddings"),
     "another cap": (functools.partial(tiny, "Llama", final_logit_softcapping=3.0), r"output of its head, with final_logit_softcapping=3.0, got"),
 }  # fmt: skip
 

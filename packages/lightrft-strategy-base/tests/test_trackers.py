@@ -73,7 +73,7 @@ def test_a_tracker_that_hangs_blocks_no_caller(caplog, monkeypatch):
     monkeypatch.setattr(Hangs, "released", threading.Event())
     tracker = Hangs()
     run = RunInfo(project="p", name=None, directory=None, strategy="fake", world_size=1, settings={})
-    writer = BackgroundWriter("slow", tracker, run, capacity=2, patience=0.2)
+    writer = BackgroundWriter("slow", tracker, run, capacity=2, close_timeout=0.2)
     began = time.monotonic()
     for step in range(10):
         writer.log({"a": step}, step)
@@ -92,11 +92,11 @@ def test_a_tracker_that_hangs_blocks_no_caller(caplog, monkeypatch):
 
 def test_closing_abandons_a_tracker_that_does_not_finish(caplog, monkeypatch):
     monkeypatch.setattr(Hangs, "released", threading.Event())
-    monkeypatch.setattr(writers, "PATIENCE", 0.2)
+    monkeypatch.setattr(writers, "CLOSE_TIMEOUT", 0.2)
     with strategy(trackers=[by_path(Hangs)]) as made:
         made.log({}, 0)
         (writer,) = made._tracking._writers
-        monkeypatch.setattr(writer, "_patience", 0.2)
+        monkeypatch.setattr(writer, "_close_timeout", 0.2)
         thread = writer._thread
     assert "did not finish within 0.2 s of close" in caplog.text
     Hangs.released.set()

@@ -1,22 +1,25 @@
 """A whole run: start the workers, identify the strategy, judge every clause, and report the results."""
 
-import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import chain
 from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
 
+from lightrft.conformance import scratch
 from lightrft.conformance.clause import Clause, Operation, Target, is_error, show_error
 from lightrft.conformance.contract import CONTRACT
 from lightrft.conformance.contract.program_parts import FP32
 from lightrft.conformance.contract.rollout_checks import rollout
-from lightrft.conformance.driver.fork_server import PRELOADED
-from lightrft.conformance.driver.worker_group import WorkerGroup
+from lightrft.conformance.driver.fork_server import PRELOADED, ForkServer, load_before_fork
+from lightrft.conformance.driver.wire import ConnectionLost
+from lightrft.conformance.driver.worker_group import WorkerGroup, launch_fork_server
 from lightrft.conformance.expectations import Expectations
 from lightrft.conformance.judge import ClauseResult, Judge, NotInstalled, Unjudgeable, missing_package
 from lightrft.conformance.process_pool import process_pool
@@ -26,6 +29,11 @@ from lightrft.conformance.requests import MODEL_LIBRARY_ENGINES, Request, imposs
 from lightrft.conformance.values import Record, decode
 
 CONTRACT_VERSION = "1"
+USED_BY_REFERENCE = ("torch._dynamo", "transformers.models.llama")
+"""Modules that the reference imports as it runs."""
+
+LONGEST = ("LIFE", "CKPT", "EXPORT", "NORM", "OPT")
+"""Families whose clauses take longest: they are judged first, so that no process is left alone with one at the end."""
 
 
 @dataclass(kw_only=True)
@@ -109,8 +117,13 @@ class Certification:
         """
         torch.set_num_threads(1)  # as in the workers: the number of threads changes the summation order
         if group is None:
-            preloaded = PRELOADED if self.request.device == "cpu" else ()
-            group = self._group = WorkerGroup(self.request.world, ranks=self.request.world > 1, preloaded=preloaded)
+            group = self._group = WorkerGroup(
+                self.request.world,
+                ranks=self.request.world > 1,
+                preloaded=_preloaded(self.request),
+                fork_servers=_fork_servers_of_process,
+            )
+            _fork_servers_of_process.clear()
         self.identity = self._ask(group)
         target = Target(
             strategy=self.request.strategy,
@@ -130,7 +143,7 @@ class Certification:
             seed=self.request.seed,
             group=group,
             database=".lightrft-conformance",
-            patience=self.request.patience,
+            deadline_factor=self.request.deadline_factor,
         )
 
     def _ask(self, group: WorkerGroup) -> Record:
@@ -187,16 +200,63 @@ class Certification:
             self._group = None
 
 
+def _preloaded(request: Request) -> Sequence[str]:
+    return PRELOADED if request.device == "cpu" else ()
+
+
 @contextmanager
-def processes(jobs: int) -> Iterator[ProcessPoolExecutor | None]:
-    """A pool of ``jobs`` processes for `certify`; None for one job, or if a full disk prevents a pool."""
+def processes(jobs: int, request: Request) -> Iterator[ProcessPoolExecutor | None]:
+    """A pool of at most ``jobs`` processes in which `certify` judges ``request``.
+
+    None for one job or one clause, or if a full disk prevents a pool.
+    """
+    jobs = min(jobs, len(list(selected(request.clauses, engine=bool(request.engine)))))
     with ExitStack() as stack:
         pool = None
         if jobs > 1:
             with suppress(OSError):
-                pool = stack.enter_context(process_pool(jobs))
-                pool.submit(os.getpid).result()
+                copies = stack.enter_context(_fork_servers(jobs, request))
+                pool = stack.enter_context(process_pool(jobs, partial(_take_fork_servers, copies)))
+                for fork_server in chain(*copies):
+                    fork_server.release()
         yield pool
+
+
+@contextmanager
+def _fork_servers(jobs: int, request: Request) -> Iterator[list[list[ForkServer]]]:
+    """The fork servers of each job: copies of one fork server per rank, which imports once for all jobs.
+
+    Meanwhile this process imports what the reference needs. Yields empty lists, with which each job starts its own fork
+    servers, if one of them ends or does not answer. The originals live as long as the body, because they reap their copies.
+    """
+    copies: list[list[ForkServer]] = [[] for _ in range(jobs)]
+    with ExitStack() as originals, ExitStack() as unused:
+        started = []
+        for _ in range(request.world):
+            started.append(launch_fork_server(_preloaded(request)))
+            originals.callback(started[-1].close)
+        load_before_fork(USED_BY_REFERENCE)
+        try:
+            for of_job in copies:
+                directory = scratch.choose()
+                for original in started:
+                    of_job.append(original.copy(directory))
+                    unused.callback(of_job[-1].close)  # nothing is left to close once it is released
+        except ConnectionLost:
+            unused.close()
+            copies = [[] for _ in range(jobs)]
+        yield copies
+
+
+_fork_servers_of_process: list[ForkServer] = []
+"""Those of this job, until its certification has them."""
+
+
+def _take_fork_servers(copies: Sequence[Sequence[ForkServer]], number: int) -> None:
+    """Keep the fork servers of job ``number``, and release the others, so that each ends with its own job."""
+    _fork_servers_of_process[:] = copies[number]
+    for fork_server in chain(*copies[:number], *copies[number + 1 :]):
+        fork_server.release()
 
 
 def certify(
@@ -269,11 +329,9 @@ def _one_by_one(request: Request, chosen: Sequence[str]) -> Iterator[Judged]:
 
 
 def _side_by_side(request: Request, chosen: Sequence[str], pool: ProcessPoolExecutor) -> Iterator[Judged]:
-    """Judge in processes that have their own workers. What a clause draws depends only on its seed.
-
-    Clauses that end workers come first, because they take longest.
-    """
-    for done in as_completed([pool.submit(_judge_in_process, request, clause_id) for clause_id in reversed(chosen)]):
+    """Judge in processes that have their own workers. What a clause draws depends only on its seed."""
+    order = sorted(chosen, key=lambda clause_id: not clause_id.startswith(LONGEST))
+    for done in as_completed([pool.submit(_judge_in_process, request, clause_id) for clause_id in order]):
         yield done.result()
 
 

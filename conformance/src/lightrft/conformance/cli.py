@@ -121,9 +121,12 @@ def _request(
 
 
 def _jobs(profile: str, world: int, device: str) -> int:
-    """One job per ``world`` cores for profiles that draw enough programs to make up for starting the processes."""
+    """Jobs for profiles that draw enough programs to make up for starting the processes.
+
+    One more rank than cores, because ranks wait now and then.
+    """
     draws_many = profile in ("certify", "nightly") and device == "cpu"
-    return max(1, CORES // world) if draws_many else 1
+    return max(1, (CORES + 1) // world) if draws_many else 1
 
 
 def _run(requests: Sequence["Request"], report: Path | None, jobs: int = 1) -> None:
@@ -181,7 +184,7 @@ def _with_progress(console: "Console", request: "Request", jobs: int) -> "Report
 
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
     shown = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    with processes(jobs) as pool, shown as progress:
+    with processes(jobs, request) as pool, shown as progress:
         task = progress.add_task(
             request.engine or request.strategy, total=len(list(selected(request.clauses, engine=bool(request.engine))))
         )

@@ -106,7 +106,7 @@ class Judge:
     seed: int = 0
     group: WorkerGroup
     database: str | None = None
-    patience: float = 1.0
+    deadline_factor: float = 1.0
     """Factor of the deadlines of programs."""
     executions: int = field(default=0, init=False)
 
@@ -271,7 +271,7 @@ class Judge:
         """The deadline of ``program``: twice its own if a library of the target may have to build something first."""
         target = self.target
         factor = 2 if target.grouped or target.device != "cpu" or target.engine != "fake" else 1
-        return program.seconds * factor * self.patience
+        return program.seconds * factor * self.deadline_factor
 
 
 def _unexpected_dead(program: Program, reports: Sequence[RankReport], killed: bool = False) -> list[int]:

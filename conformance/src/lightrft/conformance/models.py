@@ -4,7 +4,7 @@ Everything is reproducible: a model follows from its kind and seed, a batch from
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import nn
@@ -141,6 +141,12 @@ def every_other_row(gradient: torch.Tensor) -> torch.Tensor:
 
 def batch(number: int, rank: int, rows: int, language: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets of one micro-batch on one rank."""
+    inputs, targets = _batch(number, rank, rows, language)
+    return inputs.clone(), targets.clone()  # the caller's own: a strategy may write into them
+
+
+@lru_cache(maxsize=4096)
+def _batch(number: int, rank: int, rows: int, language: bool) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1_000_003 * number + rank)
     if language:
         tokens = torch.randint(VOCABULARY, (rows, 8), generator=generator)

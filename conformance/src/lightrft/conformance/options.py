@@ -96,7 +96,7 @@ RunJobs = Annotated[
     int | None,
     typer.Option(
         "--jobs", callback=_jobs,
-        help="Clauses to run in parallel. Default: one per core for certify and nightly, else 1",
+        help="Clauses to run in parallel. Default: about one per core for certify and nightly, else 1",
     ),
 ]  # fmt: skip
 SaboteurJobs = Annotated[

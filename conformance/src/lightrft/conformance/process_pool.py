@@ -3,26 +3,32 @@
 import ctypes
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import active_children, get_context
+from multiprocessing.queues import SimpleQueue
 
 PR_SET_PDEATHSIG = 1
 """Of prctl(2): the signal for this process when the thread that forked it ends."""
 
 
 @contextmanager
-def process_pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
+def process_pool(jobs: int, on_start: Callable[[int], None] = lambda number: None) -> Iterator[ProcessPoolExecutor]:
     """A pool of ``jobs`` processes, which end after the body: when their running calls are done, or at once on Ctrl-C.
 
     They are forked, so that they need not import everything again: enter this before any threads start, in the main thread.
-    The fork servers of processes that end at once end the workers.
+    Each first calls ``on_start`` with its number, from 0. The fork servers of processes that end at once end the workers.
     """
-    started = partial(_end_with_command, os.getpid())
-    with ProcessPoolExecutor(jobs, mp_context=get_context("fork"), initializer=started) as pool:
+    context = get_context("fork")
+    numbers: SimpleQueue[int] = context.SimpleQueue()
+    for number in range(jobs):
+        numbers.put(number)
+    started = partial(_start, os.getpid(), numbers, on_start)
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=started) as pool:
         try:
+            pool.submit(os.getpid).result()  # the first call starts all processes
             yield pool
         except KeyboardInterrupt:
             for process in active_children():
@@ -30,6 +36,11 @@ def process_pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
             raise
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _start(command: int, numbers: SimpleQueue[int], on_start: Callable[[int], None]) -> None:
+    _end_with_command(command)
+    on_start(numbers.get())
 
 
 def _end_with_command(command: int) -> None:

@@ -65,7 +65,7 @@ class ReferenceModel:
         undecayed = [p for name, p in trainable if _is_undecayed(name) and not all_decay]
         decayed = [p for name, p in trainable if not _is_undecayed(name) or all_decay]
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=lr, **more)
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, foreach=True, **more)  # the same values, with fewer calls
         self.rate = lr
 
     def backward(self, batch: int, rows: int, weight: float, poison: str | None, poisoned_rank: int) -> list[float]:

@@ -29,7 +29,7 @@ class Request:
     expectations: Path | None = None
     engine: str = ""
     """The engine to certify, on ``strategy``; empty to certify the strategy."""
-    patience: float = 1.0
+    deadline_factor: float = 1.0
     """Factor of the deadlines of programs; below 1 where a hang is expected."""
 
     def command(self, clause: str | None = None) -> str:

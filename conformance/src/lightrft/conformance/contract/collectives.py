@@ -357,8 +357,8 @@ BAD_PAIRS: dict[str, list[Any]] = {
 
 @CONTRACT.add
 class Mismatches(Clause):
-    """An unknown op, keys, dtypes or trailing shapes that differ between ranks, and an integer or a sum of integers
-    that does not fit in 64 bits raise on every rank. No rank hangs and no rank returns. Collectives work normally
+    """Every rank raises if the op is unknown, if keys, dtypes or trailing shapes differ between ranks, or if an integer
+    or a sum of integers does not fit in 64 bits. No rank hangs or returns a result. Collectives work normally
     afterwards."""
 
     id = "COLL-5"

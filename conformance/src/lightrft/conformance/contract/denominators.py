@@ -98,13 +98,14 @@ class SumOverSum(Clause):
         ]
 
     def _program(
-        self, target: Target, kind: str, ways: Sequence[Assignment], form: str, seed: int = 7, bf16: bool = False
-    ) -> Program:
-        """Train two equal models on the same sequences, assigned in two ways."""
+        self, target: Target, kind: str, ways: Sequence[Assignment], form: str, seed: int = 7, bf16: bool = False,
+        count: int = 3,
+    ) -> Program:  # fmt: skip
+        """Train two equal models with ``count`` updates on the same sequences, assigned in two ways."""
         operations: list[Operation] = []
         for model, assignment in zip("ab", ways, strict=True):
             operations += trained(model, kind, seed, schedule=True)
-            for _ in range(3):
+            for _ in range(count):
                 operations += token_update(assignment, model, form=form)
             operations.append({"do": "weights", "model": model})
         return program(target, *operations, precision=BF16 if bf16 else FP32, accumulation_steps=2)
@@ -134,8 +135,8 @@ class SumOverSum(Clause):
         )  # fmt: skip
         kinds = st.sampled_from(["regressor", "language", "frozen", "unused", "checkpointed"])
         return st.builds(
-            lambda kind, one, other, form, seed: self._program(target, kind, [one, other], form, seed),
-            kinds, assignments, assignments, st.sampled_from(list(FORMS)), SEEDS,
+            lambda kind, one, other, form, seed, count: self._program(target, kind, [one, other], form, seed, count=count),
+            kinds, assignments, assignments, st.sampled_from(list(FORMS)), SEEDS, st.integers(1, 3),
         )  # fmt: skip
 
     @override

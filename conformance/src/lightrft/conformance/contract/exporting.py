@@ -28,15 +28,15 @@ class OpensInTransformers(Clause):
 
     def _program(self, target: Target, seed: int, shard: str, count: int, bucket: int = 1 << 20) -> Program:
         """Export a model, train it, and export it again to the same directory."""
-        export: Operation = {"do": "export", "model": "a", "batch": seed, "shard": shard}
+        save: Operation = {"do": "save_export", "model": "a", "shard": shard}
         return program(
             target,
             DISCARD,
             *trained(kind="llama", seed=seed, lr=0.05),
-            export,
+            save,
             *updates(count),
             READ_WEIGHTS,
-            export,
+            {**save, "do": "export", "batch": seed},
             DISCARD,
             weight_sync_bucket_bytes=bucket,
         )
@@ -117,7 +117,7 @@ class Reloaded(Clause):
 
 @CONTRACT.add
 class ExportMemory(BoundedMemory):
-    """Exporting adds at most 2 x max(bucket, largest tensor) to the memory of each rank."""
+    """Exporting adds at most 2 x max(weight_sync_bucket_bytes, largest tensor) to the memory of each rank."""
 
     id = "EXPORT-2"
     smallest_world = 2

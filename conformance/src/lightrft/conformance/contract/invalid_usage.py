@@ -152,9 +152,9 @@ class WrongOnOneRank(Clause):
 
 
 @CONTRACT.add
-class Adoption(Clause):
-    """A strategy with the capability "adoption" accepts an unprepared model and its optimizer at first use. Any other
-    strategy refuses them, and the error says that the model was not prepared."""
+class UnpreparedModels(Clause):
+    """A strategy with the capability "unprepared_models" accepts an unprepared model and its optimizer at first use.
+    Any other strategy refuses them, and the error says that the model was not prepared."""
 
     id = "OPT-18"
 
@@ -168,7 +168,7 @@ class Adoption(Clause):
 
     @override
     def check(self, execution: Execution) -> None:
-        if "adoption" in execution.target.capabilities:
+        if "unprepared_models" in execution.target.capabilities:
             for _, _, seen in execution.each("step"):
                 self.require(
                     not any(map(is_error, seen)), f"expected an unprepared model to be accepted, got {show(seen)}"

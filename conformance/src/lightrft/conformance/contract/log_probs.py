@@ -31,7 +31,7 @@ def policy_updates(kind: str, temperature: float, count: int = 3, seed: int = 5,
 class TokenLogProbs(Clause):
     """token_log_probs returns the log-probability of each next token and the entropy of its distribution, at a given
     temperature, and 0 at padding and at the first token of a sequence. Packed sequences, whose position ids restart, do
-    not see each other. Values, gradients and updates equal the reference, with and without fused_linear_logprob."""
+    not depend on each other. Values, gradients and updates equal the reference, with and without fused_linear_logprob."""
 
     id = "LOGP-1"
 
@@ -84,7 +84,7 @@ class ChangedLogits(Clause):
 
 @CONTRACT.add
 class ModelsWithoutPacking(Clause):
-    """token_log_probs of packed sequences in a model that would let them see each other is correct, or raises
+    """token_log_probs of packed sequences in a model that would attend across them is correct, or raises
     UnsupportedOperationError. An attention mask that pads them makes it correct."""
 
     id = "LOGP-3"

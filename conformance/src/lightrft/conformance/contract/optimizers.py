@@ -89,7 +89,7 @@ class Schedule(Clause):
 
 @CONTRACT.add
 class Decay(Clause):
-    """Weight decay skips biases and norms, by their names before wrapping. Parameters with requires_grad=False never
+    """create_optimizer applies no weight decay to biases and norms, by their names before wrapping. Parameters with requires_grad=False never
     change. Parameters may be frozen between updates, though a strategy may refuse this. A trainable parameter that gets
     no gradient on any rank is updated with a zero gradient."""
 
@@ -157,13 +157,13 @@ class Decay(Clause):
 
 
 @CONTRACT.add
-class UnevenModules(Clause):
+class RankDependentModules(Clause):
     """Ranks may use different modules in one forward. A rank that did not use a module contributes a zero gradient for
     it."""
 
     id = "OPT-16"
     smallest_world = 2
-    capability = "uneven_modules"
+    capability = "rank_dependent_modules"
 
     @override
     def pinned_examples(self, target: Target) -> Sequence[Program]:

@@ -17,8 +17,8 @@ from lightrft.conformance.reference_model import Averaging
 @CONTRACT.add
 class Parity(Clause):
     """Training follows the reference over many updates. It is equal bit for bit in fp32 on the CPU at world sizes 1 and
-    2 with one micro-batch per update and no clipping, whether gradients are averaged over the ranks once per update or
-    at each backward. Otherwise it is equal within rounding."""
+    2 with one micro-batch per update and no clipping, for strategies that average gradients once per update and for those that
+    average them in each backward pass. Otherwise it is equal within rounding."""
 
     id = "OPT-8"
 

@@ -99,8 +99,8 @@ class RightModel(Rollouts):
 
 @CONTRACT.add
 class Coverage(Clause):
-    """Every trainable or frozen weight of the engine is delivered once, under its checkpoint name. A missing or unknown
-    name raises before the engine changes."""
+    """Every weight of the actor, trainable or frozen, is delivered to the engine once, under its checkpoint name. A
+    missing or unknown name raises before the engine changes."""
 
     id = "SYNC-2"
 

@@ -122,8 +122,8 @@ class Boundary(Clause):
 
 @CONTRACT.add
 class MeanOfLosses(Clause):
-    """The update uses the gradient of the mean of all K x world_size losses, for every K, world size and strategy.
-    backward does not change the loss."""
+    """Without denominators, the update uses the gradient of the mean of all K x world_size losses, for every K, world
+    size and strategy. backward does not change the loss."""
 
     id = "OPT-2"
 

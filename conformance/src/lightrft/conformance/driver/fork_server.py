@@ -5,13 +5,16 @@ a set of strings, and a strategy must tolerate that.
 
 The driver sends requests over a socket. ``b"s"`` starts a worker: it comes with the descriptors of the worker's
 connection, output and stack file, and with a message that names the module and the environment; the answer is the
-worker's pid. ``b"w"`` with a pid asks for the exit status of a worker.
+worker's pid. ``b"w"`` with a pid asks for the exit status of a worker. ``b"c"``, with the descriptor of a socket and a
+scratch directory, makes a copy of the fork server for another driver; the answer is its pid. A fork server that makes
+copies starts no workers.
 
 The fork server also reaps orphans. If the driver goes away, even by SIGKILL, the socket closes; the fork server then
 kills the workers that are left, with everything they started in their sessions, and removes the scratch directory. While it
 imports, a thread watches the socket: on an overloaded machine an import takes minutes, or never ends.
 """
 
+import gc
 import importlib
 import os
 import runpy
@@ -22,10 +25,10 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from threading import Thread
-from typing import NoReturn
+from typing import NoReturn, Self
 
 from lightrft.conformance.driver import wire
 
@@ -35,6 +38,16 @@ PRELOADED = ("lightrft.conformance.interpreter", "torch._dynamo")
 Workers that use CUDA preload nothing, because CUDA does not survive a fork.
 """
 READY_SECONDS = 120.0
+
+
+def load_before_fork(modules: Sequence[str]) -> None:
+    """Import ``modules`` for all processes that are forked later, and exclude them from garbage collection."""
+    gc.disable()
+    for name in modules:
+        with suppress(Exception):  # the process that needs the module reports the error itself
+            importlib.import_module(name)
+    gc.enable()
+    gc.freeze()
 
 
 # The driver's side
@@ -50,9 +63,7 @@ class Child:
 
     def ended(self, seconds: float = 0.0) -> bool:
         """Whether the process has ended, or ends within ``seconds``."""
-        end = select.poll()
-        end.register(self._descriptor, select.POLLIN)
-        return bool(end.poll(seconds * 1000))
+        return _readable(self._descriptor, seconds)
 
     def status(self, seconds: float = 0.0) -> int | None:
         """The exit status, negative for a signal; None while the process runs, or if its fork server is gone."""
@@ -77,26 +88,44 @@ class Child:
 class ForkServer:
     """A fork server and the driver's connection to it."""
 
-    def __init__(self, preloaded: Sequence[str], environment: Mapping[str, str], directory: Path) -> None:
+    def __init__(
+        self, pid: int, connection: socket.socket, directory: Path, process: "subprocess.Popen[bytes] | None" = None
+    ) -> None:
+        self.pid, self._connection, self.directory = pid, connection, directory
+        self._process = process
+        """The same process, if it is a child of this one. A copy is a child of its original."""
+        self._descriptor = os.pidfd_open(pid)  # the pid cannot be reused yet: the parent has not waited for it
+        connection.settimeout(READY_SECONDS)
+
+    @classmethod
+    def launch(cls, preloaded: Sequence[str], environment: Mapping[str, str], directory: Path) -> Self:
         """Start the process without waiting for it. It removes ``directory`` if it outlives the driver."""
-        self._connection, other_end = socket.socketpair()
-        self._connection.settimeout(READY_SECONDS)
+        connection, other_end = socket.socketpair()
         with other_end:
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(other_end.fileno()), str(directory), *preloaded],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 env={**environment}, pass_fds=[other_end.fileno()], start_new_session=True,
             )  # fmt: skip
+        return cls(process.pid, connection, directory, process)
 
-    @property
-    def pid(self) -> int:
-        """The pid of the fork server itself."""
-        return self._process.pid
+    def copy(self, directory: Path) -> Self:
+        """Start a copy of this fork server, with what it has imported, for a driver in another process.
+
+        The copy lives on when this fork server ends. Raises `wire.ConnectionLost`.
+        """
+        connection, other_end = socket.socketpair()
+        with other_end, ExitStack() as stack:
+            stack.callback(connection.close)
+            pid = self._ask(b"c", {"directory": str(directory)}, [other_end.fileno()])["pid"]
+            copied = type(self)(pid, connection, directory)
+            stack.pop_all()
+        return copied
 
     @property
     def ended(self) -> bool:
         """Whether the fork server has ended."""
-        return self._process.poll() is not None
+        return _readable(self._descriptor)
 
     def start(self, module: str, environment: Mapping[str, str], descriptors: Sequence[int]) -> Child:
         """Start a worker that runs ``module``, as ``python -m`` does.
@@ -126,10 +155,28 @@ class ForkServer:
             raise wire.ConnectionLost(f"the fork server does not answer: {error}") from error
 
     def close(self) -> None:
-        """End the fork server, and leave its workers alone."""
-        self._process.kill()  # before the connection closes, which would make it kill its workers
-        self._process.wait()
-        self._connection.close()
+        """End the fork server, and leave its workers and copies alone. Does nothing after `release`. Idempotent."""
+        if self._connection.fileno() < 0:
+            return
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._descriptor, signal.SIGKILL)  # closing first would make it kill its workers
+        _readable(self._descriptor, READY_SECONDS)
+        if self._process is not None:
+            self._process.wait()
+        self.release()
+
+    def release(self) -> None:
+        """Leave the fork server to another process that has its connection. Idempotent."""
+        if self._connection.fileno() >= 0:
+            self._connection.close()
+            os.close(self._descriptor)
+
+
+def _readable(descriptor: int, seconds: float = 0.0) -> bool:
+    """Whether a descriptor becomes readable within ``seconds``. A process's descriptor is readable once it has ended."""
+    ready = select.poll()
+    ready.register(descriptor, select.POLLIN)
+    return bool(ready.poll(seconds * 1000))
 
 
 # The fork server's side
@@ -140,9 +187,7 @@ def main() -> None:
     descriptor, directory, *preloaded = sys.argv[1:]
     driver = socket.socket(fileno=int(descriptor))
     with _ending_without(driver, Path(directory)):
-        for name in preloaded:
-            with suppress(Exception):  # a worker that needs the module reports the error itself
-                importlib.import_module(name)
+        load_before_fork(preloaded)
     module = _serve(driver, Path(directory))
     sys.argv[:] = [module]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -171,29 +216,35 @@ def _ending_without(driver: socket.socket, directory: Path) -> Iterator[None]:
 
 
 def _serve(driver: socket.socket, directory: Path) -> str:
-    """Start workers until the driver is gone; returns only in a worker, with its module."""
+    """Start workers and copies until the driver is gone; returns only in a worker, with its module."""
     workers: set[int] = set()
-    with driver:
-        while True:
-            what, descriptors, _, _ = socket.recv_fds(driver, 1, 3)
-            if not what:
-                _reap_orphans(workers, directory)
-            try:
-                request = wire.receive(driver)
-                if what == b"w":
-                    status = _status_of(request["pid"])
-                    workers -= set() if status is None else {request["pid"]}
-                    wire.send(driver, {"status": status})
-                    continue
-                pid = os.fork()
-                if not pid:
-                    break
+    while True:
+        what, descriptors, _, _ = socket.recv_fds(driver, 1, 3)
+        if not what:
+            _reap_orphans(workers, directory)
+        try:
+            request = wire.receive(driver)
+            if what == b"w":
+                status = _status_of(request["pid"])
+                workers -= set() if status is None else {request["pid"]}
+                wire.send(driver, {"status": status})
+                continue
+            if what == b"c":
+                signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps copies: nobody asks for their status
+            pid = os.fork()
+            if not pid:
+                break
+            if what == b"s":
                 workers.add(pid)
-                for descriptor in descriptors:
-                    os.close(descriptor)
-                wire.send(driver, {"pid": pid})
-            except wire.ConnectionLost:
-                _reap_orphans(workers, directory)
+            for descriptor in descriptors:
+                os.close(descriptor)
+            wire.send(driver, {"pid": pid})
+        except wire.ConnectionLost:
+            _reap_orphans(workers, directory)
+    driver.close()
+    if what == b"c":
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        return _serve(socket.socket(fileno=descriptors[0]), Path(request["directory"]))
     _become_worker(request["environment"], *descriptors)
     module: str = request["module"]
     return module

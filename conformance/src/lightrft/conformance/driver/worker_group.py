@@ -52,6 +52,8 @@ class WorkerGroup:
         preloaded: Modules to import once, before workers are forked.
         directory: Where programs write. Several groups may share one, and the caller removes it. By default the group
             has its own directory, which `close` removes.
+        fork_servers: One per rank, with one directory, which becomes the group's own; `close` ends them. By default
+            the group starts its own.
     """
 
     def __init__(
@@ -64,12 +66,14 @@ class WorkerGroup:
         worker: str = "lightrft.conformance.driver.worker",
         preloaded: Sequence[str] = PRELOADED,
         directory: Path | None = None,
+        fork_servers: Sequence[ForkServer] = (),
     ) -> None:
         self.size, self._ranks, self._start_seconds = size, ranks, start_seconds
         self._environment = dict(environment or {})
         self._module, self._preloaded = worker, preloaded
-        self._fork_servers: list[ForkServer] = []
-        self._directory, self._owns_directory = directory or scratch.choose(), directory is None
+        self._fork_servers = list(fork_servers)
+        self._owns_directory = directory is None
+        self._directory = directory or (fork_servers[0].directory if fork_servers else scratch.choose())
         self._workers: list[WorkerProcess] = []
         self._store: TCPStore | None = None
         self._number = 0
@@ -141,10 +145,12 @@ class WorkerGroup:
     def _start(self) -> list[RankReport]:
         """Start the workers; returns reports only if one of them does not start."""
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        shared = self._shared_environment()
+        shared = {**_environment(self._directory), **self._environment}
         if not self._fork_servers or any(fork_server.ended for fork_server in self._fork_servers):
             self._close_fork_servers()
-            self._fork_servers += [ForkServer(self._preloaded, shared, self._directory) for _ in range(self.size)]
+            self._fork_servers += [
+                ForkServer.launch(self._preloaded, shared, self._directory) for _ in range(self.size)
+            ]
         try:
             for rank, fork_server in enumerate(self._fork_servers):
                 environment = {**shared, **self._rank_environment(rank), **self._environment}
@@ -156,16 +162,6 @@ class WorkerGroup:
         self._number = 0
         reports = self._collect(self._start_seconds, set(), lambda answer: False)
         return [] if all(report.state == "answered" for report in reports) else reports
-
-    def _shared_environment(self) -> dict[str, str]:
-        inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
-        changes = {
-            scratch.VARIABLE: str(self._directory),
-            "OMP_NUM_THREADS": "1",
-            "MALLOC_MMAP_THRESHOLD_": str(2 << 20),  # return large blocks when freed, so that peaks can be measured
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH", "")])),
-        }
-        return {**inherited, **changes, **self._environment}
 
     def _rank_environment(self, rank: int) -> dict[str, str]:
         """The variables that differ between ranks."""
@@ -234,6 +230,24 @@ class WorkerGroup:
             detail = worker.describe_exit()
             return RankReport(state="died", detail=detail, killed=worker.process.status() == -signal.SIGKILL)
         return RankReport(state="hung", detail=worker.stack())
+
+
+def launch_fork_server(preloaded: Sequence[str]) -> ForkServer:
+    """Start a fork server to copy for groups without an environment of their own. It starts no workers."""
+    directory = scratch.choose()
+    return ForkServer.launch(preloaded, _environment(directory), directory)
+
+
+def _environment(directory: Path) -> dict[str, str]:
+    """The environment of a fork server, and what the environments of all its workers have in common."""
+    inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    changes = {
+        scratch.VARIABLE: str(directory),
+        "OMP_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": str(2 << 20),  # return large blocks when freed, so that peaks can be measured
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH", "")])),
+    }
+    return {**inherited, **changes}
 
 
 def _end_of_grace() -> float:

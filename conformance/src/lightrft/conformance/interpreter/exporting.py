@@ -38,29 +38,37 @@ def _tokenizer() -> Any:
 
 
 @operation
+def save_export(session: Session, model: str, shard: str = "5GB") -> str:
+    """save_model with a tokenizer; the path."""
+    directory = _models_directory() / "model"
+    return str(session.strategy.save_model(session.models[model].model, _tokenizer(), directory, max_shard_size=shard))
+
+
+@operation
 def export(session: Session, model: str, batch: int, shard: str = "5GB") -> dict[str, object]:
-    """save_model; the model's logits, and what transformers opens from the directory on every rank."""
+    """`save_export`; the model's logits, and what transformers opens from the directory on every rank."""
     strategy, entry = session.strategy, session.models[model]
-    path = strategy.save_model(entry.model, _tokenizer(), _models_directory() / "model", max_shard_size=shard)
+    path = save_export(session, model, shard)
     inputs, _ = models.batch(batch, 0, 2, language=True)
     with torch.no_grad():
         expected = models.logits_of(entry.model, inputs.to(strategy.device)).float().cpu()
     try:
-        return {"path": str(path), "expected_logits": expected, **_opened(path, inputs)}
+        return {"path": path, "expected_logits": expected, **_opened(Path(path), inputs)}
     finally:
         strategy.all_reduce(torch.zeros(1))  # wait until all ranks have read, before anything is written there again
 
 
 @torch.no_grad()
 def _opened(path: Path, inputs: torch.Tensor) -> dict[str, object]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    opened = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    config = AutoConfig.from_pretrained(path)
+    opened = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32)
     return {
         "logits": opened(inputs).logits,
         "weights": {name: tensor.detach() for name, tensor in opened.named_parameters()},
         "tied": opened.get_input_embeddings().weight is opened.get_output_embeddings().weight,
-        "vocabulary": dict(sorted(AutoTokenizer.from_pretrained(path).get_vocab().items())),
+        "vocabulary": dict(sorted(AutoTokenizer.from_pretrained(path, config=config).get_vocab().items())),
         "class": json.loads((path / "config.json").read_text())["architectures"],
         "files": sorted(file.name for file in path.glob("*.safetensors")),
         **_indexed(path),

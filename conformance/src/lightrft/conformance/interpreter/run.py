@@ -46,15 +46,9 @@ def maker(name: str, fixed: Record) -> Callable[[Record], StrategyBase]:
         merged = {**fixed, **settings}
         if isinstance(merged.get("adam_betas"), list):
             merged["adam_betas"] = tuple(merged["adam_betas"])
-        return _class_of(name)(StrategyConfig(**merged))
+        return strategy_class(name)(StrategyConfig(**merged))
 
     return make
-
-
-@cache
-def _class_of(name: str) -> type[StrategyBase]:
-    """Cached, because scanning the installed distributions takes longer than a program."""
-    return strategy_class(name)
 
 
 def run_program(program: Record, rank: int) -> list[object]:
@@ -81,8 +75,9 @@ def run_program(program: Record, rank: int) -> list[object]:
                     break
     finally:
         _clean_up(session)
-        os.environ.clear()
-        os.environ.update(environment)
+        if os.environ != environment:
+            os.environ.clear()
+            os.environ.update(environment)
     return observations
 
 

@@ -43,7 +43,7 @@ class AveragesOverRanks(ReplicatedBackend):
     def reshard(self, module: nn.Module) -> None:
         for buffer in module.buffers():
             if buffer.is_floating_point():
-                torch.distributed.all_reduce(buffer, group=self.world.payload)
+                torch.distributed.all_reduce(buffer, group=self.world.device_group)
                 buffer /= self.world.size
 
 

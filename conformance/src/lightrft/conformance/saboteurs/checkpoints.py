@@ -57,12 +57,12 @@ def without_pending_gradient(trained: TrainedModel | None) -> Iterator[None]:
     if trained is None:
         yield
         return
-    counts = trained.micro_batches, trained.backwards
-    trained.micro_batches = trained.backwards = 0
+    counts = trained.micro_batches, trained.backward_calls
+    trained.micro_batches = trained.backward_calls = 0
     try:
         yield
     finally:
-        trained.micro_batches, trained.backwards = counts
+        trained.micro_batches, trained.backward_calls = counts
 
 
 @saboteur("CKPT-1")

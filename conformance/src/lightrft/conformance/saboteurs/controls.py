@@ -51,7 +51,7 @@ class Wrapping(FakeBackend):
     """Wraps every model, and so does not accept unprepared ones."""
 
     accepts_unprepared = False
-    capabilities = frozenset({"uneven_modules"})
+    capabilities = frozenset({"rank_dependent_modules"})
 
     @override
     def wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:

@@ -238,8 +238,8 @@ class MicroBatchesOnly(LoaderHooks, FakeStrategy):
 
 class _KeepsTheEnd(ElasticSampler):
     @override
-    def set_epoch(self, epoch: int, consumed_samples: int = 0) -> None:
-        super().set_epoch(epoch, consumed_samples)
+    def go_to(self, call: str, epoch: int, consumed_samples: int) -> None:
+        super().go_to(call, epoch, consumed_samples)
         self.multiple = self.ranks if consumed_samples % self._update() else self._update()
 
     def _update(self) -> int:

@@ -16,7 +16,7 @@ from lightrft.conformance.saboteurs.catalogue import saboteur
 from lightrft.conformance.saboteurs.hooks import StepHooks
 from lightrft.conformance.saboteurs.plain import PlainStrategy
 from lightrft.strategy import FakeStrategy, StepResult, StrategyBase
-from lightrft.strategy.backend import ReplicatedBackend, TrainedModel, fill_missing
+from lightrft.strategy.backend import ReplicatedBackend, TrainedModel, fill_missing_gradients
 from lightrft.strategy.fake_strategy import FakeBackend
 from lightrft.strategy.step.gradients import clip_factor, global_norm
 from lightrft.strategy.step.update import reduce_clip_and_step
@@ -132,7 +132,7 @@ class AppliesEmptyUpdate(FakeBackend):
     @override
     def fused_step(self, trained: TrainedModel, factor: float) -> float:
         if math.isnan(factor) and not any(trained.denominators):
-            fill_missing(trained.parameters)
+            fill_missing_gradients(trained.parameters)
             for parameter in trained.parameters:
                 parameter.grad.zero_()
             trained.optimizer.step()
@@ -189,7 +189,7 @@ class OneEmptyRankSkips(ReplicatedBackend):
     @override
     def fused_step(self, trained: TrainedModel, factor: float) -> float:
         least = torch.tensor(float(sum(value or 0.0 for value in trained.denominators)))
-        dist.all_reduce(least, dist.ReduceOp.MIN, group=self.world.control)
+        dist.all_reduce(least, dist.ReduceOp.MIN, group=self.world.cpu_group)
         given = trained.denominators[0] is not None
         return reduce_clip_and_step(self, trained, math.inf if given and least == 0 else factor)
 
@@ -264,7 +264,7 @@ class ClipsTheSum(FakeBackend):
 
     @override
     def fused_step(self, trained: TrainedModel, factor: float) -> float:
-        fill_missing(trained.parameters)
+        fill_missing_gradients(trained.parameters)
         shards = self.gradient_shards(trained)
         norm = global_norm(shards).item()
         clip = clip_factor(norm, self.config.max_norm) if trained.denominators[0] is not None else 1.0

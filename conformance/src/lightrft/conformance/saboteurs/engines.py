@@ -13,7 +13,7 @@ from typing_extensions import override
 from lightrft.conformance.saboteurs.catalogue import saboteur
 from lightrft.conformance.saboteurs.plain import PlainStrategy
 from lightrft.strategy import FakeStrategy, RolloutEngine
-from lightrft.strategy.engine import draw_tokens, penalized
+from lightrft.strategy.engine import apply_penalties, sample_tokens
 from lightrft.strategy.models import state_dict_adapter, weight_stream
 from lightrft.strategy.models.weight_stream import Bucket
 from lightrft.strategy.rollout import fake_engine
@@ -72,9 +72,9 @@ class RepetitionOfTheCompletion(FakeEngine):
     @override
     def _complete(self, prompt: Prompt, sampling: Sampling, seed: int, sample: int) -> Completion:
         def without_prompt(logits: Tensor, prompts: Tokens, outputs: Tokens, sampling: Sampling) -> Tensor:
-            return penalized(logits, outputs, outputs, sampling) if outputs[0] else logits
+            return apply_penalties(logits, outputs, outputs, sampling) if outputs[0] else logits
 
-        with patch.object(fake_engine, "penalized", without_prompt):
+        with patch.object(fake_engine, "apply_penalties", without_prompt):
             return super()._complete(prompt, sampling, seed, sample)
 
 
@@ -234,9 +234,9 @@ class TemperatureLast(FakeEngine):
     def _complete(self, prompt: Prompt, sampling: Sampling, seed: int, sample: int) -> Completion:
         def filters_first(logits: Tensor, sampling: Sampling, uniforms: Sequence[float]) -> Tensor:
             kept = _filtered(logits.double().softmax(dim=-1), sampling) > 0
-            return draw_tokens(logits.where(kept, -torch.inf), replace(sampling, top_p=1.0, min_p=0.0), uniforms)
+            return sample_tokens(logits.where(kept, -torch.inf), replace(sampling, top_p=1.0, min_p=0.0), uniforms)
 
-        with patch.object(fake_engine, "draw_tokens", filters_first):
+        with patch.object(fake_engine, "sample_tokens", filters_first):
             return super()._complete(prompt, sampling, seed, sample)
 
 
@@ -273,7 +273,7 @@ class EndsOfTheSetup(FakeEngine):
 
     @override
     def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
-        self.end_ids = self.__dict__.setdefault("ends_of_the_setup", self.end_ids)
+        self.eos_token_ids = self.__dict__.setdefault("ends_of_the_setup", self.eos_token_ids)
         return super()._generate(prompts, sampling)
 
 

@@ -87,7 +87,7 @@ class TellsOneRank(PlainStrategy):
     def optimizer_step(
         self, optimizer: Optimizer, model: nn.Module, scheduler: LRScheduler | None = None, *rest: Any, **more: Any
     ) -> StepResult:
-        (trained,) = (each for each in self._models.in_training if each.backwards)
+        (trained,) = (each for each in self._models.in_training if each.backward_calls)
         right = trained.optimizer, trained.model
         if (optimizer, model) != right or getattr(scheduler, "optimizer", optimizer) is not optimizer:
             self._mistake = StrategyError("optimizer_step: expected the optimizer, model and scheduler of one model")
@@ -126,37 +126,37 @@ class NormEverywhere(StepHooks):
 
 
 @saboteur("OPT-16", world=2)
-class ClaimsUneven(ReplicatedBackend):
-    """Claims uneven_modules, but averages over the ranks that used a module, not over all."""
+class ClaimsRankDependentModules(ReplicatedBackend):
+    """Claims rank_dependent_modules, but averages over the ranks that used a module, not over all."""
 
     @override
     def reduce(self, trained: TrainedModel) -> None:
         used = torch.tensor([float(parameter.grad is not None) for parameter in trained.parameters])
-        dist.all_reduce(used, group=self.world.control)
+        dist.all_reduce(used, group=self.world.cpu_group)
         super().reduce(trained)
         for parameter, ranks in zip(trained.parameters, used.tolist(), strict=True):
             parameter.grad *= self.world.size / max(1.0, ranks)
 
 
 @saboteur("OPT-16", world=2)
-class DeniesUneven(ReplicatedBackend):
-    """Can train uneven modules, but does not claim uneven_modules."""
+class DeniesRankDependentModules(ReplicatedBackend):
+    """Can train rank-dependent modules, but does not claim rank_dependent_modules."""
 
     capabilities = frozenset()
 
 
 @saboteur("OPT-18")
-class ClaimsAdoption(FakeBackend):
-    """Claims adoption, but refuses unprepared models."""
+class ClaimsUnpreparedModels(FakeBackend):
+    """Claims unprepared_models, but refuses unprepared models."""
 
     accepts_unprepared = False
 
 
 @saboteur("OPT-18")
-class DeniesAdoption(FakeBackend):
-    """Accepts unprepared models, but does not claim adoption."""
+class DeniesUnpreparedModels(FakeBackend):
+    """Accepts unprepared models, but does not claim unprepared_models."""
 
-    capabilities = frozenset({"uneven_modules"})
+    capabilities = frozenset({"rank_dependent_modules"})
 
 
 @saboteur("OPT-19")

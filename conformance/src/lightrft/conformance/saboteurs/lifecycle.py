@@ -85,7 +85,7 @@ class NoTimeout(ReplicatedBackend):
 
 @saboteur("LIFE-3", world=2)
 class ErrorOfTorch(PlainStrategy):
-    """The error for a lost peer is that of torch.distributed."""
+    """The error for a rank that died is that of torch.distributed."""
 
     @contextmanager
     @override
@@ -100,7 +100,7 @@ class WaitsInLaterUpdates(ReplicatedBackend):
     @override
     def backward(self, trained: TrainedModel, loss: torch.Tensor, *, retain_graph: bool) -> None:
         if trained.updates >= 3:
-            for group in {self.world.payload, self.world.control}:
+            for group in {self.world.device_group, self.world.cpu_group}:
                 dist.distributed_c10d._set_pg_timeout(timedelta(hours=1), group)
         super().backward(trained, loss, retain_graph=retain_graph)
 
@@ -150,7 +150,7 @@ class KeepsGroup(ReplicatedBackend):
 
     def __init__(self, config: StrategyConfig, world: World) -> None:
         super().__init__(config, world)
-        self._groups.append(world.control)
+        self._groups.append(world.cpu_group)
 
 
 @saboteur("LIFE-5")

@@ -115,7 +115,7 @@ class AssumesPlainHead(LogProbHooks):
 
 @saboteur("LOGP-3")
 class TrustsEveryModel(LogProbHooks):
-    """Computes packed sequences in every model, without looking whether they see each other."""
+    """Computes packed sequences in every model, without looking whether it attends across them."""
 
     @override
     def before(self, model: nn.Module) -> None:

@@ -227,7 +227,7 @@ class ReducesInHalf(ReplicatedBackend):
         for parameter in trained.parameters:
             assert parameter.grad is not None
             half = parameter.grad.bfloat16()
-            torch.distributed.all_reduce(half, group=self.world.payload)
+            torch.distributed.all_reduce(half, group=self.world.device_group)
             parameter.grad.copy_(half / self.world.size)
 
 

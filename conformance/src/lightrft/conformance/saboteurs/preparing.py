@@ -119,7 +119,7 @@ class KeywordsDropped(FakeBackend):
     """The wrapped model drops keyword arguments."""
 
     accepts_unprepared = False
-    capabilities = frozenset({"uneven_modules"})
+    capabilities = frozenset({"rank_dependent_modules"})
 
     @override
     def wrap(self, module: nn.Module, options: WrapOptions) -> nn.Module:

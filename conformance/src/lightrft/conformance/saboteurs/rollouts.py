@@ -140,7 +140,7 @@ class CommitsAlone(PlainStrategy):
 
     def update_engine_weights(self, actor: nn.Module) -> None:
         engine = self.inference_engine
-        engine.revoke_weights = lambda why: None  # type: ignore[union-attr, method-assign]
+        engine.invalidate_weights = lambda why: None  # type: ignore[union-attr, method-assign]
         super().update_engine_weights(actor)
 
 

@@ -112,7 +112,7 @@ def run_one(saboteur: Saboteur, group: WorkerGroup, profile: str, seed: int) -> 
         profile=profile,
         settings=saboteur.settings,
         seed=seed,
-        patience=0.2 if saboteur.verdict == "hang" else 1.0,
+        deadline_factor=0.2 if saboteur.verdict == "hang" else 1.0,
     )
     certification = Certification(request)
     clauses = [CONTRACT[saboteur.clause]] if saboteur.clause else list(CONTRACT)

@@ -12,7 +12,7 @@ from typing_extensions import override
 from lightrft.conformance.saboteurs.catalogue import saboteur
 from lightrft.conformance.saboteurs.hooks import StepHooks
 from lightrft.strategy import FakeStrategy, StepResult
-from lightrft.strategy.backend import ReplicatedBackend, TrainedModel, fill_missing
+from lightrft.strategy.backend import ReplicatedBackend, TrainedModel, fill_missing_gradients
 from lightrft.strategy.fake_strategy import FakeBackend
 from lightrft.strategy.step.gradients import global_norm
 from lightrft.strategy.step.update import reduce_clip_and_step
@@ -26,7 +26,7 @@ class AppliesNan(FakeBackend):
 
     @override
     def fused_step(self, trained: TrainedModel, factor: float) -> float:
-        fill_missing(trained.parameters)
+        fill_missing_gradients(trained.parameters)
         trained.optimizer.step()
         trained.optimizer.zero_grad()
         return 1.0
@@ -38,7 +38,7 @@ class SkipsAlone(ReplicatedBackend):
 
     @override
     def reduce(self, trained: TrainedModel) -> None:
-        fill_missing(trained.parameters)
+        fill_missing_gradients(trained.parameters)
         local = [parameter.grad.clone() for parameter in trained.parameters]
         for parameter in trained.parameters:
             parameter.grad = parameter.grad.nan_to_num(0.0, 0.0, 0.0)

@@ -12,7 +12,7 @@ from typing_extensions import override
 from lightrft.conformance.saboteurs.catalogue import saboteur
 from lightrft.conformance.saboteurs.hooks import StepHooks
 from lightrft.strategy import FakeStrategy, StepResult
-from lightrft.strategy.backend import ReplicatedBackend, TrainedModel, fill_missing
+from lightrft.strategy.backend import ReplicatedBackend, TrainedModel, fill_missing_gradients
 from lightrft.strategy.fake_strategy import FakeBackend
 from lightrft.strategy.step.gradients import clip_factor, global_norm
 from lightrft.strategy.step.update import reduce_clip_and_step
@@ -53,7 +53,7 @@ class ForgetsTheFirstBackward(FakeBackend):
 
     @override
     def backward(self, trained: TrainedModel, loss: torch.Tensor, *, retain_graph: bool) -> None:
-        if trained.backwards > trained.micro_batches:
+        if trained.backward_calls > trained.micro_batches:
             for parameter in trained.parameters:
                 parameter.grad = None
         super().backward(trained, loss, retain_graph=retain_graph)
@@ -148,7 +148,7 @@ class ClipsEachGroup(SetsMaxNorm):
 
     @override
     def fused_step(self, trained: TrainedModel, factor: float) -> float:
-        fill_missing(trained.parameters)
+        fill_missing_gradients(trained.parameters)
         norm = global_norm(self.gradient_shards(trained)).item() * factor
         if not (self.config.max_norm and math.isfinite(norm)):
             return reduce_clip_and_step(self, trained, factor)
@@ -220,7 +220,7 @@ class ClipsTheOther(SetsMaxNorm):
     @override
     def fused_step(self, trained: TrainedModel, factor: float) -> float:
         other = self._last if self._last is not None else trained
-        fill_missing(other.parameters)
+        fill_missing_gradients(other.parameters)
         norm = global_norm(self.gradient_shards(other)).item() * factor
         clip = clip_factor(norm, self.config.max_norm) if math.isfinite(norm) else 1.0
         return self.step_with_max_norm(trained, factor * clip, None)
@@ -289,4 +289,4 @@ class CountsBackwards(FakeBackend):
         if trained.micro_batches != trained.accumulation_steps and trained.denominators[0] is None:
             for parameter in trained.parameters:
                 if parameter.grad is not None:
-                    parameter.grad.mul_(trained.micro_batches / trained.backwards)
+                    parameter.grad.mul_(trained.micro_batches / trained.backward_calls)

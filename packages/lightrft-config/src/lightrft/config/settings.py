@@ -101,9 +101,9 @@ class Settings(BaseModel):
     """Keep optimizer state in host memory between updates. DeepSpeed also runs the optimizer there."""
     fused_linear_logprob: bool = setting("strategy", False)
     """Compute the log-probabilities and entropies of ``token_log_probs`` chunk by chunk from hidden states, without the
-    logits of the batch. The numbers are the same; the head must be a plain linear layer."""
+    logits of the batch. The numbers are the same; the LM head must be a plain linear layer."""
     sp_size: Integer = setting("strategy", 1, gt=0)
-    """Consecutive ranks that share each sequence (sequence parallelism). Must divide the number of ranks."""
+    """Consecutive ranks that share each sequence (Ulysses sequence parallelism). Must divide the number of ranks."""
     async_ckpt: bool = setting("strategy", False)
     """Write checkpoints in the background while training continues."""
     ckpt_checksum: Literal["crc32", "sha256"] = setting("strategy", "crc32")
@@ -165,7 +165,7 @@ class Settings(BaseModel):
     enable_engine_sleep: bool = setting("engine", False)
     """Put the engine to sleep between rollouts, which releases its memory."""
     weight_sync_bucket_bytes: Integer = setting("engine", 256 * 2**20, gt=0)
-    """Bucket size of weight sync: bytes of full parameters gathered and sent to the engine at a time."""
+    """Bucket size of weight sync and of `save_model`: bytes of full parameters gathered at a time."""
 
     # Trainer: the strategy only stores them, for LightRFT's trainers and for yours; `get_strategy` warns of them once
     pretrain_data: str | None = setting("trainer", None)

@@ -289,9 +289,8 @@ class StrategyConfig(Settings):
     def _extra(cls, name: str) -> dict[str, Any]:
         if name not in cls.model_fields:
             likely = nearest(str(name), cls.model_fields)
-            raise ConfigError(
-                f"StrategyConfig: expected the name of a setting, got {shown(name)}. Did you mean {likely!r}?"
-            )
+            remedy = f"Did you mean {likely!r}?" if likely else "Names are the fields of StrategyConfig"
+            raise ConfigError(f"StrategyConfig: expected the name of a setting, got {shown(name)}. {remedy}")
         extra = cls.model_fields[name].json_schema_extra
         assert isinstance(extra, dict)
         return extra

@@ -36,7 +36,7 @@ class GradientOrder:
         """
         digest, self._arrived = hash(tuple(self._arrived)), []
         bounds = torch.tensor([digest, -digest - 1])  # -digest - 1: no overflow at the least int64
-        dist.all_reduce(bounds, op=dist.ReduceOp.MIN, group=self._world.control)
+        dist.all_reduce(bounds, op=dist.ReduceOp.MIN, group=self._world.cpu_group)
         if bounds.tolist() != [digest, -digest - 1]:
             raise StrategyError(
                 "backward: expected all ranks to use the same modules of this model in the same order, got differences, with "

@@ -47,7 +47,7 @@ def shard_module(module: nn.Module, world: World, group: ProcessGroup, secondary
     _replace(module, lambda submodule: submodule._buffers, replicated)
 
 
-def unshard(module: nn.Module, world: World) -> None:
+def undo_presharding(module: nn.Module, world: World) -> None:
     """Give ``module`` full parameters if it was built under ``deepspeed.zero.Init``. All ranks must call this.
 
     Rank 0 gets the values, in host memory, the others meta tensors, one parameter at a time.

@@ -105,7 +105,7 @@ class Zero1Backend(ZeroBackend):
         """Reduce, scale by ``factor``, clip and step; return the norm before clipping."""
         check_still_trained(trained)
         self.reshard(trained.model)
-        self.engines[trained.model].fill_missing()
+        self.engines[trained.model].fill_missing_gradients()
         return self._step(trained, factor)
 
     def _step(self, trained: TrainedModel, factor: float) -> float:

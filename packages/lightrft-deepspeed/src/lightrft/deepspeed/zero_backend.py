@@ -21,7 +21,7 @@ from lightrft.deepspeed.cpu_adam import resume_cpu_adam
 from lightrft.deepspeed.detach import check_not_sharded, detach
 from lightrft.deepspeed.ds_config import fit_bucket
 from lightrft.deepspeed.model_offload import OffloadedStorages
-from lightrft.deepspeed.parameter_sharding import unshard
+from lightrft.deepspeed.parameter_sharding import undo_presharding
 from lightrft.deepspeed.zero_checks import check_groups
 from lightrft.deepspeed.zero_engine import ZeroEngine
 from lightrft.strategy.backend import ReplicatedBackend, TrainedModel, World, WrapOptions, tensors_of
@@ -70,8 +70,8 @@ class ZeroBackend(ReplicatedBackend):
     # Preparing
 
     @override
-    def unshard(self, module: nn.Module) -> None:
-        unshard(module, self.world)
+    def undo_presharding(self, module: nn.Module) -> None:
+        undo_presharding(module, self.world)
 
     @override
     def check_model(self, module: nn.Module, options: WrapOptions) -> None:
@@ -158,4 +158,4 @@ def _join_process_group(config: StrategyConfig, world: World, undo: ExitStack) -
     if config.zero_stage == 3 and config.zpg > 1:
         groups._create_zero_param_parallel_group(config.zpg)
     # A rank that closes at once must not break the connections that the others still make for these groups.
-    dist.all_reduce(torch.zeros(1), group=world.control)
+    dist.all_reduce(torch.zeros(1), group=world.cpu_group)

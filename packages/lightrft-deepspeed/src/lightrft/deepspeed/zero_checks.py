@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Adagrad, Optimizer
 
 from lightrft.config import StrategyError, UnsupportedOperationError
-from lightrft.strategy.backend import TrainedModel, World, check_on_parts
+from lightrft.strategy.backend import TrainedModel, World, check_elementwise
 
 _MOST_PARTS = 4
 """Maximum number of parts on which an optimizer is tested; more ranks change nothing."""
@@ -54,7 +54,7 @@ def check_on_flat_parts(optimizer: Optimizer, world: World, shape_of: Callable[[
     def partition(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
         return [[part] for part in torch.cat([tensor.reshape(-1) for tensor in tensors]).chunk(ranks)]
 
-    check_on_parts(
+    check_elementwise(
         optimizer,
         partition,
         lambda parameter: len(shape_of(parameter)),

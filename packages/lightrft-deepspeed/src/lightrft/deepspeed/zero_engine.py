@@ -71,7 +71,7 @@ class ZeroEngine(DeepSpeedEngine):  # type: ignore[misc]  # DeepSpeed has no typ
             self.step()
         return float(self.get_global_grad_norm())
 
-    def fill_missing(self) -> None:
+    def fill_missing_gradients(self) -> None:
         """Give a zero gradient to parameters of ZeRO-1 that have none on this rank: another rank may have one."""
         optimizer = self.optimizer
         if isinstance(optimizer, BF16_Optimizer):  # reduces whole groups, but leaves these out of the norm

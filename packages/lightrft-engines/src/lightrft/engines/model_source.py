@@ -19,7 +19,13 @@ from lightrft.config import ConfigError, EngineError
 from lightrft.engines.expected_weights import delivered_shapes, expected_shapes, stored_shapes
 from lightrft.engines.settings import EngineSettings
 from lightrft.engines.temporary_directory import TemporaryDirectory
-from lightrft.strategy.engine import EngineRequest, check_decoder_only, end_ids_of, end_ids_of_model, weight_shapes
+from lightrft.strategy.engine import (
+    EngineRequest,
+    check_decoder_only,
+    eos_token_ids_of,
+    eos_token_ids_of_model,
+    weight_shapes,
+)
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
@@ -37,13 +43,13 @@ class ModelSource:
     has_tokenizer: bool
     expected: Mapping[str, torch.Size] | None
     """Names, as the sender has them, and shapes of the weights that every sync must deliver."""
-    vocabulary: int
+    vocab_size: int
     """Exclusive upper bound of token ids, placeholders of media included."""
-    longest: int | None
+    max_model_len: int | None
     """The longest sequence in tokens, prompt included; None if the model's configuration sets no limit."""
-    end_ids: frozenset[int]
+    eos_token_ids: frozenset[int]
     """End-of-sequence token ids in the model's configurations."""
-    tokenizer_end_ids: frozenset[int] = frozenset()
+    tokenizer_eos_token_ids: frozenset[int] = frozenset()
     """Those of the tokenizer."""
     _temporary: TemporaryDirectory | None = None
 
@@ -81,10 +87,10 @@ class ModelSource:
             stores_weights=stored_shapes(directory) is not None or any(directory.glob("*.bin")),
             has_tokenizer=tokenizer is not None,
             expected=_expected(directory, config, request.meta_model),
-            vocabulary=vocabulary_of(config),
-            longest=longest_sequence(config, settings, directory),
-            end_ids=end_ids_of(config, _generation_config(directory)),
-            tokenizer_end_ids=end_ids_of(tokenizer),
+            vocab_size=vocab_size_of(config),
+            max_model_len=max_model_len_of(config, settings, directory),
+            eos_token_ids=eos_token_ids_of(config, _generation_config(directory)),
+            tokenizer_eos_token_ids=eos_token_ids_of(tokenizer),
         )
 
     @classmethod
@@ -97,7 +103,7 @@ class ModelSource:
                 f"{type(meta_model).__name__}. Use engine 'fake', which takes any module"
             )
         check_decoder_only(meta_model.config, engine)
-        longest = longest_sequence(meta_model.config, settings)
+        max_model_len = max_model_len_of(meta_model.config, settings)
         temporary = TemporaryDirectory(engine)
         config = copy.deepcopy(meta_model.config)
         config.architectures = [type(meta_model).__name__]
@@ -108,9 +114,9 @@ class ModelSource:
             stores_weights=False,
             has_tokenizer=False,
             expected=weight_shapes(meta_model),
-            vocabulary=vocabulary_of(meta_model.config),
-            longest=longest,
-            end_ids=end_ids_of_model(meta_model),
+            vocab_size=vocab_size_of(meta_model.config),
+            max_model_len=max_model_len,
+            eos_token_ids=eos_token_ids_of_model(meta_model),
             _temporary=temporary,
         )
 
@@ -167,13 +173,13 @@ def _generation_config(directory: Path) -> "GenerationConfig | None":
     return GenerationConfig.from_pretrained(directory) if (directory / "generation_config.json").exists() else None
 
 
-def vocabulary_of(config: "PretrainedConfig") -> int:
+def vocab_size_of(config: "PretrainedConfig") -> int:
     """The exclusive upper bound of a prompt's token ids: those of text, and placeholders of media."""
     special = (value for name, value in vars(config).items() if name.endswith(("_token_id", "_token_index")))
     return max(int(config.get_text_config().vocab_size), *(value + 1 for value in special if isinstance(value, int)), 0)
 
 
-def longest_sequence(config: "PretrainedConfig", settings: EngineSettings, directory: Path | None = None) -> int | None:
+def max_model_len_of(config: "PretrainedConfig", settings: EngineSettings, directory: Path | None = None) -> int | None:
     """The longest sequence in tokens that model, tokenizer and ``engine_max_model_len`` allow; None without a limit.
 
     As vLLM and SGLang count, a plain scaling factor of the positions multiplies their number.

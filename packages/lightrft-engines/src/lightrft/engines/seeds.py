@@ -7,7 +7,7 @@ from contextlib import suppress
 import numpy as np
 
 from lightrft.engines.media import to_frames, to_rgb
-from lightrft.strategy.engine import Prompt, Sampling, stream_key
+from lightrft.strategy.engine import Prompt, Sampling, random_key
 
 
 def completion_seed(prompt: Prompt, sampling: Sampling, sample: int = 0) -> int | None:
@@ -21,7 +21,7 @@ def completion_seed(prompt: Prompt, sampling: Sampling, sample: int = 0) -> int 
         return None
     text = prompt.token_ids if prompt.token_ids is not None else (prompt.text or "").encode()
     media = b"".join(_digests(prompt))
-    return int.from_bytes(stream_key(sampling.seed, [*text, *media], sample)[:8], "little") >> 2
+    return int.from_bytes(random_key(sampling.seed, [*text, *media], sample)[:8], "little") >> 2
 
 
 def _digests(prompt: Prompt) -> Iterator[bytes]:

@@ -113,9 +113,9 @@ class LLMEngine(NamedTuple):
     model_config: ModelConfig
 
     @classmethod
-    def of(cls, longest: int | None) -> "LLMEngine":
-        """Return the ``LLMEngine`` of an engine whose sequences have at most ``longest`` tokens; None: no limit."""
-        return cls(ModelConfig(sys.maxsize if longest is None else longest))
+    def of(cls, max_model_len: int | None) -> "LLMEngine":
+        """Return the ``LLMEngine`` of an engine whose sequences have at most ``max_model_len`` tokens; None: no limit."""
+        return cls(ModelConfig(sys.maxsize if max_model_len is None else max_model_len))
 
 
 def recognised_by_lightrft(sampler: Sampler[int]) -> None:

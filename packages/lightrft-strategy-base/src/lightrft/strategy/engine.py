@@ -9,8 +9,8 @@ from lightrft.strategy.rollout.embedded import (
     EmbeddedEngine,
     EmbeddedModel,
     check_decoder_only,
-    end_ids_of,
-    end_ids_of_model,
+    eos_token_ids_of,
+    eos_token_ids_of_model,
     weight_shapes,
 )
 from lightrft.strategy.rollout.engine import (
@@ -23,9 +23,9 @@ from lightrft.strategy.rollout.engine import (
     Prompt,
     RolloutEngine,
     is_engine,
-    too_long,
+    too_long_message,
 )
-from lightrft.strategy.rollout.sampling import Sampling, draw_tokens, penalized, stream_key, uniform
+from lightrft.strategy.rollout.sampling import Sampling, apply_penalties, random_key, sample_tokens, uniform
 
 __all__ = [
     "PARTS",
@@ -40,14 +40,14 @@ __all__ = [
     "Prompt",
     "RolloutEngine",
     "Sampling",
+    "apply_penalties",
     "check_decoder_only",
-    "draw_tokens",
-    "end_ids_of",
-    "end_ids_of_model",
+    "eos_token_ids_of",
+    "eos_token_ids_of_model",
     "is_engine",
-    "penalized",
-    "stream_key",
-    "too_long",
+    "random_key",
+    "sample_tokens",
+    "too_long_message",
     "uniform",
     "weight_shapes",
 ]

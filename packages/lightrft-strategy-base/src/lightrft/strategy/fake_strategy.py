@@ -16,7 +16,7 @@ from lightrft.strategy.strategy_base import StrategyBase
 class FakeBackend(ReplicatedBackend):
     """One process. Also trains models and optimizers that were not passed to `prepare`."""
 
-    capabilities = frozenset({"adoption", "uneven_modules"})
+    capabilities = frozenset({"unprepared_models", "rank_dependent_modules"})
     accepts_unprepared = True
 
     @classmethod
@@ -36,7 +36,7 @@ class FakeBackend(ReplicatedBackend):
 class StrictFakeBackend(FakeBackend):
     """One process. Refuses models that were not prepared, as the other strategies do."""
 
-    capabilities = frozenset({"uneven_modules"})
+    capabilities = frozenset({"rank_dependent_modules"})
     accepts_unprepared = False
 
 

@@ -1,4 +1,6 @@
-"""Refuses a strategy that overrides a hook of version 0.1, and names the hook that replaces it."""
+"""Names of version 0.1: refuses a strategy that overrides a hook of it, and translates its capabilities."""
+
+import warnings
 
 MOVED = {
     "_join": "join", "_setup": "__init__", "_teardown": "close", "_check_model": "check_model", "_wrap": "wrap",
@@ -24,3 +26,16 @@ def check_moved_hooks(cls: type) -> None:
             )
         if name == "honours":
             raise TypeError(f"{cls.__name__}.honours: it is called supported_settings since version 0.2. Rename it")
+
+
+RENAMED_CAPABILITIES = {"adoption": "unprepared_models", "uneven_modules": "rank_dependent_modules"}
+
+
+def current_capabilities(backend: object, capabilities: frozenset[str]) -> frozenset[str]:
+    """Return the ``capabilities`` of ``backend`` under their current names. Warns of former ones."""
+    former = sorted(RENAMED_CAPABILITIES.keys() & capabilities)
+    if former:
+        names = ", ".join(f"{old!r} is called {RENAMED_CAPABILITIES[old]!r}" for old in former)
+        message = f"{type(backend).__name__}.capabilities: {names} since version 0.2. Use the new names"
+        warnings.warn(message, DeprecationWarning, stacklevel=3)
+    return frozenset(RENAMED_CAPABILITIES.get(name, name) for name in capabilities)

@@ -16,6 +16,8 @@ from lightrft.config.validation import shown
 
 Base = TypeVar("Base")
 _WORDS = {STRATEGIES: "strategy", ENGINES: "engine", TRACKERS: "tracker"}
+_imported: dict[tuple[str, str], Any] = {}
+"""What the entry points that were asked for name: reading the metadata of all distributions takes milliseconds."""
 
 
 def registered(group: str) -> dict[str, EntryPoint]:
@@ -42,11 +44,13 @@ def _load(group: str, name: str) -> Any:
     word = _WORDS[group]
     if not isinstance(name, str):
         raise ConfigError(f"{word}: expected a registered name or 'module:attribute', got {shown(name)}. Pass a string")
+    if (group, name) in _imported:
+        return _imported[group, name]
+    if ":" in name and all(part.isidentifier() for part in name.replace(":", ".", 1).split(".")):
+        return _import(EntryPoint(name=name, value=name, group=group), group)
     points = registered(group)
     if name in points:
-        return _import(points[name], group)
-    if all(part.isidentifier() for part in name.replace(":", ".", 1).split(".")) and ":" in name:
-        return _import(EntryPoint(name=name, value=name, group=group), group)
+        return _imported.setdefault((group, name), _import(points[name], group))
     package = PACKAGES.get((group, name))
     if package is not None:
         raise BackendNotInstalledError(f"{word} {name!r} is not installed; install it with: pip install {package!r}")

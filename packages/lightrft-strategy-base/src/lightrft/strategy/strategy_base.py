@@ -78,7 +78,7 @@ from lightrft.strategy.models.meta import weights_on_rank_0
 from lightrft.strategy.models.optimizers import check_kinds
 from lightrft.strategy.models.prepare import Preparation
 from lightrft.strategy.models.registry import ModelRegistry
-from lightrft.strategy.moved_hooks import check_moved_hooks
+from lightrft.strategy.moved_hooks import check_moved_hooks, current_capabilities
 from lightrft.strategy.parallel.sequence import SequenceDataProcessor, SequenceParallel
 from lightrft.strategy.rollout.engine import Completion, RolloutEngine
 from lightrft.strategy.rollout.multimodal import InputsBuilder, multimodal_inputs
@@ -125,9 +125,9 @@ def _end_process_groups_of_open_strategies() -> None:
 class StrategyBase(LightRFTMembers):
     """Trains models and generates from them, on one process or many, with the same behaviour on every backend.
 
-    The constructor joins the other ranks, and `close` frees everything; a strategy is also a context manager. Every
+    The constructor sets up torch.distributed, and `close` frees everything; a strategy is also a context manager. Every
     rank makes the same calls in the same order, unless a method says otherwise. Errors name the call: `ConfigError` for
-    settings, `ArgumentError` and `StrategyError` for invalid usage, `StrategyError` for lost peers, `EngineError` for
+    settings, `ArgumentError` and `StrategyError` for invalid usage, `StrategyError` for ranks that died, `EngineError` for
     rollouts.
 
     A subclass names itself and its backend::
@@ -155,7 +155,7 @@ class StrategyBase(LightRFTMembers):
         check_moved_hooks(cls)
 
     def __init__(self, config: object = None, *, args: object = None, **settings: Any) -> None:
-        """Join the other ranks and create the backend. All ranks must call this.
+        """Set up torch.distributed and create the backend. All ranks must call this.
 
         Args:
             config: A `StrategyConfig`, or anything that `StrategyConfig.from_args` accepts. Default: all defaults.
@@ -181,7 +181,7 @@ class StrategyBase(LightRFTMembers):
 
     @final
     def setup_distributed(self, timeout: timedelta | None = None) -> None:
-        """Join the other ranks. All ranks must call this.
+        """Set up torch.distributed, or use the process group of the caller. All ranks must call this.
 
         The constructor calls this; another call only sets the timeout. After `close`, it reopens the strategy.
 
@@ -283,7 +283,7 @@ class StrategyBase(LightRFTMembers):
 
     @contextmanager
     def _running(self, call: str) -> Iterator[None]:
-        """Run the public method ``call``: errors of lost peers name it, and a closed strategy refuses it."""
+        """Run the public method ``call``: errors about ranks that died name it, and a closed strategy refuses it."""
         if not self._open:
             raise StrategyError(
                 f"{call}: expected an open strategy, got one that was closed. Call setup_distributed first"
@@ -305,8 +305,8 @@ class StrategyBase(LightRFTMembers):
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """Optional features that the backend supports, such as "uneven_modules"."""
-        return self.backend.capabilities
+        """Optional features that the backend supports, such as "rank_dependent_modules"."""
+        return current_capabilities(self.backend, self.backend.capabilities)
 
     @property
     def world_size(self) -> int:
@@ -325,10 +325,11 @@ class StrategyBase(LightRFTMembers):
 
     @property
     def accumulated_gradient(self) -> int:
-        """K: the number of micro-batches of one update on one rank. Ranks that share sequences count as one.
+        """K: gradient accumulation steps, the micro-batches of one update on one rank. LightRFT's name.
 
         Raises:
-            ConfigError: On every rank, if it is not an integer.
+            ConfigError: On every rank, if ``train_batch_size`` is not a multiple of ``micro_train_batch_size`` times the
+                number of ranks; those that share sequences count as one.
         """
         total, micro, ranks = self.config.train_batch_size, self.config.micro_train_batch_size, self.world.size
         sharing = self.sequence_parallel.size
@@ -388,7 +389,10 @@ class StrategyBase(LightRFTMembers):
         seed = int(seed)
         random.seed(seed)
         np.random.seed(seed)
-        torch.manual_seed(seed)
+        if torch.accelerator.current_accelerator() is None:  # torch.manual_seed would record a stack per kind of device
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)
 
     @final
     def report_memory(self, prefix: str = "") -> memory.MemoryReport:
@@ -526,7 +530,8 @@ class StrategyBase(LightRFTMembers):
             model may be wrapped. The optimizer and the scheduler are the caller's own objects.
 
         Raises:
-            StrategyError: On every rank, for a model that this strategy does not support or that is already prepared.
+            StrategyError: On every rank, for a model that is already prepared, or shares parameters with a prepared one.
+            UnsupportedOperationError: On every rank, for a model that this strategy does not support.
         """
         with self._running("prepare"):
             with self._consensus.together("prepare", "checking arguments"):
@@ -552,7 +557,8 @@ class StrategyBase(LightRFTMembers):
 
         Raises:
             ConfigError: ``shard_size`` does not divide the number of ranks.
-            StrategyError: On every rank, for a model that this strategy does not support or that is already prepared.
+            StrategyError: On every rank, for a model that is already prepared, or shares parameters with a prepared one.
+            UnsupportedOperationError: On every rank, for a model that this strategy does not support.
         """
         if not isinstance(model, nn.Module):
             return model
@@ -790,7 +796,7 @@ class StrategyBase(LightRFTMembers):
             ArgumentError, ArgumentTypeError: A shape, dtype or value does not fit.
             StrategyError: The model was not prepared, or is offloaded.
             UnsupportedOperationError: With ``fused_linear_logprob``, the model has no plain linear head, or changes its
-                logits in an unknown way. The model lets packed sequences see each other.
+                logits in an unknown way. The model attends across packed sequences.
         """
         with self._running(token_log_probs.CALL):
             own: dict[str, object] = {}
@@ -850,7 +856,7 @@ class StrategyBase(LightRFTMembers):
         self, optimizer: Optimizer, model: nn.Module, scheduler: LRScheduler | None = None, name: str = "model", *,
         boundary: bool | None = None,
     ) -> StepResult:  # fmt: skip
-        """End a micro-batch. The K-th since the last update makes an update: reduce, clip, step, schedule.
+        """End a micro-batch. Every `accumulated_gradient`-th makes an update: reduce, clip, step, schedule.
 
         If the gradient is not finite on any rank, or the denominators of the update add up to 0, all ranks skip the update:
         parameters, optimizer state, schedule and step counter do not change. All ranks must call this.
@@ -891,7 +897,7 @@ class StrategyBase(LightRFTMembers):
         try:
             return self._trained(model, optimizer, "optimizer_step")
         except LightRFTError as error:
-            pending = [trained for trained in self._models.in_training if trained.backwards]
+            pending = [trained for trained in self._models.in_training if trained.backward_calls]
             if len(pending) != 1:
                 raise
             update.defer_to_boundary(error, pending[0], self.backend.world)
@@ -909,8 +915,8 @@ class StrategyBase(LightRFTMembers):
     ) -> None:
         """Set ``model_ema = beta * model_ema + (1 - beta) * model``, for the parameters that ``model`` trains.
 
-        Call it after `optimizer_step`: the average moves once for each applied update, and not for updates before it was
-        prepared. Buffers, such as the statistics of BatchNorm, are not averaged; a warning names those that training
+        Call it after `optimizer_step`: the average moves once if an update was applied since the last call, and not for
+        updates before it was prepared. Buffers, such as the statistics of BatchNorm, are not averaged; a warning names those that training
         changes. All ranks must call this.
 
         Args:
@@ -1337,7 +1343,7 @@ class StrategyBase(LightRFTMembers):
         self, sampling_params: object, prompt_token_ids: Sequence[Any] | None = None,
         multi_modal_inputs: Sequence[dict[str, Any]] | None = None,
     ) -> list[Completion]:  # fmt: skip
-        """Complete prompts on this rank's engine, and wake it first. Other ranks need not call this.
+        """Generate completions on this rank's engine, which wakes up first if it sleeps. Other ranks need not call this.
 
         Args:
             sampling_params: A `Sampling`, a dict, vLLM's ``SamplingParams`` or transformers' ``GenerationConfig``.
@@ -1361,7 +1367,7 @@ class StrategyBase(LightRFTMembers):
         images_num: Sequence[int] | None = None, all_videos: Sequence[Any] | None = None,
         videos_num: Sequence[int] | None = None,
     ) -> list[Completion]:  # fmt: skip
-        """Complete the prompts of each rank; their number may differ between ranks. All ranks must call this.
+        """Generate completions of each rank's prompts; their number may differ. All ranks must call this.
 
         If ranks that share sequences (``sp_size``) pass the same prompts, without images and videos, each of them completes
         a part, and all get the same completions.

@@ -31,7 +31,8 @@ class ExactResume(OnDisk):
     """Resuming is exact: training that resumes from a checkpoint gives the same result, bit for bit, as training that
     continued after saving it. This covers the model, optimizer, scheduler, step and skip counters, moving averages, all
     random states and the data position, and each rank's own buffers. A resumable checkpoint is taken between updates:
-    saving raises while gradients are pending. Weights alone can be saved at any time."""
+    saving raises while gradients are pending. A model that was
+    prepared for inference can be saved at any time."""
 
     id = "CKPT-1"
 

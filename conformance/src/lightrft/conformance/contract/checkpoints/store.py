@@ -111,10 +111,11 @@ class Tags(OnDisk):
 
 @CONTRACT.add
 class Rotation(OnDisk):
-    """Rotation keeps at most max_num checkpoints and at most max_mem GB, including those saved without save_latest. It
-    deletes the oldest first, and never the newest checkpoint, the newest one that was saved with save_latest, or a
-    directory that is not a checkpoint of this store. Checkpoints whose tags are in ``keep`` are neither deleted nor
-    counted. A max_num below 1 raises ConfigError."""
+    """Rotation keeps at most max_num checkpoints, and at most max_mem GB, of this run and the runs that it continues,
+    including those saved without save_latest. It deletes the oldest first. It never deletes the newest checkpoint or
+    the newest one that was saved with save_latest, even if they exceed a limit, or a directory that is not a checkpoint
+    of this store. Checkpoints of other runs, and those whose tags are in ``keep``, are neither deleted nor counted. A
+    max_num below 1 raises ConfigError."""
 
     id = "CKPT-4"
 

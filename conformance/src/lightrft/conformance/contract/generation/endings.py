@@ -14,8 +14,8 @@ from lightrft.conformance.language_models import VOCABULARY
 
 @CONTRACT.add
 class CompletionEndings(Rollouts):
-    """A completion ends with the first sampled token of stop_token_ids, which it includes, and reports the reason
-    "stop"; or it ends after max_tokens and reports the reason "length"."""
+    """Besides end-of-sequence tokens, the first sampled token of stop_token_ids ends a completion, which includes it and
+    reports the reason "stop". max_tokens ends it with the reason "length"."""
 
     id = "GEN-8"
 

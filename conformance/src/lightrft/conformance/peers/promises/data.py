@@ -35,7 +35,7 @@ def _expect_values(ranks: Ranks, op: str, expected: Mapping[str, Number]) -> Non
             raise Differs(f"rank {rank}: expected the {op} {dict(expected)}, got {values}")
 
 
-@promise("reduce-types", "Numbers of Python stay numbers of Python: sums of integers are int, means are float.")
+@promise("reduce-types", "Python numbers stay Python numbers: sums of integers are int, means are float.")
 def reduce_types(ranks: Ranks) -> None:
     for op, count in (("sum", "int"), ("mean", "float")):
         expected = {"count": count, "loss": "float"}
@@ -109,7 +109,7 @@ def data_rest(ranks: Ranks) -> None:
     _expect_once(items, ranks.run(read, items=items, epochs=[0], shuffle=False), repeats=ranks.world - 1)
 
 
-@promise("data-epochs", "Shuffled, each epoch has another order, and in each every item is seen once.")
+@promise("data-epochs", "With shuffling, every epoch has a different order and yields every item exactly once.")
 def data_epochs(ranks: Ranks) -> None:
     items = 12 * ranks.world
     seen = ranks.run(read, items=items, epochs=[0, 1], shuffle=True)

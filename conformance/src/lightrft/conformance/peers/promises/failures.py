@@ -21,7 +21,9 @@ def lost_rank(ranks: Ranks) -> None:
 
 
 @promise(
-    "absent-rank", "If a rank does not come, the others raise after the timeout that the script sets.", smallest_world=2
+    "absent-rank",
+    "If a rank never reaches a collective, the others raise after the timeout that the script sets.",
+    smallest_world=2,
 )
 def absent_rank(ranks: Ranks) -> None:
     first, *_ = ranks.attempt(train_and_fail, how="stay away", timeout_seconds=TIMEOUT, seconds=ABSENT_SECONDS / 2)

@@ -112,7 +112,7 @@ class TwoHeads(nn.Module):
         return output + self.second(features) if second else output
 
 
-@promise("unused", "A module that no rank uses in an update stays as it is, and the others train.")
+@promise("unused", "With plain SGD, a module that no rank uses in an update does not change, and the others train.")
 def unused(ranks: Ranks) -> None:
     _expect_heads(ranks, [[False] * ranks.world, [True] * ranks.world, [False] * ranks.world])
 

@@ -118,7 +118,7 @@ def _limits(settings: EngineSettings, source: ModelSource, *, item: int, on_cpu:
     sequences = settings.max_sequences or MAX_SEQUENCES
     limits = {
         "max_total_tokens": None if size is None else cache_tokens(model_settings(source), size, item, sequences),
-        "context_length": None if source.longest is None else source.longest + SPARE,
+        "context_length": None if source.max_model_len is None else source.max_model_len + SPARE,
         "max_running_requests": sequences if on_cpu else settings.max_sequences,
         "limit_mm_data_per_request": dict(settings.media_limits) or None,
     }
@@ -134,8 +134,8 @@ def model_settings(source: ModelSource) -> Mapping[str, Any]:
 
 def cache_tokens(settings: Mapping[str, Any], size: int, item: int, sequences: int) -> int:
     """Tokens whose keys and values fit into ``size`` bytes, at most those of ``sequences`` sequences of full length."""
-    longest = int(settings.get("max_position_embeddings") or size)
-    return min(size // max(1, token_bytes(settings, item)), sequences * longest)
+    max_model_len = int(settings.get("max_position_embeddings") or size)
+    return min(size // max(1, token_bytes(settings, item)), sequences * max_model_len)
 
 
 def token_bytes(settings: Mapping[str, Any], item: int) -> int:

@@ -31,7 +31,7 @@ from lightrft.strategy.engine import (
     Sampling,
 )
 
-PATIENCE = 0.8
+TIMEOUT_FRACTION = 0.8
 """Fraction of ``timeout`` after which a call fails: before the ranks that wait for it reach their own timeout."""
 
 
@@ -44,12 +44,12 @@ class SGLangEngine(EngineBase):
     def __init__(self, request: EngineRequest, source: ModelSource) -> None:
         super().__init__(has_weights=source.loads_weights)
         self._source, self._device = source, request.device
-        self.vocabulary, self.end_ids = source.vocabulary, source.end_ids
+        self.vocab_size, self.eos_token_ids = source.vocab_size, source.eos_token_ids
         self._arguments = server_arguments(
             request.config, source, device=request.device.type, index=request.device.index or 0,
             seed=request.config.seed + request.rank,
         )  # fmt: skip
-        self._timeout, self._ranks = PATIENCE * request.config.timeout, request.config.engine_tp_size
+        self._timeout, self._ranks = TIMEOUT_FRACTION * request.config.timeout, request.config.engine_tp_size
         self._verify = EngineSettings.of(request.config).verifies
         sleeps = request.config.enable_engine_sleep or request.device.type == "cpu"
         self.capabilities = EngineCapabilities(
@@ -87,7 +87,7 @@ class SGLangEngine(EngineBase):
     @override
     def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
         arguments = requests.sampling_arguments(
-            sampling, self.end_ids | self._source.tokenizer_end_ids, tokenizer=self._source.has_tokenizer
+            sampling, self.eos_token_ids | self._source.tokenizer_eos_token_ids, tokenizer=self._source.has_tokenizer
         )
         answers = self._call(
             "generate", [requests.request(prompt) for prompt in prompts], sampling.n, arguments,
@@ -131,7 +131,7 @@ class SGLangEngine(EngineBase):
 
     def _start(self) -> None:
         self._server = ServerProcess(self._arguments, self._timeout)
-        self.longest = self._server.longest
+        self.max_model_len = self._server.max_model_len
         self._released = frozenset()
 
     # Memory

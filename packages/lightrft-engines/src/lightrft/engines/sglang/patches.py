@@ -140,13 +140,13 @@ def check_model(result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None
         raise ValueError(f"SGLang's {type(runner.model).__name__} {mismatch}. Use another engine")
 
 
-def model_mismatch(config: Mapping[str, Any], layers: Iterable[object], longest: int) -> str | None:
+def model_mismatch(config: Mapping[str, Any], layers: Iterable[object], max_model_len: int) -> str | None:
     """How SGLang's model differs from its configuration, in words, or None.
 
     Args:
         config: The configuration of the model's text layers.
         layers: The modules of SGLang's model.
-        longest: The longest sequence in tokens.
+        max_model_len: The longest sequence in tokens.
     """
     window = config.get("sliding_window")
     slides = config.get("use_sliding_window", True) and "sliding_attention" in (
@@ -155,7 +155,7 @@ def model_mismatch(config: Mapping[str, Any], layers: Iterable[object], longest:
     if (
         window
         and slides
-        and window < longest
+        and window < max_model_len
         and all(getattr(layer, "sliding_window_size", None) in (None, -1) for layer in layers)
     ):
         return (

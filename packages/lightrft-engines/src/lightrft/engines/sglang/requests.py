@@ -78,18 +78,18 @@ def check_placeholders(
             )
 
 
-def sampling_arguments(sampling: Sampling, end_ids: Collection[int], *, tokenizer: bool) -> dict[str, Any]:
+def sampling_arguments(sampling: Sampling, eos_token_ids: Collection[int], *, tokenizer: bool) -> dict[str, Any]:
     """SGLang's sampling parameters.
 
     Args:
         sampling: How tokens are drawn.
-        end_ids: Token ids that end a sequence, unless ``ignore_eos`` is set.
+        eos_token_ids: Token ids that end a sequence, unless ``ignore_eos`` is set.
         tokenizer: Whether SGLang has a tokenizer.
 
     Raises:
         EngineError: ``min_tokens`` needs a tokenizer.
     """
-    ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(end_ids))
+    ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(eos_token_ids))
     if sampling.min_tokens and ends and not tokenizer:
         raise EngineError(
             "generate: engine 'sglang' expected a model with a tokenizer, because of min_tokens, got one without. Pass a "

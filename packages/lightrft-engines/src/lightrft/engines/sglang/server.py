@@ -24,9 +24,9 @@ from lightrft.engines.sglang import library, patches, scheduler
 from lightrft.engines.sglang.arguments import LOADER
 from lightrft.engines.sglang.requests import Answer, Request, TokenizedRequest, check_placeholders, scored_tokens
 from lightrft.engines.sglang.shared_memory import Entry, to_json
-from lightrft.strategy.engine import too_long
+from lightrft.strategy.engine import too_long_message
 
-PATIENCE = 30.0
+FLUSH_TIMEOUT = 30.0
 """Seconds within which SGLang finishes a request that it has answered."""
 
 
@@ -36,7 +36,7 @@ class Server:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._engine: Any = None
-        self._longest = 0
+        self._max_model_len = 0
         self._block: torch.Tensor | None = None
 
     # Life
@@ -47,8 +47,8 @@ class Server:
         patches.apply_load_file(arguments.get("dp_size", 1))
         self._engine = engine_class(**arguments)
         patches.NO_TOTAL_LIMIT.apply(self._engine.tokenizer_manager)
-        self._longest = self._engine._scheduler_init_result.scheduler_infos[0]["max_req_input_len"] - 1
-        return self._longest
+        self._max_model_len = self._engine._scheduler_init_result.scheduler_infos[0]["max_req_input_len"] - 1
+        return self._max_model_len
 
     def stop(self) -> None:
         """Shut the engine down, if it was started."""
@@ -115,8 +115,10 @@ class Server:
 
     def _flush(self) -> None:
         """Drop the caches. SGLang answers before its scheduler has finished a request, so this waits for it."""
-        flushed = self._engine.loop.run_until_complete(self._engine.tokenizer_manager.flush_cache(timeout_s=PATIENCE))
-        _require("flush_cache", (flushed.success, f"requests are still running after {PATIENCE:g} s"))
+        flushed = self._engine.loop.run_until_complete(
+            self._engine.tokenizer_manager.flush_cache(timeout_s=FLUSH_TIMEOUT)
+        )
+        _require("flush_cache", (flushed.success, f"requests are still running after {FLUSH_TIMEOUT:g} s"))
 
     # Prompts
 
@@ -174,8 +176,8 @@ class Server:
                 "generate: engine 'sglang' expected at least one token in each prompt, got an empty prompt. Start it with a "
                 "beginning-of-sequence token, for example"
             )
-        if len(tokens) >= self._longest:
-            raise EngineError(too_long("a prompt", len(tokens), self._longest))
+        if len(tokens) >= self._max_model_len:
+            raise EngineError(too_long_message("a prompt", len(tokens), self._max_model_len))
         return {**request, "tokens": tokens}
 
     def _token_ids(self, request: Request) -> list[int]:

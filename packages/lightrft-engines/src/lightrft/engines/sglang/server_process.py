@@ -62,7 +62,7 @@ class ServerProcess:
         self._pidfd = os.pidfd_open(self._pid)
         self._connection = Connection(ours.detach())
         self.end = weakref.finalize(self, _end, self._pid, self._pidfd, self._connection, self._directory, self._owner)
-        self.longest: int = self.call("start", dict(arguments))
+        self.max_model_len: int = self.call("start", dict(arguments))
         """The longest sequence in tokens, prompt included."""
 
     @property
@@ -86,7 +86,7 @@ class ServerProcess:
         """
         if not self.end.alive:
             raise ServerDied(
-                f"expected SGLang's server to be running, to {name}, but it has ended. Sync weights, which starts a new one"
+                f"{name}: expected SGLang's server to be running, but it has ended. Sync weights, which starts a new one"
             )
         try:
             self._connection.send((name, arguments))
@@ -94,12 +94,12 @@ class ServerProcess:
                 send_handle(self._connection, descriptor, self._pid)
             answer = self._connection.recv() if self._connection.poll(self._timeout) else None
         except (EOFError, OSError) as error:
-            raise self._died(f"died while it was asked to {name}") from error
+            raise self._died(f"died during {name!r}") from error
         except BaseException:  # the next call would take a late answer for its own
             self.end()
             raise
         if answer is None:
-            raise self._died(f"did not {name} within {self._timeout:g} s (timeout)")
+            raise self._died(f"did not answer {name!r} within {self._timeout:g} s (timeout)")
         return _unpacked(*answer)
 
     def _died(self, words: str) -> ServerDied:

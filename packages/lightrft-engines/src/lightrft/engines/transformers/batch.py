@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lightrft.engines.transformers.decoders import decoder_of
-from lightrft.strategy.engine import Sampling, draw_tokens, penalized, uniform
+from lightrft.strategy.engine import Sampling, apply_penalties, sample_tokens, uniform
 
 COMPACT_BELOW = 0.75
 """When less than this fraction of the rows is unfinished, the finished rows leave the batch."""
@@ -38,7 +38,7 @@ class Batch:
         sampling: Sampling,
         ends: frozenset[int],
         device: torch.device,
-        longest: int | None,
+        max_model_len: int | None,
     ) -> None:
         """Prepare to decode.
 
@@ -47,11 +47,11 @@ class Batch:
             sampling: How tokens are drawn.
             ends: Token ids that end a sequence.
             device: The model's device.
-            longest: The length in tokens, prompt included, at which a sequence ends; None for no limit.
+            max_model_len: The length in tokens, prompt included, at which a sequence ends; None for no limit.
         """
         self._model, self._sampling, self._ends, self._device = model, sampling, ends, device
-        self._longest = longest
-        self._end_ids = torch.tensor(sorted(ends), device=device)
+        self._max_model_len = max_model_len
+        self._stop_token_ids = torch.tensor(sorted(ends), device=device)
 
     @torch.no_grad()
     def complete(self, prompts: Sequence[Sequence[int]], keys: Sequence[Sequence[bytes]]) -> list[Row]:
@@ -83,13 +83,15 @@ class Batch:
 
     def _extend(self, live: Sequence[Row], logits_BV: torch.Tensor) -> None:
         """Draw the next token of every unfinished row."""
-        allowed_BV = penalized(logits_BV, [row.prompt for row in live], [row.output for row in live], self._sampling)
+        allowed_BV = apply_penalties(
+            logits_BV, [row.prompt for row in live], [row.output for row in live], self._sampling
+        )
         early = [index for index, row in enumerate(live) if len(row.output) < self._sampling.min_tokens]
         if early and self._ends:
             allowed_BV = allowed_BV.clone()
-            allowed_BV[torch.tensor(early, device=self._device)[:, None], self._end_ids] = -torch.inf
+            allowed_BV[torch.tensor(early, device=self._device)[:, None], self._stop_token_ids] = -torch.inf
         numbers = [uniform(row.key, len(row.output)) for row in live]
-        drawn_B = draw_tokens(allowed_BV, self._sampling, numbers)
+        drawn_B = sample_tokens(allowed_BV, self._sampling, numbers)
         logprobs_B = logits_BV.gather(1, drawn_B[:, None]).squeeze(1) - logits_BV.logsumexp(dim=-1)
         for row, token, logprob in zip(live, drawn_B.tolist(), logprobs_B.tolist(), strict=True):
             if not self._is_done(row):
@@ -98,6 +100,6 @@ class Batch:
                 row.stopped = token in self._ends
 
     def _is_done(self, row: Row) -> bool:
-        made, limit = len(row.output), self._longest
+        made, limit = len(row.output), self._max_model_len
         is_full = limit is not None and len(row.prompt) + made >= limit
         return row.stopped or made >= self._sampling.max_tokens or is_full

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from typing_extensions import override
 
 from lightrft.config import ConfigError, EngineError
-from lightrft.engines.model_source import longest_sequence, opening, tokenizer_at, vocabulary_of
+from lightrft.engines.model_source import max_model_len_of, opening, tokenizer_at, vocab_size_of
 from lightrft.engines.settings import EngineSettings
 from lightrft.engines.transformers.batch import Batch, Row
 from lightrft.strategy.engine import (
@@ -25,8 +25,8 @@ from lightrft.strategy.engine import (
     Prompt,
     Sampling,
     check_decoder_only,
-    end_ids_of,
-    stream_key,
+    eos_token_ids_of,
+    random_key,
 )
 
 MAX_SEQUENCES = 256
@@ -54,8 +54,8 @@ class TransformersEngine(EmbeddedEngine):
             )
         _report_no_routers(self._model.module.config)
         self._tokenizer = None if directory is None else tokenizer_at(directory, trusted=settings.trust_remote_code)
-        self.vocabulary = vocabulary_of(self._model.module.config)
-        self.longest = longest_sequence(self._model.module.config, settings, directory)
+        self.vocab_size = vocab_size_of(self._model.module.config)
+        self.max_model_len = max_model_len_of(self._model.module.config, settings, directory)
         self._limit = settings.max_sequences or MAX_SEQUENCES
 
     @classmethod
@@ -73,12 +73,12 @@ class TransformersEngine(EmbeddedEngine):
         seed = self._call_seed(sampling)
         tokens = [self._tokens(prompt) for prompt in prompts]
         self._check_room(tokens)
-        eos = frozenset() if sampling.ignore_eos else self.end_ids | end_ids_of(self._tokenizer)
+        eos = frozenset() if sampling.ignore_eos else self.eos_token_ids | eos_token_ids_of(self._tokenizer)
         ends = eos | frozenset(sampling.stop_token_ids)
-        batch = Batch(self._model.module, sampling, ends, self._device, longest=self.longest)
+        batch = Batch(self._model.module, sampling, ends, self._device, max_model_len=self.max_model_len)
         rows: dict[int, list[Row]] = {}
         for group in self._groups(tokens, sampling.n):
-            keys = [[stream_key(seed, tokens[index], sample) for sample in range(sampling.n)] for index in group]
+            keys = [[random_key(seed, tokens[index], sample) for sample in range(sampling.n)] for index in group]
             done = batch.complete([tokens[index] for index in group], keys)
             for position, index in enumerate(group):
                 rows[index] = done[position * sampling.n : (position + 1) * sampling.n]

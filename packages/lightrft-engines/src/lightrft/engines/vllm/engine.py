@@ -56,7 +56,7 @@ class VLLMEngine(EngineBase):
         self._broken = self._in_flight = self._in_step = False
         self._deliver_interrupt: Callable[[], None] = lambda: None
         self._undo: Callable[[], None] = lambda: None
-        self.vocabulary, self.end_ids = source.vocabulary, source.end_ids
+        self.vocab_size, self.eos_token_ids = source.vocab_size, source.eos_token_ids
         self.capabilities = EngineCapabilities(
             multimodal=True,
             audio=True,
@@ -99,7 +99,7 @@ class VLLMEngine(EngineBase):
                     self._llm = self._vllm.LLM(**self._arguments)
                 self._in_step = False
                 patches.step_callbacks(self._step_begins, self._step_ended).apply(self._llm.llm_engine)
-                self.longest = int(self._llm.llm_engine.model_config.max_model_len)
+                self.max_model_len = int(self._llm.llm_engine.model_config.max_model_len)
         except BaseException:
             self._close()
             raise
@@ -150,7 +150,7 @@ class VLLMEngine(EngineBase):
     def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
         tokenizer = self._llm.get_tokenizer() if self._source.has_tokenizer else None
         arguments = sampling_arguments(
-            sampling, self.end_ids | self._source.tokenizer_end_ids, tokenizer=tokenizer is not None
+            sampling, self.eos_token_ids | self._source.tokenizer_eos_token_ids, tokenizer=tokenizer is not None
         )
         requests = [request(prompt) for prompt in prompts]
         with self._with_deferred_sigint(), self._broken_by_failed_step():
@@ -184,7 +184,7 @@ class VLLMEngine(EngineBase):
         if self._in_flight:
             engine = self._llm.llm_engine
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
-            reset_caches(self._llm)
+            reset_caches(self._llm, "generate")
             self._in_flight = False
 
     @override
@@ -193,7 +193,7 @@ class VLLMEngine(EngineBase):
             self._close()
             self._open()
         self._broken = True  # until it succeeds: vLLM cannot resume an interrupted reload
-        with self._with_deferred_sigint(), _translated("take the weights"):
+        with self._with_deferred_sigint(), _translated("load the weights"):
             self._abort_in_flight()
             sums: Counter[str] = Counter()
             tensors = self._tensors(buckets)
@@ -283,7 +283,7 @@ def _translated(call: str) -> Iterator[None]:
         raise carrier.error from None
     except Exception as error:
         raise EngineError(
-            f"vLLM could not {call}: {type(error).__name__}: {error}. Remove the cause; if vLLM has ended, call "
+            f"vLLM could not {call}: {type(error).__name__}: {error}. Fix the cause; if vLLM has ended, call "
             f"setup_inference_engine again"
         ) from error
 

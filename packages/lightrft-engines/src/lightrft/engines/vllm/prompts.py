@@ -28,15 +28,15 @@ def request(prompt: Prompt) -> dict[str, Any]:
     return {**base, "multi_modal_data": media} if media else base
 
 
-def sampling_arguments(sampling: Sampling, end_ids: Collection[int], *, tokenizer: bool) -> dict[str, Any]:
+def sampling_arguments(sampling: Sampling, eos_token_ids: Collection[int], *, tokenizer: bool) -> dict[str, Any]:
     """Arguments of vLLM's ``SamplingParams``, without the seed, which differs by prompt.
 
     Args:
         sampling: How tokens are drawn.
-        end_ids: Token ids that end a sequence, unless ``ignore_eos`` is set.
+        eos_token_ids: Token ids that end a sequence, unless ``ignore_eos`` is set.
         tokenizer: Whether vLLM has a tokenizer.
     """
-    ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(end_ids))
+    ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(eos_token_ids))
     return {
         "n": _drawn(sampling),
         "temperature": sampling.temperature,

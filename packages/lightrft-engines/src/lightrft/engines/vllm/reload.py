@@ -36,16 +36,13 @@ def reload(llm: "LLM", tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
             f"update_weights: expected a value for every weight of vLLM's model, got none for {len(unfilled)} "
             f"({unfilled[0]} first). Send all weights of the checkpoint"
         )
-    reset_caches(llm)
+    reset_caches(llm, "update_weights")
 
 
-def reset_caches(llm: "LLM") -> None:
+def reset_caches(llm: "LLM", call: str) -> None:
     """Have vLLM drop everything that it computed from earlier prompts. Raises `EngineError` if it does not."""
     if not llm.reset_prefix_cache():
-        raise EngineError(
-            "update_weights: expected vLLM to reset its prefix cache, which was computed with older weights, but it did not. "
-            "Set up a new engine"
-        )
+        raise EngineError(f"{call}: expected vLLM to reset its prefix cache, but it did not. Set up a new engine")
     llm.llm_engine.reset_mm_cache()
     llm.llm_engine.reset_encoder_cache()
 

@@ -15,8 +15,8 @@ from lightrft.strategy.backend.modules import (
     set_attributes,
     tensors_of,
 )
-from lightrft.strategy.backend.optimizer_probe import check_on_parts
-from lightrft.strategy.backend.replicated import ReplicatedBackend, average, fill_missing
+from lightrft.strategy.backend.optimizer_probe import check_elementwise
+from lightrft.strategy.backend.replicated import ReplicatedBackend, average, fill_missing_gradients
 from lightrft.strategy.backend.types import GradientShards, Shard, StateSlice, TrainedModel, WrapOptions, parameters_of
 from lightrft.strategy.distributed.world import World, all_gather_rows, local_rank
 from lightrft.strategy.tensors import cast, elements
@@ -37,10 +37,10 @@ __all__ = [
     "broadcast",
     "cast",
     "check_batch_norms",
+    "check_elementwise",
     "check_gradient_hooks",
-    "check_on_parts",
     "elements",
-    "fill_missing",
+    "fill_missing_gradients",
     "local_rank",
     "materialize",
     "parameter_groups",

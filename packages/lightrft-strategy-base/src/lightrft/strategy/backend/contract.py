@@ -6,7 +6,8 @@ checkpoints. A backend implements what differs. It is a separate object, created
 some groups of hooks. Every rank calls every hook, in the same order.
 
     Lifecycle    join, close                                      process groups, threads, caches
-    Preparing    unshard, check_model, wrap, check_optimizer, bind, ...    wrapping models, binding optimizers
+    Preparing    undo_presharding, check_model, wrap,             wrapping models, binding optimizers
+                 check_optimizer, bind, ...
     Step         backward, reduce, gradient_shards, fused_step    one update; see `lightrft.strategy.step.update`
     Sharding     gathered, full_shape, shards, state_slices,      weights and optimizer state, sharded and full
                  reshard, sync_from_master, resume_optimizer
@@ -34,7 +35,7 @@ class Lifecycle(Protocol):
 
     @property
     def capabilities(self) -> frozenset[str]:
-        """Optional features that this backend supports, such as "uneven_modules"; the conformance suite checks each."""
+        """Optional features that this backend supports, such as "rank_dependent_modules"; the conformance suite checks each."""
 
     @property
     def accepts_unprepared(self) -> bool:
@@ -42,7 +43,7 @@ class Lifecycle(Protocol):
 
     @classmethod
     def join(cls, config: StrategyConfig) -> World:
-        """Return the ranks to train with. Called before the backend is created."""
+        """Set up torch.distributed; return its ranks, device and groups. Called before the backend is created."""
 
     def __init__(self, config: StrategyConfig, world: World) -> None:
         """Create what the backend needs besides the process group; environment variables set here are restored at close."""
@@ -54,7 +55,7 @@ class Lifecycle(Protocol):
 class Preparing(Protocol):
     """Turning the caller's model and optimizer into the ones that train."""
 
-    def unshard(self, module: nn.Module) -> None:
+    def undo_presharding(self, module: nn.Module) -> None:
         """Give ``module`` full parameters, if the library's own tools sharded it while the caller built it.
 
         Rank 0 gets their values, the other ranks may get meta tensors. Parameters may be replaced. Called first, with
@@ -80,7 +81,7 @@ class Preparing(Protocol):
     def check_optimizer(self, optimizer: Optimizer) -> None:
         """Raise if the caller's ``optimizer`` would compute other updates on this backend than on full tensors.
 
-        Called before `wrap`. An error on one rank is raised on all. See `lightrft.strategy.backend.optimizer_probe`.
+        Called before `bind`, and before `wrap` unless the model is already wrapped. An error on one rank is raised on all. See `lightrft.strategy.backend.optimizer_probe`.
         """
 
     def algorithm(self, optimizer: Optimizer) -> str:
@@ -157,7 +158,7 @@ class Sharding(Protocol):
         """Return where the optimizer of ``trained`` keeps the state of the ranges that this rank holds."""
 
     def sync_from_master(self, module: nn.Module) -> None:
-        """Copy the shards of ``module``, which were written to, to its parameters."""
+        """Update the parameters of ``module`` after the tensors that `shards` returned were written to."""
 
     def resume_optimizer(self, trained: TrainedModel) -> None:
         """Update the state that the optimizer keeps outside its state dict, after a checkpoint was loaded."""

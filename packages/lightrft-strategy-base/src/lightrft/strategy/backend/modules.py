@@ -52,7 +52,7 @@ def check_batch_norms(module: nn.Module, backend: str, device: torch.device) -> 
     if norms and device.type == "cpu":
         raise UnsupportedOperationError(
             f"prepare: expected no BatchNorm with bf16=True on the CPU, got {', '.join(norms[:3])} of {type(module).__name__}. "
-            f"{backend} keeps their weights in bfloat16, and torch requires the fp32 of their running statistics. Use bf16=False, "
+            f"{backend} keeps their weights in bfloat16, and torch's BatchNorm on the CPU needs them in fp32, as its running statistics. Use bf16=False, "
             f"strategy 'fake' or zero_stage=0, or another norm"
         )
 
@@ -95,6 +95,6 @@ def replicate(module: nn.Module, world: World) -> None:
 def broadcast(tensor: torch.Tensor, world: World) -> None:
     """Copy rank 0's values of ``tensor``, which is on `World.device`, to every rank, in place."""
     contiguous = tensor.contiguous()
-    dist.broadcast(as_bytes(contiguous), src=0, group=world.payload)
+    dist.broadcast(as_bytes(contiguous), src=0, group=world.device_group)
     if contiguous.data_ptr() != tensor.data_ptr():
         tensor.copy_(contiguous)

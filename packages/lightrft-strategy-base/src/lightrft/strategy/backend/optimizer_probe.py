@@ -30,7 +30,7 @@ _NOT_COPIED = ("state", "param_groups", "step", "zero_grad", "add_param_group")
 """Attributes that are not copied to a replica; schedulers replace ``step`` on the object."""
 
 
-def check_on_parts(
+def check_elementwise(
     optimizer: Optimizer,
     partition: Partition,
     ndim_of: Callable[[torch.Tensor], int],
@@ -56,13 +56,13 @@ def check_on_parts(
             difference = _difference(optimizer, group, _shapes(ndims), partition, device)
         except Exception as error:  # an optimizer may raise anything
             raise StrategyError(
-                f"prepare: expected an optimizer that can be stepped on parts of parameters, got {name}, which raised "
+                f"prepare: expected an optimizer that can step on parts of parameters, got {name}, which raised "
                 f"{type(error).__name__} when it was tried: {' '.join(str(error).split())[:200]}. {refusal}"
             ) from error
         if not difference <= TOLERANCE:
             raise StrategyError(
                 f"prepare: expected an optimizer that updates element by element, got {name}: its updates of parts of "
-                f"a parameter differ from those of the whole parameter by {difference:.2g} of their size. {refusal}"
+                f"a parameter differ from those of the whole parameter (relative error {difference:.2g}). {refusal}"
             )
 
 

@@ -27,7 +27,7 @@ class ReplicatedBackend:
     The hooks are documented in `lightrft.strategy.backend.contract`.
     """
 
-    capabilities: frozenset[str] = frozenset({"uneven_modules"})
+    capabilities: frozenset[str] = frozenset({"rank_dependent_modules"})
     accepts_unprepared: ClassVar[bool] = False
     transparent: ClassVar[frozenset[str]] = frozenset()
     fused_step: Callable[[TrainedModel, float], float] | None = None
@@ -46,7 +46,7 @@ class ReplicatedBackend:
 
     # Preparing
 
-    def unshard(self, module: nn.Module) -> None:
+    def undo_presharding(self, module: nn.Module) -> None:
         pass
 
     def check_model(self, module: nn.Module, options: WrapOptions) -> None:
@@ -83,9 +83,9 @@ class ReplicatedBackend:
 
     def reduce(self, trained: TrainedModel) -> None:
         if self.world.size > 1:
-            fill_missing(trained.parameters)  # ranks may have used different modules
+            fill_missing_gradients(trained.parameters)  # ranks may have used different modules
             local = [parameter.grad for parameter in trained.parameters if parameter.grad is not None]
-            average(local, self.world.payload, self.world.size)
+            average(local, self.world.device_group, self.world.size)
 
     def gradient_shards(self, trained: TrainedModel) -> Sequence[GradientShards]:
         return [GradientShards(tensors=[p.grad for p in trained.parameters if p.grad is not None])]
@@ -135,7 +135,7 @@ class ReplicatedBackend:
         module.to(device)
 
 
-def fill_missing(parameters: Iterable[nn.Parameter]) -> None:
+def fill_missing_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Zero the missing gradients of trainable parameters, and remove those of parameters that were frozen since.
 
     An unused parameter gets a zero gradient, so that its moments and weight decay are applied: ZeRO does this by

@@ -128,7 +128,7 @@ class TrainedModel:
         self.optimizer_offloaded = False
         self.micro_batches = 0
         """Calls of `optimizer_step` since the last update."""
-        self.backwards = 0
+        self.backward_calls = 0
         """Calls of `backward` since the last update."""
         self.denominators: list[float | torch.Tensor | None] = []
         """The ``denominator`` of each of them; see `lightrft.strategy.step.denominators`."""
@@ -154,7 +154,7 @@ class TrainedModel:
     @property
     def has_pending_gradient(self) -> bool:
         """Whether there are accumulated micro-batches that no update has used yet."""
-        return bool(self.micro_batches or self.backwards)
+        return bool(self.micro_batches or self.backward_calls)
 
     def state_dict(self) -> dict[str, int]:
         """Return the counters that a checkpoint stores."""

@@ -43,8 +43,8 @@ class BackgroundWriter:
 
     def __init__(self, world: World, operations: Operations) -> None:
         """Make the process group. All ranks must call this."""
-        control = world.control and dist.new_group(backend="gloo", timeout=world.timeout)
-        self._world, self._operations = replace(world, control=control), operations
+        cpu_group = world.cpu_group and dist.new_group(backend="gloo", timeout=world.timeout)
+        self._world, self._operations = replace(world, cpu_group=cpu_group), operations
         self._consensus = RankConsensus(self._world)
         self.staging = Staging()
         self._thread: threading.Thread | None = None

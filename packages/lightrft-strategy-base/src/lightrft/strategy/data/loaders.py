@@ -61,19 +61,24 @@ class ElasticSampler(Sampler[int]):
         self.length, self.rank, self.ranks = length, rank, ranks
         self.multiple = multiple or ranks
         self.shuffle, self.seed, self.drop_last = shuffle, seed, drop_last
-        self.set_epoch(0, consumed_samples)
+        self.go_to("setup_dataloader", 0, consumed_samples)
 
     def set_epoch(self, epoch: int, consumed_samples: int = 0) -> None:
         """Go to ``consumed_samples`` of ``epoch``."""
+        self.go_to("set_epoch", epoch, consumed_samples)
+
+    def go_to(self, call: str, epoch: int, consumed_samples: int) -> None:
+        """Go to a position, for a ``call`` of the user, which errors name."""
         for name, value in (("epoch", epoch), ("consumed_samples", consumed_samples)):
             if not isinstance(value, int) or value < 0:
                 raise ArgumentError(
-                    f"position of the loader: expected {name} to be an integer of at least 0, got {name}={value!r}"
+                    f"{call}: expected {name} to be an integer of at least 0, got {name}={value!r}. Count from 0, or "
+                    f"pass what state_dict returned"
                 )
         if consumed_samples > self.length:
             raise ArgumentError(
-                f"position of the loader: expected consumed_samples to be at most the {self.length} samples of an epoch, got "
-                f"{consumed_samples}. Count from the start of the epoch, and pass the epoch to set_epoch"
+                f"{call}: expected consumed_samples to be at most the {self.length} samples of an epoch, got "
+                f"{consumed_samples}. Count from the start of the epoch"
             )
         self.epoch, self.consumed_samples = epoch, consumed_samples
 
@@ -136,7 +141,10 @@ class ResumableLoader(DataLoader[Any]):
         """
         if consumed_samples is None:
             consumed_samples = self.consumed_samples if epoch == self.epoch else 0
-        self._sampler.set_epoch(epoch, consumed_samples)
+        self._go_to("set_epoch", epoch, consumed_samples)
+
+    def _go_to(self, call: str, epoch: int, consumed_samples: int) -> None:
+        self._sampler.go_to(call, epoch, consumed_samples)
         self._yielded = 0
 
     def order(self) -> dict[str, Any]:
@@ -162,7 +170,7 @@ class ResumableLoader(DataLoader[Any]):
                 f"load_state_dict: expected a position with epoch and consumed_samples, got one without "
                 f"{' and '.join(sorted(missing))}. Pass what state_dict returned"
             )
-        self.set_epoch(state["epoch"], state["consumed_samples"])
+        self._go_to("load_state_dict", state["epoch"], state["consumed_samples"])
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Yield this rank's batches from the position on. After the last one, the position is the start of the next epoch.

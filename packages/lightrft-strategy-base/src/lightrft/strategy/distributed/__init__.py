@@ -1,1 +1,1 @@
-"""The ranks of a run: process groups, collectives, agreement, and errors of lost peers."""
+"""The ranks of a run: process groups, collectives, agreement, and errors about ranks that died."""

@@ -129,7 +129,7 @@ class Collectives:
         return _joined(halves_2N)
 
     def _group_for(self, device: torch.device) -> dist.ProcessGroup | None:
-        return self._world.control if device.type == "cpu" else self._world.payload
+        return self._world.cpu_group if device.type == "cpu" else self._world.device_group
 
     def _gather(
         self, tensors: Sequence[torch.Tensor], rows: Sequence[Sequence[int]], frames_RF: torch.Tensor | None

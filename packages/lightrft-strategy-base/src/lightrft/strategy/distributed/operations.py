@@ -1,6 +1,6 @@
-"""The public call in progress, so that a rank that waits for a lost peer reports in which call it waited.
+"""The public call in progress, so that a rank that waits for one that died reports in which call it waited.
 
-torch reports a lost peer as a transport error deep inside a collective. Every public method of a strategy runs inside
+torch reports a rank that died as a transport error deep inside a collective. Every public method of a strategy runs inside
 `Operations.running(name)`, which turns such an error into a `StrategyError` with that name.
 """
 

@@ -132,7 +132,7 @@ class RankConsensus:
         """Return every rank's ``text``, padded with zeros to ``size`` bytes."""
         frames_RF = torch.empty(self._world.size, size, dtype=torch.uint8, device="cpu")  # whatever the default
         frames_RF[self._world.rank] = torch.frombuffer(bytearray(text.ljust(size, b"\0")), dtype=torch.uint8)
-        all_gather_rows(frames_RF, self._world.control)
+        all_gather_rows(frames_RF, self._world.cpu_group)
         received = frames_RF.numpy().tobytes()
         return [received[start : start + size] for start in range(0, len(received), size)]
 

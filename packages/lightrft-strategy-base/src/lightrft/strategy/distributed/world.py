@@ -30,7 +30,7 @@ class World:
     size: int
     device: torch.device
     timeout: timedelta
-    control: dist.ProcessGroup | None = None
+    cpu_group: dist.ProcessGroup | None = None
     """A gloo group of all ranks, for messages in host memory; None without a process group."""
     owns_default_group: bool = False
     """Whether `join` made the default process group."""
@@ -59,18 +59,18 @@ class World:
         if owns:
             _init_process_group(device, timeout)
         # The caller's default group may lack gloo, and has its own timeout: control messages get a separate group.
-        control = dist.group.WORLD if owns else dist.new_group(backend="gloo", timeout=timeout)
+        cpu_group = dist.group.WORLD if owns else dist.new_group(backend="gloo", timeout=timeout)
         # Connect now: a rank that fails right afterwards, with a ConfigError for example, must not break the others' setup.
-        dist.all_reduce(torch.zeros(1, device="cpu"), group=control)
+        dist.all_reduce(torch.zeros(1, device="cpu"), group=cpu_group)
         return cls(
-            rank=dist.get_rank(), size=dist.get_world_size(), device=device, timeout=timeout, control=control,
+            rank=dist.get_rank(), size=dist.get_world_size(), device=device, timeout=timeout, cpu_group=cpu_group,
             owns_default_group=owns, _earlier_groups=earlier_groups,
         )  # fmt: skip
 
     @property
-    def payload(self) -> dist.ProcessGroup | None:
+    def device_group(self) -> dist.ProcessGroup | None:
         """The process group for tensors on `device`."""
-        return self.control if self.device.type == "cpu" else dist.group.WORLD
+        return self.cpu_group if self.device.type == "cpu" else dist.group.WORLD
 
     def new_group(self, ranks: list[int]) -> dist.ProcessGroup:
         """Return a new group of ``ranks``, with the timeout. Its members must call this, and other ranks need not."""
@@ -109,11 +109,11 @@ class World:
             dist.destroy_process_group(group)
         # torch joins a group's threads when its last reference is dropped. A gloo thread that still holds a tensor when
         # the interpreter exits aborts the process: "terminate called without an active exception".
-        self.control, self._earlier_groups = None, frozenset()
+        self.cpu_group, self._earlier_groups = None, frozenset()
 
     def _new_groups(self) -> set[dist.ProcessGroup]:
         """Return the groups created since this world joined; empty if it is alone."""
-        return set() if self.control is None else set(_groups()) - self._earlier_groups
+        return set() if self.cpu_group is None else set(_groups()) - self._earlier_groups
 
 
 def current_rank() -> int:

@@ -76,7 +76,7 @@ def find_head(module: nn.Module, class_name: str, call: str, remedy: str) -> Hea
     named = getattr(module, "get_output_embeddings", lambda: None)()
     if named is None:
         raise UnsupportedOperationError(
-            f"{call}: expected {class_name} to return its head from get_output_embeddings(), got none. Define it, as models of "
+            f"{call}: expected {class_name} to return its LM head from get_output_embeddings(), got none. Define it, as models of "
             f"transformers do. {remedy}"
         )
     layers = _copies(named)
@@ -84,7 +84,7 @@ def find_head(module: nn.Module, class_name: str, call: str, remedy: str) -> Hea
     if len(plain) < len(layers):
         wrong = next(type(layer) for layer in layers if layer not in plain)
         raise UnsupportedOperationError(
-            f"{call}: expected the head of {class_name} to be a plain nn.Linear, got {wrong.__module__}.{wrong.__name__}. Leave "
+            f"{call}: expected the LM head of {class_name} to be a plain nn.Linear, got {wrong.__module__}.{wrong.__name__}. Leave "
             f"the head out of target_modules of adapters and out of quantization. {remedy}"
         )
     factor, soft_cap, changes = 1.0, None, tuple(_changes(module))

@@ -1,8 +1,8 @@
 """Packed sequences: several in one row, whose position ids restart, without an attention mask.
 
-Models of transformers look for them while they make their masks, if there is no cache. A model that does not would let the
-sequences see each other without an error: its attention has no position ids, a prefix is before them, or a state runs through
-the row. So a model is tried once before it gets packed sequences.
+Models of transformers look for them while they make their masks, if there is no cache. A model that does not would attend
+across the sequences without an error: its attention has no position ids, a prefix is before them, or a state runs through the
+row. So a model is tried once before it gets packed sequences.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ def packed_starts(
 def keeps_packed_apart(
     logits_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], input_ids: torch.Tensor
 ) -> bool:
-    """Return whether packed sequences do not see each other.
+    """Return whether no packed sequence depends on those before it.
 
     The second sequence of a row is two tokens of the batch. Other tokens before it must not change its logits: not even by
     rounding, since both rows are in one batch. A state that runs through a row may change them by very little at first.

@@ -127,7 +127,7 @@ class Preparation:
         if is_new:
             compile_in_place(model, inner)
             names = {id(parameter): name for name, parameter in inner.named_parameters()}
-            self._backend.unshard(inner)
+            self._backend.undo_presharding(inner)
             rebind(optimizer, names, inner)
         with self._consensus.together("prepare", "trying the optimizer"):
             self._backend.check_optimizer(optimizer)
@@ -149,10 +149,11 @@ class Preparation:
                 )
             return model
         inner = inner_model(model)
-        with self._consensus.together("prepare"):  # first: `unshard` would replace parameters of a prepared model
+        # before `undo_presharding`, which would replace parameters of a prepared model
+        with self._consensus.together("prepare"):
             self._models.check_unshared(inner, "prepare")
         compile_in_place(model, inner)
-        self._backend.unshard(inner)
+        self._backend.undo_presharding(inner)
         with self._consensus.together("prepare"):
             if options.training:
                 check_actor(model)

@@ -58,7 +58,7 @@ class PreparedModel:
     head: Head | None = None
     """Its output embedding, once it was found and checked."""
     keeps_packed_apart: bool | None = None
-    """Whether packed sequences do not see each other, once it was tried."""
+    """Whether no packed sequence depends on those before it, once it was tried."""
 
     @property
     def names_model(self) -> nn.Module:

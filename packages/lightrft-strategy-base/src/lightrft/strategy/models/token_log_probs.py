@@ -113,10 +113,10 @@ def _check_mask_and_positions(attention_mask: object, positions: object, input_i
 
 
 def check_packing(prepared: PreparedModel, consensus: RankConsensus, request: Request) -> None:
-    """Raise `UnsupportedOperationError` if the model lets packed sequences see each other. All ranks must call this.
+    """Raise `UnsupportedOperationError` if the model attends across packed sequences. All ranks must call this.
 
     Raises:
-        ArgumentError: The model is to make a cache, which would let them.
+        ArgumentError: The model is to make a cache, with which it would.
     """
     if prepared.keeps_packed_apart is None:
 
@@ -135,13 +135,14 @@ def check_packing(prepared: PreparedModel, consensus: RankConsensus, request: Re
             return
         if request.inputs.get("use_cache"):
             raise ArgumentError(
-                f"{CALL}: expected no cache with packed sequences, got use_cache={request.inputs['use_cache']}: they would see "
-                f"each other. Leave it out"
+                f"{CALL}: expected no cache with packed sequences, got use_cache={request.inputs['use_cache']}: the model "
+                f"would attend across them. Leave it out"
             )
         if not prepared.keeps_packed_apart:
             raise UnsupportedOperationError(
                 f"{CALL}: expected a model that keeps packed sequences apart, got position_ids that restart and "
-                f"{prepared.class_name}, in which they see each other. Pass one sequence a row, padded, with its attention_mask"
+                f"{prepared.class_name}, in which a sequence depends on those before it. Pass one padded sequence per row, with "
+                f"its attention_mask"
             )
 
 
@@ -195,7 +196,7 @@ def fused(prepared: PreparedModel, consensus: RankConsensus, request: Request) -
         calls.append(hidden_BTH.shape)
         if hidden_BTH.shape[:-1] != targets_BT.shape:
             raise UnsupportedOperationError(
-                f"{CALL}: expected the head of {prepared.class_name} to get a hidden state for each of the "
+                f"{CALL}: expected the LM head of {prepared.class_name} to get a hidden state for each of the "
                 f"{tuple(targets_BT.shape)} tokens, got {tuple(hidden_BTH.shape)}. Leave out logits_to_keep, and what else "
                 f"adds or removes positions. {_REMEDY}"
             )

@@ -1,7 +1,7 @@
 """Sequence parallelism: ``sp_size`` consecutive ranks share the sequences of a batch.
 
-Each rank holds a slice of every sequence, with all weights as its strategy shards them. In attention the ranks exchange
-slices for heads (`lightrft.strategy.parallel.attention`); everything else is computed token by token. `split` slices a batch,
+Each rank holds a slice of every sequence, with all weights as its strategy shards them. In attention, all-to-alls exchange
+slices for heads, as in DeepSpeed-Ulysses (`lightrft.strategy.parallel.attention`); everything else is computed token by token. `split` slices a batch,
 `gather` reassembles per-token values, and the loss is that of whole sequences::
 
     local = strategy.sequence_parallel.split(batch)
@@ -46,7 +46,7 @@ class SequenceParallel:
 
         Args:
             world: All ranks.
-            operations: Names the calls in errors about lost peers.
+            operations: Names the calls in errors about ranks that died.
             consensus: Agreement between all ranks.
             size: Consecutive ranks that share a sequence.
 
@@ -66,7 +66,7 @@ class SequenceParallel:
         """The ranks that share a sequence, in the order of their slices; None with ``sp_size=1``."""
         if size > 1:
             ranks = list(range(self._first, self._first + size))
-            self.group = world.payload if size == world.size else world.new_group(ranks)
+            self.group = world.device_group if size == world.size else world.new_group(ranks)
         self._splits: list[_Split] = []
         """The batches whose slices exist, and the last one; in the order in which they were split or used."""
 

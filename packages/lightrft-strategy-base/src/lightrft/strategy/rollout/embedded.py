@@ -14,15 +14,15 @@ from lightrft.strategy.rollout.engine import EngineBase, EngineRequest, Part
 from lightrft.strategy.rollout.sampling import WITHOUT_EFFECT, Sampling
 
 
-def end_ids_of(*sources: object) -> frozenset[int]:
+def eos_token_ids_of(*sources: object) -> frozenset[int]:
     """The end-of-sequence token ids that configurations and tokenizers name; ``sources`` may contain None."""
     named = [getattr(source, "eos_token_id", None) for source in sources]
     return frozenset(token for ids in named if ids is not None for token in ([ids] if isinstance(ids, int) else ids))
 
 
-def end_ids_of_model(module: nn.Module) -> frozenset[int]:
+def eos_token_ids_of_model(module: nn.Module) -> frozenset[int]:
     """The end-of-sequence token ids in the generation configuration and the configuration of a model, as they are now."""
-    return end_ids_of(getattr(module, "generation_config", None), getattr(module, "config", None))
+    return eos_token_ids_of(getattr(module, "generation_config", None), getattr(module, "config", None))
 
 
 def changed_settings(module: nn.Module, before: nn.Module) -> str:
@@ -109,7 +109,7 @@ class EmbeddedEngine(EngineBase):
         """Use the actor of ``request``, for the engine named ``engine``; ``has_weights``: see `EngineBase`."""
         super().__init__(has_weights=has_weights)
         self._model = EmbeddedModel(request, engine)
-        self.end_ids = end_ids_of_model(self._model.module)
+        self.eos_token_ids = eos_token_ids_of_model(self._model.module)
         self._device = request.device
         self._stream = (request.config.seed, request.rank)
         self._calls = 0

@@ -65,7 +65,8 @@ class Completion:
 
     prompt_token_ids: tuple[int, ...]
     """As given, or of the given text; placeholders of images and videos are not expanded. Without tokens that
-    ``truncate_prompt_tokens`` removed. A list can be added to it, and to the new tokens."""
+    ``truncate_prompt_tokens`` removed. ``prompt_token_ids + [...]`` and
+    ``output_token_ids + [...]`` are lists, as with vLLM."""
     output_token_ids: tuple[int, ...]
     """The new tokens, with the end-of-sequence token if there is one."""
     logprobs: tuple[float, ...] | None
@@ -140,12 +141,12 @@ class RolloutEngine(Protocol):
         """Names and shapes in the checkpoint that it was built from; None if unknown."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
-        """Complete each prompt ``sampling.n`` times; completions of one prompt are consecutive."""
+        """Generate ``sampling.n`` completions of each prompt; those of one prompt are consecutive."""
 
     def update_weights(self, buckets: Iterable[Bucket]) -> None:
         """Load a full weight stream."""
 
-    def revoke_weights(self, why: str) -> None:
+    def invalidate_weights(self, why: str) -> None:
         """Revoke the last committed sync; the engine is stale until the next one."""
 
     def sleep(self, level: int = 1) -> None:
@@ -163,7 +164,7 @@ _R = TypeVar("_R")
 
 
 def _synchronized(method: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let calls of several threads wait for each other."""
+    """Serialize the calls of several threads with a lock."""
 
     @functools.wraps(method)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -173,29 +174,52 @@ def _synchronized(method: Callable[_P, _R]) -> Callable[_P, _R]:
     return call
 
 
+_RENAMED = {"honours": "supported_settings", "vocabulary": "vocab_size", "longest": "max_model_len"}
+"""Attributes of engines by their names in version 0.1, which are deprecated."""
+
+
+def _renamed(old: str) -> property:
+    """An attribute of an engine under its name in version 0.1."""
+    new = _RENAMED[old]
+
+    def warn(engine: object) -> None:
+        words = f"{type(engine).__name__}.{old} is called {new} since version 0.2"
+        warnings.warn(words, DeprecationWarning, stacklevel=3)
+
+    def read(engine: object) -> Any:
+        warn(engine)
+        return getattr(engine, new)
+
+    def write(engine: object, value: object) -> None:
+        warn(engine)
+        setattr(engine, new, value)
+
+    return property(read, write)
+
+
 class EngineBase(ABC):
-    """The behaviour that all engines share, over a few hooks. Calls of several threads wait for each other."""
+    """The behaviour that all engines share, over a few hooks. It is thread-safe: a lock serializes the calls."""
 
     supported_settings: ClassVar[frozenset[str]] = frozenset()
     """The optional settings that this engine supports; see `lightrft.strategy.supported_settings`."""
     leader_only: ClassVar[bool] = False
     """Whether only the first of the ranks that share an engine holds it; otherwise all of them make the same calls."""
     capabilities: EngineCapabilities = EngineCapabilities()
-    vocabulary: int | None = None
+    vocab_size: int | None = None
     """Size of the vocabulary; larger token ids are refused. None: the engine checks them itself."""
-    longest: int | None = None
+    max_model_len: int | None = None
     """Maximum tokens of a sequence, prompt included; a completion ends there with "length". None: no limit."""
-    end_ids: frozenset[int] = frozenset()
+    eos_token_ids: frozenset[int] = frozenset()
     """Token ids that end a sequence, in addition to those of a tokenizer. A strategy sets them to those of the actor whenever it
     passes one: when the engine is built, and with every sync."""
+    vocabulary, longest = _renamed("vocabulary"), _renamed("longest")
 
     def __init_subclass__(cls, **arguments: object) -> None:
         super().__init_subclass__(**arguments)
-        if "honours" in vars(cls):
-            warnings.warn(
-                f"{cls.__name__}.honours is called supported_settings since version 0.2", DeprecationWarning, 2
-            )
-            cls.supported_settings = vars(cls)["honours"]
+        for old, new in _RENAMED.items():
+            if old in vars(cls):
+                warnings.warn(f"{cls.__name__}.{old} is called {new} since version 0.2", DeprecationWarning, 2)
+                setattr(cls, new, vars(cls)[old])
 
     def __init__(self, *, has_weights: bool) -> None:
         """Initialise the shared state: awake, and stale unless ``has_weights``.
@@ -227,7 +251,7 @@ class EngineBase(ABC):
 
     @abstractmethod
     def _generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
-        """Complete ``prompts``, at least one. The engine is awake and not stale."""
+        """Generate completions of ``prompts``, at least one. The engine is awake and not stale."""
 
     @abstractmethod
     def _load(self, buckets: Iterator[Bucket]) -> None:
@@ -250,7 +274,7 @@ class EngineBase(ABC):
     @property
     def llm_engine(self) -> LLMEngine:
         """What LightRFT's trainers read of vLLM's engine: ``llm_engine.model_config.max_model_len``."""
-        return LLMEngine.of(self.longest)
+        return LLMEngine.of(self.max_model_len)
 
     @property
     def weight_version(self) -> int:
@@ -268,7 +292,7 @@ class EngineBase(ABC):
     @final
     @_synchronized
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Completion]:
-        """Complete each prompt ``sampling.n`` times.
+        """Generate ``sampling.n`` completions of each prompt.
 
         Args:
             prompts: Any number of prompts.
@@ -328,7 +352,7 @@ class EngineBase(ABC):
 
     @final
     @_synchronized
-    def revoke_weights(self, why: str) -> None:
+    def invalidate_weights(self, why: str) -> None:
         """Revoke the last committed sync, which failed on another rank; the engine is stale until the next one.
 
         Args:
@@ -416,8 +440,8 @@ class EngineBase(ABC):
             return prompt
         if prompt.token_ids is None or prompt.has_media:
             raise EngineError(
-                f"{self._name}.generate: expected token ids without media in a prompt that truncate_prompt_tokens={limit} "
-                f"shortens, got {'media' if prompt.has_media else 'text'} in prompt {index}. Shorten it, or pass a larger "
+                f"{self._name}.generate: expected token ids without media, which truncate_prompt_tokens={limit} can shorten, "
+                f"got {'media' if prompt.has_media else 'text'} in prompt {index}. Shorten it, or pass a larger "
                 f"truncate_prompt_tokens"
             )
         return replace(prompt, token_ids=prompt.token_ids[-limit:], text=None)
@@ -431,12 +455,12 @@ class EngineBase(ABC):
                 )
         if not self.capabilities.multimodal and any(prompt.images or prompt.videos for prompt in prompts):
             raise EngineError(
-                f"{self._name}.generate: expected prompts without images and videos, which this engine does not support, got "
-                f"some. Use a multimodal engine"
+                f"{self._name}.generate: expected prompts without images and videos, got some, which this engine does not "
+                f"support. Use a multimodal engine"
             )
         if not self.capabilities.audio and any(prompt.audios for prompt in prompts):
             raise EngineError(
-                f"{self._name}.generate: expected prompts without audio, which this engine does not support, got some. Use "
+                f"{self._name}.generate: expected prompts without audio, got some, which this engine does not support. Use "
                 f"engine 'vllm'"
             )
         if sampling.stop and not self.capabilities.stop_strings:
@@ -445,33 +469,33 @@ class EngineBase(ABC):
                 f"{list(sampling.stop)}. Use stop_token_ids"
             )
         self._check_room([prompt.token_ids or () for prompt in prompts])
-        if self.vocabulary is not None:
+        if self.vocab_size is not None:
             largest = max(sampling.stop_token_ids, default=0)
-            if largest >= self.vocabulary:
+            if largest >= self.vocab_size:
                 raise EngineError(
-                    f"{self._name}.generate: expected stop_token_ids below {self.vocabulary}, the size of the model's vocabulary, "
+                    f"{self._name}.generate: expected stop_token_ids below {self.vocab_size}, the size of the model's vocabulary, "
                     f"got {largest}. Remove it"
                 )
             for index, prompt in enumerate(prompts):
                 largest = max(prompt.token_ids or (0,))
-                if largest >= self.vocabulary:
+                if largest >= self.vocab_size:
                     raise EngineError(
-                        f"{self._name}.generate: expected token ids below {self.vocabulary}, the size of the model's "
+                        f"{self._name}.generate: expected token ids below {self.vocab_size}, the size of the model's "
                         f"vocabulary, got {largest} in prompt {index}. Use the model's tokenizer"
                     )
 
     def _check_room(self, prompts: Sequence[Sequence[int]]) -> None:
         """Raise `EngineError` unless every prompt leaves room for a token."""
         for index, tokens in enumerate(prompts):
-            if self.longest is not None and len(tokens) >= self.longest:
-                raise EngineError(f"{self._name}.generate: {too_long(f'prompt {index}', len(tokens), self.longest)}")
+            if self.max_model_len is not None and len(tokens) >= self.max_model_len:
+                raise EngineError(
+                    f"{self._name}.generate: {too_long_message(f'prompt {index}', len(tokens), self.max_model_len)}"
+                )
 
 
-def too_long(prompt: str, tokens: int, longest: int) -> str:
+def too_long_message(prompt: str, tokens: int, max_model_len: int) -> str:
     """Return the message for a prompt that leaves no room for a token."""
-    return (
-        f"expected {prompt} to have fewer than the {longest} tokens of the longest sequence, got {tokens}. Shorten it"
-    )
+    return f"expected {prompt} to have fewer tokens than max_model_len ({max_model_len}), got {tokens}. Shorten it"
 
 
 def engine_class(name: str) -> type[EngineBase]:

@@ -17,20 +17,20 @@ class EnginePlaceholder:
 
     capabilities = EngineCapabilities()
 
-    def __init__(self, longest: int | None) -> None:
+    def __init__(self, max_model_len: int | None) -> None:
         """Create the placeholder of a new engine.
 
         Args:
-            longest: Maximum tokens of a sequence; None: no limit.
+            max_model_len: Maximum tokens of a sequence; None: no limit.
         """
-        self.longest = longest
+        self.max_model_len = max_model_len
         self.awake: frozenset[Part] = PARTS
         self.weight_version = 0
 
     @property
     def llm_engine(self) -> LLMEngine:
         """What LightRFT's trainers read of vLLM's engine."""
-        return LLMEngine.of(self.longest)
+        return LLMEngine.of(self.max_model_len)
 
     @property
     def expected_weights(self) -> Mapping[str, torch.Size] | None:
@@ -42,8 +42,8 @@ class EnginePlaceholder:
     def update_weights(self, buckets: Iterable[Bucket]) -> None:
         self._refuse("update_weights", "update_engine_weights")
 
-    def revoke_weights(self, why: str) -> None:
-        self._refuse("revoke_weights", "update_engine_weights")
+    def invalidate_weights(self, why: str) -> None:
+        self._refuse("invalidate_weights", "update_engine_weights")
 
     def sleep(self, level: int = 1) -> None:
         self._refuse("sleep", "maybe_sleep_inference_engine")

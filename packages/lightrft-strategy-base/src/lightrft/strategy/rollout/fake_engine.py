@@ -13,7 +13,7 @@ from typing_extensions import override
 from lightrft.config import EngineError
 from lightrft.strategy.rollout.embedded import EmbeddedEngine
 from lightrft.strategy.rollout.engine import Completion, EngineCapabilities, EngineRequest, Prompt
-from lightrft.strategy.rollout.sampling import Sampling, draw_tokens, penalized, stream_key, uniform
+from lightrft.strategy.rollout.sampling import Sampling, apply_penalties, random_key, sample_tokens, uniform
 
 
 class FakeEngine(EmbeddedEngine):
@@ -24,7 +24,7 @@ class FakeEngine(EmbeddedEngine):
     def __init__(self, request: EngineRequest) -> None:
         super().__init__(request, "fake", has_weights=False)
         positions = getattr(getattr(self._model.module, "config", None), "max_position_embeddings", None)
-        self.longest = positions if positions and positions > 0 else None  # XLNet, without a limit, has -1
+        self.max_model_len = positions if positions and positions > 0 else None  # XLNet, without a limit, has -1
 
     @classmethod
     @override
@@ -42,18 +42,18 @@ class FakeEngine(EmbeddedEngine):
             raise EngineError(
                 "FakeEngine: generate expected token ids, got text alone. It has no tokenizer; pass token ids"
             )
-        ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else self.end_ids)
-        key = stream_key(seed, prompt.token_ids, sample)
+        ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else self.eos_token_ids)
+        key = random_key(seed, prompt.token_ids, sample)
         output: list[int] = []
         logprobs: list[float] = []
-        room = sampling.max_tokens if self.longest is None else self.longest - len(prompt.token_ids)
+        room = sampling.max_tokens if self.max_model_len is None else self.max_model_len - len(prompt.token_ids)
         while len(output) < min(room, sampling.max_tokens) and not (output and output[-1] in ends):
             tokens_1T = torch.tensor([[*prompt.token_ids, *output]], device=self._device)
             logits_1V = self._model.logits(tokens_1T)[:, -1].float()
-            allowed_1V = penalized(logits_1V, [prompt.token_ids], [output], sampling)
+            allowed_1V = apply_penalties(logits_1V, [prompt.token_ids], [output], sampling)
             if len(output) < sampling.min_tokens and ends:
                 allowed_1V = allowed_1V.index_fill(1, torch.tensor(sorted(ends), device=self._device), -torch.inf)
-            token = int(draw_tokens(allowed_1V, sampling, [uniform(key, len(output))]))
+            token = int(sample_tokens(allowed_1V, sampling, [uniform(key, len(output))]))
             output.append(token)
             logprobs.append(float(logits_1V.log_softmax(dim=-1)[0, token]))
         return Completion(

@@ -28,7 +28,7 @@ from lightrft.strategy.models.state_dict_adapter import StateDictAdapter
 from lightrft.strategy.models.weight_stream import Bucket
 from lightrft.strategy.parallel.sequence import SequenceParallel
 from lightrft.strategy.rollout import multimodal
-from lightrft.strategy.rollout.embedded import changed_settings, end_ids_of_model
+from lightrft.strategy.rollout.embedded import changed_settings, eos_token_ids_of_model
 from lightrft.strategy.rollout.engine import (
     PARTS,
     Completion,
@@ -81,14 +81,14 @@ class Rollout:
                 f"engine_tp_size={share}: expected a divisor of the number of ranks, got {size} ranks. Choose a "
                 f"divisor of {size}"
             )
-        if self._world.control is None:
+        if self._world.cpu_group is None:
             return None, None
         position = self._world.rank % share
         first = self._world.rank - position
         return self._group_of(range(first, first + share)), self._group_of(range(position, size, share))
 
     def _group_of(self, ranks: Sequence[int]) -> dist.ProcessGroup | None:
-        return self._world.control if len(ranks) == self._world.size else self._world.new_group(list(ranks))
+        return self._world.cpu_group if len(ranks) == self._world.size else self._world.new_group(list(ranks))
 
     # The engine
 
@@ -134,21 +134,23 @@ class Rollout:
             self.shutdown()  # another rank failed
             raise
         if cls.leader_only and config.engine_tp_size > 1:
-            longest = self._consensus.exchange("setup_inference_engine", getattr(self.engine, "longest", None))
-            self._placeholder = EnginePlaceholder(longest[self._leader]) if self.engine is None else None
+            max_model_len = self._consensus.exchange(
+                "setup_inference_engine", getattr(self.engine, "max_model_len", None)
+            )
+            self._placeholder = EnginePlaceholder(max_model_len[self._leader]) if self.engine is None else None
         if actor is not None:
-            self._use_end_ids_of(actor, "setup_inference_engine")
+            self._use_eos_token_ids_of(actor, "setup_inference_engine")
         return self.handle
 
-    def _use_end_ids_of(self, actor: PreparedModel, call: str) -> None:
+    def _use_eos_token_ids_of(self, actor: PreparedModel, call: str) -> None:
         """Let sequences end at the token ids that the configuration of ``actor`` names now; warn of other changes in it."""
         if isinstance(self.engine, EngineBase):
-            self.engine.end_ids = end_ids_of_model(actor.module)
+            self.engine.eos_token_ids = eos_token_ids_of_model(actor.module)
         changed = changed_settings(actor.module, actor.names_model)
         if changed and changed != self._warned_of:
             self._warned_of = changed
             logger.warning(
-                "%s: expected only end tokens to change in the model's generation_config after prepare, got %s. save_model writes "
+                "%s: expected only eos_token_id to change in the model's generation_config after prepare, got %s. save_model writes "
                 "this, but the engine ignores it. Pass it to gather_and_generate, as a sampling parameter", call, changed,
             )  # fmt: skip
 
@@ -250,12 +252,12 @@ class Rollout:
             with self._together("update_engine_weights"):
                 bucket_bytes = self._engine_config.weight_sync_bucket_bytes
                 self._send(weight_stream.full_parameters(backend, converter, bucket_bytes, dtype))
-                self._use_end_ids_of(actor, "update_engine_weights")
+                self._use_eos_token_ids_of(actor, "update_engine_weights")
             if self._placeholder is not None:
                 self._placeholder.weight_version += 1
         except BaseException:
             if self.engine is not None and self.engine.weight_version != before:
-                self.engine.revoke_weights("the last weight sync failed on another rank")
+                self.engine.invalidate_weights("the last weight sync failed on another rank")
             raise
 
     def _check_coverage(self, sent: Mapping[str, torch.Size]) -> None:

@@ -1,6 +1,6 @@
 """Sampling settings, read from what a trainer passes, and drawing tokens.
 
-`draw_tokens` draws by inverse CDF at a number in [0, 1) that is a hash. With a seed, the hash depends only on the seed,
+`sample_tokens` draws by inverse CDF at a number in [0, 1) that is a hash. With a seed, the hash depends only on the seed,
 the prompt and the index of the sample, so a prompt gets the same completion in any batch, order and rank.
 
 Shapes in names: B is the batch, V the vocabulary.
@@ -66,11 +66,11 @@ class Sampling:
     temperature: float = 1.0
     """0 means greedy."""
     top_p: float = 1.0
-    """Draw from the most likely tokens whose probabilities add up to this."""
+    """Draw from the smallest set of most likely tokens whose probabilities add up to at least this."""
     top_k: int = -1
     """Draw from this many of the most likely tokens; -1 or 0 means all."""
     min_p: float = 0.0
-    """Draw from tokens of at least this fraction of the largest probability."""
+    """Draw from tokens whose probability is at least this fraction of the largest one."""
     max_tokens: int = 128
     """Maximum number of new tokens."""
     min_tokens: int = 0
@@ -226,7 +226,7 @@ def _without_numpy(value: object) -> Any:
 # Drawing
 
 
-def stream_key(seed: int, prompt: Sequence[int], sample: int) -> bytes:
+def random_key(seed: int, prompt: Sequence[int], sample: int) -> bytes:
     """Return the key of the random stream of one completion.
 
     Args:
@@ -244,7 +244,7 @@ def uniform(key: bytes, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) / 2**53
 
 
-def draw_tokens(logits_BV: torch.Tensor, sampling: Sampling, uniforms: Sequence[float]) -> torch.Tensor:
+def sample_tokens(logits_BV: torch.Tensor, sampling: Sampling, uniforms: Sequence[float]) -> torch.Tensor:
     """Draw one token for each row: the most likely one if greedy, otherwise by inverse CDF.
 
     Args:
@@ -282,7 +282,7 @@ def _filtered(probabilities_BV: torch.Tensor, sampling: Sampling) -> torch.Tenso
     return probabilities_BV
 
 
-def penalized(
+def apply_penalties(
     logits_BV: torch.Tensor, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]], sampling: Sampling
 ) -> torch.Tensor:
     """Return the logits with repetition, presence and frequency penalties, as in vLLM.

@@ -164,7 +164,7 @@ class PendingTotals:
                 self._vector[3] += (~(values.isfinite() & (values >= 0))).sum()
                 self._vector[4] += weight * values.sum()
         if world.size > 1:
-            self._work = dist.all_reduce(self._vector, group=world.payload, async_op=True)
+            self._work = dist.all_reduce(self._vector, group=world.device_group, async_op=True)
 
     def read(self) -> Totals:
         """Return the sum, and wait for it if there is one. All ranks get the same."""
@@ -264,7 +264,7 @@ def invalid_update_error(
     if differ:
         sums = "; ".join(f"rank {rank}: {total}" for rank, (*_, total) in enumerate(reports))
         return StrategyError(
-            f"{call}: expected the same denominators on the ranks that share sequences, got in the update {sums}. {dropped}. "
+            f"{call}: expected the same denominators on the ranks that share sequences, got different sums in the update: {sums}. {dropped}. "
             f"Pass the number of items of the whole sequences, not that of a slice"
         )
     counts = "; ".join(f"rank {rank}: {text}" if several else text for rank, (_, text, _) in enumerate(reports))

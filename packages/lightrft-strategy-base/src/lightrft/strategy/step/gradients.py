@@ -135,7 +135,7 @@ def check_zero_grad(trained: TrainedModel | None, call: str) -> None:
     """Raise `StrategyError` within an update, whose gradients would be lost."""
     if trained is not None and trained.has_pending_gradient and not trained.updating:
         raise StrategyError(
-            f"{call}: expected no call within an update of {trained.class_name}, got one after {trained.backwards} calls of "
+            f"{call}: expected no call within an update of {trained.class_name}, got one after {trained.backward_calls} calls of "
             f"backward, whose gradients would be lost. Leave it out: optimizer_step clears the gradients after each update"
         )
 

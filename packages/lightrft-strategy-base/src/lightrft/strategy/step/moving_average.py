@@ -1,7 +1,7 @@
 """Exponential moving averages of a trained model's weights, kept in a second model.
 
-`TrainedModel.averages` counts which updates each average includes, so that an average moves once for each update that was
-applied after it was prepared.
+`TrainedModel.averages` counts which updates each average includes, so that a call moves an average once, if an
+update was applied since the last call or since the average was prepared.
 """
 
 import warnings

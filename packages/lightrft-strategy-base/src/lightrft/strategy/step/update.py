@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lightrft.config import ArgumentTypeError, LightRFTError, StrategyError
 from lightrft.config.validation import shown
 from lightrft.strategy.backend.contract import Backend
-from lightrft.strategy.backend.replicated import fill_missing
+from lightrft.strategy.backend.replicated import fill_missing_gradients
 from lightrft.strategy.backend.types import GradientShards, TrainedModel
 from lightrft.strategy.distributed.rank_consensus import RankConsensus, require_equal
 from lightrft.strategy.distributed.world import World
@@ -58,7 +58,7 @@ def backward(
     share = loss if items is not None or trained.accumulation_steps == 1 else loss / trained.accumulation_steps
     with refusing_sparse_gradients(trained, "backward"):
         backend.backward(trained, share, retain_graph=retain_graph)
-    trained.backwards += 1
+    trained.backward_calls += 1
     trained.denominators.append(items)
     value = getattr(loss, "_local_tensor", loss).detach().reshape(())
     trained.losses.append(value.to(backend.world.device, torch.float64, copy=True))
@@ -95,7 +95,7 @@ def optimizer_step(
             _agree_on_boundary(consensus, boundary, trained.micro_batches)
         if not (trained.micro_batches >= trained.accumulation_steps if boundary is None else boundary):
             return BETWEEN_UPDATES
-        if not trained.backwards:
+        if not trained.backward_calls:
             trained.micro_batches = 0
             raise StrategyError(
                 f"optimizer_step: expected a backward since the last update of this model ({trained.class_name}), got "
@@ -127,7 +127,7 @@ def defer_to_boundary(error: LightRFTError, trained: TrainedModel, world: World)
     If one of several ranks raised alone, the others would wait for it in the update. A single rank raises at once, and so
     does one without a gradient, which makes no update.
     """
-    if world.size == 1 or not trained.backwards:
+    if world.size == 1 or not trained.backward_calls:
         raise error
     if trained.deferred_error is None:
         error.args = (f"{error}. The update was dropped, and {trained.class_name} and its optimizer are unchanged",)
@@ -212,7 +212,7 @@ def _reduced_gradient(backend: Backend, trained: TrainedModel) -> Sequence[Gradi
     backend.reduce(trained)
     with _dropping(trained):
         require_gradient(trained)
-    fill_missing(trained.parameters)
+    fill_missing_gradients(trained.parameters)
     return backend.gradient_shards(trained)
 
 
@@ -236,7 +236,7 @@ def _clip_and_step(
 def _end_update(trained: TrainedModel) -> list[Denominator]:
     """Reset the counters of the update, after its gradient was cleared. Return its denominators."""
     given, trained.denominators, trained.losses = trained.denominators, [], []
-    trained.micro_batches, trained.backwards, trained.deferred_error = 0, 0, None
+    trained.micro_batches, trained.backward_calls, trained.deferred_error = 0, 0, None
     trained.gradients_seen = versions(trained)
     return given
 
@@ -280,7 +280,7 @@ def _check_denominator(backend: Backend, trained: TrainedModel, denominator: Den
     if backend.world.size > 1 or not denominators.invalidates_update(denominator, trained.denominators):
         return
     given = [*trained.denominators, denominator]
-    if trained.backwards and backend.fused_step is not None:
+    if trained.backward_calls and backend.fused_step is not None:
         backend.fused_step(trained, math.nan)
     for parameter in trained.parameters:
         parameter.grad = None

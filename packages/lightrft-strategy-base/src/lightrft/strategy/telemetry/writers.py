@@ -15,7 +15,7 @@ from lightrft.strategy.telemetry.trackers.tracker import RunInfo, Tracker
 
 CAPACITY = 1024
 """Entries that wait for a tracker; further ones are dropped."""
-PATIENCE = 30.0
+CLOSE_TIMEOUT = 30.0
 """Seconds that `close` waits for a tracker."""
 Entry = tuple[Mapping[str, float], int] | None
 """Metrics and their step. None only wakes the thread."""
@@ -90,9 +90,15 @@ class BackgroundWriter:
     """Calls a tracker on a thread that starts with the first metrics."""
 
     def __init__(
-        self, name: str, tracker: Tracker, run: RunInfo, *, capacity: int = CAPACITY, patience: float = PATIENCE
+        self,
+        name: str,
+        tracker: Tracker,
+        run: RunInfo,
+        *,
+        capacity: int = CAPACITY,
+        close_timeout: float = CLOSE_TIMEOUT,
     ) -> None:
-        self._name, self._patience = name, patience
+        self._name, self._close_timeout = name, close_timeout
         self._direct = DirectWriter(name, tracker, run)
         self._queue: queue.Queue[Entry] = queue.Queue(capacity)
         self._closing = threading.Event()
@@ -117,10 +123,10 @@ class BackgroundWriter:
         self._closing.set()
         with suppress(queue.Full):  # then the thread is not waiting for an entry
             self._queue.put_nowait(None)
-        self._thread.join(self._patience)
+        self._thread.join(self._close_timeout)
         if self._thread.is_alive():
             self._direct.reporter.say(
-                f"did not finish within {self._patience:g} s of close. Its last {self._queue.qsize()} entries may be lost"
+                f"did not finish within {self._close_timeout:g} s of close. Its last {self._queue.qsize()} entries may be lost"
             )
         self._thread = None
 
