@@ -197,6 +197,22 @@ def accumulated(after: bool) -> tuple[str, str]:
     raise AssertionError("nothing was raised")
 
 
+def frozen_after_a_refused_forward() -> list[bool]:
+    """Whether a parameter is frozen that the script froze after the first forward pass was refused, before and after the next."""
+    with fsdp_cases.strategy(Program()) as made:
+        model = layered()
+        prepared, _ = fsdp_cases.prepared(made, model)
+        handle = model.layers[0].norm.weight.register_post_accumulate_grad_hook(lambda parameter: None)
+        try:
+            prepared(tokens(0))
+        except LightRFTError:
+            handle.remove()
+        model.layers[0].down.weight.requires_grad_(False)
+        seen = [not model.layers[0].down.weight.requires_grad]
+        prepared(tokens(0))
+        return [*seen, not model.layers[0].down.weight.requires_grad]
+
+
 def _through_parts(model: Layered) -> torch.Tensor:
     """A layer and parts of another one, called outside the model's forward."""
     states = model.layers[0](model.embed(tokens(1)))

@@ -36,6 +36,10 @@ def test_a_hook_on_the_accumulated_gradient_is_refused_by_name(two: Workers, aft
     assert "Use register_hook" in first[1]
 
 
+def test_a_parameter_that_is_frozen_after_the_first_forward_was_refused_stays_frozen(two: Workers) -> None:
+    assert two.run(cases.frozen_after_a_refused_forward) == [[True, True], [True, True]]
+
+
 def test_a_part_that_is_called_alone_is_evaluated_and_does_not_train(two: Workers) -> None:
     for outputs, wanted, errors in two.run(cases.parts):
         torch.testing.assert_close(outputs, wanted)

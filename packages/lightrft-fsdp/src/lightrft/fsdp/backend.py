@@ -29,8 +29,8 @@ from lightrft.strategy.backend import (
     WrapOptions,
     attributes_of,
     check_batch_norms,
+    check_elementwise,
     check_gradient_hooks,
-    check_on_parts,
     set_attributes,
 )
 
@@ -115,7 +115,7 @@ class FSDPBackend(ReplicatedBackend):
         def partition(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
             return [[distribute_tensor(tensor, mesh, placements, src_data_rank=None) for tensor in tensors]]
 
-        check_on_parts(
+        check_elementwise(
             optimizer,
             partition,
             lambda parameter: parameter.ndim,

@@ -9,6 +9,7 @@ ones.
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,31 +22,23 @@ from typing_extensions import override
 from lightrft.config import StrategyError
 from lightrft.strategy.backend import attributes_of, set_attributes
 
+_NOTHING = nullcontext()
+
 
 class GatheredParameter(FSDPParam):
     """An `FSDPParam` whose two parameters share ``requires_grad`` and gradient hooks, whichever one changes."""
 
-    _requires_grad: bool
-    """The last value on which both agreed."""
+    _requires_grad: bool | None = None
+    """The last value on which both agreed; None until the first gathering."""
     _version: int
     """The version counter of the gathered parameter when it was gathered. Gathering keeps it, and writing raises it."""
 
     @override
-    def init_all_gather_outputs(self, *arguments: Any, **more: Any) -> None:
-        with torch.inference_mode(False):  # kept, and used in training later
-            super().init_all_gather_outputs(*arguments, **more)
-
-    @override
-    def init_unsharded_param(self) -> None:
-        first = not hasattr(self, "_unsharded_param")
-        with torch.inference_mode(False):
-            super().init_unsharded_param()  # type: ignore[no-untyped-call]
-        if first:
-            self._requires_grad = self.sharded_param.requires_grad
-            set_attributes(self._unsharded_param, attributes_of(self.sharded_param))
-
-    @override
     def to_unsharded(self) -> None:
+        if self._requires_grad is None:
+            self._requires_grad = self.sharded_param.requires_grad
+            self._unsharded_param.requires_grad_(self._requires_grad)
+            set_attributes(self._unsharded_param, attributes_of(self.sharded_param))
         self.synchronize()
         self.check_hooks()
         super().to_unsharded()
@@ -60,8 +53,9 @@ class GatheredParameter(FSDPParam):
     def synchronize(self) -> None:
         """Copy what was set on one of the two parameters since the last call to the other."""
         shard, gathered = self.sharded_param, self._unsharded_param
-        if shard.requires_grad is gathered.requires_grad:
-            self._requires_grad = shard.requires_grad
+        requires_grad = shard.requires_grad
+        if requires_grad is gathered.requires_grad:
+            self._requires_grad = requires_grad
         else:
             self._requires_grad = not self._requires_grad
             for parameter in (shard, gathered):
@@ -72,12 +66,11 @@ class GatheredParameter(FSDPParam):
 
     def check_hooks(self) -> None:
         """Raise `StrategyError` for a hook that was registered after preparing, and that would never be called."""
-        for parameter in (self.sharded_param, self._unsharded_param):
-            if parameter._post_accumulate_grad_hooks:
-                raise StrategyError(
-                    f"forward: expected no parameter with a hook of register_post_accumulate_grad_hook, got one on "
-                    f"{self._param_fqn}. FSDP2 does not accumulate whole gradients on the parameter. Use register_hook"
-                )
+        if self.sharded_param._post_accumulate_grad_hooks or self._unsharded_param._post_accumulate_grad_hooks:
+            raise StrategyError(
+                f"forward: expected no parameter with a hook of register_post_accumulate_grad_hook, got one on "
+                f"{self._param_fqn}. FSDP2 does not accumulate whole gradients on the parameter. Use register_hook"
+            )
 
     def check_unwritten(self) -> None:
         """Raise `StrategyError` if a script has written to the gathered parameter: the next gathering would undo it."""
@@ -113,6 +106,11 @@ class GatheredGroup(FSDPParamGroup):
 
     part_hooks: Sequence[PartHook] = ()
     """The modules have them while the group is sharded."""
+
+    @override
+    def wait_for_unshard(self) -> None:
+        with _outside_inference_mode():  # the gathered parameters are kept, and used in training later
+            super().wait_for_unshard()
 
     @override
     def _to_sharded(self) -> None:
@@ -177,11 +175,17 @@ def parameter_groups(module: nn.Module) -> Iterator[Any]:
     """Yield FSDP2's groups of parameters of ``module``: one for each part that is sharded."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
-            yield from _groups_of(part)
+            yield from _groups_of(part._get_fsdp_state())
 
 
-def _groups_of(part: FSDPModule) -> Iterator[Any]:
-    state: Any = part._get_fsdp_state()
+def groups_of_prepared(model: nn.Module) -> Iterator[Any]:
+    """Yield the `parameter_groups` of a model that was prepared, without a walk through its modules: `gather_for_parts` made the list."""
+    assert isinstance(model, FSDPModule)
+    for state in model._get_fsdp_state()._state_ctx.all_states:
+        yield from _groups_of(state)
+
+
+def _groups_of(state: Any) -> Iterator[Any]:
     groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # torch 2.11 has one at most
     yield from (group for group in groups if group is not None)
 
@@ -208,7 +212,7 @@ def gather_for_parts(module: nn.Module) -> None:
     names = {part: name for name, part in module.named_modules() if part is not module}
     for sharded in module.modules():
         if isinstance(sharded, FSDPModule):
-            for group in _groups_of(sharded):
+            for group in _groups_of(sharded._get_fsdp_state()):
                 group.part_hooks = [
                     PartHook(part, _gather_or_refuse(sharded, names[part], class_name))
                     for part in _users(group) - {sharded}
@@ -241,6 +245,11 @@ def _users(group: Any) -> set[nn.Module]:
     """Return the modules whose forward uses parameters of ``group``; several share a tied one."""
     infos = [parameter._module_info for parameter in group.fsdp_params]
     return {user for info in infos for user in (info.module, *info.shared_modules)}
+
+
+def _outside_inference_mode() -> AbstractContextManager[object]:
+    """Return a context without inference mode. To leave a mode that is not active takes longer than to ask."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NOTHING
 
 
 def _merged(first: Any, second: Any) -> Any:

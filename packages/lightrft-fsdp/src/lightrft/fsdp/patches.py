@@ -40,7 +40,7 @@ def _internals(owner: str, *names: str) -> list[Target]:
 USED = [
     *_internals(
         "torch.distributed.fsdp._fully_shard._fsdp_param:FSDPParam",
-        "init_all_gather_outputs", "init_unsharded_param", "to_sharded", "to_unsharded",
+        "to_sharded", "to_unsharded",
         "_module_info", "_param_fqn", "_unsharded_param", "orig_dtype", "reduce_dtype", "sharded_param",
     ),
     Target(
@@ -50,9 +50,10 @@ USED = [
     *_internals(
         "torch.distributed.fsdp._fully_shard._fsdp_param_group:FSDPParamGroup",
         "_init_mp_dtypes", "_orig_dtype", "_reduce_dtype", "_to_sharded", "_to_sharded_post_forward", "_to_unsharded",
-        "fsdp_params", "is_unsharded", "mesh_info", "post_backward", "post_forward_mesh_info",
+        "fsdp_params", "is_unsharded", "mesh_info", "post_backward", "post_forward_mesh_info", "wait_for_unshard",
     ),
-    *_internals("torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState", "_fsdp_param_group", "_lazy_init"),
+    *_internals("torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState", "_fsdp_param_group", "_lazy_init", "_state_ctx"),
+    *_internals("torch.distributed.fsdp._fully_shard._fsdp_state:FSDPStateContext", "all_states"),
     Target(target="torch.distributed.fsdp:FSDPModule._get_fsdp_state"),
     Target(target="torch.distributed.tensor:DTensor._op_dispatcher"),
     Target(target="torch.distributed.tensor._sharding_prop:ShardingPropagator.propagate_op_sharding"),

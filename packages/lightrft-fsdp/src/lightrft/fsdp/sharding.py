@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from lightrft.fsdp.gathered_parameter import parameter_groups
+from lightrft.fsdp.gathered_parameter import groups_of_prepared, parameter_groups
 from lightrft.strategy.backend import World, all_gather_rows, broadcast, cast
 
 
@@ -49,7 +49,7 @@ def release_groups(module: nn.Module) -> None:
 
 def gathered_parameters(module: nn.Module) -> set[int]:
     """Return the ids of the parameters that FSDP2 gathers for a forward pass: the leaves of the graph of a loss."""
-    parameters = (parameter for group in parameter_groups(module) for parameter in group.fsdp_params)
+    parameters = (parameter for group in groups_of_prepared(module) for parameter in group.fsdp_params)
     return {id(parameter._unsharded_param) for parameter in parameters if hasattr(parameter, "_unsharded_param")}
 
 
