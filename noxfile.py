@@ -287,10 +287,12 @@ def learning(session: nox.Session, run: str) -> None:
 
 @session(default=False)
 def bench(session: nox.Session) -> None:
-    """Run the benchmarks."""
-    packages = ("lightrft-deepspeed", "lightrft-engines[transformers]", "lightrft-fsdp")
+    """Run the benchmarks; ``--save-baseline``: all, and write the tables of docs/performance.md."""
+    packages = ("lightrft-conformance", "lightrft-deepspeed", "lightrft-engines[transformers]", "lightrft-fsdp")
     environment = Environment((*packages, *group("bench")), unresolved=group("model"))
     _script(session, environment, "benchmarks/run.py", *session.posargs)
+    if "--save-baseline" in session.posargs:
+        _script(session, DOCS_ENVIRONMENT, "docs/build.py")
 
 
 @session(default=False)

@@ -1,7 +1,8 @@
 """The training loops that are compared: this layer, the bare backend, Accelerate and Lightning Fabric.
 
-Each loop makes the same update: the mean gradient of K micro-batches over all ranks, clipped, then AdamW. Each uses what its
-library offers for accumulation and clipping, as its documentation shows.
+Each loop makes the same update: the mean gradient of K micro-batches over all ranks, clipped, then AdamW with one parameter
+group, since DeepSpeed has collectives for each group. Each uses what its library offers for accumulation and clipping, as its
+documentation shows.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,8 +34,7 @@ def adamw(model: nn.Module) -> torch.optim.AdamW:
 
 def with_strategy(strategy: StrategyBase, model: nn.Module, *, denominators: bool = False) -> Update:
     """This layer; with ``denominators``, each loss counts as a sum over the elements of its micro-batch."""
-    optimizer = strategy.create_optimizer(model, lr=RATE)
-    model, optimizer, _ = strategy.prepare((model, optimizer, None))
+    model, optimizer, _ = strategy.prepare((model, adamw(model), None))
 
     def update(batches: Sequence[torch.Tensor]) -> None:
         for batch in batches:

@@ -2,7 +2,7 @@
 
 Without names, all run that need no engine of their own environment. Prints every figure, and writes them to FOLDER: a JSON file
 per benchmark, one table (``table.md``) with versions, machine and command on top, and a picture of the ratios. ``--compare``
-says which ratios moved beyond the bounds in ``baseline.json``; ``--save-baseline`` runs everything three times and writes that
+says which ratios moved beyond the bounds in ``baseline.json``; ``--save-baseline`` runs everything and writes that
 file. A missed goal or a ratio that moved is printed, and is not an error: these figures depend on the machine.
 """
 
@@ -13,18 +13,19 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from measure import Row
 
 HERE = Path(__file__).parent
 BASELINE = HERE / "baseline.json"
-BASELINE_RUNS = 3
 SLACK = 0.02
-"""A ratio moved if it is further than this share from all that the baseline saw."""
+"""A ratio moved if it is further than this share from the quartiles of the baseline."""
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "lightning-fabric", "safetensors")
 
 
@@ -43,13 +44,15 @@ class Benchmark:
 
 
 def _steps() -> dict[str, Benchmark]:
-    """An update of 1 ms and of 20 ms on every strategy, with one and with eight micro-batches; a large one on some."""
+    """An update of 1 ms and of 20 ms on every strategy; with eight micro-batches, with denominators and a large one on some."""
     steps = {}
     for strategy in ("fake", "fsdp", "zero0", "zero1", "zero2", "zero3"):
         ranks = 1 if strategy == "fake" else 2
-        steps[f"step.{strategy}.1ms"] = Benchmark("steps.py", (strategy, "--size=1 ms", "--rounds=300"), ranks)
+        steps[f"step.{strategy}.1ms"] = Benchmark("steps.py", (strategy, "--size=1 ms", "--rounds=200"), ranks)
         steps[f"step.{strategy}.20ms"] = Benchmark("steps.py", (strategy, "--size=20 ms"), ranks)
-        more = ("--size=20 ms", "--accumulation=8", "--rounds=12")
+    for strategy in ("fake", "fsdp", "zero2", "zero3"):
+        ranks = 1 if strategy == "fake" else 2
+        more = ("--size=20 ms", "--accumulation=8", "--rounds=20")
         steps[f"step.{strategy}.20ms.K8"] = Benchmark("steps.py", (strategy, *more), ranks)
     for strategy in ("fake", "fsdp", "zero2"):
         ranks = 1 if strategy == "fake" else 2
@@ -99,14 +102,16 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
+    if args.save_baseline and args.names:
+        print(f"--save-baseline runs everything; leave out {' '.join(args.names)}", file=sys.stderr)
+        return 2
     names = _selected(known, args.names) if args.names else list(BENCHMARKS)
     args.output.mkdir(parents=True, exist_ok=True)
-    runs = [measured(names, args.output) for _ in range(BASELINE_RUNS if args.save_baseline else 1)]
-    rows = runs[-1]
+    rows = measured(names, args.output)
     (args.output / "table.md").write_text(table(rows), encoding="utf-8")
     draw(rows, args.output / "ratios.png")
     if args.save_baseline:
-        BASELINE.write_text(json.dumps(baseline(runs), indent=1) + "\n", encoding="utf-8")
+        BASELINE.write_text(json.dumps(baseline(rows), indent=0) + "\n", encoding="utf-8")
     if args.compare:
         print(*moved_ratios(rows, json.loads(BASELINE.read_text(encoding="utf-8"))), sep="\n")
     missed = [row for found in rows.values() for row in found if row.met is False]
@@ -128,7 +133,9 @@ def measured(names: Sequence[str], output: Path) -> dict[str, list[Row]]:
         path = output / f"{name}.json"
         path.unlink(missing_ok=True)
         print(f"\n{name}", flush=True)
+        start = time.monotonic()
         succeeded = succeeds((BENCHMARKS | SYNCS)[name], path)
+        print(f"{time.monotonic() - start:.0f} s", flush=True)
         found = json.loads(path.read_text(encoding="utf-8")) if succeeded and path.exists() else []
         rows[name] = [Row(**row) for row in found]
     return rows
@@ -204,34 +211,34 @@ def draw(rows: dict[str, list[Row]], path: Path) -> None:
 # The baseline
 
 
-def _ratios(rows: dict[str, list[Row]]) -> dict[str, Row]:
-    return {f"{row.case}: {row.what}": row for found in rows.values() for row in found if not row.unit}
-
-
-def baseline(runs: Sequence[dict[str, list[Row]]]) -> dict[str, object]:
-    """The least and the largest median of each ratio, over some runs of one commit."""
+def baseline(rows: dict[str, list[Row]]) -> dict[str, Any]:
+    """Every figure of a commit, with its quartiles. docs/build.py makes the tables of docs/performance.md from it."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=True).stdout
-    ratios: dict[str, list[float]] = {}
-    for run in runs:
-        for name, row in _ratios(run).items():
-            ratios.setdefault(name, []).append(row.value)
-    bounds = {name: [round(min(values), 4), round(max(values), 4)] for name, values in ratios.items()}
-    return {"commit": commit.strip(), "machine": machine(), "ratios": bounds}
+    figures = [
+        {
+            "benchmark": name.partition(".")[0], "case": row.case, "what": row.what, "unit": row.unit, "goal": row.goal,
+            **{key: float(f"{getattr(row, key):.4g}") for key in ("value", "low", "high")},
+        }
+        for name, found in rows.items()
+        for row in found
+    ]  # fmt: skip
+    return {"commit": commit.strip(), "machine": machine(), "rows": figures}
 
 
-def moved_ratios(rows: dict[str, list[Row]], stored: dict[str, dict[str, list[float]]]) -> list[str]:
-    """A line for each ratio that is not between the bounds of the baseline, within `SLACK`."""
+def moved_ratios(rows: dict[str, list[Row]], stored: dict[str, Any]) -> list[str]:
+    """A line for each ratio whose median is not between the quartiles of the baseline, within `SLACK`."""
+    now = {f"{row.case}: {row.what}": row.value for found in rows.values() for row in found if not row.unit}
+    before = {f"{row['case']}: {row['what']}": row for row in stored["rows"] if not row["unit"]}
     lines = []
-    for name, row in _ratios(rows).items():
-        if name not in stored["ratios"]:
-            lines.append(f"new: {name}: {row.value:.3f}")
+    for name, value in now.items():
+        if name not in before:
+            lines.append(f"new: {name}: {value:.3f}")
             continue
-        low, high = stored["ratios"][name]
-        if not low - SLACK * abs(low) <= row.value <= high + SLACK * abs(high):
-            lines.append(f"moved: {name}: {low:.3f} to {high:.3f} in the baseline, {row.value:.3f} now")
+        low, high = before[name]["low"], before[name]["high"]
+        if not low - SLACK * abs(low) <= value <= high + SLACK * abs(high):
+            lines.append(f"moved: {name}: {low:.3f} to {high:.3f} in the baseline, {value:.3f} now")
     cases = {row.case for found in rows.values() for row in found}
-    gone = stored["ratios"].keys() - _ratios(rows).keys()
-    lines += [f"missing: {name}" for name in sorted(gone) if name.rpartition(": ")[0] in cases]
+    lines += [f"missing: {name}" for name in sorted(before.keys() - now.keys()) if name.rpartition(": ")[0] in cases]
     return lines or [f"no ratio moved beyond the baseline of {stored['commit']}"]
 
 

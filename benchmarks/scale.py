@@ -82,7 +82,7 @@ class OtherRanks(RankConsensus):
 
 
 def consensus(ranks: int) -> RankConsensus:
-    world: Any = SimpleNamespace(size=ranks, rank=0, control=None, payload=None)
+    world: Any = SimpleNamespace(size=ranks, rank=0, cpu_group=None, device_group=None)
     return OtherRanks(world)
 
 

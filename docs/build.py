@@ -1,7 +1,7 @@
 """Generate documentation pages from the code: ``python docs/build.py``. ``--check`` only reports outdated pages.
 
 ``contract.md`` is generated from the clauses of the conformance suite, ``settings.md`` from the schema of `StrategyConfig`; their
-translations also from ``zh.toml``. ``certificate.schema.json``, also in the package, comes from the model of certificates, and the
+translations also from ``zh.toml``. The tables of ``performance.md`` come from what the benchmarks wrote to baseline.json. ``certificate.schema.json``, also in the package, comes from the model of certificates, and the
 pages and badges of certificates from their JSON, which `nox -s certificates` writes.
 """
 
@@ -71,6 +71,24 @@ CERTIFICATES = (
     "`lightrft-conformance verify docs/certificates/{}.json` compares them."
 )
 """Below the headline of a certificate."""
+BENCHMARKS = """\
+`nox -s bench -- --save-baseline` writes these tables. A figure is the median of the rounds; for this layer, the quartiles follow in
+parentheses. A ratio of times or of memory below 1 is better, one of speeds above 1. Made with: {}.
+"""
+"""Above the tables of performance.md."""
+BENCHMARK_GROUPS = {
+    "step": "Updates",
+    "collectives": "Collectives",
+    "checkpoint": "Checkpoints",
+    "memory": "Memory",
+    "sync": "Weight syncs and generation",
+    "log_probs": "Log-probabilities",
+    "sequence_parallel": "Sequence parallelism",
+    "planning": "Plans of micro-batches",
+    "scale": "Work that grows with ranks",
+    "imports": "Imports and commands",
+}
+"""Titles of the tables, by the first part of the benchmarks' names."""
 OWNERS = {
     "strategy": "Read by the strategy",
     "engine": "Read by the rollout engine",
@@ -280,16 +298,74 @@ def with_badges(text: str, certificates: dict[str, Certificate], texts: Texts) -
         else ""
     )
     headline = f"\n> {': '.join(shown)}.\n> {validity}\n" if name else ""
-    first, end = "<!-- certificates: written by docs/build.py -->\n", "<!-- end of certificates -->"
+    return with_content(text, "certificates", "".join([*(f"{badge}\n" for badge in badges), headline]))
+
+
+def with_content(text: str, name: str, content: str) -> str:
+    """``text`` of a page, with ``content`` between its two markers of ``name``, if it has them.
+
+    Raises:
+        ValueError: One of the markers is missing, or the second comes first.
+    """
+    first, end = f"<!-- {name}: written by docs/build.py -->\n", f"<!-- end of {name} -->"
     head, marked, rest = text.partition(first)
     _, closed, tail = rest.partition(end)
     if not marked and end not in text:
         return text
     if not marked or not closed:
-        raise ValueError(
-            f"a README needs both lines, in this order: {first.strip()} and {end}. Restore the missing one"
+        raise ValueError(f"a page needs both lines, in this order: {first.strip()} and {end}. Restore the missing one")
+    return "".join([head, first, content, end, tail])
+
+
+def with_benchmarks(text: str, baseline: dict[str, Any], texts: Texts) -> str:
+    """``text`` of the page on performance, with a table for each group of benchmarks between the markers."""
+    lines = ["", texts("pages", "benchmarks", BENCHMARKS).format("; ".join(baseline["machine"])), ""]
+    for group, title in BENCHMARK_GROUPS.items():
+        rows = [row for row in baseline["rows"] if row["benchmark"] == group]
+        table = _benchmark_table(rows, texts)
+        if table:
+            lines += [f"### {texts('benchmarks', group, title)}", ""]
+            lines += [
+                texts("pages", "benchmarks-columns", "| case | compared with | medians | goal |"),
+                "|---|---|---|---|",
+            ]
+            lines += [*table, ""]
+    return with_content(text, "benchmarks", "\n".join(lines) + "\n")
+
+
+def _benchmark_table(rows: list[dict[str, Any]], texts: Texts) -> list[str]:
+    """The ratios of one group, a row for each case and reference, and other figures that have a goal."""
+    times = {(row["case"], row["what"]): row["value"] for row in rows if row["unit"] == "ms"}
+    cells: dict[tuple[str, str], list[str]] = {}
+    goals: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        contender, slash, reference = row["what"].partition(" / ")
+        in_weights = row["unit"] == "x"  # memory: the ratios of some would be to almost nothing
+        if row["benchmark"] == "memory" and not in_weights:
+            continue
+        if not (slash and not row["unit"]) and not row["goal"] and not in_weights:
+            continue
+        key = (row["case"], reference if slash else "")
+        low, middle, high = row["low"], row["value"], row["high"]
+        digits = ".3g" if row["unit"] else ".3f"
+        figure = f"{middle:{digits}} {row['unit']}".strip()
+        ours = low < high and (bool(row["goal"]) or contender.startswith("ours"))
+        spread = f" ({low:{digits}} to {high:{digits}})" if ours else ""
+        cells.setdefault(key, []).append(f"{contender} {figure}{spread}")
+        if row["goal"]:
+            sign, bound = row["goal"].split()
+            met = middle >= float(bound) if sign == ">=" else middle <= float(bound)
+            word = texts("benchmarks", "met", "met") if met else f"**{texts('benchmarks', 'missed', 'missed')}**"
+            goals.setdefault(key, []).append(f"{row['goal']}: {word}")
+    return [
+        _row(
+            case,
+            f"{reference}, {times[case, reference]:.3g} ms" if (case, reference) in times else reference,
+            "; ".join(found),
+            "; ".join(goals.get((case, reference), [])),
         )
-    return "".join([head, first, *(f"{badge}\n" for badge in badges), headline, end, tail])
+        for (case, reference), found in cells.items()
+    ]
 
 
 def pages(folder: Path) -> dict[str, Callable[[], str]]:
@@ -315,6 +391,12 @@ def pages(folder: Path) -> dict[str, Callable[[], str]]:
         readme = folder.parent / f"README{suffix}.md"
         if readme.is_file():
             made[f"../{readme.name}"] = partial(with_badges, readme.read_text(encoding="utf-8"), certificates, texts)
+    measured = folder.parent / "benchmarks/baseline.json"
+    if measured.is_file():
+        baseline = json.loads(measured.read_text(encoding="utf-8"))
+        for suffix, texts in TEXTS.items():
+            page = f"performance{suffix}.md"
+            made[page] = partial(with_benchmarks, (folder / page).read_text(encoding="utf-8"), baseline, texts)
     for name, certificate in certificates.items():
         for suffix in FORMATS.keys() - {".json"}:
             made[f"certificates/{name}{suffix}"] = partial(FORMATS[suffix], certificate)

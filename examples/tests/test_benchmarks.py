@@ -21,3 +21,30 @@ def test_every_benchmark_is_a_script_with_the_common_options(known):
         script = BENCHMARKS / benchmark.script
         assert script.is_file(), name
         assert "parser(__doc__, rounds=" in script.read_text(encoding="utf-8"), name
+
+
+def test_a_ratio_outside_the_quartiles_of_the_baseline_has_moved(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    names = runpy.run_path(str(BENCHMARKS / "run.py"))
+
+    def run(ratio):
+        return {
+            "step.fake.1ms": [
+                names["Row"]("update", "bare", 100 * ratio, 0, 0, unit="ms"),
+                names["Row"]("update", "ours / bare", ratio, ratio - 0.01, ratio + 0.01, goal="<= 1.01", met=True),
+            ]
+        }
+
+    stored = names["baseline"](run(1.0))
+    assert stored["rows"][1] == {
+        "benchmark": "step", "case": "update", "what": "ours / bare", "unit": "", "goal": "<= 1.01",
+        "value": 1.0, "low": 0.99, "high": 1.01,
+    }  # fmt: skip
+    (line,) = names["moved_ratios"](run(1.02), stored)
+    assert line.startswith("no ratio moved beyond the baseline of ")
+    assert names["moved_ratios"](run(1.1), stored) == [
+        "moved: update: ours / bare: 0.990 to 1.010 in the baseline, 1.100 now"
+    ]
+    assert names["moved_ratios"]({"step.fake.1ms": run(1.0)["step.fake.1ms"][:1]}, stored) == [
+        "missing: update: ours / bare"
+    ]
