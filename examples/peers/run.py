@@ -9,28 +9,14 @@ documentation found" is always a decision.
 import argparse
 import json
 import platform
-import time
 from importlib.metadata import version
 from typing import Any
 
+from examples.peers.judging import judged
 from examples.peers.results import COLUMNS, RESULTS, documented, errors, families, notes_of, scripts
 from examples.peers.scripts import outputs
 
-from lightrft.conformance.peers import Result, judge
-
-PACKAGES = ("torch", "accelerate", "lightning-fabric", "deepspeed")
-
-
-def judged(name: str, promises: list[str]) -> list[dict[str, str]]:
-    """The results of one column; of each message, the first line: stacks name paths of this machine."""
-    start = time.monotonic()
-
-    def on_result(result: Result) -> None:
-        line = f"{time.monotonic() - start:4.0f} s  {name:18}{result.verdict:13}{result.promise:22}{result.detail}"
-        print(line.splitlines()[0][:300], flush=True)
-
-    results = judge(COLUMNS[name].target, world=COLUMNS[name].world, only=promises, on_result=on_result)
-    return [{**result.to_dict(), "detail": result.detail.partition("\n")[0]} for result in results]
+PACKAGES = ("torch", "accelerate", "lightning-fabric", "deepspeed", "transformers")
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import json
 import pages
 import pytest
 
-from lightrft.conformance.peers import judge
+from lightrft.conformance.peers import Result, judge
 
 
 def test_two_promises_on_plain_ddp(monkeypatch):
@@ -60,3 +60,13 @@ def test_each_published_script_shows_a_difference(content):
 def test_incomplete_results_are_told(content, errors, damage, said):
     damage(content)
     assert any(said in told for told in errors(content))
+
+
+def test_a_package_that_is_missing_is_no_difference(monkeypatch):
+    monkeypatch.syspath_prepend(pages.ROOT)
+    judging = importlib.import_module("examples.peers.judging")
+    missing = "rank 0 raised PackageNotFoundError: No package metadata was found for transformers"
+    result = Result(promise="parity", verdict="differs", detail=missing)
+    monkeypatch.setattr(judging, "judge", lambda *_, on_result, **__: on_result(result))
+    with pytest.raises(SystemExit, match=r"accelerate-ddp: parity was not judged: .*transformers"):
+        judging.judged("accelerate-ddp", [])

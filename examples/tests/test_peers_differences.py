@@ -12,7 +12,7 @@ SCRIPTS = sorted(FOLDER.glob("*.py"))
 DOCS = Path(__file__).parents[2] / "docs"
 MAX_LINES = 30
 ALLOWED_IMPORTS = {
-    "accelerate", "lightning_fabric", "os", "pathlib", "pickle", "resource", "tempfile", "torch",
+    "accelerate", "datetime", "lightning_fabric", "os", "pathlib", "pickle", "resource", "tempfile", "torch",
 }  # fmt: skip
 
 
