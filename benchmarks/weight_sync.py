@@ -21,7 +21,7 @@ from models import save_smollm2, smollm2
 from lightrft.engines.sglang.shared_memory import pieces
 from lightrft.strategy import RolloutEngine, Sampling, StrategyBase, get_strategy
 
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 64, 128, 32
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 16, 64, 32
 
 
 def main() -> int:
