@@ -287,7 +287,7 @@ def learning(session: nox.Session, run: str) -> None:
 
 @session(default=False)
 def bench(session: nox.Session) -> None:
-    """Run the benchmarks; ``--save-baseline``: all, and write the tables of docs/performance.md."""
+    """Run the benchmarks; ``--save-baseline``: also write the tables of docs/performance.md."""
     packages = ("lightrft-conformance", "lightrft-deepspeed", "lightrft-engines[transformers]", "lightrft-fsdp")
     environment = Environment((*packages, *group("bench")), unresolved=group("model"))
     _script(session, environment, "benchmarks/run.py", *session.posargs)
@@ -298,9 +298,10 @@ def bench(session: nox.Session) -> None:
 @session(default=False)
 @nox.parametrize("engine", [nox.param(name, id=name) for name in ENGINES])
 def syncs(session: nox.Session, engine: str) -> None:
-    """Measure weight syncs into one engine, and generation through a strategy."""
-    names = [f"sync.{engine}.{strategy}" for strategy in ("fake", "zero3")]
-    _script(session, ENGINES[engine], "benchmarks/run.py", *(session.posargs or names))
+    """Measure weight syncs into one engine, and generation through a strategy; options as for ``bench``."""
+    _script(session, ENGINES[engine], "benchmarks/run.py", f"sync.{engine}", *session.posargs)
+    if "--save-baseline" in session.posargs:
+        _script(session, DOCS_ENVIRONMENT, "docs/build.py")
 
 
 @session(default=False)

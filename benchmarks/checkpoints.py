@@ -1,8 +1,8 @@
-"""Saving, loading and exporting, compared with plain files of the same size and with torch.save, DCP and Accelerate.
+"""Saving, loading and exporting, compared with plain files of the same size and with torch.save, DCP, Accelerate and DeepSpeed.
 
 The model has SmolLM2-135M's shape and AdamW's state, in fp32, in one process. A plain read is into allocated memory, as a
-model's is; plain writes are atomic and synced to the disk, as ours are. torch.save, DCP and Accelerate verify nothing when they
-load; they and save_pretrained do not sync what they write.
+model's is; plain writes are atomic and synced to the disk, as ours are. The others verify nothing when they load, and do not
+sync what they write, as save_pretrained does not.
 """
 
 import os
@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from loops import adamw
+from loops import adamw, zero_engine
 from measure import Action, Goal, Report, interleaved, parser
 from models import smollm2
 from torch.distributed import checkpoint as dcp
@@ -82,26 +83,34 @@ def measure(report: Report, folder: Path, rounds: int, device: str) -> None:
         report.add("checkpoint", "size", [size / 1e9], unit="GB")
         data = memoryview(torch.randint(256, (size,), dtype=torch.uint8).numpy())
         background.save_ckpt(other, folder / "async", tag="t")  # the first save allocates memory for copies
-        state = state_of(model, blocking)
-        peers = Accelerate(folder / "accelerate", device)
+        optimizer = optimizer_of(model)
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        accelerate, deepspeed = Accelerate(folder / "accelerate", device), DeepSpeed(folder / "deepspeed")
 
         def blocked() -> None:
             background.save_ckpt(other, folder / "async", tag="t")
+
+        def load_state() -> None:
+            loaded = torch.load(folder / "state.pt")
+            model.load_state_dict(loaded["model"])
+            optimizer.load_state_dict(loaded["optimizer"])
 
         saves: dict[str, Action] = {
             "plain write": lambda: write(folder / "plain", data),
             "ours": lambda: blocking.save_ckpt(model, folder / "ours", tag="t"),
             "torch.save": lambda: torch.save(state, folder / "state.pt"),
             "DCP": lambda: dcp.save(state, checkpoint_id=folder / "dcp", no_dist=True),
-            "Accelerate": peers.save,
+            "Accelerate": accelerate.save,
+            "DeepSpeed": deepspeed.save,
             "ours, async": blocked,
         }
         loads: dict[str, Action] = {
             "plain read": lambda: read(folder / "plain", data),
             "ours": lambda: blocking.load_ckpt(model, folder / "ours"),
-            "torch.load": lambda: model.load_state_dict(torch.load(folder / "state.pt")["model"]),
+            "torch.load": load_state,
             "DCP": lambda: dcp.load(state, checkpoint_id=folder / "dcp", no_dist=True),
-            "Accelerate": peers.load,
+            "Accelerate": accelerate.load,
+            "DeepSpeed": deepspeed.load,
         }
         seconds = interleaved(saves, rounds, blocking.device, before=lambda: background._checkpoint_saver.finish())
         report.times("save", seconds)
@@ -127,14 +136,14 @@ def measure(report: Report, folder: Path, rounds: int, device: str) -> None:
         report.compare("export", seconds, "plain write")
 
 
-def state_of(model: Any, strategy: FakeStrategy) -> dict[str, Any]:
-    """The same tensors as in the checkpoint, for libraries that take a state dict."""
+def optimizer_of(model: Any) -> torch.optim.AdamW:
+    """An optimizer with as much state as in the checkpoint, for libraries that take state dicts."""
     optimizer = adamw(model)
     for parameter in model.parameters():
         optimizer.state[parameter] = {
             "step": torch.tensor(1.0), "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)
         }  # fmt: skip
-    return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    return optimizer
 
 
 class Accelerate:
@@ -154,6 +163,25 @@ class Accelerate:
 
     def load(self) -> None:
         self._accelerator.load_state(self._folder)
+
+
+class DeepSpeed:
+    """A model and its optimizer state under DeepSpeed's `save_checkpoint` and `load_checkpoint`, on one rank without ZeRO."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = str(folder)
+        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed requires it
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        self._engine = zero_engine(0, 1, smollm2(torch.float32))
+        tokens = torch.arange(8, device=self._engine.device)[None]
+        self._engine.backward(self._engine(tokens, labels=tokens).loss)
+        self._engine.step()
+
+    def save(self) -> None:
+        self._engine.save_checkpoint(self._folder, tag="t")
+
+    def load(self) -> None:
+        self._engine.load_checkpoint(self._folder, tag="t")
 
 
 if __name__ == "__main__":

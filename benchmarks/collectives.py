@@ -14,11 +14,11 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy
-from measure import Action, Report, interleaved, parser
+from measure import Action, Goal, Report, collectives_of, interleaved, parser
 
 from lightrft.strategy import StrategyBase, get_strategy
 
-NUMBERS = 30
+NUMBERS, MANY = 30, 100
 ROWS, WIDTH = 100, 16
 
 
@@ -32,6 +32,10 @@ def main() -> int:
             seconds = interleaved(contenders, args.rounds, strategy.device, warm_up=5)
             report.times(case, seconds)
             report.compare(case, seconds, "one call")
+        for numbers in (NUMBERS, MANY):
+            metrics = {f"metric {index}": float(index) for index in range(numbers)}
+            count = collectives_of(lambda metrics=metrics: strategy.all_reduce(metrics))
+            report.add(f"all_reduce, a dict of {numbers} numbers", "ours", [count], unit="collectives", goal=Goal(1))
     return 0
 
 

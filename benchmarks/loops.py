@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -65,9 +66,12 @@ def plain(model: nn.Module) -> Update:
     return update
 
 
-def fsdp(model: Any) -> Update:
-    """FSDP2, which reduces the gradient in each backward pass unless told otherwise; so does this layer."""
-    shard(model)
+def fsdp(model: Any, *, shards: int | None = None) -> Update:
+    """FSDP2, which reduces the gradient in each backward pass unless told otherwise; so does this layer.
+
+    With ``shards``, that many ranks share one copy of the parameters.
+    """
+    shard(model, shards)
     optimizer = adamw(model)
 
     def update(batches: Sequence[torch.Tensor]) -> None:
@@ -80,17 +84,19 @@ def fsdp(model: Any) -> Update:
     return update
 
 
-def shard(model: Any) -> Any:
+def shard(model: Any, shards: int | None = None) -> Any:
+    mesh = None
+    if shards is not None:
+        shape = (dist.get_world_size() // shards, shards)
+        mesh = init_device_mesh(next(model.parameters()).device.type, shape, mesh_dim_names=("replicate", "shard"))
     for layer in model.model.layers:
-        fully_shard(layer)
-    return fully_shard(model)
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 def zero(stage: int, accumulation: int) -> Callable[[nn.Module], Update]:
     def make(model: nn.Module) -> Update:
-        import deepspeed
-
-        engine, *_ = deepspeed.initialize(model=model, optimizer=adamw(model), config=ds_config(stage, accumulation))
+        engine = zero_engine(stage, accumulation, model)
 
         def update(batches: Sequence[torch.Tensor]) -> None:
             for batch in batches:
@@ -100,6 +106,13 @@ def zero(stage: int, accumulation: int) -> Callable[[nn.Module], Update]:
         return update
 
     return make
+
+
+def zero_engine(stage: int, accumulation: int, model: nn.Module) -> Any:
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(model=model, optimizer=adamw(model), config=ds_config(stage, accumulation))
+    return engine
 
 
 def ds_config(stage: int, accumulation: int) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 Without names, all run that need no engine of their own environment. Prints every figure, and writes them to FOLDER: a JSON file
 per benchmark, one table (``table.md``) with versions, machine and command on top, and a picture of the ratios. ``--compare``
-says which ratios moved beyond the bounds in ``baseline.json``; ``--save-baseline`` runs everything and writes that
-file. A missed goal or a ratio that moved is printed, and is not an error: these figures depend on the machine.
+says which ratios moved beyond the bounds in ``baseline.json``; ``--save-baseline`` writes that file: what was run replaces
+what it has of the same benchmarks. A missed goal or a ratio that moved is printed, and is not an error: these figures depend on the machine.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -43,23 +43,28 @@ class Benchmark:
         return [sys.executable, *(launcher if self.ranks > 1 else []), str(HERE / self.script), *self.arguments]
 
 
+STRATEGIES = {"fake": 1, "fsdp": 2, "hsdp": 4, "zero0": 2, "zero1": 2, "zero2": 2, "zero3": 2}
+"""The strategies whose updates are measured, with their numbers of ranks."""
+REPEATED = {"fake", "fsdp", "zero1", "zero2", "zero3"}
+"""Those measured with eight micro-batches and with a large model, too."""
+
+
 def _steps() -> dict[str, Benchmark]:
-    """An update of 1 ms and of 20 ms on every strategy; with eight micro-batches, with denominators and a large one on some."""
-    steps = {}
-    for strategy in ("fake", "fsdp", "zero0", "zero1", "zero2", "zero3"):
-        ranks = 1 if strategy == "fake" else 2
-        steps[f"step.{strategy}.1ms"] = Benchmark("steps.py", (strategy, "--size=1 ms", "--rounds=200"), ranks)
-        steps[f"step.{strategy}.20ms"] = Benchmark("steps.py", (strategy, "--size=20 ms"), ranks)
-    for strategy in ("fake", "fsdp", "zero2", "zero3"):
-        ranks = 1 if strategy == "fake" else 2
-        more = ("--size=20 ms", "--accumulation=8", "--rounds=20")
-        steps[f"step.{strategy}.20ms.K8"] = Benchmark("steps.py", (strategy, *more), ranks)
-    for strategy in ("fake", "fsdp", "zero2"):
-        ranks = 1 if strategy == "fake" else 2
-        more = ("--size=20 ms", "--denominators")
-        steps[f"step.{strategy}.denominators"] = Benchmark("steps.py", (strategy, *more), ranks)
-        steps[f"step.{strategy}.large"] = Benchmark("steps.py", (strategy, "--size=large", "--rounds=3"), ranks)
-    return steps
+    """An update of 1 ms, of 20 ms, of eight micro-batches, with denominators and a large one; and where its time goes."""
+    sizes: dict[str, tuple[tuple[str, ...], Set[str]]] = {
+        "1ms": (("--size=1 ms", "--rounds=200"), STRATEGIES.keys()),
+        "20ms": (("--size=20 ms", "--rounds=300"), STRATEGIES.keys() - {"hsdp"}),
+        "20ms.K8": (("--size=20 ms", "--accumulation=8", "--rounds=40"), REPEATED),
+        "denominators": (("--size=20 ms", "--rounds=300", "--denominators"), {"fake", "fsdp", "zero2"}),
+        "large": (("--size=large", "--rounds=5"), REPEATED),
+        "profile": (("--size=1 ms", "--profile"), {"fake", "fsdp", "zero2"}),
+    }
+    return {
+        f"step.{strategy}.{size}": Benchmark("steps.py", (strategy, *arguments), ranks)
+        for size, (arguments, measured) in sizes.items()
+        for strategy, ranks in STRATEGIES.items()
+        if strategy in measured
+    }
 
 
 BENCHMARKS = {
@@ -102,18 +107,15 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    if args.save_baseline and args.names:
-        print(f"--save-baseline runs everything; leave out {' '.join(args.names)}", file=sys.stderr)
-        return 2
     names = _selected(known, args.names) if args.names else list(BENCHMARKS)
     args.output.mkdir(parents=True, exist_ok=True)
     rows = measured(names, args.output)
     (args.output / "table.md").write_text(table(rows), encoding="utf-8")
     draw(rows, args.output / "ratios.png")
     if args.save_baseline:
-        BASELINE.write_text(json.dumps(baseline(rows), indent=0) + "\n", encoding="utf-8")
+        BASELINE.write_text(json.dumps(baseline(rows, stored_runs()), indent=0) + "\n", encoding="utf-8")
     if args.compare:
-        print(*moved_ratios(rows, json.loads(BASELINE.read_text(encoding="utf-8"))), sep="\n")
+        print(*moved_ratios(rows, stored_runs()), sep="\n")
     missed = [row for found in rows.values() for row in found if row.met is False]
     print(f"\n{len(missed)} goals missed" + "".join(f"\n{row}" for row in missed))
     failed = [name for name, found in rows.items() if not found]
@@ -211,24 +213,42 @@ def draw(rows: dict[str, list[Row]], path: Path) -> None:
 # The baseline
 
 
-def baseline(rows: dict[str, list[Row]]) -> dict[str, Any]:
-    """Every figure of a commit, with its quartiles. docs/build.py makes the tables of docs/performance.md from it."""
+def stored_runs() -> list[dict[str, Any]]:
+    """The runs in the baseline: each with its commit, machine and figures."""
+    runs: list[dict[str, Any]] = json.loads(BASELINE.read_text(encoding="utf-8")) if BASELINE.exists() else []
+    return runs
+
+
+def baseline(rows: dict[str, list[Row]], before: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """``before`` and a run with ``rows``, which replace earlier ones of the same benchmarks.
+
+    docs/build.py makes the tables of docs/performance.md from it.
+    """
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=True).stdout
     figures = [
         {
-            "benchmark": name.partition(".")[0], "case": row.case, "what": row.what, "unit": row.unit, "goal": row.goal,
+            "benchmark": name, "case": row.case, "what": row.what, "unit": row.unit, "goal": row.goal,
             **{key: float(f"{getattr(row, key):.4g}") for key in ("value", "low", "high")},
         }
         for name, found in rows.items()
         for row in found
     ]  # fmt: skip
-    return {"commit": commit.strip(), "machine": machine(), "rows": figures}
+    kept = [{**run, "rows": [row for row in run["rows"] if not rows.get(row["benchmark"])]} for run in before]
+    run = {"commit": commit.strip(), "machine": machine(), "rows": figures}
+    return [each for each in (*kept, run) if each["rows"]]
 
 
-def moved_ratios(rows: dict[str, list[Row]], stored: dict[str, Any]) -> list[str]:
+def moved_ratios(rows: dict[str, list[Row]], stored: list[dict[str, Any]]) -> list[str]:
     """A line for each ratio whose median is not between the quartiles of the baseline, within `SLACK`."""
-    now = {f"{row.case}: {row.what}": row.value for found in rows.values() for row in found if not row.unit}
-    before = {f"{row['case']}: {row['what']}": row for row in stored["rows"] if not row["unit"]}
+    now = {
+        f"{name}: {row.case}: {row.what}": row.value for name, found in rows.items() for row in found if not row.unit
+    }
+    before = {
+        f"{row['benchmark']}: {row['case']}: {row['what']}": row
+        for run in stored
+        for row in run["rows"]
+        if not row["unit"]
+    }
     lines = []
     for name, value in now.items():
         if name not in before:
@@ -237,9 +257,10 @@ def moved_ratios(rows: dict[str, list[Row]], stored: dict[str, Any]) -> list[str
         low, high = before[name]["low"], before[name]["high"]
         if not low - SLACK * abs(low) <= value <= high + SLACK * abs(high):
             lines.append(f"moved: {name}: {low:.3f} to {high:.3f} in the baseline, {value:.3f} now")
-    cases = {row.case for found in rows.values() for row in found}
-    lines += [f"missing: {name}" for name in sorted(before.keys() - now.keys()) if name.rpartition(": ")[0] in cases]
-    return lines or [f"no ratio moved beyond the baseline of {stored['commit']}"]
+    missing = sorted(before.keys() - now.keys())
+    lines += [f"missing: {name}" for name in missing if before[name]["benchmark"] in rows]
+    commits = ", ".join(dict.fromkeys(run["commit"] for run in stored))
+    return lines or [f"no ratio moved beyond the baseline of {commits}"]
 
 
 if __name__ == "__main__":

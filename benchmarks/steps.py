@@ -1,24 +1,26 @@
 """The time of an update through a strategy, the bare backend, Accelerate and Lightning Fabric.
 
-``python steps.py fake`` or ``torchrun --nproc-per-node 2 steps.py zero0|zero1|zero2|zero3|fsdp``. All loops (loops.py) train
-the same model on the same batches in one process, in turn. With ``--denominators``, both loops go through the strategy, one
+``python steps.py fake`` or ``torchrun --nproc-per-node 2 steps.py zero0|zero1|zero2|zero3|fsdp``, with four ranks ``hsdp``. All
+loops (loops.py) train the same model on the same batches in one process, in turn. With ``--denominators``, both loops go through the strategy, one
 without denominators and one with them. There both clip every update: to divide by the denominators, an update multiplies its
-gradient by one factor, which is that of clipping too. ``--profile`` shows which functions of the layer take time.
+gradient by one factor, which is that of clipping too. ``--profile`` shows which files of the layer take time.
 """
 
 import cProfile
 import os
 import pstats
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from loops import MAX_NORM, Update, accelerate, fabric, fsdp, plain, with_strategy, zero
-from measure import Goal, Report, interleaved, parser
+from measure import Action, Goal, Report, collectives_of, interleaved, parser
 from models import smollm2
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -29,11 +31,14 @@ LOW_NORM = 1e-6
 """Every gradient is clipped to it."""
 WARM_UP = 5
 """Rounds before those that count: at most a quarter of these, and at least one."""
+PROFILED = 200
+"""Updates that `profile` makes."""
 LIBRARIES = {"Accelerate": "accelerate", "Fabric": "lightning_fabric"}
 """The modules of contenders that may be missing."""
 SETTINGS: dict[str, dict[str, object]] = {
     "fake": {"strategy": "fake"},
     "fsdp": {"strategy": "fsdp"},
+    "hsdp": {"strategy": "fsdp", "fsdp_shard_size": 2},
     **{f"zero{stage}": {"strategy": "deepspeed", "zero_stage": stage} for stage in range(4)},
 }
 
@@ -45,7 +50,7 @@ def main() -> int:
     arguments.add_argument("--accumulation", type=int, default=1, help="micro-batches of an update")
     arguments.add_argument("--denominators", action="store_true", help="compare updates with and without denominators")
     arguments.add_argument(
-        "--profile", action="store_true", help="print the profile of 200 updates through the strategy"
+        "--profile", action="store_true", help="report where the time of an update through the strategy goes"
     )
     args = arguments.parse_args()
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
@@ -59,7 +64,7 @@ def main() -> int:
         report = Report(args.output, 0 if strategy.is_rank_0() else 1)
         case = f"update, {args.strategy}, {args.size}" + (f", K={args.accumulation}" if args.accumulation > 1 else "")
         if args.profile:
-            profile(with_strategy(strategy, make()), batches)
+            profile(report, case, partial(with_strategy(strategy, make()), batches))
             return 0
         if args.denominators:
             updates = {
@@ -71,12 +76,10 @@ def main() -> int:
             bare = {name: maker(make().to(strategy.device)) for name, maker in makers.items()}
             updates = {**bare, "ours": with_strategy(strategy, make())}
         actions = {name: partial(update, batches) for name, update in updates.items()}
-        show(
-            report,
-            case,
-            interleaved(actions, args.rounds, strategy.device, warm_up=max(1, min(WARM_UP, args.rounds // 4))),
-            args.size,
-        )
+        warm_up = max(1, min(WARM_UP, args.rounds // 4))
+        show(report, case, interleaved(actions, args.rounds, strategy.device, warm_up=warm_up), args.size)
+        if args.size == "1 ms" and ranks > 1:
+            show_collectives(report, case, {name: collectives_of(action) for name, action in actions.items()})
     return 0
 
 
@@ -88,6 +91,8 @@ def contenders(strategy: str, accumulation: int, ranks: int) -> dict[str, Callab
     loops: dict[str, Callable[[nn.Module], Update]]
     if strategy == "fsdp":
         loops = {"bare": fsdp, "Fabric": fabric(sharded=True)}
+    elif strategy == "hsdp":
+        loops = {"bare": partial(fsdp, shards=2)}
     elif strategy in ("fake", "zero0"):
         name = "DDP" if strategy == "zero0" else "bare"
         loops = {name: plain, "Accelerate": accelerate(accumulation), "Fabric": fabric()}
@@ -118,14 +123,34 @@ def show(report: Report, case: str, seconds: dict[str, list[float]], size: str) 
             report.add(case, "added by ours - by the best of the others", more, unit="ms", goal=Goal(0.0))
 
 
-def profile(update: Update, batches: Sequence[torch.Tensor]) -> None:
-    """Print the functions of the layer by the time spent in them, what they call left out."""
+def show_collectives(report: Report, case: str, counts: dict[str, int]) -> None:
+    """Report the collectives of an update; this layer may add one to those of the bare backend."""
+    reference, *_ = counts.values()
+    for name, count in counts.items():
+        report.add(case, name, [count], unit="collectives", goal=Goal(reference + 1) if name == "ours" else None)
+
+
+def profile(report: Report, case: str, action: Action) -> None:
+    """Report the time that an update spends in each file of this layer, and in the collectives that it calls.
+
+    Time in other functions that a file calls is left out: the bare backend needs most of it, too. The profiler itself takes
+    a part of these times, which is the larger the shorter the functions are.
+    """
     for _ in range(WARM_UP):
-        update(batches)
+        action()
     with cProfile.Profile() as profiler:
-        for _ in range(200):
-            update(batches)
-    pstats.Stats(profiler).sort_stats("tottime").print_stats(r"lightrft", 15)
+        for _ in range(PROFILED):
+            action()
+    seconds: Counter[str] = Counter()
+    functions: dict[tuple[str, int, str], Any] = vars(pstats.Stats(profiler))["stats"]
+    for (path, *_), (_, _, own, _, callers) in functions.items():
+        if "lightrft" in path:
+            seconds["/".join(Path(path).parts[-2:])] += own
+        elif path.endswith(("c10d_logger.py", "distributed_c10d.py")):  # the first wraps the functions of the second
+            seconds["collectives"] += sum(time for (caller, *_), (*_, time) in callers.items() if "lightrft" in caller)
+    report.add(case, "profile, all", [1e6 * seconds.total() / PROFILED], unit="us")
+    for name, taken in seconds.most_common(8):
+        report.add(case, f"profile, {name}", [1e6 * taken / PROFILED], unit="us")
 
 
 # Models and data
@@ -153,11 +178,11 @@ def tokens(sequences: int, length: int, words: int) -> torch.Tensor:
 
 SIZES: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor]]] = {
     "1 ms": (small_language_model, partial(tokens, 1, 8, 64)),
-    "20 ms": (language_model, partial(tokens, 1, 64, 1024)),
+    "20 ms": (language_model, partial(tokens, 2, 64, 1024)),
     "short": (partial(smollm2, torch.float32), partial(tokens, 1, 64, 49152)),
     "large": (partial(smollm2, torch.float32), partial(tokens, 2, 256, 49152)),
 }
-"""Named after the time of an update on one CPU core, without ranks; "short" and "large" are SmolLM2-135M's shape on 64 and 512 tokens."""
+"""Named after the least time of an update on one CPU core, without ranks; "short" and "large" are SmolLM2-135M's shape on 64 and 512 tokens."""
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def main() -> int:
         weights = weights_of(strategy, actor)
         size, ranks = sum(tensor.nbytes for _, tensor in weights), strategy.world_size
         report = Report(args.output, 0 if strategy.is_rank_0() else 1)
-        case = f"sync, {args.strategy}, {ranks} rank(s), {args.engine}"
+        case = f"sync, {args.strategy}, {ranks} {'rank' if ranks == 1 else 'ranks'}, {args.engine}"
         report.add(case, "weights", [size / 1e6], unit="MB")
         seconds = interleaved(sync_variants(strategy, engine, actor, weights), args.rounds, strategy.device)
         report.times(case, seconds)

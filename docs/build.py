@@ -72,8 +72,9 @@ CERTIFICATES = (
 )
 """Below the headline of a certificate."""
 BENCHMARKS = """\
-`nox -s bench -- --save-baseline` writes these tables. A figure is the median of the rounds; for this layer, the quartiles follow in
-parentheses. A ratio of times or of memory below 1 is better, one of speeds above 1. Made with: {}.
+`nox -s bench -- --save-baseline` writes these tables, `nox -s syncs -- --save-baseline` those rows that name vLLM or SGLang.
+A figure is the median of the rounds. The quartiles follow in parentheses if the figure has a goal or is this layer's. A ratio of
+times or of memory below 1 is better, one of speeds above 1. The runs:
 """
 """Above the tables of performance.md."""
 BENCHMARK_GROUPS = {
@@ -86,6 +87,7 @@ BENCHMARK_GROUPS = {
     "sequence_parallel": "Sequence parallelism",
     "planning": "Plans of micro-batches",
     "scale": "Work that grows with ranks",
+    "conformance": "Certification",
     "imports": "Imports and commands",
 }
 """Titles of the tables, by the first part of the benchmarks' names."""
@@ -317,53 +319,53 @@ def with_content(text: str, name: str, content: str) -> str:
     return "".join([head, first, content, end, tail])
 
 
-def with_benchmarks(text: str, baseline: dict[str, Any], texts: Texts) -> str:
+def with_benchmarks(text: str, runs: list[dict[str, Any]], texts: Texts) -> str:
     """``text`` of the page on performance, with a table for each group of benchmarks between the markers."""
-    lines = ["", texts("pages", "benchmarks", BENCHMARKS).format("; ".join(baseline["machine"])), ""]
+    lines = ["", *texts("pages", "benchmarks", BENCHMARKS).splitlines(), ""]
+    lines += [f"- {'; '.join(reversed(run['machine']))}" for run in runs]
+    figures = [row for run in runs for row in run["rows"]]
     for group, title in BENCHMARK_GROUPS.items():
-        rows = [row for row in baseline["rows"] if row["benchmark"] == group]
-        table = _benchmark_table(rows, texts)
-        if table:
-            lines += [f"### {texts('benchmarks', group, title)}", ""]
+        rows = [row for row in figures if row["benchmark"].partition(".")[0] == group]
+        if rows:
+            lines += ["", f"### {texts('benchmarks', group, title)}", ""]
             lines += [
                 texts("pages", "benchmarks-columns", "| case | compared with | medians | goal |"),
                 "|---|---|---|---|",
             ]
-            lines += [*table, ""]
-    return with_content(text, "benchmarks", "\n".join(lines) + "\n")
+            lines += _benchmark_table(rows, texts)
+    return with_content(text, "benchmarks", "\n".join([*lines, "", ""]))
 
 
 def _benchmark_table(rows: list[dict[str, Any]], texts: Texts) -> list[str]:
-    """The ratios of one group, a row for each case and reference, and other figures that have a goal."""
+    """A row for each case and reference; times alone are left out, where there are ratios."""
     times = {(row["case"], row["what"]): row["value"] for row in rows if row["unit"] == "ms"}
     cells: dict[tuple[str, str], list[str]] = {}
     goals: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         contender, slash, reference = row["what"].partition(" / ")
-        in_weights = row["unit"] == "x"  # memory: the ratios of some would be to almost nothing
-        if row["benchmark"] == "memory" and not in_weights:
+        group = row["benchmark"].partition(".")[0]
+        if group == "memory" and not row["unit"]:  # some would be ratios to almost nothing
             continue
-        if not (slash and not row["unit"]) and not row["goal"] and not in_weights:
+        if row["unit"] == "ms" and not row["goal"] and group != "scale":
             continue
         key = (row["case"], reference if slash else "")
-        low, middle, high = row["low"], row["value"], row["high"]
         digits = ".3g" if row["unit"] else ".3f"
-        figure = f"{middle:{digits}} {row['unit']}".strip()
-        ours = low < high and (bool(row["goal"]) or contender.startswith("ours"))
-        spread = f" ({low:{digits}} to {high:{digits}})" if ours else ""
+        figure = f"{row['value']:{digits}} {row['unit']}".strip()
+        ours = row["low"] < row["high"] and (bool(row["goal"]) or contender.startswith("ours"))
+        spread = f" ({row['low']:{digits}} to {row['high']:{digits}})" if ours else ""
         cells.setdefault(key, []).append(f"{contender} {figure}{spread}")
         if row["goal"]:
             sign, bound = row["goal"].split()
-            met = middle >= float(bound) if sign == ">=" else middle <= float(bound)
+            met = row["value"] >= float(bound) if sign == ">=" else row["value"] <= float(bound)
             word = texts("benchmarks", "met", "met") if met else f"**{texts('benchmarks', 'missed', 'missed')}**"
             goals.setdefault(key, []).append(f"{row['goal']}: {word}")
+
+    def with_time(case: str, reference: str) -> str:
+        measured = times.get((case.removesuffix(", speed").removesuffix(", time blocked"), reference))
+        return reference if measured is None else f"{reference}, {measured:.3g} ms"
+
     return [
-        _row(
-            case,
-            f"{reference}, {times[case, reference]:.3g} ms" if (case, reference) in times else reference,
-            "; ".join(found),
-            "; ".join(goals.get((case, reference), [])),
-        )
+        _row(case, with_time(case, reference), "; ".join(found), "; ".join(goals.get((case, reference), [])))
         for (case, reference), found in cells.items()
     ]
 
@@ -393,10 +395,10 @@ def pages(folder: Path) -> dict[str, Callable[[], str]]:
             made[f"../{readme.name}"] = partial(with_badges, readme.read_text(encoding="utf-8"), certificates, texts)
     measured = folder.parent / "benchmarks/baseline.json"
     if measured.is_file():
-        baseline = json.loads(measured.read_text(encoding="utf-8"))
+        runs = json.loads(measured.read_text(encoding="utf-8"))
         for suffix, texts in TEXTS.items():
             page = f"performance{suffix}.md"
-            made[page] = partial(with_benchmarks, (folder / page).read_text(encoding="utf-8"), baseline, texts)
+            made[page] = partial(with_benchmarks, (folder / page).read_text(encoding="utf-8"), runs, texts)
     for name, certificate in certificates.items():
         for suffix in FORMATS.keys() - {".json"}:
             made[f"certificates/{name}{suffix}"] = partial(FORMATS[suffix], certificate)
