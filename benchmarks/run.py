@@ -67,6 +67,14 @@ def _steps() -> dict[str, Benchmark]:
     }
 
 
+def _syncs(*engines: str) -> dict[str, Benchmark]:
+    return {
+        f"sync.{engine}.{name}": Benchmark("weight_sync.py", (engine, f"--strategy={strategy}"), ranks=ranks)
+        for engine in engines
+        for name, strategy, ranks in (("fake", "fake", 1), ("fsdp", "fsdp", 2), ("zero3", "deepspeed", 2))
+    }
+
+
 BENCHMARKS = {
     **_steps(),
     "collectives": Benchmark("collectives.py", ranks=2),
@@ -76,17 +84,12 @@ BENCHMARKS = {
     "planning": Benchmark("planning.py"),
     "log_probs": Benchmark("log_probs.py"),
     "sequence_parallel": Benchmark("sequence_parallel.py", ranks=2),
-    "sync.transformers.fake": Benchmark("weight_sync.py", ("transformers", "--strategy=fake")),
-    "sync.transformers.zero3": Benchmark("weight_sync.py", ("transformers", "--strategy=deepspeed"), ranks=2),
+    **_syncs("transformers"),
     "imports": Benchmark("imports.py"),
     "conformance": Benchmark("certification.py"),
     "scale": Benchmark("scale.py"),
 }
-SYNCS = {
-    f"sync.{engine}.{name}": Benchmark("weight_sync.py", (engine, f"--strategy={strategy}"), ranks=ranks)
-    for engine in ("vllm", "sglang")
-    for name, strategy, ranks in (("fake", "fake", 1), ("zero3", "deepspeed", 2))
-}
+SYNCS = _syncs("vllm", "sglang")
 
 
 def main() -> int:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,12 @@ def main() -> int:
         "engine_type": args.engine,
         "device": args.device,
     }
-    with tempfile.TemporaryDirectory() as folder, get_strategy(settings) as strategy:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:  # each rank has its own folder
+        source = {"pretrain": str(save_smollm2(Path(folder))), "bf16": True}  # between ranks, only rank 0 would write
+        strategy = stack.enter_context(get_strategy(settings))
         actor: Any = smollm2(torch.bfloat16)
         optimizer = strategy.create_optimizer(actor, lr=1e-5)
         actor, _, _ = strategy.prepare((actor, optimizer, None))
-        source = {"pretrain": str(save_smollm2(Path(folder))), "bf16": True}  # each rank has its own folder
         engine = strategy.setup_inference_engine(source, args.engine, actor=actor)
         assert engine is not None
         weights = weights_of(strategy, actor)
