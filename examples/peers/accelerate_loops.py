@@ -1,4 +1,9 @@
-"""Accelerate, as its documentation writes a loop: DistributedDataParallel, and DeepSpeed ZeRO-2."""
+"""Accelerate, as its documentation writes a loop: DistributedDataParallel, and DeepSpeed ZeRO-2.
+
+Settings other than defaults: gloo; `use_seedable_sampler` with `data_seed=0`; `find_unused_parameters` where a promise leaves modules
+unused. For DeepSpeed: `cpu=False`, without which it is ignored; `zero_allow_untested_optimizer` and a micro-batch size, without
+which it raises errors; and `gradient_clipping=0.0` where a promise does not ask for clipping.
+"""
 
 from datetime import timedelta
 

@@ -1,4 +1,8 @@
-"""Lightning Fabric: DDP, and FSDP2 through `ModelParallelStrategy`."""
+"""Lightning Fabric: DDP, and FSDP2 through `ModelParallelStrategy`.
+
+Settings other than defaults: `accelerator="cpu"`; `find_unused_parameters` (DDP) or `set_reduce_scatter_unused_params` (FSDP2) where
+a promise leaves modules unused. FSDP2 shards the model as one unit.
+"""
 
 import os
 from datetime import timedelta
@@ -40,7 +44,7 @@ class FabricDDP:
         # Fabric counts the epochs of a loader itself
         loader, epochs = self.loaders.get(dataset) or (DataLoader(dataset, batch_size, shuffle=shuffle), 0)
         if consumed or epoch != epochs:
-            raise NotOffered("resuming the order of the data", CHECKPOINT_DOCS)
+            raise NotOffered("the script skips the batches that it has seen", CHECKPOINT_DOCS)
         loader = loader if epochs else self.fabric.setup_dataloaders(loader)
         self.loaders[dataset] = loader, epochs + 1
         return loader

@@ -1,4 +1,8 @@
-"""This project's layer: FakeStrategy, FSDP2 and DeepSpeed ZeRO-2."""
+"""This project's layer: FakeStrategy, FSDP2 and DeepSpeed ZeRO-2.
+
+Settings other than defaults: `device="cpu"` and `bf16=False`; `max_norm=None` where a promise does not ask for clipping; `drop_last=False`
+for data.
+"""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -1,11 +1,14 @@
-"""Plain PyTorch: DistributedDataParallel, in a loop as its documentation writes it."""
+"""Plain PyTorch: DistributedDataParallel, in a loop as its documentation writes it.
+
+Settings other than defaults: gloo; `find_unused_parameters` where a promise leaves modules unused; `DistributedSampler`.
+"""
 
 from contextlib import nullcontext
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from examples.peers.shared import Window, on_first_rank, sampled
+from examples.peers.shared import Window, sampled
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -14,6 +17,7 @@ from lightrft.conformance.peers import NotOffered, Update
 DOCS = "https://docs.pytorch.org/docs/2.13"
 DDP_DOCS = f"{DOCS}/generated/torch.nn.parallel.DistributedDataParallel.html"
 CHECKPOINT_DOCS = "https://docs.pytorch.org/tutorials/recipes/recipes/saving_and_loading_a_general_checkpoint.html"
+DATA_DOCS = f"{DOCS}/data.html#torch.utils.data.distributed.DistributedSampler"
 REDUCE_DOCS = f"{DOCS}/distributed.html#torch.distributed.all_reduce"
 
 
@@ -34,7 +38,9 @@ class PlainDDP:
         return DistributedDataParallel(model, find_unused_parameters=self.settings.unused_parameters)
 
     def batches(self, dataset, *, batch_size, shuffle=False, epoch=0, consumed=0):
-        return sampled(dataset, batch_size, shuffle, epoch, consumed)
+        if consumed:
+            raise NotOffered("the script skips the batches that it has seen", DATA_DOCS)
+        return sampled(dataset, batch_size, shuffle, epoch)
 
     def micro_batch(self, model, *, last=False):
         window = self.trained[model][2]
@@ -83,7 +89,9 @@ class PlainDDP:
         folder.mkdir(parents=True, exist_ok=True)
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "progress": dict(progress)}
         state["scheduler"] = scheduler and scheduler.state_dict()
-        on_first_rank(lambda: torch.save(state, folder / "checkpoint.pt"))
+        if dist.get_rank() == 0:
+            torch.save(state, folder / "checkpoint.pt")
+        dist.barrier()
 
     def load(self, folder, model):
         optimizer, scheduler, _ = self.trained[model]

@@ -1,11 +1,14 @@
-"""Plain PyTorch: FSDP2 (`fully_shard`) and torch.distributed.checkpoint, as their tutorials write them."""
+"""Plain PyTorch: FSDP2 (`fully_shard`) and torch.distributed.checkpoint, as their tutorials write them.
+
+Settings other than defaults: gloo; `set_reduce_scatter_unused_params` where a promise leaves modules unused; `DistributedSampler`.
+FSDP2 shards the model as one unit.
+"""
 
 from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
 from examples.peers.plain_ddp import CHECKPOINT_DOCS, DOCS, PlainDDP
-from examples.peers.shared import on_first_rank
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -40,7 +43,9 @@ class PlainFSDP2(PlainDDP):
             raise NotOffered("a checkpoint holds what the script puts into it", CHECKPOINT_DOCS)
         dcp.save(self.state(model), checkpoint_id=folder)
         script = {"progress": dict(progress), "scheduler": scheduler and scheduler.state_dict()}
-        on_first_rank(lambda: torch.save(script, folder / "script.pt"))
+        if dist.get_rank() == 0:
+            torch.save(script, folder / "script.pt")
+        dist.barrier()
 
     def load(self, folder, model):
         optimizer, scheduler, _ = self.trained[model]

@@ -1,7 +1,6 @@
 """What the adapters share: windows of micro-batches for libraries that leave counting to the script, and epochs of data."""
 
-from collections.abc import Callable, Iterable
-from itertools import islice
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -22,23 +21,8 @@ class Window:
         self.complete = self.count % self.size == 0
 
 
-def sampled(
-    dataset: Dataset[torch.Tensor], batch_size: int, shuffle: bool, epoch: int, consumed: int
-) -> Iterable[torch.Tensor]:
-    """This rank's batches, with PyTorch's `DistributedSampler`; a resumed epoch reads and drops what was consumed."""
+def sampled(dataset: Dataset[torch.Tensor], batch_size: int, shuffle: bool, epoch: int) -> Iterable[torch.Tensor]:
+    """This rank's batches, with PyTorch's `DistributedSampler`."""
     sampler = DistributedSampler(dataset, dist.get_world_size(), dist.get_rank(), shuffle=shuffle, seed=0)
     sampler.set_epoch(epoch)
-    return islice(DataLoader(dataset, batch_size, sampler=sampler), consumed, None)
-
-
-def on_first_rank(write: Callable[[], None]) -> None:
-    """Write on rank 0; if that fails, every rank raises, as a careful script makes sure."""
-    failure: list[Exception | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            write()
-        except Exception as error:  # noqa: BLE001 - told to the other ranks
-            failure = [error]
-    dist.broadcast_object_list(failure)
-    if failure[0]:
-        raise failure[0]
+    return DataLoader(dataset, batch_size, sampler=sampler)
