@@ -93,8 +93,11 @@ def _errors_of_notes(verdicts: Mapping[str, Mapping[str, str]], promises: Set[st
     notes = documented()
     for column, found in verdicts.items():
         known = notes_of(column, notes)
-        for promise in [promise for promise, verdict in found.items() if verdict == "differs" and promise not in known]:
-            yield f"{column} differs in {promise}: look for documentation, and add an entry to documented.toml"
+        for promise in [promise for promise, verdict in found.items() if verdict == "differs"]:
+            if promise not in known:
+                yield f"{column} differs in {promise}: look for documentation, and add an entry to documented.toml"
+            elif "script" not in known[promise] and not column.startswith("ours-"):
+                yield f"{column} differs in {promise}: write a script that shows it, and name it in documented.toml"
     for name, subjects in notes.items():
         columns = [column for column in verdicts if column == name or column.startswith(f"{name}-")]
         for subject in promises & subjects.keys():

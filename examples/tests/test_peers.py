@@ -53,13 +53,24 @@ def test_each_published_script_shows_a_difference(content):
             lambda content: [
                 result.update(verdict="holds") for each in content["columns"] for result in each["results"]
             ],
-            "has an entry for plain.nan, but nothing differs there",
+            "has an entry for plain.reduce-argument, but nothing differs there",
         ),
     ],
 )
 def test_incomplete_results_are_told(content, errors, damage, said):
     damage(content)
     assert any(said in told for told in errors(content))
+
+
+def test_a_difference_of_another_library_without_a_script_is_told(content, errors, monkeypatch):
+    results = importlib.import_module("examples.peers.results")
+    notes = results.documented()
+    del notes["accelerate-zero2"]["world-size"]["script"]
+    monkeypatch.setattr(results, "documented", lambda: notes)
+    told = [line for line in errors(content) if "script" in line]
+    assert told == [
+        "accelerate-zero2 differs in world-size: write a script that shows it, and name it in documented.toml"
+    ]
 
 
 def test_a_package_that_is_missing_is_no_difference(monkeypatch):

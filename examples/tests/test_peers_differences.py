@@ -12,7 +12,8 @@ SCRIPTS = sorted(FOLDER.glob("*.py"))
 DOCS = Path(__file__).parents[2] / "docs"
 MAX_LINES = 30
 ALLOWED_IMPORTS = {
-    "accelerate", "datetime", "lightning_fabric", "os", "pathlib", "pickle", "resource", "tempfile", "torch",
+    "accelerate", "datetime", "lightning_fabric", "os", "pathlib", "pickle", "resource", "signal", "tempfile", "threading", "time",
+    "torch",
 }  # fmt: skip
 
 
@@ -53,4 +54,10 @@ def test_an_entry_has_known_keys_and_links() -> None:
         assert entry.keys() <= {"script", "link", "issue", "note", "note_zh"}, name
         assert ("note" in entry) == ("note_zh" in entry), name
         links = [entry[key] for key in ("link", "issue") if key in entry]
-        assert all(link.startswith("https://") or (DOCS / link).is_file() for link in links), name
+        assert all(link.startswith("https://") or link_leads_to_a_heading(link) for link in links), name
+
+
+def link_leads_to_a_heading(link: str) -> bool:
+    page, _, anchor = link.partition("#")
+    headings = re.findall(r"^#+ (.+)$", (DOCS / page).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return not anchor or anchor in [heading.lower().replace(" ", "-") for heading in headings]
