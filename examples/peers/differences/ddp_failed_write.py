@@ -7,10 +7,9 @@ import resource
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 dist.init_process_group("gloo")
-model = DistributedDataParallel(torch.nn.Linear(256, 256))
+model = torch.nn.Linear(256, 256)  # the module that DistributedDataParallel trains
 raised = False
 try:
     if dist.get_rank() == 0:
