@@ -56,7 +56,7 @@ def _steps() -> dict[str, Benchmark]:
         "20ms": (("--size=20 ms", "--rounds=300"), STRATEGIES.keys() - {"hsdp"}),
         "20ms.K8": (("--size=20 ms", "--accumulation=8", "--rounds=40"), REPEATED),
         "denominators": (("--size=20 ms", "--rounds=300", "--denominators"), {"fake", "fsdp", "zero2"}),
-        "large": (("--size=large", "--rounds=5"), REPEATED),
+        "large": (("--size=large", "--rounds=12"), REPEATED),
         "profile": (("--size=1 ms", "--profile"), {"fake", "fsdp", "zero2"}),
     }
     return {

@@ -179,10 +179,9 @@ def tokens(sequences: int, length: int, words: int) -> torch.Tensor:
 SIZES: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor]]] = {
     "1 ms": (small_language_model, partial(tokens, 1, 8, 64)),
     "20 ms": (language_model, partial(tokens, 2, 64, 1024)),
-    "short": (partial(smollm2, torch.float32), partial(tokens, 1, 64, 49152)),
-    "large": (partial(smollm2, torch.float32), partial(tokens, 2, 256, 49152)),
+    "large": (partial(smollm2, torch.float32), partial(tokens, 1, 64, 49152)),
 }
-"""Named after the least time of an update on one CPU core, without ranks; "short" and "large" are SmolLM2-135M's shape on 64 and 512 tokens."""
+"""Named after the least time of an update on one CPU core, without ranks; "large" is SmolLM2-135M's shape on 64 tokens."""
 
 
 if __name__ == "__main__":

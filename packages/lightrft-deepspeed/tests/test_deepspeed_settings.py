@@ -71,7 +71,7 @@ def test_a_small_model_gets_a_small_bucket() -> None:
     made = train_config(settings(zero_stage=2))
     assert fit_bucket(made, 1000)["zero_optimization"]["reduce_bucket_size"] == 1000
     assert fit_bucket(made, 10**12) == made
-    assert made["zero_optimization"]["reduce_bucket_size"] == 500_000_000
+    assert made["zero_optimization"]["reduce_bucket_size"] == 50_000_000
 
 
 def test_models_that_do_not_train_are_sharded_at_stage_3_only_and_keep_their_type() -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 from lightrft.config import StrategyConfig
 
-REDUCE_BUCKET_ELEMENTS = 500_000_000
-"""DeepSpeed's default."""
+REDUCE_BUCKET_ELEMENTS = 50_000_000
+"""A tenth of DeepSpeed's default. Gradients are copied into a bucket to be reduced, and freed when it is full: for a model of
+135 million parameters, an update of ZeRO-1 takes a quarter longer on CPUs with one bucket for all."""
 
 
 def computes_in_bf16(config: StrategyConfig) -> bool:
@@ -48,7 +49,7 @@ def train_config(config: StrategyConfig, *, pin_memory: bool = False) -> dict[st
 def fit_bucket(settings: Mapping[str, Any], elements: int) -> dict[str, Any]:
     """Return ``settings`` with a bucket no larger than the ``elements`` of the model in training.
 
-    DeepSpeed allocates the bucket, half a billion elements by default, regardless of the model's size.
+    DeepSpeed allocates the bucket regardless of the model's size.
     """
     zero = dict(settings["zero_optimization"])
     zero["reduce_bucket_size"] = min(int(zero.get("reduce_bucket_size", REDUCE_BUCKET_ELEMENTS)), max(elements, 1))
