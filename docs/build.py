@@ -346,7 +346,7 @@ def _benchmark_table(rows: list[dict[str, Any]], texts: Texts) -> list[str]:
         group = row["benchmark"].partition(".")[0]
         if group == "memory" and not row["unit"]:  # some would be ratios to almost nothing
             continue
-        if row["unit"] == "ms" and not row["goal"] and group != "scale":
+        if row["unit"] in ("ms", "") and not slash and not row["goal"] and group != "scale":
             continue
         key = (row["case"], reference if slash else "")
         digits = ".3g" if row["unit"] else ".3f"
