@@ -85,7 +85,7 @@ def measure(report: Report, folder: Path, rounds: int, device: str) -> None:
         background.save_ckpt(other, folder / "async", tag="t")  # the first save allocates memory for copies
         optimizer = optimizer_of(model)
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        accelerate, deepspeed = Accelerate(folder / "accelerate", device), DeepSpeed(folder / "deepspeed")
+        accelerate, deepspeed = Accelerate(folder / "accelerate", device), DeepSpeed(folder / "deepspeed", device)
 
         def blocked() -> None:
             background.save_ckpt(other, folder / "async", tag="t")
@@ -168,10 +168,10 @@ class Accelerate:
 class DeepSpeed:
     """A model and its optimizer state under DeepSpeed's `save_checkpoint` and `load_checkpoint`, on one rank without ZeRO."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: str) -> None:
         self._folder = str(folder)
         os.environ["LOCAL_RANK"] = "0"  # DeepSpeed requires it
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
         self._engine = zero_engine(0, 1, smollm2(torch.float32))
         tokens = torch.arange(8, device=self._engine.device)[None]
         self._engine.backward(self._engine(tokens, labels=tokens).loss)

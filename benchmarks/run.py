@@ -3,7 +3,8 @@
 Without names, all run that need no engine of their own environment. Prints every figure, and writes them to FOLDER: a JSON file
 per benchmark, one table (``table.md``) with versions, machine and command on top, and a picture of the ratios. ``--compare``
 says which ratios moved beyond the bounds in ``baseline.json``; ``--save-baseline`` writes that file: what was run replaces
-what it has of the same benchmarks. A missed goal or a ratio that moved is printed, and is not an error: these figures depend on the machine.
+what it has of the same benchmarks. A missed goal or a ratio that moved is printed, and is not an error: these figures depend
+on the machine.
 """
 
 import argparse

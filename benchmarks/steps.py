@@ -1,8 +1,8 @@
 """The time of an update through a strategy, the bare backend, Accelerate and Lightning Fabric.
 
 ``python steps.py fake`` or ``torchrun --nproc-per-node 2 steps.py zero0|zero1|zero2|zero3|fsdp``, with four ranks ``hsdp``. All
-loops (loops.py) train the same model on the same batches in one process, in turn. With ``--denominators``, both loops go through the strategy, one
-without denominators and one with them. There both clip every update: to divide by the denominators, an update multiplies its
+loops (loops.py) train the same model on the same batches in one process, in turn. With ``--denominators``, both loops go
+through the strategy, one without denominators and one with them. There both clip every update: to divide by the denominators, an update multiplies its
 gradient by one factor, which is that of clipping too. ``--profile`` shows which files of the layer take time.
 """
 
